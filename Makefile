@@ -1,0 +1,67 @@
+# Two commands, each with its own set-up:  make train  ·  make test
+# Needs python3 >= 3.11 with its venv module, and the package index that pip is set up for.
+# Another interpreter:  make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/synthetic.py
+WORKDIR ?= runs/synthetic
+ARGS ?=
+# Test processes: each holds up to 2 GB.
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup train test test-all lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train     train, evaluate and draw the embedded synthetic job (in $(WORKDIR))"
+	@echo "make test      the test suite; make test-all adds the tests that take minutes"
+	@echo "make lint      ruff check and ruff format --check; make format applies both"
+	@echo "make setup     only the virtual environment ($(VENV)); the targets above do it themselves"
+	@echo "make clean     removes $(VENV) and caches; runs/ and data/ stay"
+	@echo
+	@echo "Options: PYTHON=python3.12 VENV=.venv312 JOBS=4 CONFIG=... WORKDIR=... ARGS='--config.train.steps=100'"
+
+setup: $(READY)
+
+# uv installs in seconds what takes pip minutes. Where uv cannot be had or cannot reach the index
+# (it does not read pip's configuration), pip does the same.
+$(READY): requirements.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: $(PYTHON) not found: install Python 3.11 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $$($(PYTHON) --version) is too old: OneFormer-JAX needs Python 3.11 or newer;" \
+	    "name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "error: '$(PYTHON) -m venv' failed: install its venv module (Debian: apt install python3-venv)" >&2; exit 1; }
+	@echo "Setting up $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet uv || echo "uv is not to be had here: pip will do its work"
+	@if ! { test -x $(BIN)/uv && \
+	  $(BIN)/uv pip install --python $(BIN)/python -r requirements.txt --group dev; }; then \
+	  $(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' && \
+	  $(BIN)/python -m pip install -r requirements.txt --group dev; fi
+	@touch $@
+
+train: setup
+	$(BIN)/python main.py --config=$(CONFIG) --workdir=$(WORKDIR) --mode=train $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

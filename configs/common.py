@@ -1,0 +1,134 @@
+"""Every default of the program, each with its meaning: the only place where defaults live.
+
+A config file starts from `get_base()` and sets what differs. The config is locked when the program
+starts, so a mistyped override is an error. Published values are those of the official code
+(github.com/SHI-Labs/OneFormer), which override its own file defaults in every recipe.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_base() -> ConfigDict:
+    """The base config: the COCO recipe of the official R-50 model, without a dataset."""
+    c = ConfigDict()
+    c.seed = 0  # of initialisation, data order, augmentation, dropout and loss points
+
+    c.dataset = ConfigDict()
+    c.dataset.name = "coco_folder"  # "synthetic" or "coco_folder"
+    c.dataset.data_dir = ""  # where the dataset is read from, or (synthetic) prepared into
+    c.dataset.train_split = "train"
+    c.dataset.eval_split = "validation"
+    # Options of the source: see input_pipeline.sources.open_source.
+    c.dataset.options = ConfigDict(convert_dict=False)
+
+    c.data = ConfigDict()
+    c.data.batch_size = 16  # images per step over all devices
+    c.data.crop_size = (1024, 1024)  # (height, width) of a training image
+    c.data.num_slots = 100  # target slots per image; the largest segments are kept
+    c.data.workers = 4  # loader processes per host; 0 reads in threads of the main process
+    c.data.prefetch = 4  # batches that a worker keeps ready
+    c.data.semantic_prob = 0.33  # share of images trained with the semantic task
+    c.data.instance_prob = 0.33  # share with the instance task; the rest is panoptic
+    c.data.skip_broken = False  # skip, count and list broken records instead of stopping
+    c.data.require_things = False  # drop training images without a non-crowd thing
+    c.data.augment = ConfigDict()
+    c.data.augment.kind = "lsj"  # "lsj" (COCO), "unified" (all others) or "none"
+    c.data.augment.lsj_scale = (0.1, 2.0)  # range of the large-scale jitter
+    c.data.augment.short_edge = 640  # unified: base of the short edge
+    c.data.augment.scale = (0.5, 2.0)  # unified: 16 steps between these multiples of the base
+    c.data.augment.max_size = 2560  # unified: cap of the long edge
+    c.data.augment.color = True  # unified: colour jitter as in SSD
+    c.data.augment.flip_prob = 0.5
+
+    c.model = ConfigDict()
+    c.model.backbone = ConfigDict()
+    c.model.backbone.name = "resnet50"  # see oneformer_jax.models.backbones
+    c.model.backbone.overrides = ConfigDict(convert_dict=False)  # fields of the backbone's config
+    c.model.num_queries = 150  # the task token is the last of them
+    c.model.num_context = 16  # learned context embeddings beside the texts
+    c.model.hidden_dim = 256
+    c.model.mask_dim = 256
+    c.model.num_heads = 8
+    c.model.encoder_layers = 6  # of the pixel decoder
+    c.model.encoder_ffn = 1024
+    c.model.encoder_points = 4  # sampling points per head and level
+    c.model.encoder_dropout = 0.1
+    c.model.query_init_layers = 2
+    c.model.query_init_ffn = 2048
+    c.model.query_init_dropout = 0.1
+    c.model.decoder_layers = 9  # masked-attention layers; one more prediction is made before them
+    c.model.decoder_ffn = 2048
+    c.model.text_width = 256
+    c.model.text_layers = 6
+    c.model.text_heads = 4
+    c.model.dtype = "float32"  # compute dtype of the matrix products: "float32" or "bfloat16"
+    c.model.remat = False  # recompute backbone blocks and transformer layers in the backward pass
+
+    c.loss = ConfigDict()
+    c.loss.class_weight = 2.0
+    c.loss.mask_weight = 5.0
+    c.loss.dice_weight = 5.0
+    c.loss.contrastive_weight = 0.5
+    c.loss.no_object_weight = 0.1
+    c.loss.num_points = 12544
+    c.loss.oversample_ratio = 3.0
+    c.loss.importance_ratio = 0.75
+    # "per_mask": every mask draws its own points (official). "shared": the masks of an image share
+    # the candidates, which leaves no gather per mask; each estimate keeps its distribution.
+    c.loss.point_sampling = "shared"
+    # The official trainer averages the class loss per GPU and then over GPUs: 8 groups of 2 images
+    # reproduce its 8 GPUs on any mesh. 1 is one weighted mean over the batch.
+    c.loss.replica_groups = 1
+
+    c.matcher = ConfigDict()
+    c.matcher.class_cost = 2.0
+    c.matcher.mask_cost = 5.0
+    c.matcher.dice_cost = 5.0
+    c.matcher.backend = "host"  # "host": SciPy in a callback per device; "device": on the device
+
+    c.optim = ConfigDict()
+    c.optim.lr = 1e-4
+    c.optim.backbone_multiplier = 0.1
+    c.optim.weight_decay = 0.05
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.schedule = "step"  # "poly" or "step"
+    c.optim.power = 0.9  # poly
+    c.optim.boundaries = (0.889, 0.963)  # step: fractions of the run
+    c.optim.decay_factor = 0.1  # step
+    c.optim.warmup_steps = 0  # official: none in effect
+    c.optim.warmup_factor = 0.0  # the rate rises linearly from this share of it
+    c.optim.clip_norm = 0.0  # 0 is off; the official 0.01 never acted (its iterator was consumed)
+    c.optim.accumulate = 1  # micro-batches per step; the contrastive loss sees one micro-batch
+    c.optim.ema_decay = 0.0  # 0 is off; else an average of the parameters that evaluation uses
+
+    c.train = ConfigDict()
+    c.train.steps = 368_750
+    c.train.log_every = 50
+    c.train.eval_every = 5_000
+    c.train.checkpoint_every = 5_000
+    c.train.keep = 3  # newest checkpoints kept
+    c.train.keep_best = 1  # best checkpoints kept beside them, by eval.best_metric
+    c.train.pictures = 4  # held-out images drawn at each evaluation
+    c.train.profile_start = 0  # step at which a profile is taken; 0 is off
+    c.train.profile_steps = 3
+
+    c.eval = ConfigDict()
+    c.eval.batch_size = 8
+    c.eval.tasks = ("panoptic", "instance", "semantic")  # each metric comes from its own task's run
+    c.eval.short_edge = 800
+    c.eval.max_size = 1333
+    c.eval.limit = 0  # images evaluated while training; 0 is all
+    c.eval.object_mask_threshold = 0.8
+    c.eval.overlap_threshold = 0.8
+    c.eval.topk = 150
+    c.eval.best_metric = "panoptic/PQ"
+    c.eval.token_table = False  # after training: every metric under every task token
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices along the batch; -1 is all that are left
+    c.mesh.fsdp = 1  # devices over which parameters and optimizer state are sharded
+
+    c.compilation_cache = ""  # folder of compiled programs; empty is the user's cache folder
+    return c

@@ -1,0 +1,79 @@
+"""CLIP byte-pair token ids of the text list and of the task strings, on the host.
+
+The vocabulary and merges come from `instant-clip-tokenizer`. CLIP's own tokenizer also repairs broken
+Unicode (ftfy) and unescapes HTML; class names need neither, and a text that might is an error
+here instead of different ids.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Sequence
+
+import instant_clip_tokenizer
+import numpy as np
+
+from input_pipeline.datasets import TASKS
+
+CONTEXT_LENGTH = 77
+_ARTICLES = {"panoptic": "a", "instance": "an", "semantic": "a"}
+
+
+@functools.cache
+def _tokenizer() -> instant_clip_tokenizer.Tokenizer:
+    return instant_clip_tokenizer.Tokenizer()
+
+
+def _clean(text: str) -> str:
+    """Lower case, white space collapsed; ValueError for a text outside plain ASCII."""
+    cleaned = " ".join(text.split()).lower()
+    if not (cleaned.isascii() and cleaned.isprintable()) or html.unescape(cleaned) != cleaned:
+        raise ValueError(
+            f"cannot tokenize {text!r}: only plain ASCII without HTML entities is supported, because "
+            "CLIP would rewrite anything else first; rename the class in the dataset's category list"
+        )
+    return cleaned
+
+
+def tokenize(texts: Sequence[str], length: int = CONTEXT_LENGTH) -> np.ndarray:
+    """Token ids of CLIP's byte-pair encoding.
+
+    Args:
+      texts: n texts.
+      length: number of ids per text, at least 2. Longer texts are cut, the end token stays last.
+
+    Returns:
+      int32 [n, length]: start token 49406, the text, end token 49407, zeros.
+
+    Raises:
+      ValueError: a text that is not plain ASCII or contains an HTML entity.
+    """
+    if length < 2:
+        raise ValueError(f"length is {length}; it must hold the start and the end token")
+    if not texts:
+        return np.zeros((0, length), np.int32)
+    cleaned = [_clean(text) for text in texts]
+    return np.asarray(_tokenizer().tokenize_batch(cleaned, context_length=length), np.int32)
+
+
+def text_table(class_names: Sequence[str]) -> np.ndarray:
+    """Every text that a text list of a dataset can hold, each once.
+
+    Args:
+      class_names: K names in order of contiguous class id, verbatim from the dataset.
+
+    Returns:
+      int32 [K + 3, T]: row k is "a photo with a {class k}"; row K + t is the padding text of TASKS[t].
+      T is the length of the longest, at most 77; the text encoder is causal and reads the end token
+      only, so the cut columns, zero in every row, do not change it.
+    """
+    texts = [f"a photo with a {name}" for name in class_names]
+    texts += [f"{_ARTICLES[task]} {task} photo" for task in TASKS]
+    ids = tokenize(texts)
+    return ids[:, : int((ids != 0).sum(axis=1).max())]
+
+
+def task_tokens() -> np.ndarray:
+    """int32 [3, 77]: ids of "The task is {task}" in the order of TASKS."""
+    return tokenize([f"The task is {task}" for task in TASKS])

@@ -1,0 +1,1 @@
+"""Operations that deserve their own implementations; they know nothing of OneFormer."""

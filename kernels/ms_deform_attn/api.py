@@ -1,0 +1,124 @@
+"""The one door to multi-scale deformable attention: checks, and the choice of implementation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kernels.ms_deform_attn.dense import ms_deform_attn_dense
+from kernels.ms_deform_attn.reference import SpatialShapes, ms_deform_attn_gather
+
+# A query's row of the dense matrix, float32 over all pixels of all levels, may take 4 KiB per head:
+# 1024 pixels, which square images of up to 216 pixels have at the strides 32, 16 and 8. Beyond
+# that the matrix, which grows with the square of the pixels, costs more memory than it saves time.
+DENSE_MAX_ROW_BYTES = 4096
+
+
+def _xla(value, spatial_shapes, sampling_locations, attention_weights):
+    row_bytes = 4 * sum(h * w for h, w in spatial_shapes)
+    run = ms_deform_attn_dense if row_bytes <= DENSE_MAX_ROW_BYTES else ms_deform_attn_gather
+    return run(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": _xla,
+    "xla_gather": ms_deform_attn_gather,
+    "xla_dense": ms_deform_attn_dense,
+}
+IMPLEMENTATIONS = tuple(_IMPLEMENTATIONS)
+
+
+def ms_deform_attn(
+    value: jax.Array,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_locations: jax.Array,
+    attention_weights: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Weighted sum of bilinear samples from several maps (Deformable DETR, arXiv 2010.04159).
+
+    Pixel i of an axis of n pixels has its centre at (i + 0.5) / n; outside of the map the value is
+    zero (the convention of PyTorch's `grid_sample` with zero padding and align_corners False). A
+    NaN location counts as outside. The result is differentiable in `value`, `sampling_locations`
+    and `attention_weights`; sampling, sums and the scatter of the value's gradient are float32.
+
+    Letters: B batch, Q queries, S pixels, N heads, L levels, P points, D head width.
+
+    Args:
+      value: float32 or bfloat16 [B, S, N, D]; the levels' maps, flattened by rows, one after
+        another: S = sum of h * w.
+      spatial_shapes: L static pairs (h, w).
+      sampling_locations: float32 [B, Q, N, L, P, 2], (x, y) over the map of its level: 0 is the left
+        or upper edge, 1 the right or lower edge.
+      attention_weights: float32 or bfloat16 [B, Q, N, L, P].
+      implementation: "xla_gather" (reads 4 rows per point), "xla_dense" (matrix products, for small
+        maps), "xla" (the dense one if a query's row of the matrix fits `DENSE_MAX_ROW_BYTES`, else
+        the gathering one), or None for the default of this backend, which is "xla". A named
+        implementation is never replaced by another one.
+
+    Returns:
+      [B, Q, N * D] in the dtype of `value`.
+
+    Raises:
+      ValueError: shapes that do not fit together, a wrong dtype or an unknown implementation.
+    """
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"ms_deform_attn: unknown implementation {implementation!r}; "
+            f"use one of {', '.join(IMPLEMENTATIONS)}, or None for the default"
+        )
+    shapes = _check(value, spatial_shapes, sampling_locations, attention_weights)
+    run = _IMPLEMENTATIONS[implementation or "xla"]
+    return run(value, shapes, sampling_locations, attention_weights)
+
+
+def _check(value, spatial_shapes, sampling_locations, attention_weights) -> SpatialShapes:
+    """The shapes as a tuple of int pairs; ValueError if the arguments do not fit together."""
+    arrays = {
+        "value": (value, 4, "[B, S, N, D]"),
+        "sampling_locations": (sampling_locations, 6, "[B, Q, N, L, P, 2]"),
+        "attention_weights": (attention_weights, 5, "[B, Q, N, L, P]"),
+    }
+    for name, (array, ndim, axes) in arrays.items():
+        if array.ndim != ndim:
+            raise ValueError(
+                f"ms_deform_attn: {name} must have {ndim} axes {axes}, got shape {array.shape}"
+            )
+        allowed = (jnp.float32,) if name == "sampling_locations" else (jnp.float32, jnp.bfloat16)
+        if array.dtype not in allowed:
+            names = " or ".join(jnp.dtype(d).name for d in allowed)
+            raise ValueError(f"ms_deform_attn: {name} must be {names}, got {array.dtype}")
+    try:
+        shapes = tuple((operator.index(h), operator.index(w)) for h, w in spatial_shapes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"ms_deform_attn: spatial_shapes must be static pairs (h, w), got {spatial_shapes!r}"
+        ) from error
+    if not shapes or min(min(shape) for shape in shapes) < 1:
+        raise ValueError(
+            f"ms_deform_attn: spatial_shapes must hold positive sizes, got {spatial_shapes!r}"
+        )
+    pixels = sum(h * w for h, w in shapes)
+    if value.shape[1] != pixels:
+        raise ValueError(
+            f"ms_deform_attn: value has {value.shape[1]} pixels (axis 1) but "
+            f"spatial_shapes {shapes} add up to {pixels}"
+        )
+    batch, _, heads, _ = value.shape
+    _, queries, _, _, points, _ = sampling_locations.shape
+    expected = (batch, queries, heads, len(shapes), points, 2)
+    if sampling_locations.shape != expected:
+        raise ValueError(
+            f"ms_deform_attn: sampling_locations must be {expected} for value {value.shape} and "
+            f"{len(shapes)} spatial_shapes, got {sampling_locations.shape}"
+        )
+    if attention_weights.shape != expected[:-1]:
+        raise ValueError(
+            f"ms_deform_attn: attention_weights must be {expected[:-1]} for sampling_locations "
+            f"{sampling_locations.shape}, got {attention_weights.shape}"
+        )
+    return shapes

@@ -1,0 +1,100 @@
+"""Plain-JAX multi-scale deformable attention by gathering ("xla_gather"): the reference.
+
+Letters: B batch, Q queries, S all pixels of all levels, N heads, L levels, P points, D head width.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+SpatialShapes = tuple[tuple[int, int], ...]
+
+
+def split_levels(value: jax.Array, spatial_shapes: SpatialShapes) -> list[jax.Array]:
+    """Cuts [B, S, N, D] into one [B, h*w, N, D] array per level."""
+    ends, total = [], 0
+    for h, w in spatial_shapes[:-1]:
+        total += h * w
+        ends.append(total)
+    return jnp.split(value, ends, axis=1)
+
+
+def corner_coordinates(
+    locations: jax.Array, weights: jax.Array, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sampling points of one level as (cell, fraction, weight).
+
+    Pixel i of an axis of n pixels has its centre at (i + 0.5) / n. A point in the cell between the
+    pixels i and i + 1 has `cell` i, in -1..n-1, and `fraction` in [0, 1). A point that touches no
+    pixel, or whose location is NaN, becomes a point of cell 0 with weight 0: it adds nothing, has
+    no gradient, and can never lead to a read outside of the map.
+
+    Args:
+      locations: float32 [..., 2], (x, y) in 0..1 over the map.
+      weights: float32 [...].
+      shape: (h, w) of the level.
+
+    Returns:
+      cell int32 [..., 2], fraction float32 [..., 2] (both x, y), weight float32 [...].
+    """
+    h, w = shape
+    size = jnp.array([w, h], jnp.float32)
+    pixel = locations * size - 0.5
+    inside = jnp.all((pixel > -1) & (pixel < size), axis=-1)  # False for NaN
+    # The inner selection keeps NaN and infinity out of the gradient as well as out of the value.
+    pixel = jnp.where(inside[..., None], pixel, 0.0)
+    floor = jnp.floor(pixel)
+    return floor.astype(jnp.int32), pixel - floor, jnp.where(inside, weights, 0.0)
+
+
+def ms_deform_attn_gather(
+    value: jax.Array,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: jax.Array,
+    attention_weights: jax.Array,
+) -> jax.Array:
+    """As `api.ms_deform_attn`, whose checks have been passed. Reads 4 rows per point."""
+    batch, queries, heads = sampling_locations.shape[:3]
+    out = jnp.zeros((batch, queries, heads, value.shape[-1]), jnp.float32)
+    for level, rows in enumerate(split_levels(value, spatial_shapes)):
+        out += _gather_level(
+            rows,
+            sampling_locations[:, :, :, level],
+            attention_weights[:, :, :, level].astype(jnp.float32),
+            spatial_shapes[level],
+        )
+    return out.reshape(batch, queries, -1).astype(value.dtype)
+
+
+# Rematerialised, because the gathered rows are 16 times the size of the output per level and the
+# backward pass can read them again.
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _gather_level(
+    rows: jax.Array, locations: jax.Array, weights: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+    """[B, h*w, N, D], [B, Q, N, P, 2], [B, Q, N, P] -> float32 [B, Q, N, D]."""
+    h, w = shape
+    cell, fraction, weights = corner_coordinates(locations, weights, shape)
+    indices, factors = [], []
+    for dy in (0, 1):
+        for dx in (0, 1):
+            x, y = cell[..., 0] + dx, cell[..., 1] + dy
+            factor = weights
+            factor *= fraction[..., 0] if dx else 1 - fraction[..., 0]
+            factor *= fraction[..., 1] if dy else 1 - fraction[..., 1]
+            inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+            indices.append(jnp.clip(y, 0, h - 1) * w + jnp.clip(x, 0, w - 1))
+            factors.append(jnp.where(inside, factor, 0.0))
+    index = jnp.stack(indices, axis=-1)  # [B, Q, N, P, 4]
+    factor = jnp.stack(factors, axis=-1)
+    # Cast before the gather, so that its transpose scatters in float32: sums of many small
+    # contributions to one pixel would be lost in bfloat16.
+    rows = rows.astype(jnp.float32)
+    take = jax.vmap(  # over images, then heads
+        jax.vmap(lambda r, i: r.at[i].get(mode="promise_in_bounds"), in_axes=1, out_axes=1)
+    )
+    corners = take(rows, index)  # [B, Q, N, P, 4, D]
+    return jnp.sum(corners * factor[..., None], axis=(3, 4))

@@ -1,0 +1,1 @@
+"""Post-processing, metrics, evaluation and prediction."""

@@ -1,0 +1,323 @@
+"""Panoptic quality, mean intersection over union and COCO average precision as mergeable states.
+
+Each metric lives on the host, in NumPy, and has the same seven methods:
+
+  update(segmentation, record)  adds one image
+  merge(other)                  adds the images of another state, for example another host's
+  state() / from_state(state)   the state as a flat dict of arrays, and back
+  compute()                     the scalars, in percent; NaN where a value is not defined
+  undefined()                   why each of those NaNs is one
+  per_class() / counts()        arrays of length K; and plain numbers of what was seen
+
+A `record` is the ground truth of one image: `panoptic` int32 [H, W] segment ids (0 = void),
+`segments` (list of dicts with `id`, `category` = contiguous class id, `iscrowd`, `area` as the
+annotation file says) and `image_id`. Every metric reads its truth from there: instances are the
+thing segments, and the semantic map gives every segment, crowds included, its class.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from oneformer_jax.eval.metrics_ap import CocoAP
+from oneformer_jax.eval.metrics_truth import (
+    Record,
+    check_classes,
+    check_mergeable,
+    check_size,
+    dense_segments,
+    mean,
+    read_truth,
+    semantic_truth,
+)
+
+if typing.TYPE_CHECKING:
+    from oneformer_jax.eval.postprocess import Segmentation
+    from oneformer_jax.types import Metadata
+
+__all__ = ["CocoAP", "MeanIoU", "Metric", "PanopticQuality", "make_metric", "semantic_truth"]
+
+
+class PanopticQuality:
+    """Panoptic quality (Kirillov et al., arXiv 1801.00868) as `panopticapi` computes it.
+
+    A predicted and a true segment match if they have the same class, IoU > 0.5, and the true one
+    is no crowd. In the union, the area of the true segment is the annotation file's, that of the
+    predicted one is counted without its void pixels. An unmatched prediction is forgiven if
+    more than half of it lies on void and on the last crowd segment of its class. Classes without
+    any true positive, false positive or false negative leave the means.
+    """
+
+    def __init__(self, is_thing: Sequence[bool]):
+        self.is_thing = np.array(is_thing, bool)
+        classes = len(self.is_thing)
+        self.iou_sum = np.zeros(classes, np.float64)
+        self.tp = np.zeros(classes, np.int64)
+        self.fp = np.zeros(classes, np.int64)
+        self.fn = np.zeros(classes, np.int64)
+        self.images = 0
+
+    def update(self, segmentation: Segmentation, record: Record) -> None:
+        """Adds one image.
+
+        Args:
+          segmentation: `segments` int [H, W] (0 = nothing) and `segments_info` (`id`,
+            `category_id`, both as in `Segmentation`).
+          record: the ground truth.
+
+        Raises:
+          ValueError: sizes differ, a class id is out of range, or a segment map and its list of
+            segments do not agree.
+        """
+        num_classes = len(self.is_thing)
+        where = f"prediction for image {record['image_id']}"
+        truth = read_truth(record, num_classes)
+        check_size(segmentation.segments.shape, truth.index.shape, record)
+        info = segmentation.segments_info
+        classes = np.array([s["category_id"] for s in info], np.int64)
+        check_classes(classes, num_classes, where)
+        predicted, pixels = dense_segments(
+            segmentation.segments, np.array([s["id"] for s in info], np.int64), where
+        )
+        areas = pixels[1:]
+        if (areas == 0).any():
+            raise ValueError(f"{where}: segment {info[int(areas.argmin())]['id']} has no pixel")
+
+        # pairs[g, p]: pixels of true segment g (0 = void) under predicted segment p (0 = nothing).
+        width = len(areas) + 1
+        codes = truth.index.astype(np.int64) * width + predicted
+        height = len(truth.classes) + 1
+        pairs = np.bincount(codes.ravel(), minlength=height * width).reshape(height, width)
+        on_void = pairs[0, 1:]
+        overlap = pairs[1:, 1:]
+
+        union = truth.areas[:, None] + (areas - on_void)[None] - overlap
+        candidate = (overlap > 0) & (truth.classes[:, None] == classes[None])
+        candidate &= ~truth.crowd[:, None]
+        iou = np.divide(overlap, union, out=np.full(union.shape, np.inf), where=union > 0)
+        matched = candidate & (iou > 0.5)
+        if (iou[matched] > 1).any():
+            g = int(np.argwhere(matched & (iou > 1))[0, 0])
+            raise ValueError(
+                f"image {record['image_id']}: the annotation gives segment "
+                f"{record['segments'][g]['id']} the area {truth.areas[g]}, but it has "
+                f"{truth.pixels[g + 1]} pixels; correct its area"
+            )
+        truth_of_match, _ = np.nonzero(matched)
+        match_classes = truth.classes[truth_of_match]
+
+        missed = ~matched.any(axis=1) & ~truth.crowd
+        forgiven = on_void.copy()
+        last_crowd = {int(truth.classes[g]): g for g in np.flatnonzero(truth.crowd)}
+        for p, c in enumerate(classes):
+            if int(c) in last_crowd:
+                forgiven[p] += overlap[last_crowd[int(c)], p]
+        wrong = ~matched.any(axis=0) & ~(forgiven / areas > 0.5)
+
+        self.tp += np.bincount(match_classes, minlength=num_classes)
+        self.iou_sum += np.bincount(match_classes, weights=iou[matched], minlength=num_classes)
+        self.fn += np.bincount(truth.classes[missed], minlength=num_classes)
+        self.fp += np.bincount(classes[wrong], minlength=num_classes)
+        self.images += 1
+
+    def merge(self, other: PanopticQuality) -> None:
+        """Adds the images that `other` has seen."""
+        check_mergeable("PanopticQuality", self.is_thing, other.is_thing)
+        self.iou_sum += other.iou_sum
+        self.tp += other.tp
+        self.fp += other.fp
+        self.fn += other.fn
+        self.images += other.images
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The state as arrays of fixed size: four of [K], a scalar, and the class kinds [K]."""
+        return {
+            "is_thing": self.is_thing,
+            "iou_sum": self.iou_sum,
+            "tp": self.tp,
+            "fp": self.fp,
+            "fn": self.fn,
+            "images": np.array(self.images, np.int64),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> PanopticQuality:
+        metric = cls(state["is_thing"])
+        for name in ("iou_sum", "tp", "fp", "fn"):
+            setattr(metric, name, np.array(state[name]))
+        metric.images = int(state["images"])
+        return metric
+
+    def per_class(self) -> dict[str, np.ndarray]:
+        """PQ, SQ and RQ in percent and the counts behind them, float64 [K]; NaN: class unseen."""
+        weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
+        seen = weight > 0
+        nan = np.full(len(weight), np.nan)
+        pq = np.divide(self.iou_sum, weight, out=nan.copy(), where=seen)
+        rq = np.divide(self.tp, weight, out=nan.copy(), where=seen)
+        sq = np.where(seen, self.iou_sum / np.maximum(self.tp, 1), np.nan)
+        return {
+            "panoptic/PQ": 100 * pq,
+            "panoptic/SQ": 100 * sq,
+            "panoptic/RQ": 100 * rq,
+            "panoptic/tp": self.tp.astype(np.float64),
+            "panoptic/fp": self.fp.astype(np.float64),
+            "panoptic/fn": self.fn.astype(np.float64),
+        }
+
+    def _groups(self) -> dict[str, np.ndarray]:
+        """Suffix of the metric names -> bool [K], the classes over which they are the mean."""
+        seen = (self.tp + self.fp + self.fn) > 0
+        return {"": seen, "_things": seen & self.is_thing, "_stuff": seen & ~self.is_thing}
+
+    def compute(self) -> dict[str, float]:
+        """`panoptic/PQ`, `SQ`, `RQ`, each also with `_things` and `_stuff`, in percent."""
+        table = self.per_class()
+        return {
+            f"panoptic/{name}{suffix}": mean(table[f"panoptic/{name}"][members])
+            for suffix, members in self._groups().items()
+            for name in ("PQ", "SQ", "RQ")
+        }
+
+    def undefined(self) -> dict[str, str]:
+        """Reasons for the NaNs of `compute()`."""
+        kinds = {"": "class", "_things": "thing class", "_stuff": "stuff class"}
+        return {
+            f"panoptic/{name}{suffix}": (
+                f"no {kinds[suffix]} occurs in the ground truth or the predictions"
+            )
+            for suffix, members in self._groups().items()
+            if not members.any()
+            for name in ("PQ", "SQ", "RQ")
+        }
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "panoptic/images": self.images,
+            "panoptic/classes": int(self._groups()[""].sum()),
+            "panoptic/tp": int(self.tp.sum()),
+            "panoptic/fp": int(self.fp.sum()),
+            "panoptic/fn": int(self.fn.sum()),
+        }
+
+
+class MeanIoU:
+    """Semantic IoU from one confusion matrix, with the conventions of Detectron2 v0.6.
+
+    Void pixels of the ground truth count nowhere, not even as predictions. The mean IoU is over
+    the classes that occur in the ground truth or are predicted on its non-void pixels, so a class
+    that is only predicted counts as 0 (newer Detectron2 leaves it out). The mean accuracy is over
+    the classes of the ground truth.
+    """
+
+    def __init__(self, num_classes: int, ignore_label: int = 255):
+        if 0 <= ignore_label < num_classes:
+            raise ValueError(
+                f"ignore_label {ignore_label} is also one of the {num_classes} class ids; "
+                "choose a value outside of them in the metadata"
+            )
+        self.ignore_label = ignore_label
+        self.confusion = np.zeros((num_classes, num_classes), np.int64)
+        self.images = 0
+
+    def update(self, segmentation: Segmentation, record: Record) -> None:
+        """Adds one image: `segmentation.class_map` int [H, W] against the record.
+
+        Raises:
+          ValueError: sizes differ or a class id is out of range.
+        """
+        num_classes = len(self.confusion)
+        truth = semantic_truth(record, num_classes, self.ignore_label)
+        check_size(segmentation.class_map.shape, truth.shape, record)
+        scored = truth != self.ignore_label
+        predicted = segmentation.class_map[scored].astype(np.int64)
+        check_classes(predicted, num_classes, f"prediction for image {record['image_id']}")
+        codes = truth[scored] * num_classes + predicted
+        self.confusion += np.bincount(codes, minlength=self.confusion.size).reshape(
+            self.confusion.shape
+        )
+        self.images += 1
+
+    def merge(self, other: MeanIoU) -> None:
+        """Adds the images that `other` has seen."""
+        check_mergeable("MeanIoU", np.array(self._kind()), np.array(other._kind()))
+        self.confusion += other.confusion
+        self.images += other.images
+
+    def _kind(self) -> tuple[int, int]:
+        return len(self.confusion), self.ignore_label
+
+    def state(self) -> dict[str, np.ndarray]:
+        """`confusion` int64 [K, K] (row: truth, column: prediction) and two scalars."""
+        return {
+            "confusion": self.confusion,
+            "ignore_label": np.array(self.ignore_label, np.int64),
+            "images": np.array(self.images, np.int64),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> MeanIoU:
+        metric = cls(len(state["confusion"]), int(state["ignore_label"]))
+        metric.confusion = np.array(state["confusion"])
+        metric.images = int(state["images"])
+        return metric
+
+    def per_class(self) -> dict[str, np.ndarray]:
+        """IoU and accuracy in percent, float64 [K]; NaN where the class does not occur."""
+        hit = np.diagonal(self.confusion)
+        true = self.confusion.sum(axis=1)
+        union = true + self.confusion.sum(axis=0) - hit
+        nan = np.full(len(hit), np.nan)
+        return {
+            "semantic/IoU": 100 * np.divide(hit, union, out=nan.copy(), where=union > 0),
+            "semantic/ACC": 100 * np.divide(hit, true, out=nan.copy(), where=true > 0),
+        }
+
+    def compute(self) -> dict[str, float]:
+        """`semantic/mIoU`, `fwIoU` (weighted by true pixels), `mACC` and `pACC`, in percent."""
+        table = self.per_class()
+        iou, accuracy = table["semantic/IoU"], table["semantic/ACC"]
+        true = self.confusion.sum(axis=1)
+        pixels = true.sum()
+        if pixels == 0:
+            return dict.fromkeys(self._names, float("nan"))
+        present = true > 0
+        values = (
+            np.nanmean(iou),
+            (iou[present] * true[present]).sum() / pixels,
+            np.nanmean(accuracy),
+            100 * np.trace(self.confusion) / pixels,
+        )
+        return dict(zip(self._names, map(float, values), strict=True))
+
+    _names = ("semantic/mIoU", "semantic/fwIoU", "semantic/mACC", "semantic/pACC")
+
+    def undefined(self) -> dict[str, str]:
+        """Reasons for the NaNs of `compute()`."""
+        if self.confusion.any():
+            return {}
+        return dict.fromkeys(self._names, "no pixel of the ground truth has a class")
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "semantic/images": self.images,
+            "semantic/classes": int((self.confusion.sum(axis=1) > 0).sum()),
+            "semantic/pixels": int(self.confusion.sum()),
+        }
+
+
+Metric = PanopticQuality | MeanIoU | CocoAP
+
+
+def make_metric(task: str, metadata: Metadata) -> Metric:
+    """An empty state of the metric that the official evaluation reports for a task."""
+    if task == "panoptic":
+        return PanopticQuality(metadata.is_thing)
+    if task == "instance":
+        return CocoAP(metadata.is_thing)
+    if task == "semantic":
+        return MeanIoU(metadata.num_classes, metadata.ignore_label)
+    raise ValueError(f"no metric for task {task!r}; use panoptic, instance or semantic")

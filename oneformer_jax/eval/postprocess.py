@@ -1,0 +1,488 @@
+"""From class and mask logits to panoptic, instance and semantic segmentations.
+
+The rules are those of the official evaluation (arXiv 2211.06220 and its repository): mask logits
+are enlarged to the padded input, cropped to the image, resized to the original size, and only then
+thresholded. Both resizes are bilinear, hence linear and separable, so they are one matrix per axis,
+built on the device from traced sizes. Shapes therefore depend only on the padded input and on a
+*canvas*: the largest original size of the batch, each side rounded up to `CANVAS_MULTIPLE`. A data
+set with many image sizes compiles a handful of programs.
+
+Pixels are worked off in strips of `STRIP_ROWS` rows, one image at a time, so the largest array on
+the device is [Q, STRIP_ROWS, canvas width] whatever the batch and the image height (the semantic
+head also holds [K, STRIP_ROWS, canvas width], the instance head one bit per query and pixel). What
+depends on the order of the queries (merging stuff, numbering segments) happens on the host, on [Q]
+tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from oneformer_jax.types import Metadata, task_id
+
+# Sides of the canvas are multiples of this many pixels: few programs, at most 127 unused pixels.
+CANVAS_MULTIPLE = 128
+# Rows of the canvas that are held for all queries at once; divides CANVAS_MULTIPLE.
+STRIP_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class PostprocessConfig:
+    """Thresholds of the three heads; the defaults are the official COCO values.
+
+    Attributes:
+      object_mask_threshold: panoptic; a query counts only if its best class is above this
+        probability (official: 0.8; 0.5 on ADE20K).
+      overlap_threshold: panoptic; a segment is dropped if less than this share of its own mask is
+        left to it by the other queries.
+      topk: instance; number of (query, class) pairs looked at, things and stuff together. At most
+        Q*K are.
+      things_only_instances: instance; drop stuff, after the top-k as the official code does.
+      instance_score_threshold: instance; drop pairs whose class probability is not above this. The
+        evaluation uses 0; the official demo uses its object mask threshold.
+      ade_instance_remap: instance; number the classes by their position among the things, as the
+        official ADE20K instance annotations do. The result's `metadata` is then that of the things.
+    """
+
+    object_mask_threshold: float = 0.8
+    overlap_threshold: float = 0.8
+    topk: int = 150
+    things_only_instances: bool = True
+    instance_score_threshold: float = 0.0
+    ade_instance_remap: bool = False
+
+    def __post_init__(self):
+        for name in ("object_mask_threshold", "overlap_threshold", "instance_score_threshold"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"postprocess {name} is {value}; it must lie in 0..1")
+        if self.topk < 1:
+            raise ValueError(f"postprocess topk is {self.topk}; it must be at least 1")
+        if self.ade_instance_remap and not self.things_only_instances:
+            raise ValueError(
+                "postprocess ade_instance_remap numbers things only: set things_only_instances too"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segmentation:
+    """One image's result at its original size; the fields of the other two tasks are None.
+
+    Attributes:
+      task: "panoptic", "instance" or "semantic".
+      metadata: names, colours and ids of the classes that all class ids below refer to.
+      segments: panoptic, int32 [H, W]; 0 is unassigned, segment ids count from 1.
+      segments_info: panoptic, one dict per segment in order of id: id (int), category_id
+        (contiguous class id), isthing (bool), score (class probability; the highest of merged
+        stuff), area (pixels).
+      class_map: semantic, int32 [H, W] class ids (`metadata.ignore_label` only in ground truth).
+      masks: instance, bool [N, H, W], highest class probability first; masks may overlap.
+      scores: instance, float32 [N], class probability times mean mask probability.
+      labels: instance, int32 [N] class ids.
+      image: uint8 [H, W, 3] RGB, or None if it was not kept.
+    """
+
+    task: str
+    metadata: Metadata
+    segments: np.ndarray | None = None
+    segments_info: list[dict[str, Any]] | None = None
+    class_map: np.ndarray | None = None
+    masks: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    image: np.ndarray | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        found = {"panoptic": self.segments, "semantic": self.class_map, "instance": self.masks}
+        height, width = found[self.task].shape[-2:]
+        return int(height), int(width)
+
+    def overlay(self, image: np.ndarray | None = None, **options) -> np.ndarray:
+        """The result drawn over `image` (default: the segmented image), uint8 [H, W, 3].
+
+        `options` are those of `visualize.overlay`.
+        """
+        from oneformer_jax.eval import visualize
+
+        image = self.image if image is None else image
+        if image is None:
+            raise ValueError("this Segmentation holds no image: call overlay(image)")
+        return visualize.overlay(image, self, **options)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], metadata: Metadata, task: str) -> Segmentation:
+        """The ground truth of a record (image, panoptic, segments) as a Segmentation of `task`.
+
+        Crowd segments count as segments of the panoptic and semantic truth, not as instances.
+        """
+        task_id(task)
+        panoptic = np.asarray(record["panoptic"])
+        segments = record["segments"]
+        common = dict(task=task, metadata=metadata, image=record.get("image"))
+        if task == "panoptic":
+            infos = [
+                dict(
+                    id=int(s["id"]),
+                    category_id=int(s["category"]),
+                    isthing=metadata.is_thing[s["category"]],
+                    score=1.0,
+                    area=int(np.count_nonzero(panoptic == s["id"])),
+                )
+                for s in segments
+            ]
+            return cls(**common, segments=panoptic.astype(np.int32), segments_info=infos)
+        if task == "semantic":
+            classes = np.full(panoptic.shape, metadata.ignore_label, np.int32)
+            for s in segments:
+                classes[panoptic == s["id"]] = s["category"]
+            return cls(**common, class_map=classes)
+        things = [
+            s for s in segments if metadata.is_thing[s["category"]] and not s.get("iscrowd", False)
+        ]
+        masks = np.zeros((len(things), *panoptic.shape), bool)
+        for mask, s in zip(masks, things, strict=True):
+            np.equal(panoptic, s["id"], out=mask)
+        return cls(
+            **common,
+            masks=masks,
+            scores=np.ones(len(things), np.float32),
+            labels=np.array([s["category"] for s in things], np.int32),
+        )
+
+
+def segment_batch(
+    class_logits: jax.Array,
+    mask_logits: jax.Array,
+    image_size: np.ndarray,
+    original_size: np.ndarray,
+    padded_size: tuple[int, int],
+    *,
+    task: str,
+    config: PostprocessConfig,
+    metadata: Metadata,
+    images: Sequence[np.ndarray | None] | None = None,
+) -> list[Segmentation]:
+    """Segment a batch of images.
+
+    The logits may be arrays of NumPy or JAX, on one device or sharded over a mesh along the batch:
+    each device then segments its own images, nothing is gathered. With several hosts every host
+    gets the images whose logits it holds, and passes the sizes of just those.
+
+    Args:
+      class_logits: [B, Q, K+1], the last class is "no object".
+      mask_logits: [B, Q, h, w], covering the padded input.
+      image_size: int [B, 2], height and width of each image within the padded input.
+      original_size: int [B, 2], height and width of each result.
+      padded_size: height and width of the padded input, the same for the batch.
+      task: one of `TASKS`.
+      config: thresholds.
+      metadata: the K classes.
+      images: B uint8 [H, W, 3] original images (or None) to keep in the results.
+
+    Returns:
+      B segmentations, in order.
+
+    Raises:
+      ValueError: unknown task, or shapes that do not fit each other.
+    """
+    task_id(task)
+    image_size = np.asarray(image_size, np.int32)
+    original_size = np.asarray(original_size, np.int32)
+    if class_logits.shape[-1] != metadata.num_classes + 1:
+        raise ValueError(
+            f"class logits have {class_logits.shape[-1]} entries, but {metadata.dataset} has "
+            f"{metadata.num_classes} classes and one 'no object': model and data set do not belong "
+            "together"
+        )
+    class_logits, mask_logits, mesh = _this_host(class_logits, mask_logits)
+    batch = class_logits.shape[0]
+    for name, array in (("image_size", image_size), ("original_size", original_size)):
+        if array.shape != (batch, 2):
+            raise ValueError(f"{name} has shape {array.shape}; expected ({batch}, 2)")
+    if (image_size > np.asarray(padded_size)).any():
+        raise ValueError(f"image_size {image_size.max(0)} exceeds padded_size {tuple(padded_size)}")
+    if images is not None and len(images) != batch:
+        raise ValueError(f"{len(images)} images for a batch of {batch}")
+
+    height, width = original_size.max(0)
+    tables = _run(
+        class_logits,
+        mask_logits,
+        image_size,
+        original_size,
+        config.object_mask_threshold,
+        task=task,
+        padded_size=tuple(int(s) for s in padded_size),
+        canvas=(_round_up(height), _round_up(width)),
+        topk=min(config.topk, class_logits.shape[1] * metadata.num_classes),
+        mesh=mesh,
+    )
+    # What the device returns is small (a map, or one bit per mask pixel), so it is fetched at once.
+    tables = jax.device_get(tables)
+    finish = {"panoptic": _panoptic, "instance": _instance, "semantic": _semantic}[task]
+    return [
+        finish(
+            {name: values[b] for name, values in tables.items()},
+            tuple(original_size[b]),
+            config,
+            metadata,
+            None if images is None else images[b],
+        )
+        for b in range(batch)
+    ]
+
+
+def _round_up(side: int) -> int:
+    return max(1, -(-int(side) // CANVAS_MULTIPLE)) * CANVAS_MULTIPLE
+
+
+def _this_host(*arrays: jax.Array) -> tuple[Any, ...]:
+    """The rows of batch-sharded arrays that this host holds, and a mesh of this host's devices.
+
+    Hosts see images of different sizes and so run different programs: a program over the whole mesh
+    would need them to agree. The returned arrays share one sharding over the "data" axis of the
+    mesh; the mesh is None where one device holds all rows.
+    """
+    found = []
+    for array in arrays:
+        if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
+            found.append([array])
+            continue
+        pieces = {}  # keyed by first row: replicas of a row are taken once
+        for shard in array.addressable_shards:
+            if shard.data.shape[1:] != array.shape[1:]:
+                raise ValueError(
+                    f"logits of shape {array.shape} are sharded over more than the batch axis "
+                    f"({array.sharding}); shard the first axis only"
+                )
+            pieces.setdefault(shard.index[0].start or 0, shard.data)
+        found.append([pieces[row] for row in sorted(pieces)])
+    most = max(found, key=len)
+    if len(most) == 1:
+        return *(pieces[0] for pieces in found), None
+    devices = [piece.devices().pop() for piece in most]
+    mesh = Mesh(np.array(devices), ("data",))
+    sharding = NamedSharding(mesh, P("data"))
+    joined = []
+    for pieces in found:
+        if [d for p in pieces if isinstance(p, jax.Array) for d in p.devices()] == devices:
+            shape = (sum(p.shape[0] for p in pieces), *pieces[0].shape[1:])
+            joined.append(jax.make_array_from_single_device_arrays(shape, sharding, pieces))
+        else:
+            joined.append(jax.device_put(np.concatenate(jax.device_get(pieces)), sharding))
+    return *joined, mesh
+
+
+@functools.partial(jax.jit, static_argnames=("task", "padded_size", "canvas", "topk", "mesh"))
+def _run(
+    class_logits,
+    mask_logits,
+    image_size,
+    original_size,
+    threshold,
+    *,
+    task: str,
+    padded_size: tuple[int, int],
+    canvas: tuple[int, int],
+    topk: int,
+    mesh: Mesh | None,
+) -> dict[str, jax.Array]:
+    """The device's part for a batch: a dict of arrays with leading axis B; see the three heads."""
+
+    def image(threshold, row):
+        class_logits, mask_logits, image_size, original_size = row
+        probabilities = jax.nn.softmax(class_logits.astype(jnp.float32), axis=-1)
+        weights_y, weights_x = (
+            _axis_weights(
+                canvas[a], mask_logits.shape[1 + a], padded_size[a], image_size[a], original_size[a]
+            )
+            for a in (0, 1)
+        )
+        strips = weights_y.reshape(-1, STRIP_ROWS, weights_y.shape[1])
+        rows = jnp.arange(canvas[0]).reshape(-1, STRIP_ROWS)
+
+        def per_strip(head):
+            def strip(args):
+                weights, rows = args
+                half = jnp.einsum(
+                    "sy,qyx->qsx", weights, mask_logits.astype(jnp.float32), precision="highest"
+                )
+                masks = jnp.einsum("qsx,wx->qsw", half, weights_x, precision="highest")
+                inside_image = (rows < original_size[0])[:, None] & (
+                    jnp.arange(canvas[1]) < original_size[1]
+                )
+                return head(masks, inside_image)
+
+            return jax.lax.map(strip, (strips, rows))
+
+        if task == "panoptic":
+            return _panoptic_tables(probabilities, per_strip, canvas, threshold)
+        if task == "instance":
+            return _instance_tables(probabilities, per_strip, canvas, topk)
+        return _semantic_tables(probabilities, per_strip, canvas)
+
+    def batch(threshold, rows):
+        return jax.lax.map(functools.partial(image, threshold), rows)
+
+    if mesh is not None:
+        batch = jax.shard_map(batch, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    return batch(threshold, (class_logits, mask_logits, image_size, original_size))
+
+
+def _axis_weights(canvas: int, source: int, padded: int, crop, original) -> jax.Array:
+    """float32 [canvas, source]: resize source -> padded, crop, resize crop -> original.
+
+    Rows from `original` on are zero. `crop` and `original` may be traced.
+    """
+
+    def taps(out_size, in_size, count):
+        scale = jnp.asarray(in_size, jnp.float32) / jnp.maximum(out_size, 1)
+        position = jnp.maximum((jnp.arange(count) + 0.5) * scale - 0.5, 0.0)
+        low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, in_size - 1)
+        return low, jnp.minimum(low + 1, in_size - 1), position - low
+
+    low, high, fraction = taps(padded, source, padded)
+    fraction = fraction[:, None]
+    enlarge = jax.nn.one_hot(low, source) * (1 - fraction)
+    enlarge += jax.nn.one_hot(high, source) * fraction
+    low, high, fraction = taps(original, crop, canvas)
+    fraction = fraction[:, None]
+    # Positions beyond the original reach beyond the crop: bring them back, then blank them.
+    fraction = jnp.clip(fraction, 0.0, 1.0)
+    weights = enlarge[low] * (1 - fraction) + enlarge[high] * fraction
+    return jnp.where((jnp.arange(canvas) < original)[:, None], weights, 0.0)
+
+
+def _panoptic_tables(probabilities, per_strip, canvas, threshold) -> dict[str, jax.Array]:
+    """winner int16 [Hc, Wc] (query, or -1) and the [Q] tables that decide which segments stay."""
+    scores, labels = probabilities.max(-1), probabilities.argmax(-1)
+    keep = (labels != probabilities.shape[-1] - 1) & (scores > threshold)
+    queries = jnp.arange(scores.shape[0])[:, None, None]
+
+    def head(masks, inside_image):
+        probability = jax.nn.sigmoid(masks)
+        ranked = jnp.where(keep[:, None, None], scores[:, None, None] * probability, -1.0)
+        winner = ranked.argmax(0)
+        won = (winner == queries) & inside_image
+        own = (probability >= 0.5) & inside_image
+        taken = won & own
+        return dict(
+            winner=jnp.where(taken.any(0), winner, -1).astype(jnp.int16),
+            won=won.sum((1, 2)),
+            own=own.sum((1, 2)),
+            taken=taken.sum((1, 2)),
+        )
+
+    strips = per_strip(head)
+    areas = {name: strips[name].sum(0) for name in ("won", "own", "taken")}
+    winner = strips["winner"].reshape(canvas)
+    return dict(winner=winner, scores=scores, labels=labels, keep=keep, **areas)
+
+
+def _panoptic(tables, size, config, metadata, image) -> Segmentation:
+    """Walk the queries in order: drop the covered, merge stuff of a class, number the rest."""
+    ids = np.zeros(len(tables["scores"]) + 1, np.int32)  # one more: winner -1 is the last entry
+    infos, stuff = [], {}
+    for query in np.flatnonzero(tables["keep"]):
+        won, own, taken = (int(tables[name][query]) for name in ("won", "own", "taken"))
+        if min(won, own, taken) == 0 or won / own < config.overlap_threshold:
+            continue
+        label, score = int(tables["labels"][query]), float(tables["scores"][query])
+        merged = stuff.get(label)
+        if merged is not None:
+            merged["area"] += taken
+            merged["score"] = max(merged["score"], score)
+            ids[query] = merged["id"]
+            continue
+        isthing = bool(metadata.is_thing[label])
+        info = dict(id=len(infos) + 1, category_id=label, isthing=isthing, score=score, area=taken)
+        infos.append(info)
+        ids[query] = info["id"]
+        if not isthing:
+            stuff[label] = info
+    segments = ids[tables["winner"][: size[0], : size[1]]]
+    return Segmentation("panoptic", metadata, segments=segments, segments_info=infos, image=image)
+
+
+def _instance_tables(probabilities, per_strip, canvas, topk) -> dict[str, jax.Array]:
+    """The top-k (query, class) pairs and, per query, the mask's bits and mean probability."""
+    classes = probabilities.shape[-1] - 1
+    scores, index = jax.lax.top_k(probabilities[:, :classes].reshape(-1), topk)
+
+    def head(masks, inside_image):
+        mask = (masks > 0) & inside_image
+        return dict(
+            bits=jnp.packbits(mask, axis=-1),
+            pixels=mask.sum((1, 2)),
+            total=jnp.where(mask, jax.nn.sigmoid(masks), 0.0).sum((1, 2)),
+        )
+
+    strips = per_strip(head)
+    bits = jnp.moveaxis(strips["bits"], 0, 1).reshape(-1, canvas[0], canvas[1] // 8)
+    quality = strips["total"].sum(0) / (strips["pixels"].sum(0) + 1e-6)
+    return dict(
+        scores=scores, labels=index % classes, queries=index // classes, bits=bits, quality=quality
+    )
+
+
+def _instance(tables, size, config, metadata, image) -> Segmentation:
+    labels, queries = tables["labels"].astype(np.int32), tables["queries"]
+    keep = tables["scores"] > config.instance_score_threshold
+    if config.things_only_instances:
+        keep &= np.asarray(metadata.is_thing, bool)[labels]
+    labels, queries = labels[keep], queries[keep]
+    if config.ade_instance_remap:
+        things = np.flatnonzero(metadata.is_thing)
+        labels = np.searchsorted(things, labels).astype(np.int32)
+        metadata = things_metadata(metadata)
+    bits = tables["bits"][queries, : size[0]]
+    masks = np.unpackbits(bits, axis=-1, count=int(size[1])).view(bool)
+    scores = (tables["scores"][keep] * tables["quality"][queries]).astype(np.float32)
+    return Segmentation(
+        "instance", metadata, masks=masks, scores=scores, labels=labels, image=image
+    )
+
+
+def things_metadata(metadata: Metadata) -> Metadata:
+    """`metadata` with the things only, in order."""
+
+    def pick(values):
+        return tuple(v for v, thing in zip(values, metadata.is_thing, strict=True) if thing)
+
+    return dataclasses.replace(
+        metadata,
+        class_names=pick(metadata.class_names),
+        is_thing=pick(metadata.is_thing),
+        colors=pick(metadata.colors),
+        category_ids=pick(metadata.category_ids),
+    )
+
+
+def _semantic_tables(probabilities, per_strip, canvas) -> dict[str, jax.Array]:
+    """class_map int16 [Hc, Wc]."""
+
+    def head(masks, inside_image):
+        del inside_image  # the host cuts the canvas
+        sums = jnp.einsum(
+            "qc,qsw->csw", probabilities[:, :-1], jax.nn.sigmoid(masks), precision="highest"
+        )
+        return sums.argmax(0).astype(jnp.int16)
+
+    return dict(class_map=per_strip(head).reshape(canvas))
+
+
+def _semantic(tables, size, config, metadata, image) -> Segmentation:
+    del config
+    class_map = tables["class_map"][: size[0], : size[1]].astype(np.int32)
+    return Segmentation("semantic", metadata, class_map=class_map, image=image)

@@ -1,0 +1,289 @@
+"""Small layers that several parts of the model share.
+
+Random layers take an explicit `key`; None means deterministic. No layer stores random state, so a
+module is a pure function of its parameters and a key. Initialisers follow the official model, whose
+linear layers keep PyTorch's defaults unless a block says otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Key = jax.Array | None
+
+# Keys beyond this number are attended in chunks, so that no [B, heads, Q, S] array is formed.
+ATTENTION_CHUNK = 4096
+
+xavier_init: Callable = nnx.initializers.xavier_uniform()
+# Xavier on PyTorch's packed [3D, D] projection, seen from one of its three parts.
+packed_xavier_init: Callable = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+# detectron2's c2_xavier_fill: uniform in ±sqrt(3 / fan in).
+c2_xavier_init: Callable = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
+
+
+def split_key(key: Key, n: int) -> Sequence[Key]:
+    """`n` independent keys, or `n` Nones where `key` is None."""
+    return [None] * n if key is None else jax.random.split(key, n)
+
+
+def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
+    """Zeroes each element with probability `rate` and rescales the rest; identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def drop_path(x: jax.Array, rate: float, key: Key) -> jax.Array:
+    """Stochastic depth (arXiv 1603.09382): zeroes whole samples of the leading axis."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def torch_linear_init(key, shape, dtype=jnp.float32):
+    """Uniform in ±1/sqrt(fan in): PyTorch's default for Linear and Conv weights."""
+    bound = float(np.prod(shape[:-1])) ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def linear(
+    inputs: int,
+    outputs: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype=jnp.float32,
+    kernel_init: Callable = torch_linear_init,
+    bias_init: Callable | None = None,
+) -> nnx.Linear:
+    """A Linear with PyTorch's default initialisation of kernel and bias."""
+
+    def torch_bias_init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
+
+    return nnx.Linear(
+        inputs,
+        outputs,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        bias_init=bias_init or torch_bias_init,
+        rngs=rngs,
+    )
+
+
+def layer_norm(width: int, *, rngs: nnx.Rngs, dtype=jnp.float32) -> nnx.LayerNorm:
+    """LayerNorm as PyTorch's: eps 1e-5, two-pass variance in float32."""
+    return nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+class MLP(nnx.Module):
+    """Linear layers with ReLU between them (the task, mask and text-projection heads)."""
+
+    def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs, dtype=jnp.float32):
+        """`widths` lists the input, the hidden and the output widths."""
+        self.layers = nnx.List(
+            linear(i, o, dtype=dtype, rngs=rngs) for i, o in itertools.pairwise(widths)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., widths[0]] -> [..., widths[-1]]."""
+        for i, layer in enumerate(self.layers):
+            x = layer(jax.nn.relu(x) if i else x)
+        return x
+
+
+class MultiHeadAttention(nnx.Module):
+    """Multi-head attention with separate query, key and value inputs, as PyTorch's module."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        dropout_rate: float = 0.0,
+        kernel_init: Callable = packed_xavier_init,
+        out_init: Callable = xavier_init,
+    ):
+        if width % num_heads:
+            raise ValueError(f"attention width {width} is not divisible by {num_heads} heads")
+        self.num_heads = num_heads
+        self.dropout_rate = dropout_rate
+        zeros = nnx.initializers.zeros_init()
+
+        def projection(init):
+            return linear(width, width, dtype=dtype, kernel_init=init, bias_init=zeros, rngs=rngs)
+
+        self.q_proj = projection(kernel_init)
+        self.k_proj = projection(kernel_init)
+        self.v_proj = projection(kernel_init)
+        self.out_proj = projection(out_init)
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        dropout_key: Key = None,
+    ) -> jax.Array:
+        """Attends from [B, Q, D] to keys and values [B, S, D]; returns [B, Q, D].
+
+        Args:
+          query: [B, Q, D].
+          key: [B, S, D], or [1, S, D] for all samples alike.
+          value: [B, S, D], or [1, S, D].
+          mask: bool [B, Q, S], True where the query may attend; None attends everywhere. Every row
+            needs at least one True.
+          dropout_key: key of the dropout on the attention weights; None is deterministic.
+        """
+
+        def heads(x):
+            return x.reshape(*x.shape[:-1], self.num_heads, -1)
+
+        batch = query.shape[0]
+        q, k, v = (
+            heads(self.q_proj(query)),
+            heads(self.k_proj(key)),
+            heads(self.v_proj(value)),
+        )
+        k, v = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (k, v))
+        out = attention(q, k, v, mask=mask, dropout_rate=self.dropout_rate, key=dropout_key)
+        return self.out_proj(out.reshape(query.shape))
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    key: Key = None,
+    chunk: int = ATTENTION_CHUNK,
+) -> jax.Array:
+    """Scaled dot-product attention with a float32 softmax.
+
+    Above `chunk` keys, the keys are visited chunk by chunk with a running maximum and sum (the
+    online softmax of FlashAttention, arXiv 2205.14135) and recomputed in the backward pass: memory
+    is that of one chunk.
+
+    Args:
+      q: [B, Q, heads, d].
+      k: [B, S, heads, d].
+      v: [B, S, heads, d].
+      mask: bool [B, Q, S], True where attended; None attends everywhere.
+      dropout_rate: share of attention weights zeroed when `key` is given.
+      key: PRNG key or None.
+      chunk: number of keys of a chunk.
+
+    Returns:
+      [B, Q, heads, d] in the dtype of `v`.
+    """
+    blocked = jnp.finfo(jnp.float32).min / 2  # finite: a chunk may be blocked as a whole
+    q = q * (q.shape[-1] ** -0.5)
+
+    def scores(k_part, mask_part):
+        s = jnp.einsum("bqhd,bshd->bhqs", q, k_part, preferred_element_type=jnp.float32)
+        return s if mask_part is None else jnp.where(mask_part[:, None], s, blocked)
+
+    def weigh(weights, v_part):
+        return jnp.einsum(
+            "bhqs,bshd->bqhd",
+            weights.astype(v.dtype),
+            v_part,
+            preferred_element_type=jnp.float32,
+        )
+
+    batch, num_keys = k.shape[:2]
+    if num_keys <= chunk:
+        weights = dropout(jax.nn.softmax(scores(k, mask), axis=-1), dropout_rate, key)
+        return weigh(weights, v).astype(v.dtype)
+
+    chunks = -(-num_keys // chunk)
+    padding = chunks * chunk - num_keys
+    if mask is None:
+        mask = jnp.ones((batch, 1, num_keys), bool)
+
+    def split(x, axis):  # -> [chunks, ...] with `chunk` keys on the old axis
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, padding)
+        x = jnp.pad(x, widths)  # padded keys are blocked: the mask is padded with False
+        x = x.reshape(*x.shape[:axis], chunks, chunk, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    @jax.checkpoint
+    def step(carry, part):
+        top, total, out = carry
+        index, k_part, v_part, mask_part = part
+        s = scores(k_part, mask_part)
+        new_top = jnp.maximum(top, s.max(-1))
+        shrink = jnp.exp(top - new_top)
+        weights = jnp.exp(s - new_top[..., None])
+        total = total * shrink + weights.sum(-1)
+        part_key = None if key is None else jax.random.fold_in(key, index)
+        # Dropout acts on the normalised weights: the running sum keeps all of them.
+        update = weigh(dropout(weights, dropout_rate, part_key), v_part)
+        out = out * jnp.moveaxis(shrink, 1, 2)[..., None] + update
+        return (new_top, total, out), None
+
+    rows = (batch, q.shape[2], q.shape[1])
+    carry = (
+        jnp.full(rows, blocked, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+    )
+    parts = (jnp.arange(chunks), split(k, 1), split(v, 1), split(mask, 2))
+    (_, total, out), _ = jax.lax.scan(step, carry, parts)
+    return (out / jnp.moveaxis(total, 1, 2)[..., None]).astype(v.dtype)
+
+
+def sine_positions(height: int, width: int, dim: int) -> jax.Array:
+    """Sine position embedding of a map, float32 [height, width, dim] (arXiv 2005.12872).
+
+    Normalised to 2π, temperature 10000; the first half of the channels encodes the row, the second
+    the column; even channels are sines, odd ones cosines.
+    """
+    features = dim // 2
+    frequency = 10000.0 ** (2 * (np.arange(features) // 2) / features)
+
+    def axis(size):
+        position = jnp.arange(1, size + 1, dtype=jnp.float32) / (size + 1e-6) * (2 * np.pi)
+        angle = position[:, None] / jnp.asarray(frequency, jnp.float32)
+        return jnp.where(np.arange(features) % 2 == 0, jnp.sin(angle), jnp.cos(angle))
+
+    rows = jnp.broadcast_to(axis(height)[:, None], (height, width, features))
+    columns = jnp.broadcast_to(axis(width)[None], (height, width, features))
+    return jnp.concatenate([rows, columns], -1)
+
+
+def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Bilinear resize of [B, H, W, C] to `size`: half-pixel centres, no antialiasing.
+
+    Shrinking by an even factor reads the two central rows and columns of each cell only, which is
+    what the general formula reduces to.
+    """
+    for axis, new in ((1, size[0]), (2, size[1])):
+        old = x.shape[axis]
+        factor, rest = divmod(old, new)
+        if old == new:
+            continue
+        if rest == 0 and factor % 2 == 0:
+            first, second = (
+                jax.lax.slice_in_dim(x, start, None, factor, axis)
+                for start in (factor // 2 - 1, factor // 2)
+            )
+            x = (first + second) * jnp.asarray(0.5, x.dtype)
+        else:
+            shape = (*x.shape[:axis], new, *x.shape[axis + 1 :])
+            x = jax.image.resize(x, shape, "bilinear", antialias=False).astype(x.dtype)
+    return x

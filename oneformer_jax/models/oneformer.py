@@ -1,0 +1,210 @@
+"""OneFormer on one screen: backbone, pixel decoder, task token, decoder, text branch.
+
+Source: "OneFormer: One Transformer to Rule Universal Image Segmentation", arXiv 2211.06220, and the
+official PyTorch code. Attribute paths follow the official parameter names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from oneformer_jax.models import backbones
+from oneformer_jax.models.decoder import TransformerDecoder
+from oneformer_jax.models.layers import MLP, Key, split_key
+from oneformer_jax.models.pixel_decoder import PixelDecoder
+from oneformer_jax.models.text import CONTEXT_LENGTH, TextEncoder
+from oneformer_jax.types import Predictions
+
+# RGB statistics of ImageNet on 0..255 values.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+NUM_CLASSES = {"ade20k": 150, "coco": 133, "cityscapes": 19, "mapillary": 65}
+
+
+@dataclasses.dataclass(frozen=True)
+class OneFormerConfig:
+    """Architecture of a OneFormer; the defaults are those of every published model.
+
+    Attributes:
+      num_classes: K, without "no object".
+      backbone: config of a backbone, see `oneformer_jax.models.backbones`.
+      num_queries: Q; the task token is the last of them.
+      num_context: learned context embeddings that fill the text list up to Q.
+      hidden_dim: D; a multiple of 32 (GroupNorm) and of `num_heads`.
+      dtype: compute dtype of the matrix products, "float32" or "bfloat16"; parameters, softmax,
+        norm statistics, coordinates and the task token are float32 always.
+      remat: recompute blocks in the backward pass instead of keeping their activations.
+    """
+
+    num_classes: int
+    backbone: Any
+    num_queries: int = 150
+    num_context: int = 16
+    hidden_dim: int = 256
+    mask_dim: int = 256
+    num_heads: int = 8
+    encoder_layers: int = 6
+    encoder_ffn: int = 1024
+    encoder_points: int = 4
+    encoder_dropout: float = 0.1
+    query_init_layers: int = 2
+    query_init_ffn: int = 2048
+    query_init_dropout: float = 0.1
+    decoder_layers: int = 9
+    decoder_ffn: int = 2048
+    text_width: int = 256
+    text_layers: int = 6
+    text_heads: int = 4
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        def need(ok, key, rule):
+            if not ok:
+                raise ValueError(f"model.{key} is {getattr(self, key)!r}: it must {rule}")
+
+        need(self.num_classes > 0, "num_classes", "be positive")
+        need(
+            self.hidden_dim % 32 == 0, "hidden_dim", "be a multiple of 32 (GroupNorm has 32 groups)"
+        )
+        need(
+            self.hidden_dim % self.num_heads == 0, "hidden_dim", f"divide by {self.num_heads} heads"
+        )
+        need(
+            0 < self.num_context < self.num_queries, "num_context", "lie between 0 and num_queries"
+        )
+        need(self.dtype in ("float32", "bfloat16"), "dtype", "be float32 or bfloat16")
+
+    @property
+    def num_texts(self) -> int:
+        """Length of an image's text list."""
+        return self.num_queries - self.num_context
+
+    @classmethod
+    def published(cls, backbone: str, dataset: str, **overrides) -> OneFormerConfig:
+        """The published model of a backbone ("swin_large") on a dataset ("coco")."""
+        if dataset not in NUM_CLASSES:
+            raise ValueError(f"unknown dataset {dataset!r}; use one of {', '.join(NUM_CLASSES)}")
+        large = backbone not in ("resnet50", "resnet101", "swin_tiny") and dataset != "coco"
+        frozen = dataset in ("ade20k", "coco")  # the others train the ResNet's norms (SyncBN)
+        options = {"norm": "frozen" if frozen else "batch"} if "resnet" in backbone else {}
+        fields = {
+            "num_classes": NUM_CLASSES[dataset],
+            "backbone": backbones.backbone_config(backbone, **options),
+            "num_queries": 250 if large else 150,
+        }
+        return cls(**(fields | overrides))
+
+    @classmethod
+    def resnet50(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
+        return cls.published("resnet50", dataset, **overrides)
+
+    @classmethod
+    def resnet101(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
+        return cls.published("resnet101", dataset, **overrides)
+
+    @classmethod
+    def swin_tiny(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
+        return cls.published("swin_tiny", dataset, **overrides)
+
+    @classmethod
+    def swin_large(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
+        return cls.published("swin_large", dataset, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` is the inverse."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return fields | {"backbone": backbones.to_dict(self.backbone)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> OneFormerConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"unknown model fields {unknown}; known are {sorted(known)}")
+        return cls(**(fields | {"backbone": backbones.from_dict(fields["backbone"])}))
+
+
+class OneFormer(nnx.Module):
+    """The whole model. The text branch exists only with `training`."""
+
+    def __init__(self, config: OneFormerConfig, *, rngs: nnx.Rngs, training: bool):
+        dtype = jnp.dtype(config.dtype)
+        self.backbone = backbones.build_backbone(
+            config.backbone, rngs=rngs, dtype=dtype, remat=config.remat
+        )
+        self.pixel_decoder = PixelDecoder(config, config.backbone.channels, rngs=rngs, dtype=dtype)
+        self.predictor = TransformerDecoder(config, rngs=rngs, dtype=dtype)
+        # float32 always: its inputs are raw token ids, which bfloat16 would round.
+        self.task_mlp = MLP([CONTEXT_LENGTH, config.hidden_dim, config.hidden_dim], rngs=rngs)
+        if training:
+            self.text_encoder = TextEncoder(
+                config.text_width, config.text_layers, config.text_heads, rngs=rngs, dtype=dtype
+            )
+            self.text_projector = MLP(
+                [config.text_width, config.hidden_dim, config.hidden_dim], rngs=rngs
+            )
+            self.prompt_ctx = nnx.Embed(
+                config.num_context,
+                config.hidden_dim,
+                embedding_init=nnx.initializers.normal(1.0),
+                rngs=rngs,
+            )
+            self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07)))
+
+    def __call__(
+        self,
+        image: jax.Array,
+        task_tokens: jax.Array,
+        *,
+        text_tokens: jax.Array | None = None,
+        text_ids: jax.Array | None = None,
+        key: Key = None,
+        train: bool = False,
+    ) -> Predictions:
+        """Predicts masks and classes for every query.
+
+        Args:
+          image: float32 [B, H, W, 3], normalised (`normalize_images`); H and W multiples of 32.
+          task_tokens: int32 [B, 77], rows of `types.TASK_TOKENS`.
+          text_tokens: int32 [K+3, T], the dataset's distinct texts; with `text_ids` it yields
+            `text_queries`.
+          text_ids: int32 [B, num_texts], rows of `text_tokens`.
+          key: PRNG key of dropout and drop path; None is deterministic.
+          train: whether batch norm (if the backbone has it) uses and updates batch statistics.
+        """
+        backbone_key, encoder_key, query_key = split_key(key, 3)
+        features = self.backbone(image, key=backbone_key, train=train)
+        mask_features, maps = self.pixel_decoder(features, encoder_key)
+        task = self.task_mlp(task_tokens.astype(jnp.float32))
+        class_logits, mask_embed, queries = self.predictor(mask_features, maps, task, query_key)
+        text_queries = scale = None
+        if text_ids is not None:
+            text_queries = self.encode_texts(text_tokens, text_ids)
+            scale = self.logit_scale[...]
+        return Predictions(class_logits, mask_embed, mask_features, queries, text_queries, scale)
+
+    def encode_texts(self, text_tokens: jax.Array, text_ids: jax.Array) -> jax.Array:
+        """Text queries float32 [B, Q, D]: the encoded text lists, then the context embeddings.
+
+        Each of the K+3 distinct texts is encoded once and gathered per image. The context
+        embeddings are not projected.
+        """
+        table = self.text_projector(self.text_encoder(text_tokens))
+        context = self.prompt_ctx.embedding[...]
+        context = jnp.broadcast_to(context, (len(text_ids), *context.shape))
+        return jnp.concatenate([table[text_ids], context], axis=1)
+
+
+def normalize_images(image: jax.Array, image_size: jax.Array) -> jax.Array:
+    """uint8 RGB [B, H, W, 3] to normalised float32, zero outside `image_size` [B, 2] (h, w)."""
+    _, height, width, _ = image.shape
+    mean, std = jnp.asarray(PIXEL_MEAN), jnp.asarray(PIXEL_STD)
+    rows = jnp.arange(height)[None, :, None] < image_size[:, 0, None, None]
+    columns = jnp.arange(width)[None, None, :] < image_size[:, 1, None, None]
+    return jnp.where((rows & columns)[..., None], (image - mean) / std, 0.0)

@@ -1,0 +1,264 @@
+"""AdamW with the parameter groups and the schedules of the official recipe.
+
+The official trainer builds one torch parameter group per parameter; `PARAMETER_RULES` says the
+same by name. Three habits of that trainer are deliberately not here: its gradient clipping, which
+never acted (see `OptimConfig.clip_norm`), its replacement of non-finite gradients (NaN by 0,
+infinities by +-1e5; our loop stops and names the term instead), and its loss scaling (bfloat16
+needs none).
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("poly", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Settings of the optimizer; the defaults are the official recipe of ADE20K.
+
+    Attributes:
+      steps: optimizer steps of the whole run; the poly schedule ends there at zero.
+      lr: base learning rate.
+      backbone_multiplier: factor on the learning rate of every parameter of the backbone.
+      weight_decay: decoupled decay as in torch: a step takes off lr * weight_decay * parameter, with
+        the current learning rate, backbone factor included. `PARAMETER_RULES` exempts some.
+      b1, b2, eps: Adam's moments and denominator.
+      schedule: "poly": lr * (1 - step / steps) ** power. "step": lr * decay_factor for each
+        boundary reached; without boundaries the rate is constant.
+      power: exponent of "poly".
+      boundaries: of "step", ascending; a number below 1 is a fraction of `steps`, others are steps.
+      decay_factor: of "step".
+      warmup_steps: steps over which a linear factor rises from `warmup_factor` to 1, on top of the
+        schedule. The official configs ask for 10 steps at factor 1.0 or none: no effect either way.
+      warmup_factor: where the warm-up starts.
+      clip_norm: largest global norm of the gradients; 0 turns clipping off. The official configs say
+        0.01, but their trainer uses up the parameter iterator before it clips, so that value never
+        acted: a run that really clips at 0.01 follows another recipe.
+    """
+
+    steps: int
+    lr: float = 1e-4
+    backbone_multiplier: float = 0.1
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    schedule: str = "poly"
+    power: float = 0.9
+    boundaries: tuple[float, ...] = ()
+    decay_factor: float = 0.1
+    warmup_steps: int = 0
+    warmup_factor: float = 1.0
+    clip_norm: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "boundaries", tuple(self.boundaries))
+
+        def require(good: bool, field: str, rule: str):
+            if not good:
+                raise ValueError(f"optim.{field} is {getattr(self, field)!r}; it must be {rule}")
+
+        require(self.steps > 0, "steps", "at least 1")
+        require(self.lr > 0, "lr", "positive")
+        require(self.backbone_multiplier >= 0, "backbone_multiplier", "0 or more")
+        require(self.weight_decay >= 0, "weight_decay", "0 or more")
+        require(0 <= self.b1 < 1, "b1", "in [0, 1)")
+        require(0 <= self.b2 < 1, "b2", "in [0, 1)")
+        require(self.eps > 0, "eps", "positive")
+        require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
+        require(self.power >= 0, "power", "0 or more")
+        require(self.decay_factor > 0, "decay_factor", "positive")
+        require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        require(0 <= self.warmup_factor <= 1, "warmup_factor", "in [0, 1]")
+        require(self.clip_norm >= 0, "clip_norm", "0 (off) or a positive norm")
+        require(
+            all(b > 0 for b in self.boundaries)
+            and list(self.boundary_steps) == sorted(set(self.boundary_steps))
+            and all(b < self.steps for b in self.boundary_steps),
+            "boundaries",
+            f"positive, ascending and below optim.steps = {self.steps}",
+        )
+
+    @property
+    def boundary_steps(self) -> tuple[int, ...]:
+        """The boundaries as steps."""
+        return tuple(round(b * self.steps) if b < 1 else round(b) for b in self.boundaries)
+
+
+def make_schedule(config: OptimConfig) -> optax.Schedule:
+    """Base learning rate (float32 scalar) as a function of the steps already done.
+
+    The backbone's rate is this times `config.backbone_multiplier`. Values equal Detectron2's
+    WarmupPolyLR and WarmupMultiStepLR with linear warm-up; past the last step "poly" stays at zero.
+    """
+
+    def schedule(count):
+        done = jnp.asarray(count, jnp.float32)
+        if config.schedule == "poly":
+            factor = jnp.maximum(1.0 - done / config.steps, 0.0) ** config.power
+        else:
+            reached = jnp.sum(done >= jnp.asarray(config.boundary_steps, jnp.float32))
+            factor = jnp.float32(config.decay_factor) ** reached
+        if config.warmup_steps:
+            alpha = jnp.minimum(done / config.warmup_steps, 1.0)
+            factor = factor * (config.warmup_factor * (1.0 - alpha) + alpha)
+        return config.lr * factor
+
+    return schedule
+
+
+def learning_rates(config: OptimConfig, step: int) -> dict[str, float]:
+    """Learning rates that update number `step` (from 0) uses, on the host, for the log."""
+    if config.schedule == "poly":
+        factor = max(1.0 - step / config.steps, 0.0) ** config.power
+    else:
+        factor = config.decay_factor ** bisect.bisect_right(config.boundary_steps, step)
+    if config.warmup_steps:
+        alpha = min(step / config.warmup_steps, 1.0)
+        factor *= config.warmup_factor * (1.0 - alpha) + alpha
+    rate = config.lr * factor
+    return {"lr": rate, "lr_backbone": rate * config.backbone_multiplier}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterRule:
+    """Whether the parameters whose name matches `pattern` (re.search) are decayed.
+
+    Attributes:
+      pattern: regular expression on names like "backbone/layers/0/blocks/1/norm1/scale".
+      decay: whether weight decay applies.
+      why: what the official optimizer sees there.
+      only_if: the rule holds only for a model of which some parameter's name matches this.
+    """
+
+    pattern: str
+    decay: bool
+    why: str
+    only_if: str | None = None
+
+
+# First match wins; a parameter that no rule matches is decayed, which the official optimizer does
+# with all biases, the pixel decoder's level_embed, positional_embedding, logit_scale and DiNAT's rpb.
+PARAMETER_RULES = (
+    ParameterRule(
+        r"^backbone/",
+        decay=True,
+        why="ConvNeXt brings its own LayerNorm class, which the list of torch norms does not hold",
+        only_if=r"^backbone/downsample_layers/",
+    ),
+    ParameterRule(
+        r"(^|/)([^/]*norm[^/]*|ln_1|ln_2|ln_final)/(scale|bias)$",
+        decay=False,
+        why="torch LayerNorm, GroupNorm and BatchNorm",
+    ),
+    ParameterRule(
+        r"(^|/)(query_embed|level_embed|prompt_ctx|token_embedding)/embedding$",
+        decay=False,
+        why="torch nn.Embedding",
+    ),
+    ParameterRule(
+        r"(^|/)relative_position_bias_table$",
+        decay=False,
+        why="Swin's table, exempt by its name",
+    ),
+)
+
+# Any parameter whose official module name contains "backbone" learns at the multiplied rate.
+BACKBONE_PATTERN = r"backbone"
+
+
+def parameter_names(params: Any) -> list[str]:
+    """Names like "backbone/layers/0/norm/scale" of the leaves of `params`, in leaf order."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+
+def _decays(params: Any) -> list[bool]:
+    """Whether each leaf of `params` is decayed; ValueError for a norm that no rule knows."""
+    names = parameter_names(params)
+    rules = [
+        rule
+        for rule in PARAMETER_RULES
+        if rule.only_if is None or any(re.search(rule.only_if, name) for name in names)
+    ]
+    decays = []
+    for name in names:
+        rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
+        # Only norm layers own a "scale": a norm under a new name would silently be decayed.
+        if rule is None and name.rsplit("/", 1)[-1] == "scale":
+            raise ValueError(
+                f"parameter {name} belongs to a norm layer, but no rule of PARAMETER_RULES in "
+                "oneformer_jax/train/optim.py says whether it is decayed; add one, or call the "
+                "layer 'norm'"
+            )
+        decays.append(True if rule is None else rule.decay)
+    return decays
+
+
+def describe_groups(params: Mapping) -> dict[str, list[str]]:
+    """Names of the parameters in each group.
+
+    Args:
+      params: nested dict of arrays or of their abstract shapes.
+
+    Returns:
+      {"main/decay", "main/no_decay", "backbone/decay", "backbone/no_decay"} -> names.
+    """
+    groups = {f"{part}/{kind}": [] for part in ("main", "backbone") for kind in _KINDS.values()}
+    for name, decay in zip(parameter_names(params), _decays(params), strict=True):
+        part = "backbone" if re.search(BACKBONE_PATTERN, name) else "main"
+        groups[f"{part}/{_KINDS[decay]}"].append(name)
+    return groups
+
+
+_KINDS = {True: "decay", False: "no_decay"}
+
+
+def _scale_each(multipliers: Any) -> optax.GradientTransformation:
+    """Multiplies every update by the float of the same place in `multipliers`."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda u, m: u if m == 1.0 else u * m, updates, multipliers), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(config: OptimConfig, abstract_params: Any) -> optax.GradientTransformation:
+    """AdamW as torch computes it, with the groups of `PARAMETER_RULES`.
+
+    The state holds the two moments as trees of the parameters' structure plus step counters, and
+    does not change its structure with any setting of `config`: a run may resume with another
+    learning rate, schedule or clipping.
+
+    Args:
+      config: settings.
+      abstract_params: nested dict with the names of the parameters (values are not read).
+    """
+    treedef = jax.tree.structure(abstract_params)
+    decay = jax.tree.unflatten(treedef, _decays(abstract_params))
+    rates = [
+        config.backbone_multiplier if re.search(BACKBONE_PATTERN, name) else 1.0
+        for name in parameter_names(abstract_params)
+    ]
+    base: Callable = make_schedule(config)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay),
+        _scale_each(jax.tree.unflatten(treedef, rates)),
+        optax.scale_by_schedule(lambda count: -base(count)),
+    )

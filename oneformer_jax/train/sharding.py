@@ -1,0 +1,196 @@
+"""Device mesh, the batch's layout on it, and the rules that shard the training state.
+
+Two mesh axes: "data" holds copies of the model, "fsdp" splits its parameters, moments and averages.
+The batch is split over both. The axes are in Auto mode: the compiler partitions the step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+BATCH_SPEC = PartitionSpec(AXES)
+
+# What a sharding rule may say besides a PartitionSpec.
+REPLICATE = PartitionSpec()
+LARGEST = "largest"  # split the largest dimension that mesh.fsdp divides
+
+# Elements from which splitting a parameter is worth its collectives: 64 Ki (256 KiB of float32).
+MIN_SHARDED_SIZE = 2**16
+
+# Regular expression on parameter names (re.search) -> PartitionSpec or LARGEST; first match wins.
+# Arrays below MIN_SHARDED_SIZE are replicated whatever the rule says.
+SHARDING_RULES: tuple[tuple[str, PartitionSpec | str], ...] = (
+    (r"relative_position_bias_table$", REPLICATE),  # gathered by a constant index in every block
+    (r".", LARGEST),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of shape [data, fsdp] over all devices.
+
+    Args:
+      data: devices along "data"; -1 takes what fsdp leaves.
+      fsdp: devices along "fsdp"; -1 takes what data leaves.
+      devices: default `jax.devices()`, those of all hosts.
+
+    Raises:
+      ValueError: the sizes do not give the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    count = len(devices)
+    for key, size in (("mesh.data", data), ("mesh.fsdp", fsdp)):
+        if size != -1 and size < 1:
+            raise ValueError(f"{key} is {size}; use a positive number or -1 (all that are left)")
+    if data == -1 and fsdp == -1:
+        raise ValueError("mesh.data and mesh.fsdp are both -1; give one of them a number")
+    if data == -1 or fsdp == -1:
+        key, given = ("mesh.fsdp", fsdp) if data == -1 else ("mesh.data", data)
+        if count % given:
+            divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            raise ValueError(
+                f"{key} {given} does not divide the {count} devices; use one of {divisors}"
+            )
+        data, fsdp = (count // given, given) if data == -1 else (given, count // given)
+    if data * fsdp != count:
+        raise ValueError(
+            f"mesh.data {data} x mesh.fsdp {fsdp} = {data * fsdp}, but there are {count} devices; "
+            "set mesh.data=-1 to use them all"
+        )
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def check_batch(batch_size: int, mesh: Mesh, key: str = "data.batch_size") -> None:
+    """ValueError that names `key` and the nearest good sizes unless the mesh divides the batch."""
+    count = mesh.size
+    if batch_size > 0 and batch_size % count == 0:
+        return
+    below = batch_size // count * count
+    sizes = f"{below} or {below + count}" if below > 0 else f"{count}"
+    raise ValueError(f"{key} {batch_size} is not divisible by {count} devices; use {sizes}")
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of every array of a batch: the first axis over all devices."""
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array of which every device holds a copy."""
+    return NamedSharding(mesh, REPLICATE)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a batch of numpy arrays [B_host, ...] on the devices as arrays [B, ...].
+
+    Each host passes its own part; with several hosts B is the sum of the parts, in the order of the
+    hosts.
+    """
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def parameter_spec(
+    name: str,
+    shape: Sequence[int],
+    mesh: Mesh,
+    *,
+    rules: Sequence[tuple[str, PartitionSpec | str]] = SHARDING_RULES,
+    min_size: int = MIN_SHARDED_SIZE,
+) -> PartitionSpec:
+    """How the rules shard a parameter; replicated if small or if no dimension divides.
+
+    Raises:
+      ValueError: no rule matches, or a rule's PartitionSpec does not fit the shape.
+    """
+    rule = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+    if rule is None:
+        raise ValueError(
+            f"no sharding rule matches parameter {name}; end the rules with ('.', ...)"
+        )
+    if int(np.prod(shape, dtype=np.int64)) < min_size:
+        return REPLICATE
+    if rule != LARGEST:
+        try:
+            NamedSharding(mesh, rule).shard_shape(tuple(shape))
+        except ValueError as error:
+            raise ValueError(
+                f"the sharding rule {rule} does not fit parameter {name} of shape "
+                f"{tuple(shape)} on mesh {dict(mesh.shape)}"
+            ) from error
+        return rule
+    ways = mesh.shape["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size % ways == 0]
+    if ways == 1 or not divisible:
+        return REPLICATE
+    # Of equal dimensions the last: it is the output dimension of every kernel.
+    axis = max(divisible, key=lambda axis: (shape[axis], axis))
+    return PartitionSpec(*("fsdp" if i == axis else None for i in range(len(shape))))
+
+
+def state_shardings(
+    abstract_state: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    rules: Sequence[tuple[str, PartitionSpec | str]] = SHARDING_RULES,
+    min_size: int = MIN_SHARDED_SIZE,
+) -> dict[str, Any]:
+    """Shardings of a training state {step, params, stats, opt[, ema]}.
+
+    Parameters and their averages ("ema") follow the rules; a leaf of "opt" whose path ends with a
+    parameter's name and has its shape (a moment) follows that parameter; all else is replicated.
+
+    Args:
+      abstract_state: what `jax.eval_shape(init, key)` gives.
+      mesh: see `make_mesh`.
+      rules, min_size: see `parameter_spec`.
+
+    Returns:
+      A tree of NamedSharding of the structure of `abstract_state`.
+    """
+    specs = {
+        _name(path): (
+            leaf.shape,
+            parameter_spec(_name(path), leaf.shape, mesh, rules=rules, min_size=min_size),
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state["params"])
+    }
+
+    def spec(path, leaf) -> PartitionSpec:
+        part, *keys = _name(path).split("/")
+        if part in ("params", "ema"):
+            starts = [0]
+        elif part == "opt":
+            starts = range(len(keys))
+        else:
+            starts = []
+        for start in starts:
+            shape, found = specs.get("/".join(keys[start:]), (None, REPLICATE))
+            if shape == leaf.shape:
+                return found
+        return REPLICATE
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), abstract_state
+    )
+
+
+def with_shardings(abstract_state: Any, shardings: Any) -> Any:
+    """One tree of ShapeDtypeStruct with shardings: for restore, compile and the memory check."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_state,
+        shardings,
+    )
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

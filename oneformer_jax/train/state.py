@@ -1,0 +1,192 @@
+"""The training state and the functions that are compiled: one training step, one prediction step.
+
+State is a plain nested dict {step, params, stats, opt[, ema]}; the module's structure is closed over
+and merged with the parameters inside the differentiated function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from oneformer_jax.models import backbones
+from oneformer_jax.models.losses import LossConfig, compute_losses
+from oneformer_jax.models.matcher import MatcherConfig
+from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
+from oneformer_jax.types import TASK_TOKENS, Predictions
+
+State = dict[str, Any]
+
+
+def model_config(config: ConfigDict, num_classes: int) -> OneFormerConfig:
+    """The architecture that `config.model` describes, for a dataset of `num_classes` classes."""
+    fields = config.model.to_dict()
+    backbone = fields.pop("backbone")
+    return OneFormerConfig(
+        num_classes=num_classes,
+        backbone=backbones.backbone_config(backbone["name"], **backbone["overrides"]),
+        **fields,
+    )
+
+
+def loss_config(config: ConfigDict) -> LossConfig:
+    """The losses that `config.loss` and `config.matcher` describe."""
+    return LossConfig(**config.loss.to_dict(), matcher=MatcherConfig(**config.matcher.to_dict()))
+
+
+def split_model(model: OneFormer) -> tuple[nnx.GraphDef, dict, dict]:
+    """A module as (structure, trained parameters, statistics), the last two as plain dicts."""
+    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+
+def model_graph(config: OneFormerConfig, *, training: bool) -> nnx.GraphDef:
+    """Structure of the model, made without computing any parameter."""
+    model = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=training))
+    return nnx.graphdef(model)
+
+
+def make_init(
+    config: OneFormerConfig, optimizer: optax.GradientTransformation, *, ema: bool
+) -> Callable[[jax.Array], State]:
+    """A function from a PRNG key to the state of step 0, to be compiled with its shardings."""
+
+    def init(key: jax.Array) -> State:
+        _, params, stats = split_model(OneFormer(config, rngs=nnx.Rngs(key), training=True))
+        state = {
+            "step": jnp.zeros((), jnp.int32),
+            "params": params,
+            "stats": stats,
+            "opt": optimizer.init(params),
+        }
+        # A copy, since the step donates both.
+        return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema else {})
+
+    return init
+
+
+def make_train_step(
+    config: OneFormerConfig,
+    losses: LossConfig,
+    optimizer: optax.GradientTransformation,
+    text_table: np.ndarray,
+    *,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Callable[[State, dict, jax.Array], tuple[State, dict]]:
+    """The training step (state, batch, key) -> (state, metrics), to be compiled with donated state.
+
+    Args:
+      config: the architecture.
+      losses: the losses.
+      optimizer: optax transformation over the parameters.
+      text_table: int32 [K+3, T], the distinct texts.
+      accumulate: micro-batches; gradients and metrics are their means. The contrastive loss
+        compares the images of a micro-batch.
+      ema_decay: decay of the averaged parameters; 0 keeps none.
+      mesh: mesh whose axes shard the batch; the matcher runs per shard.
+
+    Returns:
+      A pure function. `key` is the run's key; the step number is folded in. The batch is that of
+      `input_pipeline.loader`, without `index`. Metrics are float32 scalars: `loss`, its terms,
+      `grad_norm`, `param_norm`.
+    """
+    graphdef = model_graph(config, training=True)
+
+    def loss_fn(params, stats, batch, key):
+        model = nnx.merge(graphdef, params, stats)
+        model_key, point_key = jax.random.split(key)
+        predictions = model(
+            normalize_images(batch["image"], batch["image_size"]),
+            jnp.asarray(TASK_TOKENS)[batch["task"]],
+            text_tokens=jnp.asarray(text_table),
+            text_ids=batch["text_ids"],
+            key=model_key,
+            train=True,
+        )
+        loss, terms = compute_losses(predictions, batch, point_key, losses, mesh=mesh)
+        return loss, ({"loss": loss} | terms, split_model(model)[2])
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradients(params, stats, batch, key):
+        if accumulate == 1:
+            (_, (metrics, stats)), grads = grad_fn(params, stats, batch, key)
+            return grads, metrics, stats
+
+        def micro(stats, part):
+            (_, (metrics, stats)), grads = grad_fn(params, stats, part[0], part[1])
+            return stats, (grads, metrics)
+
+        def accumulate_one(carry, part):
+            stats, total = carry
+            stats, update = micro(stats, part)
+            return (stats, jax.tree.map(jnp.add, total, update)), None
+
+        parts = (split_batch(batch, accumulate), jax.random.split(key, accumulate))
+        stats, first = micro(stats, jax.tree.map(lambda x: x[0], parts))
+        rest = jax.tree.map(lambda x: x[1:], parts)
+        (stats, total), _ = jax.lax.scan(accumulate_one, (stats, first), rest)
+        grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+        return grads, metrics, stats
+
+    def train_step(state: State, batch: dict, key: jax.Array) -> tuple[State, dict]:
+        key = jax.random.fold_in(key, state["step"])
+        params = state["params"]
+        grads, metrics, stats = gradients(params, state["stats"], batch, key)
+        updates, opt = optimizer.update(grads, state["opt"], params)
+        new = {
+            "step": state["step"] + 1,
+            "params": optax.apply_updates(params, updates),
+            "stats": stats,
+            "opt": opt,
+        }
+        if ema_decay:
+            new["ema"] = jax.tree.map(
+                lambda old, p: old + (1 - ema_decay) * (p - old), state["ema"], new["params"]
+            )
+        metrics |= {
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+        }
+        return new, metrics
+
+    return train_step
+
+
+def split_batch(batch: dict, parts: int) -> dict:
+    """[B, ...] to [parts, B / parts, ...], taking every parts-th image: no image changes device."""
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), batch
+    )
+
+
+def make_predict_step(config: OneFormerConfig) -> Callable[..., Predictions]:
+    """The prediction step (params, stats, image, image_size, task_tokens) -> Predictions.
+
+    The text branch is left out: its parameters may be present and are not read.
+    """
+    graphdef = model_graph(config, training=False)
+
+    def predict_step(params, stats, image, image_size, task_tokens) -> Predictions:
+        model = nnx.merge(graphdef, inference_params(params), stats)
+        return model(normalize_images(image, image_size), task_tokens)
+
+    return predict_step
+
+
+# Top-level parameters that exist in training only.
+TEXT_PARAMS = ("text_encoder", "text_projector", "prompt_ctx", "logit_scale")
+
+
+def inference_params(params: dict) -> dict:
+    """`params` without the text branch."""
+    return {name: value for name, value in params.items() if name not in TEXT_PARAMS}

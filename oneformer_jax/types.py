@@ -1,0 +1,121 @@
+"""Types shared by every room of the house, and the legend of axis letters.
+
+Letters: B batch, H W image, h w = H/4 W/4, Q queries, K classes (without "no object"), M target
+slots, N predictions (decoder layers + 1), L levels, P points, D width, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+
+# A task's index in this tuple is its id in a batch.
+TASKS = ("panoptic", "instance", "semantic")
+
+
+def _task_tokens() -> np.ndarray:
+    """CLIP byte-pair ids of "The task is {task}", zero padded to the context length of 77."""
+    start = (49406, 518, 10549, 533)
+    end = 49407
+    words = {"panoptic": (1072, 24755), "instance": (34572,), "semantic": (29119, 1550)}
+    table = np.zeros((len(TASKS), 77), np.int32)
+    for row, task in zip(table, TASKS, strict=True):
+        ids = (*start, *words[task], end)
+        row[: len(ids)] = ids
+    return table
+
+
+# int32 [3, 77]; the model's task token is an MLP of these raw ids.
+TASK_TOKENS = _task_tokens()
+
+
+def task_id(task: str) -> int:
+    """Index of `task` in `TASKS`; ValueError that lists the tasks for an unknown name."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; use one of {', '.join(TASKS)}")
+    return TASKS.index(task)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What the model computes for a batch; all arrays are float32 except `mask_features`.
+
+    The mask logits of prediction n are einsum("bqd,bhwd->bqhw", mask_embed[n], mask_features).
+    Training never forms them; see `mask_logits`.
+
+    Attributes:
+      class_logits: [N, B, Q, K+1]; the last of N is the final one, the last class "no object".
+      mask_embed: [N, B, Q, D].
+      mask_features: [B, h, w, D] at stride 4.
+      queries: [B, Q, D], the queries that enter the decoder; the contrastive loss compares them.
+      text_queries: [B, Q, D] of the text branch, or None outside training.
+      logit_scale: scalar, logarithm of the contrastive scale, or None outside training.
+    """
+
+    class_logits: jax.Array
+    mask_embed: jax.Array
+    mask_features: jax.Array
+    queries: jax.Array
+    text_queries: jax.Array | None = None
+    logit_scale: jax.Array | None = None
+
+    def mask_logits(self, n: int = -1) -> jax.Array:
+        """Mask logits of prediction `n`, float32 [B, Q, h, w] (inference only: this is large)."""
+        return jax.numpy.einsum(
+            "bqd,bhwd->bqhw",
+            self.mask_embed[n],
+            self.mask_features,
+            preferred_element_type=jax.numpy.float32,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """The classes of a dataset, in the order of the model's class ids.
+
+    Attributes:
+      dataset: name of the dataset.
+      class_names: K names.
+      is_thing: K flags; False is stuff.
+      colors: K RGB triples in 0..255.
+      category_ids: K ids as the dataset's own annotation files number them.
+      ignore_label: value of void pixels in semantic maps.
+    """
+
+    dataset: str
+    class_names: tuple[str, ...]
+    is_thing: tuple[bool, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    category_ids: tuple[int, ...]
+    ignore_label: int = 255
+
+    def __post_init__(self):
+        for field in ("is_thing", "colors", "category_ids"):
+            found = len(getattr(self, field))
+            if found != self.num_classes:
+                raise ValueError(
+                    f"metadata of {self.dataset}: {self.num_classes} class names, {found} {field}"
+                )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Metadata:
+        fields = json.loads(text)
+        return cls(
+            dataset=fields["dataset"],
+            class_names=tuple(fields["class_names"]),
+            is_thing=tuple(bool(x) for x in fields["is_thing"]),
+            colors=tuple(tuple(c) for c in fields["colors"]),
+            category_ids=tuple(fields["category_ids"]),
+            ignore_label=fields["ignore_label"],
+        )

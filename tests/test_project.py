@@ -1,0 +1,125 @@
+"""The repository itself: its top level, its requirements, the size of its files."""
+
+import ast
+import fnmatch
+import pathlib
+import re
+import sys
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TOP_LEVEL = set(
+    "oneformer_jax configs input_pipeline kernels tests docs main.py requirements.txt README.md"
+    " Makefile pyproject.toml LICENSE .ci .gitignore".split()
+)
+CODE = ("oneformer_jax", "configs", "input_pipeline", "kernels", "main.py")
+MAX_LINES = 520
+
+# Package index name -> the module it installs, where they differ.
+MODULE_OF = {
+    "absl-py": "absl",
+    "array-record": "array_record",
+    "importlib-resources": "importlib_resources",
+    "instant-clip-tokenizer": "instant_clip_tokenizer",
+    "ml-collections": "ml_collections",
+    "opencv-python-headless": "cv2",
+    "orbax-checkpoint": "orbax",
+    "pillow": "PIL",
+    "tensorflow-datasets": "tensorflow_datasets",
+}
+# Declared although nothing here imports it: TFDS needs it to find the builders of a package.
+FOR_OTHERS = {"importlib_resources", "array_record"}
+
+
+def requirement_lines() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def parse(requirement: str) -> tuple[str, dict[str, str]]:
+    """('name', {'>=': version, '<': version}) of one requirement."""
+    match = re.fullmatch(r"([A-Za-z0-9._-]+)((?:[<>=!~]+[\w.]+,?)*)", requirement)
+    assert match, f"cannot read {requirement!r}"
+    bounds = dict(re.findall(r"([<>=!~]+)([\w.]+)", match[2]))
+    return re.sub(r"[-_.]+", "-", match[1]).lower(), bounds
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def declared_modules() -> set[str]:
+    names = [parse(line)[0] for line in requirement_lines()]
+    return {MODULE_OF.get(name, name) for name in names}
+
+
+def python_files(*entries: str) -> list[pathlib.Path]:
+    paths = [ROOT / entry for entry in entries]
+    return [file for p in paths for file in (sorted(p.rglob("*.py")) if p.is_dir() else [p])]
+
+
+def imported_packages() -> dict[str, str]:
+    """Package from elsewhere -> a file that imports it."""
+    own = {entry.removesuffix(".py") for entry in CODE}
+    found = {}
+    for path in python_files(*CODE):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for name in names:
+                top = name.split(".")[0]
+                if top not in own and top not in sys.stdlib_module_names:
+                    found.setdefault(top, str(path.relative_to(ROOT)))
+    return found
+
+
+def test_top_level_is_fixed():
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text("utf-8").split()]
+    present = {
+        entry.name
+        for entry in ROOT.iterdir()
+        if entry.name != ".git" and not any(fnmatch.fnmatch(entry.name, i) for i in ignored)
+    }
+    assert present == TOP_LEVEL
+
+
+@pytest.mark.parametrize("requirement", requirement_lines())
+def test_requirement_has_both_bounds(requirement):
+    _, bounds = parse(requirement)
+    assert set(bounds) == {">=", "<"}
+    assert version(bounds[">="]) < version(bounds["<"])
+
+
+def test_development_tools_have_both_bounds():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
+    assert all(set(parse(tool)[1]) == {">=", "<"} for tool in groups["dev"])
+
+
+def test_every_imported_package_is_declared():
+    found = imported_packages()
+    missing = {name: where for name, where in found.items() if name not in declared_modules()}
+    assert not missing, f"imported but not in requirements.txt: {missing}"
+
+
+def test_every_declared_package_is_used():
+    assert declared_modules() - set(imported_packages()) - FOR_OTHERS == set()
+
+
+def test_no_file_outgrows_the_house():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines())
+        for path in python_files(*CODE, "tests")
+    }
+    assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_the_supported_python_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert project["project"]["requires-python"] == ">=3.11"
+    assert project["tool"]["ruff"]["target-version"] == "py311"
+    assert "(3, 11)" in (ROOT / "Makefile").read_text("utf-8")
