@@ -1,9 +1,9 @@
 # Two commands, each with its own set-up:  make train  ·  make test
 # Needs python3 >= 3.11 with its venv module, and the package index that pip is set up for.
-# Another interpreter:  make test PYTHON=python3.12 VENV=.venv312
+# Another interpreter:  make test PYTHON=python3.12  (in an environment of its own)
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 CONFIG ?= configs/synthetic.py
 WORKDIR ?= runs/synthetic
 ARGS ?=
@@ -23,18 +23,15 @@ help:
 	@echo "make setup     only the virtual environment ($(VENV)); the targets above do it themselves"
 	@echo "make clean     removes $(VENV) and caches; runs/ and data/ stay"
 	@echo
-	@echo "Options: PYTHON=python3.12 VENV=.venv312 JOBS=4 CONFIG=... WORKDIR=... ARGS='--config.train.steps=100'"
+	@echo "Options: PYTHON=python3.12 VENV=.venv JOBS=2 CONFIG=... WORKDIR=... ARGS='--config.train.steps=100'"
 
 setup: $(READY)
 
 # uv installs in seconds what takes pip minutes. Where uv cannot be had or cannot reach the index
 # (it does not read pip's configuration), pip does the same.
 $(READY): requirements.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { \
-	  echo "error: $(PYTHON) not found: install Python 3.11 or newer, or name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: $$($(PYTHON) --version) is too old: OneFormer-JAX needs Python 3.11 or newer;" \
-	    "name one with PYTHON=..." >&2; exit 1; }
+	  echo "error: '$(PYTHON)' is not a Python of 3.11 or newer: name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "error: '$(PYTHON) -m venv' failed: install its venv module (Debian: apt install python3-venv)" >&2; exit 1; }
 	@echo "Setting up $(VENV) ..."

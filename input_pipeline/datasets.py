@@ -101,7 +101,7 @@ def palette(count: int) -> tuple[tuple[int, int, int], ...]:
     distance) from all that were taken; the grid leaves out near-black, near-white and grey.
 
     Raises:
-      ValueError: more colours than the grid holds (some 2000).
+      ValueError: more colours than the grid holds (about 3400).
     """
     rgb, lab = _palette_candidates()
     if count > len(rgb):

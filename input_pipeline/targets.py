@@ -1,7 +1,8 @@
 """Training targets of one image: which task it trains, its segments under that task, its texts.
 
-As the official mappers derive them (paper: arXiv 2211.06220, section 3), with the ground truth kept as one
-map of slots instead of a stack of masks: under every task the targets of an image never overlap.
+As the official mappers derive them (paper: arXiv 2211.06220, section 3), with the ground truth kept
+as one map of slots instead of a stack of masks: under every task the targets of an image never
+overlap.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def make_targets(
 
     Crowd segments, segments without a pixel left and ids that `segments` lacks are background.
     Semantic: one slot per class (things included) in order of first appearance; instance: one per
-    thing segment; panoptic: one per segment. If there are more than `num_slots`, the largest are kept.
+    thing segment; panoptic: one per segment. Of more than `num_slots`, the largest are kept.
 
     Args:
       panoptic: int32 [H, W] segment ids, 0 = void.

@@ -1,8 +1,8 @@
 """CLIP byte-pair token ids of the text list and of the task strings, on the host.
 
-The vocabulary and merges come from `instant-clip-tokenizer`. CLIP's own tokenizer also repairs broken
-Unicode (ftfy) and unescapes HTML; class names need neither, and a text that might is an error
-here instead of different ids.
+The vocabulary and merges come from `instant-clip-tokenizer`. CLIP's own tokenizer also repairs
+broken Unicode (ftfy) and unescapes HTML; class names need neither, and a text that might is an
+error here instead of different ids.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def _clean(text: str) -> str:
     cleaned = " ".join(text.split()).lower()
     if not (cleaned.isascii() and cleaned.isprintable()) or html.unescape(cleaned) != cleaned:
         raise ValueError(
-            f"cannot tokenize {text!r}: only plain ASCII without HTML entities is supported, because "
-            "CLIP would rewrite anything else first; rename the class in the dataset's category list"
+            f"cannot tokenize {text!r}: only plain ASCII without HTML entities is supported, as "
+            "CLIP would rewrite anything else; rename the class in the dataset's category list"
         )
     return cleaned
 
@@ -64,9 +64,9 @@ def text_table(class_names: Sequence[str]) -> np.ndarray:
       class_names: K names in order of contiguous class id, verbatim from the dataset.
 
     Returns:
-      int32 [K + 3, T]: row k is "a photo with a {class k}"; row K + t is the padding text of TASKS[t].
-      T is the length of the longest, at most 77; the text encoder is causal and reads the end token
-      only, so the cut columns, zero in every row, do not change it.
+      int32 [K + 3, T]: row k is "a photo with a {class k}"; row K + t is the padding text of
+      TASKS[t]. T is the length of the longest, at most 77; the text encoder is causal and reads the
+      end token only, so the cut columns, zero in every row, do not change it.
     """
     texts = [f"a photo with a {name}" for name in class_names]
     texts += [f"{_ARTICLES[task]} {task} photo" for task in TASKS]

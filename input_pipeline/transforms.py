@@ -1,16 +1,16 @@
 """Augmentation and test-time resizing, as the official dataset mappers do them.
 
 A training transform is a function `(rng, record, config) -> record`: it reads `image` (uint8
-[H, W, 3] RGB) and `panoptic` (int32 [H, W] segment ids, 0 = void), draws only from `rng`, leaves its
-input unchanged and returns a record with the same other keys. Two chains are built from them:
+[H, W, 3] RGB) and `panoptic` (int32 [H, W] segment ids, 0 = void), draws only from `rng`, leaves
+its input unchanged and returns a record with the same other keys. Two chains are built from them:
 
 - "unified" (ADE20K, Cityscapes, Mapillary Vistas): short edge to a random size, random crop,
   colour jitter as in SSD, horizontal flip, padding (official `oneformer_unified` mapper);
 - "lsj" (COCO): horizontal flip, large-scale jitter, fixed-size crop, padding (official
   `coco_unified_lsj` mapper).
 
-"none" only pads. Every chain returns images of exactly `crop_size`. Images are padded with 128 on the
-right and at the bottom before normalisation, id maps with 0 (void).
+"none" only pads. Every chain returns images of exactly `crop_size`. Images are padded with 128 on
+the right and at the bottom before normalisation, id maps with 0 (void).
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def _with(record: Record, image: np.ndarray, panoptic: np.ndarray) -> dict[str, 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear resize with antialiasing, the result of PIL to one grey level.
 
-    OpenCV is used where no side shrinks: there antialiasing plays no part and it is 10 times as fast.
+    OpenCV is used where no side shrinks: there antialiasing plays no part, and it is many times
+    faster.
 
     Args:
       image: uint8 [H, W, 3].
@@ -156,19 +157,13 @@ def random_shortest_edge(
     """Scales the short edge to a random one of `config.short_edges()`."""
     short_edge = config.short_edges()[rng.integers(_NUM_SCALES)]
     size = shortest_edge_size(record["panoptic"].shape, short_edge, config.max_size)
-    return _with(
-        record, resize_image(record["image"], size), resize_ids(record["panoptic"], size)
-    )
+    return _with(record, resize_image(record["image"], size), resize_ids(record["panoptic"], size))
 
 
-def random_crop(
-    rng: np.random.Generator, record: Record, config: AugmentConfig
-) -> dict[str, Any]:
+def random_crop(rng: np.random.Generator, record: Record, config: AugmentConfig) -> dict[str, Any]:
     """Cuts a uniformly placed window of at most `crop_size` (smaller sides are kept whole)."""
     image, panoptic = record["image"], record["panoptic"]
-    height, width = (
-        min(c, s) for c, s in zip(config.crop_size, panoptic.shape, strict=True)
-    )
+    height, width = (min(c, s) for c, s in zip(config.crop_size, panoptic.shape, strict=True))
     top = int(rng.integers(panoptic.shape[0] - height + 1))
     left = int(rng.integers(panoptic.shape[1] - width + 1))
     window = np.s_[top : top + height, left : left + width]
@@ -213,9 +208,7 @@ def _random_hue(rng: np.random.Generator, image: np.ndarray, c: AugmentConfig) -
     return image
 
 
-def random_color(
-    rng: np.random.Generator, record: Record, config: AugmentConfig
-) -> dict[str, Any]:
+def random_color(rng: np.random.Generator, record: Record, config: AugmentConfig) -> dict[str, Any]:
     """Colour jitter of SSD as in Detectron2's ColorAugSSDTransform; the id map is untouched.
 
     Brightness first; then, in an order drawn with equal chances, contrast, saturation, hue or
@@ -234,9 +227,7 @@ def random_color(
     return _with(record, image, record["panoptic"])
 
 
-def random_flip(
-    rng: np.random.Generator, record: Record, config: AugmentConfig
-) -> dict[str, Any]:
+def random_flip(rng: np.random.Generator, record: Record, config: AugmentConfig) -> dict[str, Any]:
     """Mirrors image and ids left to right with probability `flip_prob`."""
     if rng.random() >= config.flip_prob:
         return dict(record)
@@ -256,9 +247,7 @@ def large_scale_jitter(
     shape = record["panoptic"].shape
     factor = min(c * scale / s for c, s in zip(config.crop_size, shape, strict=True))
     size = tuple(max(round(s * factor), 1) for s in shape)
-    return _with(
-        record, resize_image(record["image"], size), resize_ids(record["panoptic"], size)
-    )
+    return _with(record, resize_image(record["image"], size), resize_ids(record["panoptic"], size))
 
 
 def fixed_size_crop(
@@ -274,9 +263,7 @@ def fixed_size_crop(
         for s, c in zip(record["panoptic"].shape, config.crop_size, strict=True)
     )
     window = np.s_[top : top + config.crop_size[0], left : left + config.crop_size[1]]
-    return pad(
-        rng, _with(record, record["image"][window], record["panoptic"][window]), config
-    )
+    return pad(rng, _with(record, record["image"][window], record["panoptic"][window]), config)
 
 
 def pad(rng: np.random.Generator, record: Record, config: AugmentConfig) -> dict[str, Any]:

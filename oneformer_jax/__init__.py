@@ -27,13 +27,25 @@ def load(path: str | os.PathLike[str], **overrides: Any) -> Segmenter:
 
     Args:
       path: a workdir (its newest checkpoint is taken) or a folder `workdir/checkpoints/<step>`.
-      **overrides: evaluation settings that replace those the model was trained with, by the names
-        of `config.eval`: `short_edge`, `max_size`, `object_mask_threshold`, ...
+      **overrides: `short_edge`, `max_size` and fields of `PostprocessConfig` (such as
+        `object_mask_threshold`) that replace the run's own; `mesh`, the devices to run on.
+
+    Raises:
+      ValueError: no trained model at `path`, a damaged one, or an unknown override.
     """
     from oneformer_jax.eval.predict import Segmenter
+    from oneformer_jax.models.oneformer import OneFormerConfig
     from oneformer_jax.train.checkpoint import load_for_inference
 
-    return Segmenter(*load_for_inference(path), **overrides)
+    trained = load_for_inference(path)
+    return Segmenter.from_settings(
+        OneFormerConfig.from_dict(trained.model),
+        trained.params,
+        trained.stats,
+        trained.metadata,
+        trained.settings["eval"],
+        **overrides,
+    )
 
 
 def __getattr__(name: str) -> Any:

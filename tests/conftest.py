@@ -1,4 +1,5 @@
 """Set-up of every test process: the CPU shown as 8 devices, a compilation cache, parsed flags."""
+# ruff: noqa: E402
 
 import os
 import pathlib

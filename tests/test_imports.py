@@ -24,11 +24,11 @@ RULES = {
     "oneformer_jax.train": (
         "oneformer_jax.train oneformer_jax.eval oneformer_jax.eval.evaluate oneformer_jax.models"
         " oneformer_jax.types",
-        "absl clu etils flax jax ml_collections numpy optax orbax tensorboard",
+        "absl clu etils flax jax ml_collections numpy optax orbax PIL tensorboard",
     ),
     "oneformer_jax.eval": (
         "oneformer_jax.eval oneformer_jax.models oneformer_jax.types",
-        "absl cv2 jax numpy PIL pycocotools scipy",
+        "absl cv2 flax jax numpy PIL pycocotools scipy",
     ),
     "oneformer_jax.eval.evaluate": (
         "oneformer_jax.eval oneformer_jax.models oneformer_jax.types",

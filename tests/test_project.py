@@ -10,10 +10,11 @@ import tomllib
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TOP_LEVEL = set(
-    "oneformer_jax configs input_pipeline kernels tests docs main.py requirements.txt README.md"
-    " Makefile pyproject.toml LICENSE .ci .gitignore".split()
-)
+TOP_LEVEL = {
+    *("oneformer_jax", "configs", "input_pipeline", "kernels", "tests", "docs"),
+    *("main.py", "requirements.txt", "README.md", "Makefile", "pyproject.toml", "LICENSE"),
+    *(".ci", ".gitignore"),
+}
 CODE = ("oneformer_jax", "configs", "input_pipeline", "kernels", "main.py")
 MAX_LINES = 520
 
@@ -40,7 +41,7 @@ def requirement_lines() -> list[str]:
 
 def parse(requirement: str) -> tuple[str, dict[str, str]]:
     """('name', {'>=': version, '<': version}) of one requirement."""
-    match = re.fullmatch(r"([A-Za-z0-9._-]+)((?:[<>=!~]+[\w.]+,?)*)", requirement)
+    match = re.fullmatch(r"([A-Za-z0-9._-]+)(?:\[\w+\])?((?:[<>=!~]+[\w.]+,?)*)", requirement)
     assert match, f"cannot read {requirement!r}"
     bounds = dict(re.findall(r"([<>=!~]+)([\w.]+)", match[2]))
     return re.sub(r"[-_.]+", "-", match[1]).lower(), bounds

@@ -52,8 +52,8 @@ def ms_deform_attn(
       value: float32 or bfloat16 [B, S, N, D]; the levels' maps, flattened by rows, one after
         another: S = sum of h * w.
       spatial_shapes: L static pairs (h, w).
-      sampling_locations: float32 [B, Q, N, L, P, 2], (x, y) over the map of its level: 0 is the left
-        or upper edge, 1 the right or lower edge.
+      sampling_locations: float32 [B, Q, N, L, P, 2], (x, y) over the map of its level: 0 is the
+        left or upper edge, 1 the right or lower edge.
       attention_weights: float32 or bfloat16 [B, Q, N, L, P].
       implementation: "xla_gather" (reads 4 rows per point), "xla_dense" (matrix products, for small
         maps), "xla" (the dense one if a query's row of the matrix fits `DENSE_MAX_ROW_BYTES`, else

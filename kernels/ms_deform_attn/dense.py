@@ -6,8 +6,8 @@ hat(x - i) = max(0, 1 - |x - i|) along each axis, so the matrix is
 
     A[q, (i, j)] = sum over points of weight * hat(y - i) * hat(x - j),
 
-exact, with neither a gather nor (in the gradient) a scatter. A holds Q * S numbers per head, so
-this is for small maps, and there it is much faster wherever scattering is slow: on CPUs and TPUs.
+exact. Neither the forward pass nor the gradient of the values gathers or scatters rows, which is
+slow on CPUs and TPUs. A holds Q * S numbers per head, so this is for small maps.
 
 Letters: B batch, Q queries, S all pixels of all levels, N heads, L levels, P points, D head width.
 """
@@ -19,7 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels.ms_deform_attn.reference import SpatialShapes, corner_coordinates, split_levels
+from kernels.ms_deform_attn.reference import SpatialShapes, cell_coordinates, corners, split_levels
 
 
 def ms_deform_attn_dense(
@@ -30,40 +30,68 @@ def ms_deform_attn_dense(
 ) -> jax.Array:
     """As `api.ms_deform_attn`, whose checks have been passed. Forms [B, N, Q, h, w] per level."""
     batch, queries, heads = sampling_locations.shape[:3]
-    out = jnp.zeros((batch, heads, queries, value.shape[-1]), jnp.float32)
     # Heads before queries, so that every product is a batch of plain matrix products.
     locations = jnp.moveaxis(sampling_locations, 2, 1)  # [B, N, Q, L, P, 2]
     weights = jnp.moveaxis(attention_weights, 2, 1).astype(jnp.float32)
+    out = jnp.zeros((batch, queries, heads, value.shape[-1]), jnp.float32)
     for level, rows in enumerate(split_levels(value, spatial_shapes)):
-        out += _dense_level(
-            rows, locations[:, :, :, level], weights[:, :, :, level], spatial_shapes[level]
+        matrix = sampling_matrix(
+            locations[:, :, :, level], weights[:, :, :, level], spatial_shapes[level]
         )
-    return jnp.moveaxis(out, 1, 2).reshape(batch, queries, -1).astype(value.dtype)
+        out += jnp.einsum(
+            "bnqs,bsnd->bqnd",
+            matrix,
+            rows.astype(jnp.float32),
+            # Matters on devices that multiply float32 matrices in fewer bits.
+            precision=jax.lax.Precision.HIGHEST,
+        )
+    return out.reshape(batch, queries, -1).astype(value.dtype)
 
 
-# Rematerialised, because A is the largest array by far and costs P / D of its product to rebuild.
-@functools.partial(jax.checkpoint, static_argnums=3)
-def _dense_level(
-    rows: jax.Array, locations: jax.Array, weights: jax.Array, shape: tuple[int, int]
-) -> jax.Array:
-    """[B, h*w, N, D], [B, N, Q, P, 2], [B, N, Q, P] -> float32 [B, N, Q, D]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def sampling_matrix(locations: jax.Array, weights: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The matrix A of one level.
+
+    Args:
+      locations: float32 [..., P, 2], (x, y) in 0..1.
+      weights: float32 [..., P].
+      shape: (h, w) of the level.
+
+    Returns:
+      float32 [..., h * w].
+    """
     h, w = shape
-    cell, fraction, weights = corner_coordinates(locations, weights, shape)
-    along_x = _hat(cell[..., 0], fraction[..., 0], w)  # [B, N, Q, P, w]
-    along_y = _hat(cell[..., 1], fraction[..., 1], h) * weights[..., None]  # [B, N, Q, P, h]
-    # The full precision matters on devices that multiply float32 matrices in fewer bits.
-    dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    matrix = dot("bnqpy,bnqpx->bnqyx", along_y, along_x)
-    matrix = matrix.reshape(*matrix.shape[:3], h * w)
-    return dot("bnqs,bsnd->bnqd", matrix, rows.astype(jnp.float32))
+    cell, fraction, weights = cell_coordinates(locations, weights, shape)
+    along_x = _hat(cell[..., 0], fraction[..., 0], w)  # [..., P, w]
+    along_y = _hat(cell[..., 1], fraction[..., 1], h) * weights[..., None]  # [..., P, h]
+    # Without the barrier XLA computes the hats anew for each pixel of the matrix.
+    along_x, along_y = jax.lax.optimization_barrier((along_x, along_y))
+    # A sum of outer products, written out: P is small, and one product per query of
+    # [h, P] x [P, w] is too small for a matrix unit or a BLAS call.
+    matrix = sum(
+        along_y[..., point, :, None] * along_x[..., point, None, :]
+        for point in range(weights.shape[-1])
+    )
+    return matrix.reshape(*matrix.shape[:-2], h * w)
+
+
+def _matrix_forward(locations, weights, shape):
+    return sampling_matrix(locations, weights, shape), (locations, weights)
+
+
+def _matrix_backward(shape, residuals, gradient):
+    # A point touches 4 pixels of its row, so 4 numbers per point are all that its gradient needs;
+    # differentiating the sum of outer products would reduce over the whole matrix P times.
+    index, _ = corners(*residuals, shape)
+    _, pull_back = jax.vjp(lambda *points: corners(*points, shape)[1], *residuals)
+    return pull_back(jnp.take_along_axis(gradient, index, axis=-1, mode="promise_in_bounds"))
+
+
+sampling_matrix.defvjp(_matrix_forward, _matrix_backward)
 
 
 def _hat(cell: jax.Array, fraction: jax.Array, size: int) -> jax.Array:
-    """Shares of the pixels 0..size-1 of an axis: [...] -> float32 [..., size].
-
-    Written by cell rather than as max(0, 1 - |t|), whose derivative at a pixel's centre would be
-    another one-sided choice than that of the gathering version.
-    """
+    """Shares of the pixels 0..size-1 of an axis: [...] -> float32 [..., size]."""
     pixel = jnp.arange(size, dtype=jnp.int32)
     below = jnp.where(pixel == cell[..., None], 1 - fraction[..., None], 0.0)
     return jnp.where(pixel == cell[..., None] + 1, fraction[..., None], below)

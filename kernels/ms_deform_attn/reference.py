@@ -22,7 +22,7 @@ def split_levels(value: jax.Array, spatial_shapes: SpatialShapes) -> list[jax.Ar
     return jnp.split(value, ends, axis=1)
 
 
-def corner_coordinates(
+def cell_coordinates(
     locations: jax.Array, weights: jax.Array, shape: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The sampling points of one level as (cell, fraction, weight).
@@ -50,6 +50,34 @@ def corner_coordinates(
     return floor.astype(jnp.int32), pixel - floor, jnp.where(inside, weights, 0.0)
 
 
+def corners(
+    locations: jax.Array, weights: jax.Array, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """The pixels that the points of one level read, and the share of each in the result.
+
+    Args:
+      locations: float32 [..., P, 2].
+      weights: float32 [..., P].
+      shape: (h, w) of the level.
+
+    Returns:
+      index int32 [..., 4 * P] in 0..h*w-1 whatever the locations are, and factor float32
+      [..., 4 * P], 0 for corners outside of the map.
+    """
+    h, w = shape
+    cell, fraction, weights = cell_coordinates(locations, weights, shape)
+    indices, factors = [], []
+    for dy in (0, 1):
+        for dx in (0, 1):
+            x, y = cell[..., 0] + dx, cell[..., 1] + dy
+            share_x = fraction[..., 0] if dx else 1 - fraction[..., 0]
+            share_y = fraction[..., 1] if dy else 1 - fraction[..., 1]
+            inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+            indices.append(jnp.clip(y, 0, h - 1) * w + jnp.clip(x, 0, w - 1))
+            factors.append(jnp.where(inside, weights * share_x * share_y, 0.0))
+    return jnp.concatenate(indices, axis=-1), jnp.concatenate(factors, axis=-1)
+
+
 def ms_deform_attn_gather(
     value: jax.Array,
     spatial_shapes: SpatialShapes,
@@ -69,32 +97,18 @@ def ms_deform_attn_gather(
     return out.reshape(batch, queries, -1).astype(value.dtype)
 
 
-# Rematerialised, because the gathered rows are 16 times the size of the output per level and the
+# Rematerialised: the gathered rows of a level are 4 * P times the size of the output, and the
 # backward pass can read them again.
 @functools.partial(jax.checkpoint, static_argnums=3)
 def _gather_level(
     rows: jax.Array, locations: jax.Array, weights: jax.Array, shape: tuple[int, int]
 ) -> jax.Array:
     """[B, h*w, N, D], [B, Q, N, P, 2], [B, Q, N, P] -> float32 [B, Q, N, D]."""
-    h, w = shape
-    cell, fraction, weights = corner_coordinates(locations, weights, shape)
-    indices, factors = [], []
-    for dy in (0, 1):
-        for dx in (0, 1):
-            x, y = cell[..., 0] + dx, cell[..., 1] + dy
-            factor = weights
-            factor *= fraction[..., 0] if dx else 1 - fraction[..., 0]
-            factor *= fraction[..., 1] if dy else 1 - fraction[..., 1]
-            inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
-            indices.append(jnp.clip(y, 0, h - 1) * w + jnp.clip(x, 0, w - 1))
-            factors.append(jnp.where(inside, factor, 0.0))
-    index = jnp.stack(indices, axis=-1)  # [B, Q, N, P, 4]
-    factor = jnp.stack(factors, axis=-1)
+    index, factor = corners(locations, weights, shape)
     # Cast before the gather, so that its transpose scatters in float32: sums of many small
     # contributions to one pixel would be lost in bfloat16.
     rows = rows.astype(jnp.float32)
     take = jax.vmap(  # over images, then heads
         jax.vmap(lambda r, i: r.at[i].get(mode="promise_in_bounds"), in_axes=1, out_axes=1)
     )
-    corners = take(rows, index)  # [B, Q, N, P, 4, D]
-    return jnp.sum(corners * factor[..., None], axis=(3, 4))
+    return jnp.sum(take(rows, index) * factor[..., None], axis=3)

@@ -160,6 +160,11 @@ class CocoAP:
         )
         self._add({image_id: image})
 
+    @property
+    def images(self) -> int:
+        """Number of images seen."""
+        return len(self._images)
+
     def _add(self, images: Mapping[str, _Image]) -> None:
         twice = sorted(self._images.keys() & images.keys())
         if twice:
@@ -274,7 +279,7 @@ class CocoAP:
     def counts(self) -> dict[str, int]:
         images = self._images.values()
         return {
-            "instance/images": len(self._images),
+            "instance/images": self.images,
             "instance/ground_truth": sum(int((~i.truth.crowd).sum()) for i in images),
             "instance/crowds": sum(int(i.truth.crowd.sum()) for i in images),
             "instance/detections": sum(len(i.detected.classes) for i in images),

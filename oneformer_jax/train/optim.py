@@ -9,14 +9,13 @@ needs none).
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 SCHEDULES = ("poly", "step")
@@ -30,8 +29,8 @@ class OptimConfig:
       steps: optimizer steps of the whole run; the poly schedule ends there at zero.
       lr: base learning rate.
       backbone_multiplier: factor on the learning rate of every parameter of the backbone.
-      weight_decay: decoupled decay as in torch: a step takes off lr * weight_decay * parameter, with
-        the current learning rate, backbone factor included. `PARAMETER_RULES` exempts some.
+      weight_decay: decoupled decay as in torch: a step takes off lr * weight_decay * parameter,
+        with the current learning rate, backbone factor included. `PARAMETER_RULES` exempts some.
       b1, b2, eps: Adam's moments and denominator.
       schedule: "poly": lr * (1 - step / steps) ** power. "step": lr * decay_factor for each
         boundary reached; without boundaries the rate is constant.
@@ -41,9 +40,9 @@ class OptimConfig:
       warmup_steps: steps over which a linear factor rises from `warmup_factor` to 1, on top of the
         schedule. The official configs ask for 10 steps at factor 1.0 or none: no effect either way.
       warmup_factor: where the warm-up starts.
-      clip_norm: largest global norm of the gradients; 0 turns clipping off. The official configs say
-        0.01, but their trainer uses up the parameter iterator before it clips, so that value never
-        acted: a run that really clips at 0.01 follows another recipe.
+      clip_norm: largest global norm of the gradients; 0 turns clipping off. The official configs
+        say 0.01, but their trainer uses up the parameter iterator before it clips, so that value
+        never acted: a run that really clips at 0.01 follows another recipe.
     """
 
     steps: int
@@ -66,7 +65,8 @@ class OptimConfig:
 
         def require(good: bool, field: str, rule: str):
             if not good:
-                raise ValueError(f"optim.{field} is {getattr(self, field)!r}; it must be {rule}")
+                key = "train.steps" if field == "steps" else f"optim.{field}"
+                raise ValueError(f"{key} is {getattr(self, field)!r}; it must be {rule}")
 
         require(self.steps > 0, "steps", "at least 1")
         require(self.lr > 0, "lr", "positive")
@@ -81,12 +81,12 @@ class OptimConfig:
         require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
         require(0 <= self.warmup_factor <= 1, "warmup_factor", "in [0, 1]")
         require(self.clip_norm >= 0, "clip_norm", "0 (off) or a positive norm")
+        # Before rounding: in a run of a few steps two fractions may well fall on one step.
+        places = [b * self.steps if b < 1 else b for b in self.boundaries]
         require(
-            all(b > 0 for b in self.boundaries)
-            and list(self.boundary_steps) == sorted(set(self.boundary_steps))
-            and all(b < self.steps for b in self.boundary_steps),
+            all(0 < place < self.steps for place in places) and places == sorted(set(places)),
             "boundaries",
-            f"positive, ascending and below optim.steps = {self.steps}",
+            f"positive, ascending and below train.steps = {self.steps}",
         )
 
     @property
@@ -95,39 +95,32 @@ class OptimConfig:
         return tuple(round(b * self.steps) if b < 1 else round(b) for b in self.boundaries)
 
 
+def _rate(config: OptimConfig, step: Any, xp: Any) -> Any:
+    """Base learning rate after `step` updates, with the functions of `xp` (numpy or jax.numpy)."""
+    if config.schedule == "poly":
+        factor = xp.maximum(1.0 - step / config.steps, 0.0) ** config.power
+    else:
+        factor = config.decay_factor ** xp.sum(step >= xp.asarray(config.boundary_steps))
+    if config.warmup_steps:
+        alpha = xp.minimum(step / config.warmup_steps, 1.0)
+        factor = factor * (config.warmup_factor * (1.0 - alpha) + alpha)
+    return config.lr * factor
+
+
 def make_schedule(config: OptimConfig) -> optax.Schedule:
-    """Base learning rate (float32 scalar) as a function of the steps already done.
+    """Base learning rate (float32 scalar) as a function of the updates already done.
 
-    The backbone's rate is this times `config.backbone_multiplier`. Values equal Detectron2's
-    WarmupPolyLR and WarmupMultiStepLR with linear warm-up; past the last step "poly" stays at zero.
+    The backbone's rate is this times `config.backbone_multiplier`. The values are those of the
+    official WarmupPolyLR and WarmupMultiStepLR with linear warm-up; past the last step "poly" stays
+    at zero.
     """
-
-    def schedule(count):
-        done = jnp.asarray(count, jnp.float32)
-        if config.schedule == "poly":
-            factor = jnp.maximum(1.0 - done / config.steps, 0.0) ** config.power
-        else:
-            reached = jnp.sum(done >= jnp.asarray(config.boundary_steps, jnp.float32))
-            factor = jnp.float32(config.decay_factor) ** reached
-        if config.warmup_steps:
-            alpha = jnp.minimum(done / config.warmup_steps, 1.0)
-            factor = factor * (config.warmup_factor * (1.0 - alpha) + alpha)
-        return config.lr * factor
-
-    return schedule
+    return lambda count: _rate(config, jnp.asarray(count, jnp.float32), jnp)
 
 
 def learning_rates(config: OptimConfig, step: int) -> dict[str, float]:
-    """Learning rates that update number `step` (from 0) uses, on the host, for the log."""
-    if config.schedule == "poly":
-        factor = max(1.0 - step / config.steps, 0.0) ** config.power
-    else:
-        factor = config.decay_factor ** bisect.bisect_right(config.boundary_steps, step)
-    if config.warmup_steps:
-        alpha = min(step / config.warmup_steps, 1.0)
-        factor *= config.warmup_factor * (1.0 - alpha) + alpha
-    rate = config.lr * factor
-    return {"lr": rate, "lr_backbone": rate * config.backbone_multiplier}
+    """Rates of "main" and "backbone" after `step` updates, computed on the host, for the log."""
+    rate = float(_rate(config, step, np))
+    return {"main": rate, "backbone": rate * config.backbone_multiplier}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +140,8 @@ class ParameterRule:
     only_if: str | None = None
 
 
-# First match wins; a parameter that no rule matches is decayed, which the official optimizer does
-# with all biases, the pixel decoder's level_embed, positional_embedding, logit_scale and DiNAT's rpb.
+# First match wins. A parameter that no rule matches is decayed; so the official optimizer treats
+# all other biases, the pixel decoder's level_embed, positional_embedding, logit_scale, DiNAT's rpb.
 PARAMETER_RULES = (
     ParameterRule(
         r"^backbone/",
@@ -207,7 +200,7 @@ def _decays(params: Any) -> list[bool]:
     return decays
 
 
-def describe_groups(params: Mapping) -> dict[str, list[str]]:
+def describe_groups(params: Any) -> dict[str, list[str]]:
     """Names of the parameters in each group.
 
     Args:
@@ -216,14 +209,12 @@ def describe_groups(params: Mapping) -> dict[str, list[str]]:
     Returns:
       {"main/decay", "main/no_decay", "backbone/decay", "backbone/no_decay"} -> names.
     """
-    groups = {f"{part}/{kind}": [] for part in ("main", "backbone") for kind in _KINDS.values()}
+    kinds = {True: "decay", False: "no_decay"}
+    groups = {f"{part}/{kind}": [] for part in ("main", "backbone") for kind in kinds.values()}
     for name, decay in zip(parameter_names(params), _decays(params), strict=True):
         part = "backbone" if re.search(BACKBONE_PATTERN, name) else "main"
-        groups[f"{part}/{_KINDS[decay]}"].append(name)
+        groups[f"{part}/{kinds[decay]}"].append(name)
     return groups
-
-
-_KINDS = {True: "decay", False: "no_decay"}
 
 
 def _scale_each(multipliers: Any) -> optax.GradientTransformation:
@@ -253,7 +244,7 @@ def make_optimizer(config: OptimConfig, abstract_params: Any) -> optax.GradientT
         config.backbone_multiplier if re.search(BACKBONE_PATTERN, name) else 1.0
         for name in parameter_names(abstract_params)
     ]
-    base: Callable = make_schedule(config)
+    base = make_schedule(config)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
         clip,

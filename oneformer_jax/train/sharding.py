@@ -89,8 +89,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts a batch of numpy arrays [B_host, ...] on the devices as arrays [B, ...].
 
-    Each host passes its own part; with several hosts B is the sum of the parts, in the order of the
-    hosts.
+    Each host passes the part that its own devices hold; with several hosts B is their sum.
     """
     sharding = batch_sharding(mesh)
     return jax.tree.map(

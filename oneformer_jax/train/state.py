@@ -1,12 +1,12 @@
-"""The training state and the functions that are compiled: one training step, one prediction step.
+"""The training state and the compiled functions: one training step and one prediction step.
 
-State is a plain nested dict {step, params, stats, opt[, ema]}; the module's structure is closed over
-and merged with the parameters inside the differentiated function.
+State is a plain nested dict {step, params, stats, opt[, ema]}; the module's structure is closed
+over and merged with the parameters inside the differentiated function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from oneformer_jax.models import backbones
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
+from oneformer_jax.train.optim import OptimConfig
 from oneformer_jax.types import TASK_TOKENS, Predictions
 
 State = dict[str, Any]
@@ -41,6 +42,14 @@ def loss_config(config: ConfigDict) -> LossConfig:
     return LossConfig(**config.loss.to_dict(), matcher=MatcherConfig(**config.matcher.to_dict()))
 
 
+def optim_config(config: ConfigDict) -> OptimConfig:
+    """The optimizer that `config.optim` describes."""
+    fields = config.optim.to_dict()
+    for name in ("accumulate", "ema_decay"):  # of the training step, not of the optimizer
+        del fields[name]
+    return OptimConfig(steps=config.train.steps, **fields)
+
+
 def split_model(model: OneFormer) -> tuple[nnx.GraphDef, dict, dict]:
     """A module as (structure, trained parameters, statistics), the last two as plain dicts."""
     graphdef, params, stats = nnx.split(model, nnx.Param, ...)
@@ -51,6 +60,13 @@ def model_graph(config: OneFormerConfig, *, training: bool) -> nnx.GraphDef:
     """Structure of the model, made without computing any parameter."""
     model = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=training))
     return nnx.graphdef(model)
+
+
+def abstract_params(config: OneFormerConfig) -> dict:
+    """Shapes and dtypes of the trained parameters, with the text branch."""
+    return jax.eval_shape(
+        lambda: split_model(OneFormer(config, rngs=nnx.Rngs(0), training=True))[1]
+    )
 
 
 def make_init(
@@ -167,6 +183,12 @@ def split_batch(batch: dict, parts: int) -> dict:
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), batch
     )
+
+
+def mean_metrics(metrics: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """Means over the steps; waits for the device."""
+    fetched = jax.device_get(list(metrics))
+    return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
 
 
 def make_predict_step(config: OneFormerConfig) -> Callable[..., Predictions]:

@@ -1,0 +1,1 @@
+"""TFDS builders that write panoptic datasets as ArrayRecord files, without TensorFlow."""

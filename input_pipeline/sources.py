@@ -1,0 +1,362 @@
+"""Random-access sources of records: a COCO-panoptic-format folder, or a prepared TFDS dataset.
+
+`source[i]` is a record (see `records`), `len(source)` their number. Sources can be pickled and open
+their files where they are used, so loader workers may share one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from input_pipeline import datasets
+from input_pipeline.coco_format import CocoFolderSource, load_coco_json
+from input_pipeline.datasets import DatasetInfo
+from input_pipeline.records import (
+    RecordError,
+    checked_index,
+    decode_dense,
+    decode_image,
+    decode_panoptic,
+    make_record,
+)
+
+__all__ = [
+    "CocoFolderSource",
+    "RecordError",
+    "TfdsSource",
+    "is_prepared",
+    "open_source",
+    "prepare",
+]
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+    from input_pipeline.builders.coco_folder import FolderSplit
+
+SPLITS = ("train", "validation")
+
+
+class TfdsSource:
+    """Reads a prepared dataset (`builders.schema`) through `tfds.data_source`.
+
+    Args:
+      builder_dir: the folder with dataset_info.json, or a prepared TFDS builder.
+      split: name of a split.
+
+    Raises:
+      FileNotFoundError: nothing is prepared there.
+      ValueError: unknown split, an empty split, or another schema.
+    """
+
+    def __init__(self, builder_dir: str | os.PathLike | tfds.core.DatasetBuilder, split: str):
+        from input_pipeline.builders import schema
+
+        self._dir = str(getattr(builder_dir, "data_dir", builder_dir))
+        self._split = split
+        self._data = None
+        if not Path(self._dir, "dataset_info.json").is_file():
+            raise FileNotFoundError(
+                f"no prepared dataset in {self._dir} (a prepared one has dataset_info.json); call "
+                "input_pipeline.sources.prepare first"
+            )
+        info = self._builder().info
+        if "panoptic_image" not in info.features:
+            raise ValueError(
+                f"{self._dir} holds {info.full_name}, which has no panoptic_image; it was not "
+                "prepared by a builder of input_pipeline.builders"
+            )
+        if split not in list(info.splits):
+            raise ValueError(
+                f"{self._dir} has no split {split!r}; it has {', '.join(sorted(info.splits))}"
+            )
+        self._length = int(info.splits[split].num_examples)
+        if not self._length:
+            raise ValueError(f"split {split!r} of {self._dir} is empty")
+        self._dense = schema.is_dense(info.features)
+        self.info = schema.info_from_metadata(info.metadata)
+        facts = info.metadata["records"][split]
+        self._sizes = np.array([facts["height"], facts["width"]], np.int32).T
+        self._has_things = np.array(facts["has_things"], bool)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"TfdsSource({self._dir!r}, {self._split!r}, {len(self)} records)"
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_data": None}  # open files stay in their process
+
+    def _builder(self) -> tfds.core.DatasetBuilder:
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(self._dir)
+
+    def _open(self):
+        if self._data is None:
+            from input_pipeline.builders import schema
+
+            self._data = self._builder().as_data_source(
+                split=self._split, decoders=schema.skip_decoding()
+            )
+        return self._data
+
+    def has_things(self, index: int) -> bool:
+        """Whether image `index` has a segment of a thing that is no crowd; reads no image."""
+        return bool(self._has_things[index])
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of image `index`; reads no image."""
+        height, width = self._sizes[index].tolist()
+        return height, width
+
+    def __getitem__(self, index: int) -> dict:
+        """Record `index`, in the order in which it was written.
+
+        Raises:
+          RecordError: the record is broken.
+          IndexError: no such index.
+        """
+        from input_pipeline.builders import schema
+
+        index = checked_index(index, len(self))
+        example = self._open()[index]
+        image_id, file_name = example["image/id"].decode(), example["image/filename"].decode()
+        where = f"{self._dir}, {self._split} record {index} ({file_name})"
+        segments = schema.segment_table(example[schema.OBJECTS])
+        segments.check(self.info.num_classes, where)
+        decode = decode_dense if self._dense else decode_panoptic
+        return make_record(
+            decode_image(example["image"], where),
+            decode(example["panoptic_image"], segments, where),
+            segments,
+            image_id=image_id,
+            file_name=file_name,
+            where=where,
+        )
+
+
+def is_prepared(builder_dir: str | os.PathLike) -> bool:
+    """Whether a prepared dataset is complete: its description and every shard that it names."""
+    import tensorflow_datasets as tfds
+
+    if not Path(builder_dir, "dataset_info.json").is_file():
+        return False
+    splits = tfds.builder_from_directory(str(builder_dir)).info.splits.values()
+    return all(Path(path).is_file() for split in splits for path in split.filepaths)
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Lets one process at a time prepare below `folder`; the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".prepare.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield  # closing the file releases the lock, also when the process dies
+
+
+def prepare(builder: tfds.core.DatasetBuilder) -> Path:
+    """Writes the records of a builder as ArrayRecord files unless they are there already.
+
+    The files appear under their final name when they are complete. What an interrupted run left
+    behind, or a folder that lacks shards, does not count as prepared and is written anew. Needs
+    neither TensorFlow nor a network.
+
+    Args:
+      builder: a builder of `input_pipeline.builders`.
+
+    Returns:
+      The folder of the prepared files, for `TfdsSource`.
+    """
+    import tensorflow_datasets as tfds
+
+    target = Path(builder.data_dir)
+    if is_prepared(target):  # needs no lock, so a read-only folder will do
+        return target
+    with _exclusive(target.parent):
+        if is_prepared(target):  # by the process that had the lock
+            return target
+        for leftover in (*target.parent.glob("incomplete.*"), target):
+            if leftover.exists():
+                logging.warning("removing the incomplete preparation %s", leftover)
+                shutil.rmtree(leftover)
+        builder = copy.copy(builder)  # built anew, so that it remembers nothing of the leftovers
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            file_format="array_record",
+        )
+    return target
+
+
+_SYNTHETIC_OPTIONS = {"size": 128, "train_examples": 4000, "validation_examples": 200, "seed": 0}
+_COCO_FOLDER_OPTIONS = {
+    "root": "",
+    "train_images": "images",
+    "train_panoptic": "panoptic",
+    "train_json": "panoptic_train.json",
+    "validation_images": "images",
+    "validation_panoptic": "panoptic",
+    "validation_json": "panoptic_val.json",
+    "table": "",
+    "name": "",
+    "prepare": True,
+    "skip_broken": False,
+}
+_OPTIONS = {"synthetic": _SYNTHETIC_OPTIONS, "coco_folder": _COCO_FOLDER_OPTIONS}
+
+
+def open_source(
+    name: str, *, data_dir: str | os.PathLike, split: str, options: Mapping | None = None
+) -> tuple[TfdsSource | CocoFolderSource, DatasetInfo]:
+    """Opens a dataset by name, preparing it first if need be.
+
+    Options of "synthetic" (defaults in parentheses):
+      size (128): height and width of a scene in pixels.
+      train_examples (4000), validation_examples (200): number of scenes.
+      seed (0): another seed renders other scenes.
+
+    Options of "coco_folder":
+      root (data_dir): folder of the dataset; the paths below are relative to it, or absolute.
+      train_images (images), train_panoptic (panoptic): folders of the training split.
+      train_json (panoptic_train.json): its JSON, which also defines the classes of all splits.
+      validation_images (images), validation_panoptic (panoptic),
+        validation_json (panoptic_val.json): the same for validation; an empty validation_json
+        means that there is no such split.
+      table (empty): name of a table of `datasets.dataset_info` whose classes and colours to use
+        instead of the JSON's own, e.g. "coco" for weights trained on COCO.
+      name (name of the root folder): keeps prepared datasets apart in `data_dir`.
+      prepare (True): write TFDS records into `data_dir` once and read those; False reads the folder
+        itself.
+      skip_broken (False): leave broken records out of the preparation instead of failing. Without
+        preparation a broken record raises RecordError when it is read.
+
+    Args:
+      name: "synthetic" or "coco_folder".
+      data_dir: local or mounted folder where prepared files are written and looked for.
+      split: "train" or "validation".
+      options: see above.
+
+    Returns:
+      The source and the class table of the dataset.
+
+    Raises:
+      ValueError: unknown name, split or option, or bad data.
+      FileNotFoundError: missing folders or files.
+    """
+    if name not in _OPTIONS:
+        raise ValueError(f"unknown dataset source {name!r}{_nearest(name, _OPTIONS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}{_nearest(split, SPLITS)}")
+    options = dict(options or {})
+    for key in options:
+        if key not in _OPTIONS[name]:
+            raise ValueError(f"unknown option {key!r} of {name}{_nearest(key, _OPTIONS[name])}")
+    options = {**_OPTIONS[name], **options}
+    data_dir = Path(data_dir).expanduser()
+    if name == "synthetic":
+        source = _open_synthetic(data_dir, split, options)
+    else:
+        source = _open_coco_folder(data_dir, split, options)
+    return source, source.info
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(str(word), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{hint} known are {', '.join(known)}"
+
+
+def _open_synthetic(data_dir: str | os.PathLike, split: str, options: dict) -> TfdsSource:
+    from input_pipeline.builders.synthetic import SyntheticConfig, SyntheticPanoptic
+
+    builder = SyntheticPanoptic(config=SyntheticConfig(**options), data_dir=data_dir)
+    return TfdsSource(prepare(builder), split)
+
+
+def _open_coco_folder(
+    data_dir: str | os.PathLike, split: str, options: dict
+) -> TfdsSource | CocoFolderSource:
+    from input_pipeline.builders.coco_folder import CocoFolder, CocoFolderConfig, FolderSplit
+
+    root = Path(options["root"] or data_dir).expanduser()
+    folders = {
+        key: FolderSplit(
+            images_dir=str(root / options[f"{key}_images"]),
+            panoptic_dir=str(root / options[f"{key}_panoptic"]),
+            json_path=str(root / options[f"{key}_json"]),
+        )
+        for key in SPLITS
+        if options[f"{key}_json"]
+    }
+    if split not in folders:
+        raise ValueError(f"{root} has no {split} split: the option {split}_json is empty")
+    name, table = options["name"] or root.resolve().name, options["table"]
+    if options["prepare"]:
+        done = Path(data_dir, CocoFolder.name, name, str(CocoFolder.VERSION))
+        if not is_prepared(done):
+            config = CocoFolderConfig(
+                name=name,
+                splits=folders,
+                info=_coco_folder_info(name, table, folders),
+                skip_broken=options["skip_broken"],
+            )
+            done = prepare(CocoFolder(config=config, data_dir=data_dir))
+        _check_fresh(done, folders[split], split, options)
+        return TfdsSource(done, split)
+    folder = folders[split]
+    return CocoFolderSource(
+        folder.images_dir,
+        folder.panoptic_dir,
+        folder.json_path,
+        _coco_folder_info(name, table, folders),
+    )
+
+
+def _coco_folder_info(name: str, table: str, folders: Mapping[str, FolderSplit]) -> DatasetInfo:
+    """The named table, or the categories of the first split's JSON (training, if there is one)."""
+    if table:
+        return datasets.dataset_info(table)
+    first = next(iter(folders.values()))
+    return datasets.from_coco_categories(name, load_coco_json(first.json_path)["categories"])
+
+
+def _check_fresh(done: Path, folder: FolderSplit, split: str, options: Mapping) -> None:
+    """Raises ValueError if what was prepared is not what the options describe."""
+    import tensorflow_datasets as tfds
+
+    from input_pipeline.builders import schema
+
+    stored = tfds.builder_from_directory(str(done)).info.metadata
+    way_out = f"delete {done} to prepare it again, or choose another option name"
+    if split not in stored["fingerprints"]:
+        raise ValueError(f"{done} was prepared without the {split} split; {way_out}")
+    # The original files may be gone (a copy of the prepared ones is enough to train).
+    if Path(folder.json_path).is_file() and stored["fingerprints"][split] != folder.fingerprint():
+        raise ValueError(
+            f"{done} was prepared from other annotations than {folder.json_path} has now; {way_out}"
+        )
+    if options["table"] and schema.info_from_metadata(stored) != datasets.dataset_info(
+        options["table"]
+    ):
+        raise ValueError(
+            f"{done} was not prepared with the class table {options['table']!r}; {way_out}"
+        )
+    if stored["skipped"] and not options["skip_broken"]:
+        raise ValueError(
+            f"{done} was prepared without {len(stored['skipped'])} broken record(s), the first: "
+            f"{stored['skipped'][0]}\nSet skip_broken to use it as it is, or repair them and "
+            "delete the folder"
+        )

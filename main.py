@@ -1,0 +1,320 @@
+"""Train, evaluate and predict with OneFormer.
+
+  python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=train
+  python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=eval
+  python main.py --workdir=runs/synthetic --mode=predict --image=FILE_OR_FOLDER --task=all
+
+Any value of the config is overridden with --config.KEY=VALUE, as in --config.optim.lr=3e-4.
+Running the same command again resumes, or skips what is done.
+
+Loader processes import this file again: what is heavy is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+COMMON = os.path.join("configs", "common.py")  # every key of a config
+TASKS = ("panoptic", "instance", "semantic", "all")
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, FILE.py or FILE.py:VARIANT.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict"], "What to do.")
+_CHECKPOINT = flags.DEFINE_integer(
+    "checkpoint", None, "eval, predict: step of the checkpoint; the newest when not given.", 0
+)
+_IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
+_TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "predict: folder of the results; WORKDIR/predictions when not given."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join the other processes of this run. Cloud TPU, SLURM and MPI tell each its place; elsewhere "
+    "set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+)
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+# What wrong input raises, here and below. Everything else is a fault of the program and is shown
+# with its traceback.
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# ------------------------------------------------------------------------ the command line
+
+
+def config_argument(argv: Sequence[str]) -> str | None:
+    """Value of --config in `argv`, or None."""
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            return match[1] if match[1] is not None else following
+    return None
+
+
+def overridden_keys(argv: Sequence[str]) -> list[str]:
+    """Keys that `argv` overrides: "optim.lr" of "--config.optim.lr=3e-4"."""
+    matches = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
+    return [match[1] for match in matches if match]
+
+
+def config_keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted keys of all values of `config`, groups included."""
+    keys = []
+    for name, value in config.items():
+        keys.append(prefix + name)
+        if isinstance(value, ConfigDict):
+            keys += config_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
+    """One line about the `overrides` that are no keys of `config`, or "" if all are.
+
+    Each is given with the keys that it may have been meant as: those with the same last name in
+    another group first, then those of similar spelling.
+    """
+    keys = config_keys(config)
+    messages = []
+    for override in overrides:
+        # An element, as in crop_size[0], belongs to its key.
+        if re.sub(r"\[.*", "", override) in keys:
+            continue
+        last = override.rsplit(".", 1)[-1]
+        near = [key for key in keys if key.rsplit(".", 1)[-1] == last]
+        near += [k for k in difflib.get_close_matches(override, keys, 3, 0.7) if k not in near]
+        hint = ", ".join(f"--config.{key}" for key in near[:3])
+        messages.append(
+            f"the config has no key {override!r}"
+            + (f" (did you mean {hint}?)" if hint else f" (all keys are in {COMMON})")
+        )
+    return "; ".join(messages)
+
+
+def wrong_tuples(defaults: ConfigDict, values: dict[str, object]) -> str:
+    """One line about overridden tuples whose elements are not of the default's type, or "".
+
+    ml_collections checks the type of every other value, but takes any tuple for a tuple.
+    """
+    for key, value in values.items():
+        default = functools.reduce(getattr, key.split("."), defaults) if "[" not in key else None
+        if isinstance(default, tuple) and default:
+            wanted = type(default[0])
+            accepted = (int, float) if wanted is float else (wanted,)
+            if not all(type(element) in accepted for element in value):
+                return f"--config.{key}: {value} is not a tuple of {wanted.__name__}, as {default}"
+    return ""
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses absl flags and the config; a mistake ends the program with one line and code 2."""
+    path = config_argument(argv)
+    overrides = overridden_keys(argv)
+    if overrides and path is None:
+        fail(f"--config.{overrides[0]} overrides a config, but there is no --config=FILE", 2)
+    if path is not None and not pathlib.Path(path.split(":")[0]).is_file():
+        files = sorted(set(pathlib.Path("configs").glob("[!_]*.py")) - {pathlib.Path(COMMON)})
+        here = f"; here are {', '.join(map(str, files))}" if files else ""
+        fail(f"--config={path}: there is no such file{here}", 2)
+    try:
+        rest, message = flags.FLAGS(argv), ""
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        if not overrides and not isinstance(error, flags.Error):
+            raise  # the config file itself is at fault
+        message = str(error).strip().splitlines()[-1]
+        if "Error whilst parsing config file" in str(error):  # and then its whole traceback
+            fail(f"--config={path}: {message}", 2)
+    if overrides:
+        # Loaded once more, without the overrides, to say what the parser does not.
+        defaults = flags.FLAGS["config"].parser.parse(path)
+        message = unknown_keys(defaults, overrides) or message
+        message = message or wrong_tuples(defaults, flags.FLAGS["config"].override_values)
+    if message:
+        fail(message, 2)
+    return rest
+
+
+# ------------------------------------------------------------------------ the modes
+
+
+def run_train(config: ConfigDict, workdir: str) -> None:
+    """Trains, evaluates and draws: see `oneformer_jax.train.loop.train`."""
+    from input_pipeline import loader, tokenizer
+    from oneformer_jax.train import loop
+
+    source, info = open_split(config, config.dataset.train_split)
+    evaluation = functools.cache(lambda: open_split(config, config.dataset.eval_split)[0])
+    loop.train(
+        config,
+        workdir,
+        metadata=metadata_of(info),
+        text_table=tokenizer.text_table(info.class_names),
+        train_batches=lambda start_step: loader.train_loader(
+            source, train_loader_config(config), info, *process(), start_step
+        ),
+        eval_batches=eval_batches(config, evaluation),
+    )
+
+
+def run_eval(config: ConfigDict, workdir: str, step: int | None = None) -> None:
+    """Evaluates a checkpoint of `workdir`: see `oneformer_jax.train.loop.evaluate_workdir`."""
+    from oneformer_jax.train import loop
+
+    source, info = open_split(config, config.dataset.eval_split)
+    loop.evaluate_workdir(
+        config,
+        workdir,
+        metadata=metadata_of(info),
+        eval_batches=eval_batches(config, lambda: source),
+        checkpoint_step=step,
+    )
+
+
+def run_predict(
+    workdir: str, image: str, task: str = "all", output: str | None = None, step: int | None = None
+) -> None:
+    """Segments an image or a folder of images: see `oneformer_jax.eval.predict.predict_files`."""
+    import oneformer_jax
+    from oneformer_jax.eval import predict
+    from oneformer_jax.train.checkpoint import CHECKPOINT_FOLDER
+
+    output = output or os.path.join(workdir, "predictions")
+    path = workdir if step is None else os.path.join(workdir, CHECKPOINT_FOLDER, str(step))
+    written = predict.predict_files(oneformer_jax.load(path), image, output, task)
+    print(f"{len(written)} files are in {output}:")
+    for file in written:
+        print(f"  {file}")
+
+
+# ------------------------------------------------------------------------ from config to data
+
+
+def open_split(config: ConfigDict, split: str):
+    """Source and table of one split of the config's dataset; prepares it if need be."""
+    from input_pipeline import sources
+
+    dataset, options = config.dataset, dict(config.dataset.options)
+    if dataset.name == "coco_folder":  # one switch for preparation and loading
+        options.setdefault("skip_broken", config.data.skip_broken)
+    return sources.open_source(
+        dataset.name, data_dir=dataset.data_dir, split=split, options=options
+    )
+
+
+def metadata_of(info):
+    """The model's view of a dataset's table: the same fields in a type of its own."""
+    from oneformer_jax.types import Metadata
+
+    return Metadata(**dataclasses.asdict(info))
+
+
+def process() -> tuple[int, int]:
+    """Index of this process, and how many there are."""
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+def train_loader_config(config: ConfigDict):
+    from input_pipeline import loader, transforms
+
+    data = config.data
+    return loader.LoaderConfig(
+        batch_size=data.batch_size // process()[1],  # the loop has checked that it divides
+        num_slots=data.num_slots,
+        num_texts=config.model.num_queries - config.model.num_context,
+        augment=transforms.AugmentConfig(crop_size=data.crop_size, **data.augment),
+        seed=config.seed,
+        semantic_prob=data.semantic_prob,
+        instance_prob=data.instance_prob,
+        num_workers=data.workers,
+        prefetch=data.prefetch,
+        skip_broken=data.skip_broken,
+        require_things=data.require_things,
+    )
+
+
+def eval_batches(config: ConfigDict, source: Callable) -> Callable[[], Iterable[dict]]:
+    """Gives a pass over the evaluation split, which `source()` opens, at every call."""
+    from input_pipeline import loader
+
+    settings = loader.EvalLoaderConfig(
+        batch_size=config.eval.batch_size // process()[1],
+        short_edge=config.eval.short_edge,
+        max_size=config.eval.max_size,
+        skip_broken=config.data.skip_broken,
+    )
+    return functools.cache(lambda: loader.eval_loader(source(), settings, *process()))
+
+
+# ------------------------------------------------------------------------ start
+
+
+def start_jax(compilation_cache: str = "", distributed: bool = False) -> None:
+    """Joins the other processes, if asked to, and keeps compiled programs for the next run."""
+    import jax
+
+    if distributed:
+        environment = {
+            name: int(os.environ[variable])
+            for name, variable in (
+                ("num_processes", "JAX_NUM_PROCESSES"),
+                ("process_id", "JAX_PROCESS_ID"),
+            )
+            if variable in os.environ
+        }
+        jax.distributed.initialize(**environment)
+    if compilation_cache or not jax.config.jax_compilation_cache_dir:
+        default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "oneformer_jax"
+        folder = pathlib.Path(compilation_cache or default).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def require_flags(**values: object) -> None:
+    for name, value in values.items():
+        if not value:
+            fail(f"--mode={_MODE.value} needs --{name}=...", 2)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        fail(f"{argv[1]!r} is not a flag; flags begin with --", 2)
+    mode, config = _MODE.value, _CONFIG.value
+    require_flags(workdir=_WORKDIR.value)
+    require_flags(**({"image": _IMAGE.value} if mode == "predict" else {"config": config}))
+    try:
+        start_jax(config.compilation_cache if config else "", _DISTRIBUTED.value)
+        if mode == "train":
+            run_train(config, _WORKDIR.value)
+        elif mode == "eval":
+            run_eval(config, _WORKDIR.value, _CHECKPOINT.value)
+        else:
+            run_predict(_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
+    except USER_ERRORS as error:
+        if _DEBUG.value:
+            raise
+        fail(f"{error} (--debug shows the traceback)", 1)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

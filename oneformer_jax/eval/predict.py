@@ -1,0 +1,380 @@
+"""Segmenting single images: arrays through `Segmenter`, files through `predict_files`.
+
+The way to the model is that of the official evaluation: the shorter side is brought to the test
+size by PIL's antialiased bilinear filter on uint8, then the image is normalised and padded with
+zeros on the right and below to a multiple of 32. There are no sliding windows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from PIL import Image, ImageOps
+
+from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
+from oneformer_jax.eval.write import write_prediction
+from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
+from oneformer_jax.types import TASK_TOKENS, TASKS, Metadata, task_id
+
+# Deepest stride of the model: inputs are padded to multiples of it.
+STRIDE = 32
+# Mesh axes that share a batch, if the mesh has them.
+BATCH_AXES = ("data", "fsdp")
+# Endings that make a file of a folder an input; anything PIL reads may be given by name.
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names the file."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Everything the model predicts for a batch; float32 arrays.
+
+    Attributes:
+      class_logits: [B, Q, K+1], the last class is "no object".
+      mask_logits: [B, Q, h, w] with h = H/4, w = W/4.
+      aux_class_logits: [N-1, B, Q, K+1], of the predictions before the final one, first to last.
+      aux_mask_logits: [N-1, B, Q, h, w].
+    """
+
+    class_logits: jax.Array
+    mask_logits: jax.Array
+    aux_class_logits: jax.Array
+    aux_mask_logits: jax.Array
+
+
+class Segmenter:
+    """A trained model, ready for images.
+
+        segmentation = segmenter(image, task="panoptic")
+
+    A program is compiled for every padded input size (and a few per task for the results), so the
+    first image of a new shape takes longer.
+    """
+
+    def __init__(
+        self,
+        config: OneFormerConfig,
+        params: Mapping[str, Any],
+        stats: Mapping[str, Any],
+        metadata: Metadata,
+        *,
+        postprocess: PostprocessConfig | None = None,
+        test_size: tuple[int, int] = (800, 1333),
+        mesh: Mesh | None = None,
+    ):
+        """Copies the parameters to the devices.
+
+        Args:
+          config: the architecture.
+          params: nested dict of parameters; those of the text branch may be there and are not used.
+          stats: nested dict of what else the modules hold (batch norm statistics).
+          metadata: the K classes.
+          postprocess: thresholds; None takes the defaults.
+          test_size: shorter side in pixels that images are resized to, and the most pixels that
+            the longer side may then have.
+          mesh: devices that hold the parameters. Arrays not yet on devices are copied to each;
+            `raw` shares a batch among them. None is the default device.
+
+        Raises:
+          ValueError: parameters of another model, metadata of other classes, a bad test size.
+        """
+        short, long = test_size
+        if not 0 < short <= long:
+            raise ValueError(f"test_size is {test_size}; expected 0 < shorter side <= longer side")
+        if metadata.num_classes != config.num_classes:
+            raise ValueError(
+                f"the model has {config.num_classes} classes, but {metadata.dataset} has "
+                f"{metadata.num_classes}: model and metadata do not belong together"
+            )
+        self.config = config
+        self.metadata = metadata
+        self.postprocess = postprocess or PostprocessConfig()
+        self.test_size = (int(short), int(long))
+        self.mesh = mesh
+
+        model = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=False))
+        self._graphdef, *shapes = nnx.split(model, nnx.Param, ...)
+        self._params, self._stats = (
+            self._on_devices(_matching(values, nnx.to_pure_dict(expected)))
+            for values, expected in zip((params, stats), shapes, strict=True)
+        )
+
+        # Parameters are arguments: as constants they would be compiled into every program.
+        @jax.jit
+        def predict(params, stats, image, image_size, task_tokens):
+            model = nnx.merge(self._graphdef, params, stats)
+            predictions = model(normalize_images(image, image_size), task_tokens)
+            return predictions.class_logits[-1], predictions.mask_logits()
+
+        @jax.jit
+        def outputs(params, stats, images, task_tokens) -> Outputs:
+            predictions = nnx.merge(self._graphdef, params, stats)(images, task_tokens)
+            count = len(predictions.class_logits)
+            masks = [predictions.mask_logits(n) for n in range(count)]
+            return Outputs(
+                class_logits=predictions.class_logits[-1],
+                mask_logits=masks[-1],
+                aux_class_logits=predictions.class_logits[:-1],
+                aux_mask_logits=jnp.stack(masks[:-1]),
+            )
+
+        self._predict = predict
+        self._outputs = outputs
+
+    @classmethod
+    def from_settings(
+        cls,
+        config: OneFormerConfig,
+        params: Mapping[str, Any],
+        stats: Mapping[str, Any],
+        metadata: Metadata,
+        settings: Mapping[str, Any],
+        *,
+        mesh: Mesh | None = None,
+        **overrides: Any,
+    ) -> Segmenter:
+        """A Segmenter from the `eval` settings of a run; `overrides` replace some of them.
+
+        Args:
+          config: the architecture.
+          params: see `Segmenter`.
+          stats: see `Segmenter`.
+          metadata: the K classes.
+          settings: `short_edge`, `max_size` and fields of `PostprocessConfig`; what concerns the
+            evaluation only (its batch size, its tasks) is not read.
+          mesh: see `Segmenter`.
+          **overrides: by the same names.
+
+        Raises:
+          ValueError: an override that is none of these names.
+        """
+        fields = [f.name for f in dataclasses.fields(PostprocessConfig)]
+        known = ["short_edge", "max_size", *fields]
+        for name in overrides:
+            if name not in known:
+                raise ValueError(f"unknown setting {name!r}; use some of {', '.join(known)}")
+        settings = {name: settings[name] for name in known if name in settings} | overrides
+        return cls(
+            config,
+            params,
+            stats,
+            metadata,
+            postprocess=PostprocessConfig(**{n: settings[n] for n in fields if n in settings}),
+            test_size=(settings.get("short_edge", 800), settings.get("max_size", 1333)),
+            mesh=mesh,
+        )
+
+    def __call__(self, image: np.ndarray, task: str = "panoptic") -> Segmentation:
+        """Segments one image.
+
+        Args:
+          image: uint8 [H, W, 3], RGB.
+          task: one of `TASKS`.
+
+        Returns:
+          The segmentation at the size of `image`, which it keeps.
+
+        Raises:
+          ValueError: unknown task, or not such an image.
+        """
+        token = self.task_tokens(task)
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f"image is {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3] in RGB"
+            )
+        resized = resize_shortest_edge(image, *self.test_size)
+        size = resized.shape[:2]
+        padded_size = tuple(-(-side // STRIDE) * STRIDE for side in size)
+        padded = np.zeros((1, *padded_size, 3), np.uint8)
+        padded[0, : size[0], : size[1]] = resized
+        image_size = np.array([size], np.int32)
+        arrays = self._place(padded, image_size, token[None])
+        logits = self._predict(self._params, self._stats, *arrays)
+        (segmentation,) = segment_batch(
+            *logits,
+            image_size,
+            np.array([image.shape[:2]]),
+            padded_size,
+            task=task,
+            config=self.postprocess,
+            metadata=self.metadata,
+            images=[image],
+        )
+        return segmentation
+
+    def raw(self, images: jax.Array, task_tokens: jax.Array) -> Outputs:
+        """The model's outputs before any post-processing, all predictions included.
+
+        Args:
+          images: float32 [B, H, W, 3], normalised (`models.oneformer.normalize_images`), H and W
+            multiples of 32.
+          task_tokens: int32 [B, 77], see `task_tokens`.
+
+        Raises:
+          ValueError: arrays of other shapes or dtypes.
+        """
+        shape = images.shape
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images are {images.dtype}; expected normalised float32 [B, H, W, 3]")
+        if len(shape) != 4 or shape[3] != 3 or shape[1] % STRIDE or shape[2] % STRIDE:
+            raise ValueError(
+                f"images have shape {list(shape)}; expected [B, H, W, 3] with H and W multiples of "
+                f"{STRIDE}"
+            )
+        expected = (shape[0], TASK_TOKENS.shape[1])
+        if task_tokens.shape != expected:
+            raise ValueError(f"task_tokens have shape {task_tokens.shape}; expected {expected}")
+        images, task_tokens = self._place(images, task_tokens)
+        return self._outputs(self._params, self._stats, images, task_tokens)
+
+    def task_tokens(self, task: str) -> np.ndarray:
+        """Token ids of a task, int32 [77]; ValueError for an unknown task."""
+        return TASK_TOKENS[task_id(task)]
+
+    def _place(self, *arrays: Any) -> tuple[Any, ...]:
+        """Arrays with a leading batch axis, shared among the mesh's devices if they divide it."""
+        if self.mesh is None:
+            return arrays
+        axes = tuple(axis for axis in BATCH_AXES if axis in self.mesh.axis_names)
+        devices = math.prod(self.mesh.shape[axis] for axis in axes)
+        spec = P(axes) if len(arrays[0]) % devices == 0 else P()
+        return tuple(jax.device_put(array, NamedSharding(self.mesh, spec)) for array in arrays)
+
+    def _on_devices(self, tree: Any) -> Any:
+        """Copies NumPy leaves to the devices once; JAX arrays stay where they are."""
+        target = None if self.mesh is None else NamedSharding(self.mesh, P())
+        return jax.tree.map(
+            lambda x: x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x), target), tree
+        )
+
+
+def _matching(values: Any, expected: Any, path: str = "") -> Any:
+    """The part of the nested dict `values` that `expected` has, its shapes checked."""
+    if not isinstance(expected, Mapping):
+        if np.shape(values) != expected.shape:
+            raise ValueError(
+                f"parameter {path} has shape {np.shape(values)}, but the model expects "
+                f"{expected.shape}: these are parameters of another model"
+            )
+        return values
+    missing = set(expected) - set(values if isinstance(values, Mapping) else ())
+    if missing:
+        names = ", ".join(f"{path}/{name}".lstrip("/") for name in sorted(missing, key=str)[:3])
+        raise ValueError(f"the model expects parameters {names}: these are of another model")
+    return {
+        name: _matching(values[name], inner, f"{path}/{name}".lstrip("/"))
+        for name, inner in expected.items()
+    }
+
+
+def resize_shortest_edge(image: np.ndarray, short: int, long: int) -> np.ndarray:
+    """Resizes uint8 [H, W, 3]: shorter side `short`, or less where the longer would pass `long`.
+
+    Sides are rounded half up. PIL's bilinear filter, which antialiases when it shrinks.
+    """
+    height, width = image.shape[:2]
+    scale = short / min(height, width)
+    sides = [short if side == min(height, width) else scale * side for side in (height, width)]
+    if max(sides) > long:
+        shrink = long / max(sides)
+        sides = [side * shrink for side in sides]
+    height, width = (max(1, int(side + 0.5)) for side in sides)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """An image file as uint8 [H, W, 3], RGB, turned upright as its EXIF says.
+
+    Raises:
+      ImageError: no such file, none that PIL reads, a damaged one, or more than 8 bits per channel.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ImageError(f"{path}: there is no such image file")
+    try:
+        with Image.open(path) as image:
+            deep = image.mode.startswith(("I", "F"))
+            pixels = None if deep else np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{path}: not an image of a supported format; try JPEG or PNG") from error
+    except Exception as error:  # PIL's decoders raise whatever they stumble over
+        raise ImageError(f"{path}: the image is damaged ({error}); replace it") from error
+    if pixels is None:
+        raise ImageError(f"{path}: more than 8 bits per channel; convert it to 8-bit RGB")
+    return pixels
+
+
+def predict_files(
+    segmenter: Callable[[np.ndarray, str], Segmentation],
+    path: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    task: str = "all",
+) -> list[pathlib.Path]:
+    """Segments an image file, or those directly in a folder, and writes the results.
+
+    Args:
+      segmenter: a `Segmenter`.
+      path: an image file or a folder; in a folder, files with `IMAGE_ENDINGS` are taken.
+      out_dir: folder of the results, made as needed; see `write_prediction`.
+      task: one of `TASKS`, or "all".
+
+    Returns:
+      The files written.
+
+    Raises:
+      ImageError: images that cannot be read, each named, after all others are done.
+      ValueError: unknown task, a folder without images, or results that would land among them.
+    """
+    tasks = TASKS if task == "all" else TASKS[task_id(task) : task_id(task) + 1]
+    path, out_dir = pathlib.Path(path), pathlib.Path(out_dir)
+    if not path.exists():
+        raise ImageError(f"{path}: there is no such image file or folder")
+    files = [path]
+    if path.is_dir():
+        if out_dir.resolve() == path.resolve():
+            raise ValueError(f"the results would mix with the images in {path}; use another folder")
+        files = sorted(
+            f for f in path.iterdir() if f.is_file() and f.suffix.lower() in IMAGE_ENDINGS
+        )
+        if not files:
+            raise ValueError(f"{path} has no images (files with {', '.join(IMAGE_ENDINGS)})")
+    stems = [f.stem for f in files]
+    written, broken = [], []
+    for number, file in enumerate(files, 1):
+        try:
+            image = read_image(file)
+        except ImageError as error:
+            logging.error("%s", error)
+            broken.append(str(error))
+            continue
+        # Files that differ in their ending only keep it.
+        name = file.stem if stems.count(file.stem) == 1 else file.name.replace(".", "_")
+        for one in tasks:
+            written += write_prediction(out_dir, name, segmenter(image, one))
+        logging.info("[%d/%d] %s: %s", number, len(files), file, ", ".join(tasks))
+    if len(broken) == len(files) == 1:
+        raise ImageError(broken[0])
+    if broken:
+        listing = "\n  ".join(broken)
+        raise ImageError(
+            f"{len(broken)} of {len(files)} images could not be read, the others are done and in "
+            f"{out_dir}:\n  {listing}"
+        )
+    return written

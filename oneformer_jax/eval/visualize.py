@@ -1,0 +1,333 @@
+"""Pictures of segmentations: overlays, and sheets of titled pictures side by side.
+
+Sizes of text and lines follow the image. Labels stand where the largest box of the text's shape
+fits into the segment, in white on a dark plate, so that they read on light and dark images alike.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from oneformer_jax.eval.postprocess import Segmentation
+
+# Shares of the picture's size (geometric mean of its sides), with lower bounds in pixels.
+_FONT_SHARE, _MIN_FONT = 0.032, 9
+_LINE_SHARE = 0.003
+# A label may shrink to this share of the usual font before it leaves its segment.
+_SHRINK = 0.7
+# A label of more than this many times its segment's area is left out.
+_DWARF = 4
+_PLATE = (18, 18, 22)
+_INK = (25, 25, 30)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Region:
+    mask: np.ndarray  # bool [H, W]
+    color: tuple[int, int, int]
+    text: str
+    isthing: bool
+
+
+def overlay(
+    image: np.ndarray,
+    segmentation: Segmentation,
+    *,
+    alpha: float = 0.5,
+    labels: bool = True,
+    min_score: float = 0.5,
+    min_size: int = 0,
+) -> np.ndarray:
+    """Draw a segmentation over its image.
+
+    Args:
+      image: uint8 [H, W, 3] RGB of the segmentation's size.
+      segmentation: what to draw; unassigned pixels stay as they are.
+      alpha: opacity of the segments, 0..1.
+      labels: write class names into the segments, and scores of instances that are not certain
+        (those of ground truth are).
+      min_score: instances below this score are left out.
+      min_size: enlarge images whose shorter side has fewer pixels by a whole factor, so that text
+        and outlines stay fine. 0 keeps the size.
+
+    Returns:
+      uint8 [H, W, 3] RGB, or the enlarged size.
+
+    Raises:
+      ValueError: the image is not uint8 [H, W, 3] of the segmentation's size.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.shape != (*segmentation.size, 3):
+        raise ValueError(
+            f"image is {image.dtype} {list(image.shape)}; the segmentation needs "
+            f"uint8 {[*segmentation.size, 3]}"
+        )
+    regions = _regions(segmentation, min_score)
+    factor = max(1, -(-min_size // max(1, min(image.shape[:2]))))
+    if factor > 1:
+        size = (image.shape[1] * factor, image.shape[0] * factor)
+        image = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+        regions = [dataclasses.replace(r, mask=_enlarge(r.mask, size)) for r in regions]
+    # Large segments first, so that what lies on them stays visible.
+    regions.sort(key=lambda r: -np.count_nonzero(r.mask))
+    picture = image.astype(np.float32)
+    for region in regions:
+        color = np.asarray(region.color, np.float32)
+        picture[region.mask] += alpha * (color - picture[region.mask])
+    picture = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    _draw_outlines(picture, regions)
+    return _draw_labels(picture, regions) if labels else picture
+
+
+def _enlarge(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    soft = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    return soft >= 0.5
+
+
+def _scale(shape: Sequence[int]) -> float:
+    return math.sqrt(shape[0] * shape[1])
+
+
+def _regions(segmentation: Segmentation, min_score: float) -> list[_Region]:
+    metadata = segmentation.metadata
+    if segmentation.task == "panoptic":
+        found = [
+            (segmentation.segments == info["id"], info["category_id"], None)
+            for info in segmentation.segments_info
+        ]
+    elif segmentation.task == "instance":
+        found = [
+            (mask, int(label), float(score))
+            for mask, label, score in zip(
+                segmentation.masks, segmentation.labels, segmentation.scores, strict=True
+            )
+            if score >= min_score
+        ]
+    else:
+        classes = np.unique(segmentation.class_map)
+        found = [
+            (segmentation.class_map == c, int(c), None)
+            for c in classes
+            if 0 <= c < metadata.num_classes
+        ]
+    regions, seen = [], {}
+    for mask, label, score in found:
+        if not mask.any():
+            continue
+        number = seen[label] = seen.get(label, -1) + 1
+        name = metadata.class_names[label]
+        text = name if score in (None, 1.0) else f"{name} {score:.0%}"
+        color = shade(metadata.colors[label], number)
+        regions.append(_Region(mask, color, text, metadata.is_thing[label]))
+    return regions
+
+
+def shade(color: Sequence[int], number: int) -> tuple[int, int, int]:
+    """The colour of the `number`-th instance of a class: `color` itself, then shades around it."""
+    shades = _shades(tuple(int(c) for c in color))
+    return shades[number % len(shades)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _shades(color: tuple[int, int, int], count: int = 24) -> tuple[tuple[int, int, int], ...]:
+    """`color`, then each time the neighbour in hue that is farthest from those so far.
+
+    Distances are in CIELAB, where they match what the eye tells apart.
+    """
+    hue, saturation, _ = colorsys.rgb_to_hsv(*(c / 255 for c in color))
+    candidates = [
+        colorsys.hsv_to_rgb((hue + turn) % 1.0, s, v)
+        for turn in (-0.1, -0.05, 0.0, 0.05, 0.1)
+        for s in (max(0.35, saturation - 0.4), max(0.6, saturation))
+        for v in (0.45, 0.65, 0.85, 1.0)
+    ]
+    colors = np.round(np.array([[c / 255 for c in color], *candidates]) * 255)
+    lab = cv2.cvtColor((colors / 255).astype(np.float32)[None], cv2.COLOR_RGB2LAB)[0]
+    chosen, distance = [0], np.full(len(colors), np.inf)
+    while len(chosen) < count:
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+        chosen.append(int(distance.argmax()))
+    return tuple(tuple(int(c) for c in colors[i]) for i in chosen)
+
+
+def _draw_outlines(picture: np.ndarray, regions: Sequence[_Region]) -> None:
+    """A light line in the segment's tint over a wider dark one, in place."""
+    width = max(1, round(_LINE_SHARE * _scale(picture.shape)))
+    dark = picture.copy()
+    outlines = []
+    # Continued beyond the picture, so that no line runs along its edge.
+    pad = 2 * width + 2
+    for region in regions:
+        contours, _ = cv2.findContours(
+            np.pad(region.mask, pad, mode="edge").astype(np.uint8),
+            cv2.RETR_CCOMP,
+            cv2.CHAIN_APPROX_NONE,
+            offset=(-pad, -pad),
+        )
+        outlines.append(contours)
+        cv2.polylines(dark, contours, True, _PLATE, width + min(width, 2), cv2.LINE_AA)
+    cv2.addWeighted(dark, 0.5, picture, 0.5, 0, dst=picture)
+    for region, contours in zip(regions, outlines, strict=True):
+        tint = tuple(round(c + 0.6 * (255 - c)) for c in region.color)
+        cv2.polylines(picture, contours, True, tint, width, cv2.LINE_AA)
+
+
+def _draw_labels(picture: np.ndarray, regions: Sequence[_Region]) -> np.ndarray:
+    base = max(_MIN_FONT, round(_FONT_SHARE * _scale(picture.shape)))
+    taken = np.zeros(picture.shape[:2], bool)
+    plates = []
+    # The smallest have the least choice of place, so they choose first.
+    for region in sorted(regions, key=lambda r: np.count_nonzero(r.mask)):
+        plate = _place(region, taken, base)
+        if plate is not None:
+            x, y, width, height, _ = plate
+            taken[y : y + height, x : x + width] = True
+            plates.append((region, plate))
+    result = Image.fromarray(picture)
+    layer = Image.new("RGBA", result.size)
+    draw = ImageDraw.Draw(layer)
+    for region, (x, y, width, height, size) in plates:
+        draw.rounded_rectangle(
+            (x, y, x + width - 1, y + height - 1),
+            radius=height // 5,
+            fill=(*_PLATE, 190),
+            outline=(*region.color, 255),
+            width=max(1, size // 14),
+        )
+        middle = (x + width / 2, y + height / 2)
+        font = ImageFont.load_default(size)
+        draw.text(middle, region.text, font=font, anchor="mm", fill=(255, 255, 255, 255))
+    result.paste(layer, mask=layer.getchannel("A"))
+    return np.asarray(result)
+
+
+def _plate_size(text: str, size: int) -> tuple[int, int]:
+    """Width and height of a label in a font of `size` pixels."""
+    pad = max(2, size // 4)
+    return round(ImageFont.load_default(size).getlength(text)) + 2 * pad, round(1.2 * size) + pad
+
+
+def _place(region: _Region, taken: np.ndarray, base: int) -> tuple[int, ...] | None:
+    """(x, y, width, height, font size) of a region's label, or None where it has no place."""
+    rows, columns = np.flatnonzero(region.mask.any(1)), np.flatnonzero(region.mask.any(0))
+    top, left = rows[0], columns[0]
+    cut = np.s_[top : rows[-1] + 1, left : columns[-1] + 1]
+    free = region.mask[cut] & ~taken[cut]
+    width, height = _plate_size(region.text, base)
+    # Squeeze x so that the plate becomes a square: the chessboard distance to the border is then
+    # half the height of the largest plate that fits around a pixel.
+    squeezed = (max(1, round(free.shape[1] * height / width)), free.shape[0])
+    room = cv2.resize(free.astype(np.uint8), squeezed, interpolation=cv2.INTER_AREA)
+    room = cv2.distanceTransform(np.pad(room, 1), cv2.DIST_C, 3)[1:-1, 1:-1]
+    y, x = np.unravel_index(room.argmax(), room.shape)
+    center_x = left + (x + 0.5) * free.shape[1] / squeezed[0]
+    center_y = top + y + 0.5
+    fits = 2 * room[y, x] / height
+    inside = fits >= _SHRINK
+    if not inside and not region.isthing:
+        return None
+    size = max(_MIN_FONT, math.floor(base * min(1.0, max(fits, _SHRINK))))
+    width, height = _plate_size(region.text, size)
+    limit_y, limit_x = taken.shape
+    # Labels that dwarf their segments would bury a crowd of small things.
+    dwarfs = width * height > _DWARF * np.count_nonzero(region.mask)
+    if dwarfs or width > limit_x or height > limit_y:
+        return None
+    # A small thing's label covers it or, if others are in the way, stands above or below it.
+    for y in (center_y - height / 2, top - height, rows[-1] + 1):
+        x = round(min(max(center_x - width / 2, 0), limit_x - width))
+        y = round(min(max(y, 0), limit_y - height))
+        if not taken[y : y + height, x : x + width].any():
+            return x, y, width, height, size
+    return None
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    cell: tuple[int, int] = (360, 360),
+) -> np.ndarray:
+    """Pictures in a grid on white, each with its title above it.
+
+    Args:
+      images: uint8 [H, W, 3] RGB pictures of any sizes; each is fitted into its cell.
+      titles: one line per picture.
+      columns: pictures in a row; None makes the grid about square.
+      cell: height and width in pixels that a picture may take up.
+
+    Returns:
+      uint8 [rows of cells, columns of cells, 3] RGB; rows and columns without need of the whole
+      cell are narrower.
+
+    Raises:
+      ValueError: no pictures, or titles of another number.
+    """
+    if not images:
+        raise ValueError("a contact sheet needs at least one image")
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"{len(titles)} titles for {len(images)} images")
+    columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
+    pictures = [_fit(np.asarray(image), cell) for image in images]
+    gap = max(6, round(0.03 * _scale(cell)))
+    font_size = max(10, round(0.045 * _scale(cell)))
+    band = round(1.6 * font_size) if titles is not None else 0
+    grid = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    heights = [max(p.shape[0] for p in row) for row in grid]
+    widths = [max(p.shape[1] for p in pictures[c::columns]) for c in range(columns)]
+    size = (sum(widths) + gap * (columns + 1), sum(heights) + (gap + band) * len(grid) + gap)
+    sheet = Image.new("RGB", size, (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    y = gap
+    for r, row in enumerate(grid):
+        x = gap
+        for c, picture in enumerate(row):
+            middle = x + widths[c] // 2
+            if titles is not None:
+                text, font = _fit_text(titles[r * columns + c], font_size, widths[c] + gap // 2)
+                draw.text((middle, y + band / 2), text, font=font, anchor="mm", fill=_INK)
+            offset = (heights[r] - picture.shape[0]) // 2
+            position = (middle - picture.shape[1] // 2, y + band + offset)
+            sheet.paste(Image.fromarray(picture), position)
+            x += widths[c] + gap
+        y += heights[r] + band + gap
+    return np.asarray(sheet)
+
+
+def side_by_side(
+    images: Sequence[np.ndarray], titles: Sequence[str] | None = None, *, height: int = 360
+) -> np.ndarray:
+    """Pictures in one row of the given height in pixels; see `contact_sheet`."""
+    widest = max((i.shape[1] / i.shape[0] for i in images), default=1.0)
+    return contact_sheet(
+        images, titles, columns=len(images) or 1, cell=(height, math.ceil(height * widest))
+    )
+
+
+def _fit(image: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
+    """Resize to the largest size that fits into the cell, aspect kept."""
+    height, width = image.shape[:2]
+    factor = min(cell[0] / height, cell[1] / width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    method = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(image).resize(size, method))
+
+
+def _fit_text(text: str, size: int, width: int) -> tuple[str, ImageFont.ImageFont]:
+    """The text in a smaller font, then cut short, until it is at most `width` pixels wide."""
+    font = ImageFont.load_default(size)
+    while font.getlength(text) > width and size > 10:
+        size -= 1
+        font = ImageFont.load_default(size)
+    while font.getlength(text) > width and len(text) > 1:
+        text = text[:-2] + "…"
+    return text, font

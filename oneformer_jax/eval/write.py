@@ -1,0 +1,152 @@
+"""Writing segmentations to files: overlays, label maps, COCO's panoptic and result formats."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from oneformer_jax.eval.postprocess import Segmentation
+
+
+def write_prediction(
+    out_dir: str | os.PathLike[str],
+    name: str,
+    segmentation: Segmentation,
+    *,
+    overlay_size: int = 480,
+) -> list[pathlib.Path]:
+    """Writes one image's result; a file is either complete or as it was before.
+
+    For every task, `NAME_TASK_overlay.png`; images whose shorter side has less than `overlay_size`
+    pixels are enlarged in it by a whole factor. Class ids in files are the data set's own. Besides:
+
+    * panoptic: `NAME_panoptic.png` and `NAME_panoptic.json` in COCO's panoptic format. A pixel's
+      segment id is R + 256 G + 65536 B, 0 is unassigned.
+    * semantic: `NAME_semantic.png`, grey values are class ids, 16 bits where 8 do not suffice.
+    * instance: `NAME_instance.json`, a list in COCO's result format, masks run-length encoded.
+
+    Args:
+      out_dir: folder, made as needed.
+      name: start of the file names; also the image id, as a number if it consists of digits.
+      segmentation: a result with its image.
+      overlay_size: pixels.
+
+    Returns:
+      The files written.
+    """
+    out_dir = pathlib.Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    task = segmentation.task
+    image_id = int(name) if name.isascii() and name.isdigit() else name
+    overlay = segmentation.overlay(min_size=overlay_size)
+    pictures: dict[str, np.ndarray] = {f"{name}_{task}_overlay.png": overlay}
+    texts: dict[str, Any] = {}
+    if task == "panoptic":
+        pictures[f"{name}_panoptic.png"] = encode_ids(segmentation.segments)
+        texts[f"{name}_panoptic.json"] = _coco_panoptic(
+            segmentation, f"{name}_panoptic.png", image_id
+        )
+    elif task == "semantic":
+        pictures[f"{name}_semantic.png"] = _dataset_ids(segmentation)
+    else:
+        texts[f"{name}_instance.json"] = list(_coco_instances(segmentation, image_id))
+    for file, pixels in pictures.items():
+        _write(out_dir / file, functools.partial(Image.fromarray(pixels).save, format="PNG"))
+    for file, content in texts.items():
+        data = json.dumps(content, allow_nan=False).encode()
+        _write(out_dir / file, lambda stream, data=data: stream.write(data))
+    return [out_dir / file for file in (*pictures, *texts)]
+
+
+def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] RGB as a PNG; folders are made as needed."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, functools.partial(Image.fromarray(image).save, format="PNG"))
+
+
+def encode_ids(segments: np.ndarray) -> np.ndarray:
+    """Segment ids int [H, W] below 2**24 as uint8 [H, W, 3]: id = R + 256 G + 65536 B."""
+    return np.stack([segments >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
+
+
+def _coco_panoptic(
+    segmentation: Segmentation, file_name: str, image_id: int | str
+) -> dict[str, Any]:
+    metadata = segmentation.metadata
+    height, width = segmentation.size
+    infos = [
+        {
+            "id": info["id"],
+            "category_id": metadata.category_ids[info["category_id"]],
+            "isthing": int(info["isthing"]),
+            "iscrowd": 0,
+            "area": info["area"],
+            "bbox": _bounding_box(segmentation.segments == info["id"]),
+            "score": round(info["score"], 6),
+        }
+        for info in segmentation.segments_info
+    ]
+    categories = [
+        {"id": id, "name": name, "isthing": int(thing), "color": list(color)}
+        for id, name, thing, color in zip(
+            metadata.category_ids,
+            metadata.class_names,
+            metadata.is_thing,
+            metadata.colors,
+            strict=True,
+        )
+    ]
+    return {
+        "images": [{"id": image_id, "file_name": file_name, "height": height, "width": width}],
+        "annotations": [{"image_id": image_id, "file_name": file_name, "segments_info": infos}],
+        "categories": categories,
+    }
+
+
+def _coco_instances(segmentation: Segmentation, image_id: int | str) -> Iterator[dict[str, Any]]:
+    for mask, label, score in zip(
+        segmentation.masks, segmentation.labels, segmentation.scores, strict=True
+    ):
+        encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        yield {
+            "image_id": image_id,
+            "category_id": segmentation.metadata.category_ids[label],
+            "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")},
+            "bbox": _bounding_box(mask),
+            "score": round(float(score), 6),
+        }
+
+
+def _bounding_box(mask: np.ndarray) -> list[int]:
+    """[left, top, width, height] of the mask's pixels; zeros if it has none."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return [0, 0, 0, 0]
+    left, top = int(columns[0]), int(rows[0])
+    return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+
+
+def _dataset_ids(segmentation: Segmentation) -> np.ndarray:
+    """The class map in the data set's own ids, uint8 or uint16 [H, W]."""
+    ids = np.array(segmentation.metadata.category_ids)
+    return ids.astype(np.uint8 if ids.max() < 256 else np.uint16)[segmentation.class_map]
+
+
+def _write(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes beside `path` and renames."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            write(stream)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""Backbones: modules from an image to four maps, chosen by their config.
+
+A backbone is called as `backbone(image, key=None, train=False)` with a normalised float image
+[B, H, W, 3] and returns res2, res3, res4, res5: [B, h, w, C] at the strides 4, 8, 16, 32. Its
+config has `channels`, the four numbers of channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from oneformer_jax.models.backbones.resnet import ResNet, ResNetConfig
+from oneformer_jax.models.backbones.swin import Swin, SwinConfig
+
+BackboneConfig = SwinConfig | ResNetConfig
+
+# kind: (config, module). The kind names a family in JSON, and a config without defaults of size.
+_KINDS = {"swin": (SwinConfig, Swin), "resnet": (ResNetConfig, ResNet)}
+
+_PUBLISHED = {
+    "swin_tiny": SwinConfig.tiny,
+    "swin_large": SwinConfig.large,
+    "resnet50": ResNetConfig.r50,
+    "resnet101": ResNetConfig.r101,
+}
+
+NAMES = (*_PUBLISHED, *_KINDS)
+
+__all__ = [
+    "NAMES",
+    "BackboneConfig",
+    "ResNet",
+    "ResNetConfig",
+    "Swin",
+    "SwinConfig",
+    "backbone_config",
+    "build_backbone",
+    "from_dict",
+    "to_dict",
+]
+
+
+def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
+    """The config of a backbone by name.
+
+    Args:
+      name: a published size ("swin_tiny", "swin_large", "resnet50", "resnet101"), or "swin" or
+        "resnet", whose fields without a default must all be in `overrides`.
+      overrides: fields of the config, see `SwinConfig` and `ResNetConfig`.
+
+    Raises:
+      ValueError: an unknown name or field, a missing field, or a value that a field can't have.
+    """
+    if name in _PUBLISHED:
+        make = _PUBLISHED[name]
+        config_class = type(make())
+    elif name in _KINDS:
+        make = config_class = _KINDS[name][0]
+    else:
+        raise ValueError(f"unknown backbone {name!r}; use one of {', '.join(NAMES)}")
+    fields = dataclasses.fields(config_class)
+    known = [f.name for f in fields]
+    if unknown := sorted(set(overrides) - set(known)):
+        raise ValueError(f"backbone {name}: unknown fields {unknown}; known are {known}")
+    if make is config_class:
+        needed = [f.name for f in fields if f.default is dataclasses.MISSING]
+        if missing := [field for field in needed if field not in overrides]:
+            raise ValueError(f"backbone {name}: fields {missing} must be given")
+    return make(**overrides)
+
+
+def build_backbone(
+    config: BackboneConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+) -> Swin | ResNet:
+    """The module of a config.
+
+    Args:
+      config: see `backbone_config`.
+      rngs: of the initial parameters.
+      dtype: of the matrix products and the outputs; parameters and statistics are float32.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+    _, module = _KINDS[_kind(config)]
+    return module(config, rngs=rngs, dtype=dtype, remat=remat)
+
+
+def to_dict(config: BackboneConfig) -> dict[str, Any]:
+    """Plain values for JSON: the fields and "kind"; `from_dict` is the inverse."""
+    return {"kind": _kind(config), **dataclasses.asdict(config)}
+
+
+def from_dict(fields: dict[str, Any]) -> BackboneConfig:
+    """The config that `to_dict` wrote; ValueError for an unknown kind or field."""
+    fields = dict(fields)
+    kind = fields.pop("kind", None)
+    if kind not in _KINDS:
+        raise ValueError(f"unknown backbone kind {kind!r}; use one of {', '.join(_KINDS)}")
+    return backbone_config(kind, **fields)
+
+
+def _kind(config: BackboneConfig) -> str:
+    for kind, (config_class, _) in _KINDS.items():
+        if isinstance(config, config_class):
+            return kind
+    raise ValueError(f"{type(config).__name__} is not the config of a backbone")

@@ -1,0 +1,219 @@
+"""ResNet (arXiv 1512.03385) with bottleneck blocks, as Detectron2 builds it.
+
+The stride of a stage is in the 3 x 3 convolution of its first block. Attribute paths are the
+official parameter names, with Flax's names for the tensors of a norm: scale, bias, mean, var.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from oneformer_jax.models.backbones.common import StagedConfig, call, check_image
+from oneformer_jax.models.layers import Key
+
+EPSILON = 1e-5
+MOMENTUM = 0.1  # share of a batch in the running statistics
+
+NORMS = ("frozen", "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig(StagedConfig):
+    """Size of a ResNet.
+
+    Attributes:
+      depths: number of blocks in each of the four stages.
+      norm: "frozen": the norm's four tensors are constants, for pre-trained weights (the published
+        ADE20K and COCO models); "batch": batch norm over the whole batch of all devices, needed
+        when training from scratch (the published Cityscapes and Mapillary models).
+      stem_width: channels of the stem; res2 to res5 have 4, 8, 16 and 32 times as many.
+    """
+
+    norm: str = "frozen"
+    stem_width: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.norm in NORMS, "norm", f"be one of {', '.join(NORMS)}")
+        self.require(self.stem_width > 0, "stem_width", "be positive")
+
+    @classmethod
+    def r50(cls, **overrides) -> ResNetConfig:
+        """ResNet-50."""
+        return cls(**({"depths": (3, 4, 6, 3)} | overrides))
+
+    @classmethod
+    def r101(cls, **overrides) -> ResNetConfig:
+        """ResNet-101."""
+        return cls(**({"depths": (3, 4, 23, 3)} | overrides))
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Channels of res2 to res5."""
+        return tuple(4 * self.stem_width * 2**stage for stage in range(4))
+
+
+class ResNet(nnx.Module):
+    """The backbone: an image to the outputs of the four stages."""
+
+    def __init__(
+        self, config: ResNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+    ):
+        """`dtype` is that of the convolutions; `remat` recomputes every block."""
+        self.dtype = dtype
+        self.remat = remat
+        self.norm = config.norm
+        self.stem = Stem(config, rngs=rngs, dtype=dtype)
+        inputs = config.stem_width
+        for stage, outputs in enumerate(config.channels):
+            blocks = []
+            for i in range(config.depths[stage]):
+                stride = 2 if stage and not i else 1
+                blocks.append(
+                    Bottleneck(config.norm, inputs, outputs, stride, rngs=rngs, dtype=dtype)
+                )
+                inputs = outputs
+            setattr(self, f"res{stage + 2}", nnx.List(blocks))
+
+    def __call__(
+        self, image: jax.Array, key: Key = None, train: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Extracts features.
+
+        Args:
+          image: float [B, H, W, 3], normalised, of any size.
+          key: not used, since nothing here is random; every backbone takes it.
+          train: with norm "batch", normalise by the statistics of this batch and update the
+            running ones; without it, and with norm "frozen", the stored ones are used.
+
+        Returns:
+          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
+          in the compute dtype.
+
+        Raises:
+          ValueError: not an image, or batch statistics of a single value.
+        """
+        check_image(image)
+        x = self.stem(image.astype(self.dtype), train)
+        updates = train and self.norm == "batch"
+        outputs = []
+        for stage in range(2, 6):
+            for block in getattr(self, f"res{stage}"):
+                x = call(block, x, train, remat=self.remat, updates=updates)
+            outputs.append(x)
+        return tuple(outputs)
+
+
+class Stem(nnx.Module):
+    """7 x 7 convolution and 3 x 3 maximum, each of stride 2."""
+
+    def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs, dtype):
+        self.conv1 = ConvNorm(config.norm, 3, config.stem_width, 7, 2, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = jax.nn.relu(self.conv1(x, train))
+        return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+class Bottleneck(nnx.Module):
+    """1 x 1, 3 x 3 and 1 x 1 convolution around a shortcut."""
+
+    def __init__(self, norm: str, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs, dtype):
+        width = outputs // 4
+        self.conv1 = ConvNorm(norm, inputs, width, 1, 1, rngs=rngs, dtype=dtype)
+        self.conv2 = ConvNorm(norm, width, width, 3, stride, rngs=rngs, dtype=dtype)
+        self.conv3 = ConvNorm(norm, width, outputs, 1, 1, rngs=rngs, dtype=dtype)
+        self.shortcut = (
+            None
+            if inputs == outputs
+            else ConvNorm(norm, inputs, outputs, 1, stride, rngs=rngs, dtype=dtype)
+        )
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, H, W, inputs] -> [B, ceil(H / stride), ceil(W / stride), outputs]."""
+        y = jax.nn.relu(self.conv1(x, train))
+        y = jax.nn.relu(self.conv2(y, train))
+        y = self.conv3(y, train)
+        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x, train)))
+
+
+class ConvNorm(nnx.Conv):
+    """A square convolution without bias, padded by half of its size, and the norm after it."""
+
+    def __init__(
+        self, norm: str, inputs: int, outputs: int, size: int, stride: int, *, rngs, dtype
+    ):
+        super().__init__(
+            inputs,
+            outputs,
+            (size, size),
+            strides=stride,
+            padding=((size // 2, size // 2),) * 2,
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            rngs=rngs,
+        )
+        self.norm = FrozenNorm(outputs, dtype) if norm == "frozen" else BatchNorm(outputs, dtype)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return self.norm(super().__call__(x), train)
+
+
+class FrozenNorm(nnx.Module):
+    """Batch norm whose four tensors are constants: none of them is trained or updated."""
+
+    def __init__(self, width: int, dtype):
+        self.dtype = dtype
+        self.scale = nnx.BatchStat(jnp.ones(width))
+        self.bias = nnx.BatchStat(jnp.zeros(width))
+        self.mean = nnx.BatchStat(jnp.zeros(width))
+        self.var = nnx.BatchStat(jnp.ones(width))
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[..., C]; `train` makes no difference."""
+        return _normalize(self, x, self.mean[...], self.var[...])
+
+
+class BatchNorm(nnx.Module):
+    """Batch norm with PyTorch's running statistics.
+
+    In a jitted program whose batch is sharded, the means run over the batch of all devices.
+    """
+
+    def __init__(self, width: int, dtype):
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.mean = nnx.BatchStat(jnp.zeros(width))
+        self.var = nnx.BatchStat(jnp.ones(width))
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[..., C]; `train` takes the statistics of the batch, which update the running ones."""
+        if not train:
+            return _normalize(self, x, self.mean[...], self.var[...])
+        count = x.size // x.shape[-1]
+        if count < 2:
+            raise ValueError(
+                f"batch norm needs more than one value per channel in training, got {x.shape}; "
+                'use larger images or batches, or norm "frozen"'
+            )
+        axes = tuple(range(x.ndim - 1))
+        values = x.astype(jnp.float32)
+        mean = jnp.mean(values, axes)
+        var = jnp.mean(jnp.square(values - mean), axes)
+        unbiased = var * (count / (count - 1))
+        for running, batch in ((self.mean, mean), (self.var, unbiased)):
+            new = (1 - MOMENTUM) * running[...] + MOMENTUM * jax.lax.stop_gradient(batch)
+            running[...] = new
+        return _normalize(self, x, mean, var)
+
+
+def _normalize(norm, x: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
+    """(x - mean) / sqrt(var + eps) * scale + bias in float32, cast to the norm's dtype."""
+    factor = jax.lax.rsqrt(var + EPSILON) * norm.scale[...]
+    return ((x.astype(jnp.float32) - mean) * factor + norm.bias[...]).astype(norm.dtype)

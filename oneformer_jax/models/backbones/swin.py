@@ -1,0 +1,331 @@
+"""Swin Transformer (arXiv 2103.14030) as OneFormer uses it, after Detectron2's Mask2Former port.
+
+Letters: B batch, H W the map of a stage, C its channels, G windows, S tokens of a window, N heads,
+D head width. Attribute paths are the official parameter names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from oneformer_jax.models.backbones.common import StagedConfig, call, check_image
+from oneformer_jax.models.layers import Key, drop_path, split_key, torch_linear_init
+
+PATCH = 4
+MASK_VALUE = -100.0
+
+# The official trunc_normal_ of deviation 0.02 cuts at the values ±2, a hundred deviations away.
+_linear_init = nnx.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinConfig(StagedConfig):
+    """Size of a Swin Transformer.
+
+    Attributes:
+      depths: number of blocks in each of the four stages.
+      embed_dim: channels of the first stage; each later stage has twice as many.
+      num_heads: attention heads of each stage.
+      window_size: edge of an attention window, in tokens.
+      mlp_ratio: hidden width of a block's MLP over its channels.
+      drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+    """
+
+    embed_dim: int
+    num_heads: tuple[int, ...]
+    window_size: int
+    mlp_ratio: float = 4.0
+    drop_path_rate: float = 0.3
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_stages("num_heads")
+        self.require(
+            self.embed_dim > 0
+            and all(c % n == 0 for c, n in zip(self.channels, self.num_heads, strict=True)),
+            "embed_dim",
+            f"be positive and, doubled at each stage, divide by num_heads {self.num_heads}",
+        )
+        self.require(self.window_size >= 2, "window_size", "be 2 or more")
+        self.require(self.mlp_ratio > 0, "mlp_ratio", "be positive")
+        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "lie in [0, 1)")
+
+    @classmethod
+    def tiny(cls, **overrides) -> SwinConfig:
+        """Swin-T."""
+        fields = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7)
+        return cls(**(fields | overrides))
+
+    @classmethod
+    def large(cls, **overrides) -> SwinConfig:
+        """Swin-L with windows of 12, as pre-trained at 384 pixels."""
+        fields = dict(
+            embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12
+        )
+        return cls(**(fields | overrides))
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Channels of res2 to res5."""
+        return tuple(self.embed_dim * 2**stage for stage in range(4))
+
+
+class Swin(nnx.Module):
+    """The backbone: an image to four normalised maps."""
+
+    def __init__(
+        self, config: SwinConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+    ):
+        """`dtype` is that of the matrix products; `remat` recomputes every block."""
+        self.dtype = dtype
+        self.patch_embed = PatchEmbed(config.embed_dim, rngs=rngs, dtype=dtype)
+        rates = np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist()
+        ends = np.cumsum(config.depths)
+        self.layers = nnx.List(
+            Stage(
+                config,
+                stage,
+                rates[ends[stage] - config.depths[stage] : ends[stage]],
+                rngs=rngs,
+                dtype=dtype,
+                remat=remat,
+            )
+            for stage in range(4)
+        )
+        for stage, width in enumerate(config.channels):
+            setattr(self, f"norm{stage}", _layer_norm(width, rngs=rngs, dtype=dtype))
+
+    def __call__(
+        self, image: jax.Array, key: Key = None, train: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Extracts features.
+
+        Args:
+          image: float [B, H, W, 3], normalised. Any size: maps are padded where they must be.
+          key: PRNG key of the stochastic depth; None is deterministic.
+          train: not used, since no layer here keeps statistics; every backbone takes it.
+
+        Returns:
+          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
+          in the compute dtype.
+        """
+        check_image(image)
+        x = self.patch_embed(image.astype(self.dtype))
+        outputs = []
+        for stage, stage_key in enumerate(split_key(key, 4)):
+            layer = self.layers[stage]
+            x = layer(x, stage_key)
+            outputs.append(getattr(self, f"norm{stage}")(x))
+            if layer.downsample is not None:
+                x = layer.downsample(x)
+        return tuple(outputs)
+
+
+class PatchEmbed(nnx.Module):
+    """Patches of 4 x 4 pixels to tokens, the image zero padded to whole patches."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+        bound = (PATCH * PATCH * 3) ** -0.5
+        self.proj = nnx.Conv(
+            3,
+            width,
+            (PATCH, PATCH),
+            strides=PATCH,
+            padding="VALID",
+            dtype=dtype,
+            kernel_init=torch_linear_init,
+            bias_init=lambda key, shape, dtype: jax.random.uniform(
+                key, shape, dtype, -bound, bound
+            ),
+            rngs=rngs,
+        )
+        self.norm = _layer_norm(width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        return self.norm(self.proj(_pad_to_multiple(image, PATCH)))
+
+
+class Stage(nnx.Module):
+    """Blocks of one resolution, every other one with shifted windows, and the way to the next."""
+
+    def __init__(
+        self, config: SwinConfig, stage: int, rates: list[float], *, rngs: nnx.Rngs, dtype, remat
+    ):
+        width = config.channels[stage]
+        self.window_size = config.window_size
+        self.remat = remat
+        self.blocks = nnx.List(
+            SwinBlock(
+                width,
+                config.num_heads[stage],
+                window_size=config.window_size,
+                shift=config.window_size // 2 if i % 2 else 0,
+                mlp_ratio=config.mlp_ratio,
+                drop_path_rate=rate,
+                rngs=rngs,
+                dtype=dtype,
+            )
+            for i, rate in enumerate(rates)
+        )
+        self.downsample = None if stage == 3 else PatchMerging(width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, key: Key) -> jax.Array:
+        """The blocks on [B, H, W, C], without the down-sampling."""
+        regions = jnp.asarray(shift_regions(*x.shape[1:3], self.window_size))
+        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
+            x = call(block, x, regions if block.shift else None, block_key, remat=self.remat)
+        return x
+
+
+class SwinBlock(nnx.Module):
+    """x + attention(norm1(x)) within windows, then x + mlp(norm2(x))."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        window_size: int,
+        shift: int,
+        mlp_ratio: float,
+        drop_path_rate: float,
+        rngs: nnx.Rngs,
+        dtype,
+    ):
+        self.window_size = window_size
+        self.shift = shift
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = _layer_norm(width, rngs=rngs, dtype=dtype)
+        self.attn = WindowAttention(width, num_heads, window_size, rngs=rngs, dtype=dtype)
+        self.norm2 = _layer_norm(width, rngs=rngs, dtype=dtype)
+        self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, regions: jax.Array | None, key: Key) -> jax.Array:
+        """[B, H, W, C] with `shift_regions` int32 [G, S] (None without shift) to [B, H, W, C]."""
+        _, height, width, _ = x.shape
+        attention_key, mlp_key = split_key(key, 2)
+        # The padding comes after the norm and is attended to: zeros, which the projection's bias
+        # turns into keys and values. The shift is kept on maps smaller than a window.
+        y = _pad_to_multiple(self.norm1(x), self.window_size)
+        padded = y.shape[1:3]
+        y = jnp.roll(y, (-self.shift, -self.shift), (1, 2)) if self.shift else y
+        y = self.attn(partition_windows(y, self.window_size), regions)
+        y = merge_windows(y, self.window_size, padded)
+        y = jnp.roll(y, (self.shift, self.shift), (1, 2)) if self.shift else y
+        y = y[:, :height, :width]
+        x = x + drop_path(y, self.drop_path_rate, attention_key)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, mlp_key)
+
+
+class WindowAttention(nnx.Module):
+    """Multi-head attention among the tokens of a window, with a bias by relative position."""
+
+    def __init__(self, width: int, num_heads: int, window_size: int, *, rngs: nnx.Rngs, dtype):
+        self.num_heads = num_heads
+        self.window_size = window_size
+        table = ((2 * window_size - 1) ** 2, num_heads)
+        self.relative_position_bias_table = nnx.Param(_linear_init(rngs.params(), table))
+        self.qkv = _linear(width, 3 * width, rngs=rngs, dtype=dtype)
+        self.proj = _linear(width, width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, regions: jax.Array | None) -> jax.Array:
+        """[B, G, S, C] with int32 [G, S] or None; tokens of different regions are kept apart."""
+        *axes, width = x.shape
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(*axes, 3, self.num_heads, -1), -3, 0)
+        bias = self.relative_position_bias_table[...][relative_position_index(self.window_size)]
+        addend = jnp.moveaxis(bias, -1, 0)[None]  # [1, N, S, S], with regions [G, N, S, S]
+        if regions is not None:
+            same = regions[:, None, :, None] == regions[:, None, None, :]
+            addend = addend + jnp.where(same, 0.0, MASK_VALUE)
+        logits = jnp.einsum("bgqnd,bgknd->bgnqk", q, k, preferred_element_type=jnp.float32)
+        attention = jax.nn.softmax(logits * q.shape[-1] ** -0.5 + addend, axis=-1)
+        out = jnp.einsum("bgnqk,bgknd->bgqnd", attention.astype(v.dtype), v)
+        return self.proj(out.reshape(*axes, width))
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with the exact GELU between them."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype):
+        self.fc1 = _linear(width, hidden, rngs=rngs, dtype=dtype)
+        self.fc2 = _linear(hidden, width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class PatchMerging(nnx.Module):
+    """Halves the resolution and doubles the channels: 2 x 2 neighbours, norm, linear layer."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+        self.norm = _layer_norm(4 * width, rngs=rngs, dtype=dtype)
+        self.reduction = _linear(4 * width, 2 * width, use_bias=False, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = _pad_to_multiple(x, 2)
+        # (row, column) offsets in the official order: down before right.
+        parts = [x[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
+        return self.reduction(self.norm(jnp.concatenate(parts, axis=-1)))
+
+
+def partition_windows(x: jax.Array, size: int) -> jax.Array:
+    """[B, H, W, C] with H and W multiples of `size` to [B, G, size * size, C], by rows."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    return x.swapaxes(2, 3).reshape(batch, -1, size * size, channels)
+
+
+def merge_windows(x: jax.Array, size: int, shape: tuple[int, int]) -> jax.Array:
+    """The inverse of `partition_windows` for a map of `shape`."""
+    height, width = shape
+    batch, _, _, channels = x.shape
+    x = x.reshape(batch, height // size, width // size, size, size, channels)
+    return x.swapaxes(2, 3).reshape(batch, height, width, channels)
+
+
+def relative_position_index(size: int) -> np.ndarray:
+    """int32 [S, S]: row of the bias table for query i and key j of a window of edge `size`."""
+    row, column = np.divmod(np.arange(size * size, dtype=np.int32), size)
+    down = row[:, None] - row[None, :] + size - 1
+    right = column[:, None] - column[None, :] + size - 1
+    return down * (2 * size - 1) + right
+
+
+def shift_regions(height: int, width: int, size: int) -> np.ndarray:
+    """Region of each token in the windows of a shifted map: int32 [G, S].
+
+    Rolling the padded map brings tokens of opposite borders into one window; only tokens of the
+    same region may attend to each other.
+    """
+
+    def regions_along(length: int) -> np.ndarray:
+        padded = -(-length // size) * size
+        position = np.arange(padded, dtype=np.int32)
+        return (position >= padded - size).astype(np.int32) + (position >= padded - size // 2)
+
+    region = 3 * regions_along(height)[:, None] + regions_along(width)[None, :]
+    rows, columns = region.shape
+    region = region.reshape(rows // size, size, columns // size, size).swapaxes(1, 2)
+    return region.reshape(-1, size * size).astype(np.int32)
+
+
+def _pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
+    """Zeros below and to the right of [B, H, W, C], up to multiples of `multiple`."""
+    down, right = (-size % multiple for size in x.shape[1:3])
+    return jnp.pad(x, ((0, 0), (0, down), (0, right), (0, 0))) if down or right else x
+
+
+def _linear(inputs: int, outputs: int, *, use_bias: bool = True, rngs: nnx.Rngs, dtype):
+    return nnx.Linear(
+        inputs, outputs, use_bias=use_bias, dtype=dtype, kernel_init=_linear_init, rngs=rngs
+    )
+
+
+def _layer_norm(width: int, *, rngs: nnx.Rngs, dtype):
+    # The fast variance E[x²] - E[x]² cancels where a channel's mean is large, as in trained Swins.
+    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)

@@ -1,0 +1,234 @@
+"""Evaluation within a run: scores, pictures of fixed held-out images, the table of task tokens."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from clu.metric_writers import interface
+from ml_collections import ConfigDict
+
+from oneformer_jax.eval import visualize
+from oneformer_jax.eval.evaluate import EvalResult, evaluate, format_results, write_results
+from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
+from oneformer_jax.eval.write import write_png
+from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.train import checkpoint, sharding
+from oneformer_jax.train import state as states
+from oneformer_jax.types import TASK_TOKENS, TASKS, Metadata, task_id
+
+Batches = Callable[[], Iterable[Mapping[str, Any]]]
+
+# Columns of the table of task tokens, as in the paper.
+TOKEN_COLUMNS = (
+    "panoptic/PQ",
+    "panoptic/PQ_things",
+    "panoptic/PQ_stuff",
+    "instance/AP",
+    "semantic/mIoU",
+)
+
+
+class Evaluator:
+    """Scores states of one model; writes into `workdir`/eval and `workdir`/pictures."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: str,
+        metadata: Metadata,
+        model: OneFormerConfig,
+        mesh: jax.sharding.Mesh,
+    ):
+        self._config = config
+        self._workdir = pathlib.Path(workdir)
+        self._metadata = metadata
+        self._mesh = mesh
+        self._postprocess = postprocess_config(config)
+        predict_step = states.make_predict_step(model)
+
+        @jax.jit
+        def predict(params, stats, image, image_size, task_tokens):
+            predictions = predict_step(params, stats, image, image_size, task_tokens)
+            return predictions.class_logits[-1], predictions.mask_logits()
+
+        self._predict = predict
+        self._last: EvalResult | None = None
+
+    def run(
+        self,
+        state: Mapping[str, Any],
+        step: int,
+        eval_batches: Batches,
+        writer: interface.MetricWriter,
+        *,
+        limit: int | None = None,
+    ) -> dict[str, float | None]:
+        """Scores each task under its own token and draws the fixed images.
+
+        Args:
+          state: of training, or just {params, stats}; averaged parameters are used if it has them.
+          step: of the state; it names the files.
+          eval_batches: gives one pass over this host's evaluation batches.
+          writer: gets the metrics and the pictures.
+          limit: images to score; None is all.
+
+        Returns:
+          Metric name -> percent, None where it is not defined.
+        """
+        logging.info("Evaluating step %d", step)
+        predict = self._predictor(state)
+        result = evaluate(
+            predict,
+            eval_batches(),
+            metadata=self._metadata,
+            postprocess=self._postprocess,
+            outputs=self._config.eval.tasks,
+            limit=limit,
+        )
+        scores = {name: value for name, value in result.metrics.items() if value is not None}
+        writer.write_scalars(step, scores)
+        if jax.process_index() == 0:
+            write_results(self._results_path(step), result)
+        self._draw(predict, step, eval_batches, writer)
+        writer.flush()
+        shown = ", ".join(f"{name} {scores[name]:.1f}" for name in TOKEN_COLUMNS if name in scores)
+        logging.info(
+            "Step %d on %d images in %.0f s: %s",
+            step,
+            result.images,
+            result.seconds["total"],
+            shown,
+        )
+        self._last = result
+        return result.metrics
+
+    def finished(self, step: int) -> dict[str, float | None] | None:
+        """The metrics that an earlier start wrote for `step`, or None."""
+        path = self._results_path(step)
+        if not path.exists():
+            return None
+        saved = checkpoint.read_json(path, expected="results of an evaluation")
+        self._last = EvalResult(**saved)
+        return self._last.metrics
+
+    def token_table(
+        self, state: Mapping[str, Any], step: int, eval_batches: Batches
+    ) -> dict[str, dict[str, float | None]]:
+        """Every metric under every task token (the paper's test-time token table); kept on disk."""
+        path = self._results_path(step).with_name("task_tokens.json")
+        if path.exists():
+            return checkpoint.read_json(path, expected="the table of task tokens")
+        predict = self._predictor(state)
+        table = {}
+        for token in TASKS:
+            logging.info("Evaluating every output under the task token %r", token)
+            result = evaluate(
+                predict,
+                eval_batches(),
+                metadata=self._metadata,
+                postprocess=self._postprocess,
+                token=token,
+            )
+            table[token] = {name: result.metrics[name] for name in TOKEN_COLUMNS}
+        if jax.process_index() == 0:
+            checkpoint.write_json(path, table)
+        return table
+
+    def report(self, step: int) -> None:
+        """Prints the last results and where everything is."""
+        if jax.process_index() != 0:
+            return
+        print(format_results(self._last, self._metadata))
+        path = self._results_path(step).with_name("task_tokens.json")
+        if path.exists():
+            print("\n" + format_token_table(json.loads(path.read_text())))
+        print(
+            f"\nresults      {self._results_path(step)}"
+            f"\npictures     {self._picture_path(step)}"
+            f"\ncheckpoints  {self._workdir / checkpoint.CHECKPOINT_FOLDER}"
+            f"\ndashboard    tensorboard --logdir={self._workdir}",
+            flush=True,
+        )
+
+    def _predictor(self, state: Mapping[str, Any]):
+        params = states.inference_params(state.get("ema", state["params"]))
+
+        def predict(batch, token):
+            tokens = np.tile(TASK_TOKENS[task_id(token)], (len(batch["image"]), 1))
+            arrays = (np.asarray(batch["image"]), np.asarray(batch["image_size"]), tokens)
+            return self._predict(params, state["stats"], *sharding.put_batch(arrays, self._mesh))
+
+        return predict
+
+    def _draw(self, predict, step: int, eval_batches: Batches, writer) -> None:
+        """One sheet of the first held-out images: a row each of image, truth and three tasks.
+
+        Every host predicts, since the program spans all devices; the first one draws.
+        """
+        missing = self._config.train.pictures
+        pictures, titles = [], []
+        for batch in eval_batches() if missing > 0 else ():
+            found = {
+                task: segment_batch(
+                    *predict(batch, task),
+                    batch["image_size"],
+                    batch["original_size"],
+                    batch["image"].shape[1:3],
+                    task=task,
+                    config=self._postprocess,
+                    metadata=self._metadata,
+                )
+                for task in TASKS
+            }
+            for i in np.flatnonzero(batch["valid"])[:missing]:
+                record = batch["records"][i]
+                truth = Segmentation.from_record(record, self._metadata, "panoptic")
+                row = [truth, *(found[task][i] for task in TASKS)]
+                pictures += [record["image"], *(s.overlay(record["image"]) for s in row)]
+                titles += [record["image_id"], "ground truth", *TASKS]
+            missing -= int(np.sum(batch["valid"]))
+            if missing <= 0:
+                break
+        if not pictures or jax.process_index() != 0:
+            return
+        sheet = visualize.contact_sheet(pictures, titles, columns=2 + len(TASKS))
+        writer.write_images(step, {"predictions": sheet[None]})
+        write_png(self._picture_path(step), sheet)
+
+    def _results_path(self, step: int) -> pathlib.Path:
+        return self._workdir / "eval" / str(step) / "results.json"
+
+    def _picture_path(self, step: int) -> pathlib.Path:
+        return self._workdir / "pictures" / f"step_{step:07d}.png"
+
+
+def postprocess_config(config: ConfigDict) -> PostprocessConfig:
+    """The thresholds of `config.eval`."""
+    return PostprocessConfig(
+        object_mask_threshold=config.eval.object_mask_threshold,
+        overlap_threshold=config.eval.overlap_threshold,
+        topk=config.eval.topk,
+    )
+
+
+def format_token_table(table: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Rows of task tokens, columns of metrics."""
+    header = ["task token", *(name.split("/")[1] for name in TOKEN_COLUMNS)]
+    rows = [
+        [token, *("-" if row[name] is None else f"{row[name]:.1f}" for name in TOKEN_COLUMNS)]
+        for token, row in table.items()
+    ]
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, *rows]
+    )

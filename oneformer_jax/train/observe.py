@@ -1,0 +1,365 @@
+"""What a run tells its user: metrics on disk, progress on the console, where the time goes.
+
+`make_writer` gives the CLU writer of the files; the console gets `progress_line`, since a writer
+would print fifty terms a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from oneformer_jax.train.tensorboard import JsonLinesWriter, SummaryWriter, metric_writers
+
+METRICS_FILE = "metrics.jsonl"
+PROFILE_FILE = "PROFILE"
+
+# Every name that `Chrono.scalars` may give; see its docstring.
+TIME_METRICS = (
+    "time/images_per_second",
+    "time/step_seconds",
+    "time/data_seconds",
+    "time/pause_seconds",
+    "time/matcher_share",
+    "time/eta_seconds",
+    "time/elapsed_seconds",
+)
+
+
+# ------------------------------------------------------------------ metrics on disk
+
+
+def make_writer(
+    workdir: str | os.PathLike, resume_step: int | None = None
+) -> metric_writers.MetricWriter:
+    """CLU writer of TensorBoard events and of metrics.jsonl in `workdir`.
+
+    With several hosts only the first writes.
+
+    Args:
+      workdir: of the run; made if missing.
+      resume_step: the step that the run goes on from (0: the start); what an interrupted run wrote
+        of later steps is removed from metrics.jsonl, and TensorBoard is told to forget it.
+    """
+    if jax.process_index() != 0:
+        return metric_writers.MultiWriter([])
+    return metric_writers.MultiWriter(
+        [
+            SummaryWriter(workdir, resume_step),
+            JsonLinesWriter(os.path.join(workdir, METRICS_FILE), resume_step),
+        ]
+    )
+
+
+# ------------------------------------------------------------------ non-finite values
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss or norm that is NaN or infinite.
+
+    Attributes:
+      step: of the value.
+      terms: name -> value, only those that are not finite.
+      records: positions in the data source of the images of that batch, or None.
+    """
+
+    def __init__(self, step: int, terms: Mapping[str, float], records: Sequence[int] | None):
+        self.step = step
+        self.terms = dict(terms)
+        self.records = None if records is None else [int(r) for r in records]
+        shown = ", ".join(f"{name} = {value}" for name, value in self.terms.items())
+        text = f"step {step}: not finite: {shown}. "
+        if self.records is not None:
+            more = f" and {len(self.records) - 16} more" if len(self.records) > 16 else ""
+            text += f"Its batch was records {self.records[:16]}{more} of the training data. "
+        super().__init__(
+            text + "The last checkpoint is from before this step and intact: start again from it "
+            "with a lower optim.lr, optim.warmup_steps or optim.clip_norm, or look at those images."
+        )
+
+
+def check_finite(
+    metrics: Mapping[str, Any], step: int, index: Sequence[int] | np.ndarray | None = None
+) -> None:
+    """Raises NonFiniteLoss if a metric is NaN or infinite; waits for the device.
+
+    Args:
+      metrics: scalars on the device or the host.
+      step: that they belong to.
+      index: the "index" of the batch, to name the images.
+    """
+    values = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
+    bad = {n: float(v.reshape(-1)[0]) for n, v in values.items() if not np.all(np.isfinite(v))}
+    if bad:
+        raise NonFiniteLoss(step, bad, None if index is None else np.asarray(index).reshape(-1))
+
+
+# ------------------------------------------------------------------ time and progress
+
+
+class Chrono:
+    """Splits a run's time into waiting for data, steps and pauses; estimates what is left.
+
+    The first step, which compiles, is not measured. Steps run on the device while the host goes on:
+    "step" is all time that is neither data nor pause, which is right over a logging interval, at
+    the end of which the host waits for the device.
+
+        with chrono.data():
+            batch = next(batches)
+        state, metrics = train_step(state, batch)
+        chrono.tick(step)
+        if log_now:
+            writer.write_scalars(step, chrono.scalars())
+        with chrono.pause():
+            evaluate()
+    """
+
+    def __init__(
+        self,
+        first_step: int,
+        total_steps: int,
+        batch_size: int,
+        *,
+        state: Mapping[str, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Starts the clock.
+
+        Args:
+          first_step: steps done before this start.
+          total_steps: at which the run ends.
+          batch_size: images of a step on all hosts together.
+          state: `state()` of an earlier start of the run, to count its time in "elapsed".
+          clock: seconds.
+        """
+        self._clock = clock
+        self._step = first_step
+        self._total_steps = total_steps
+        self._batch_size = batch_size
+        self._before = float(state["elapsed_seconds"]) if state else 0.0
+        self._started = clock()
+        self._warm = False
+        self._steps = 0  # measured steps of this start, and their time with pauses
+        self._seconds = 0.0
+        self._matcher_seconds = 0.0
+        self._begin_interval(self._started)
+
+    def _begin_interval(self, now: float) -> None:
+        self._interval_start = now
+        self._interval_steps = 0
+        self._data = self._pause = 0.0
+
+    @contextlib.contextmanager
+    def data(self) -> Iterator[None]:
+        """Around whatever waits for a batch."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._data += self._clock() - start
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around evaluation, checkpoints and all else that is no training."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._pause += self._clock() - start
+
+    def tick(self, step: int) -> None:
+        """Says that `step` was given to the device."""
+        self._step = step
+        if self._warm:
+            self._interval_steps += 1
+        else:
+            self._warm = True
+            self._begin_interval(self._clock())
+
+    def scalars(self, matcher_seconds: float | None = None) -> dict[str, float]:
+        """Measures since the last call (or since the first step), named as in `TIME_METRICS`.
+
+        images_per_second: of data and step time. step_seconds, data_seconds: of one step.
+        pause_seconds: in the interval. matcher_share: of data and step time. eta_seconds: until
+        the last step, pauses included as they were so far. elapsed_seconds: of the run, with
+        earlier starts. Rates are absent while no step but the first was made.
+
+        Args:
+          matcher_seconds: time that the host's matcher took since the process began.
+        """
+        now = self._clock()
+        wall = now - self._interval_start
+        steps, busy = self._interval_steps, max(wall - self._pause, 1e-9)
+        result = {}
+        if steps:
+            self._steps += steps
+            self._seconds += wall
+            result["time/images_per_second"] = steps * self._batch_size / busy
+            result["time/step_seconds"] = max(busy - self._data, 0.0) / steps
+            result["time/data_seconds"] = self._data / steps
+            if matcher_seconds is not None:
+                share = (matcher_seconds - self._matcher_seconds) / busy
+                result["time/matcher_share"] = share
+            left = self._total_steps - self._step
+            result["time/eta_seconds"] = left * self._seconds / self._steps
+        result["time/pause_seconds"] = self._pause
+        result["time/elapsed_seconds"] = self._before + now - self._started
+        self._matcher_seconds = matcher_seconds or 0.0
+        self._begin_interval(now)
+        return result
+
+    def line(self, scalars: Mapping[str, Any]) -> str:
+        """`progress_line` of the last step."""
+        return progress_line(self._step, self._total_steps, scalars)
+
+    def state(self) -> dict[str, float]:
+        """JSON values for the checkpoint's position; see `__init__`."""
+        return {"elapsed_seconds": self._before + self._clock() - self._started}
+
+
+# In this order, whatever stands before the last "/" of a metric's name.
+_PROGRESS_TERMS = ("loss", "loss_ce", "loss_mask", "loss_dice", "loss_contrastive", "grad_norm")
+
+
+def progress_line(step: int, total_steps: int, scalars: Mapping[str, Any]) -> str:
+    """One line for the console.
+
+    Args:
+      step: done.
+      total_steps: of the run.
+      scalars: the losses, with or without a prefix such as "train/", and `Chrono.scalars`.
+
+    Returns:
+      "step 120/2000 (6%)  loss 34.2  ce 2.1 ...  12.3 images/s  data 3%  ETA 12m 31s"
+    """
+    by_name = {name.rsplit("/", 1)[-1]: value for name, value in scalars.items()}
+    parts = [f"step {step}/{total_steps} ({100 * step // max(total_steps, 1)}%)"]
+    for term in _PROGRESS_TERMS:
+        if by_name.get(term) is not None:
+            parts.append(f"{term.removeprefix('loss_')} {float(by_name[term]):.4g}")
+    if "time/images_per_second" in scalars:
+        parts.append(f"{scalars['time/images_per_second']:.3g} images/s")
+        data, compute = scalars["time/data_seconds"], scalars["time/step_seconds"]
+        parts.append(f"data {100 * data / max(data + compute, 1e-9):.0f}%")
+        parts.append(f"ETA {format_duration(scalars['time/eta_seconds'])}")
+    return "  ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as "45s", "12m 31s", "3h 05m" or "2d 04h"."""
+    seconds = round(seconds)
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days}d {hours % 24:02d}h"
+    if hours:
+        return f"{hours}h {minutes % 60:02d}m"
+    if minutes:
+        return f"{minutes}m {seconds % 60:02d}s"
+    return f"{seconds}s"
+
+
+# ------------------------------------------------------------------ parameters at start
+
+
+def parameter_overview(params: Mapping[str, Any]) -> str:
+    """Table of the parameters by top-level module: arrays, numbers, memory (whole, not a device's).
+
+    Args:
+      params: nested dict of arrays or abstract arrays.
+    """
+    rows = []
+    for part, tree in params.items():
+        leaves = jax.tree.leaves(tree)
+        size = sum(leaf.size for leaf in leaves)
+        rows.append((str(part), len(leaves), size, sum(x.size * x.dtype.itemsize for x in leaves)))
+    rows.append(("total", *(sum(row[i] for row in rows) for i in (1, 2, 3))))
+    total = max(rows[-1][2], 1)
+    lines = [f"{'part':<18}{'arrays':>8}{'parameters':>15}{'MiB':>10}{'share':>8}"]
+    for part, arrays, size, memory in rows:
+        share = f"{100 * size / total:.1f}%"
+        lines.append(f"{part:<18}{arrays:>8}{size:>15,}{memory / 2**20:>10.1f}{share:>8}")
+    return "\n".join(lines)
+
+
+def log_parameters(params: Mapping[str, Any]) -> None:
+    """Logs `parameter_overview`."""
+    logging.info("Parameters:\n%s", parameter_overview(params))
+
+
+def quiet_libraries() -> None:
+    """Hides Orbax's INFO lines, a page for each save; its warnings stay.
+
+    Except for one: that a save came without scores, which is what a save between evaluations does.
+    """
+    library = re.compile(r"[/\\]orbax[/\\]")
+
+    def keep(record) -> bool:
+        if not library.search(record.pathname):
+            return True
+        if record.levelno <= logging.converter.STANDARD_INFO:
+            return False
+        return "tracked_metric" not in record.getMessage()
+
+    logging.get_absl_logger().addFilter(keep)
+
+
+# ------------------------------------------------------------------ profile on demand
+
+
+class ProfileTrigger:
+    """Profiles a few steps: those that the config names, or whenever someone touches a file.
+
+    `touch WORKDIR/PROFILE` profiles the next steps and removes the file. The profile lies in
+    WORKDIR/plugins/profile, where TensorBoard's profile plugin looks. The first host profiles.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, start: int = 0, steps: int = 3):
+        """Starts nothing yet.
+
+        Args:
+          workdir: of the run.
+          start: first step of the profile; 0 is none.
+          steps: how many steps a profile covers.
+        """
+        if steps < 1:
+            raise ValueError(f"train.profile_steps is {steps}; use 1 or more")
+        self._workdir = os.fspath(workdir)
+        self._file = os.path.join(self._workdir, PROFILE_FILE)
+        self._start = start
+        self._steps = steps
+        self._last: int | None = None  # last step of the profile under way
+        self._first_host = jax.process_index() == 0
+
+    def before(self, step: int) -> None:
+        """Call before each step is given to the device."""
+        if not self._first_host or self._last is not None:
+            return
+        asked = os.path.exists(self._file)
+        if not asked and (step != self._start or self._start == 0):
+            return
+        if asked:
+            os.remove(self._file)
+        self._last = step + self._steps - 1
+        logging.info("Profiling steps %d to %d into %s", step, self._last, self._workdir)
+        jax.profiler.start_trace(self._workdir)
+
+    def after(self, step: int, results: Any = None) -> None:
+        """Call after each step; `results` of the last profiled one are waited for."""
+        if self._last is not None and step >= self._last:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a profile that is under way, as when training ends within it."""
+        if self._last is not None:
+            self._last = None
+            jax.profiler.stop_trace()
+            logging.info("Profile written to %s/plugins/profile", self._workdir)

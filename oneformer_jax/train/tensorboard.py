@@ -1,0 +1,236 @@
+"""CLU metric writers that need no TensorFlow: TensorBoard events, and JSON lines beside them.
+
+CLU imports TensorFlow for one module only, its TensorBoard back end `clu.metric_writers.
+summary_writer` (1.3 GB installed, seconds to import). `_import_clu` puts a module of ours in that
+place before CLU is imported, whether TensorFlow is installed or not; CLU's own helpers, such as
+`create_default_writer`, then write with the class here. A CLU that another package imported before
+is left as it is.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+import socket
+import sys
+import time
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.histogram import summary_v2 as histogram_summary
+from tensorboard.plugins.hparams import summary_v2 as hparams_summary
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.text import summary_v2 as text_summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util import tensor_util
+
+_CLU_BACK_END = "clu.metric_writers.summary_writer"
+_file_number = itertools.count()  # tells apart the event files of one process and second
+
+
+def _import_clu() -> tuple[types.ModuleType, types.ModuleType | None]:
+    """clu.metric_writers, and the module that stands in for its back end (None: CLU was there)."""
+    stand_in = None
+    if _CLU_BACK_END not in sys.modules:
+        stand_in = types.ModuleType(_CLU_BACK_END, "TensorBoard back end of oneformer_jax.")
+        stand_in.SummaryWriter = None  # its base class is in the package that imports this name
+        sys.modules[_CLU_BACK_END] = stand_in
+    from clu import metric_writers
+
+    return metric_writers, stand_in
+
+
+metric_writers, _stand_in = _import_clu()
+
+
+class SummaryWriter(metric_writers.MetricWriter):
+    """Writes TensorBoard event files; every call is on disk when it returns.
+
+    Args:
+      logdir: folder of the event files; made if missing.
+      resume_step: TensorBoard shall forget what earlier files of `logdir` say of later steps.
+    """
+
+    def __init__(self, logdir: str | os.PathLike, resume_step: int | None = None):
+        os.makedirs(logdir, exist_ok=True)
+        name = (
+            f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+            f".{next(_file_number)}"
+        )
+        self._file = open(os.path.join(logdir, name), "wb")  # noqa: SIM115 - closed by close()
+        self._records = RecordWriter(self._file)
+        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if resume_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(
+                event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start)
+            )
+
+    def _write(self, event: event_pb2.Event) -> None:
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def _write_summary(self, step: int, summary: summary_pb2.Summary) -> None:
+        self._write(event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary))
+
+    def _write_tensor(self, step: int, tag: str, value: Any, metadata: Any) -> None:
+        entry = summary_pb2.Summary.Value(
+            tag=tag, tensor=tensor_util.make_tensor_proto(value), metadata=metadata
+        )
+        self._write_summary(step, summary_pb2.Summary(value=[entry]))
+
+    def write_summaries(self, step, values, metadata=None):
+        for tag, value in values.items():
+            self._write_tensor(step, tag, np.asarray(value), metadata)
+
+    def write_scalars(self, step, scalars):
+        for tag, value in scalars.items():
+            if value is not None:  # a score that is not defined, such as of an absent class
+                # Not as a tensor: `EventAccumulator` forgets those of steps after `resume_step` for
+                # plain values only.
+                value = float(np.asarray(value, np.float32).reshape(()))
+                entry = summary_pb2.Summary.Value(tag=tag, simple_value=value)
+                self._write_summary(step, summary_pb2.Summary(value=[entry]))
+
+    def write_images(self, step, images):
+        """Images [H, W, C] or [N, H, W, C], C 1 or 3: uint8, or float in 0..1."""
+        for tag, batch in images.items():
+            batch = np.asarray(batch)
+            batch = batch[None] if batch.ndim == 3 else batch
+            _, height, width, _ = batch.shape
+            value = [str(width).encode(), str(height).encode(), *(_png(x) for x in batch)]
+            metadata = image_metadata.create_summary_metadata(display_name=None, description=None)
+            self._write_tensor(step, tag, value, metadata)
+
+    def write_videos(self, step, videos):
+        raise NotImplementedError("videos cannot be written without TensorFlow")
+
+    def write_audios(self, step, audios, *, sample_rate):
+        raise NotImplementedError("sound cannot be written without TensorFlow")
+
+    def write_texts(self, step, texts):
+        for tag, text in texts.items():
+            self._write_summary(step, text_summary.text_pb(tag, text))
+
+    def write_histograms(self, step, arrays, num_buckets=None):
+        for tag, array in arrays.items():
+            buckets = (num_buckets or {}).get(tag)
+            self._write_summary(
+                step, histogram_summary.histogram_pb(tag, np.asarray(array), buckets=buckets)
+            )
+
+    def write_hparams(self, hparams):
+        """Nested mapping of settings; other values than numbers and text are written as text."""
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in _flatten(hparams)
+        }
+        self._write_summary(0, hparams_summary.hparams_pb(plain))
+
+    def flush(self):
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+
+def _png(image: np.ndarray) -> bytes:
+    if image.dtype != np.uint8:
+        image = np.uint8(np.clip(image.astype(np.float32), 0, 1) * 255 + 0.5)
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _flatten(settings: Mapping, prefix: str = ""):
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class JsonLinesWriter(metric_writers.MetricWriter):
+    """Appends one JSON object for each `write_scalars`: {"step", "time" (Unix), name: value, ...}.
+
+    Values that are not finite are null. What is not a scalar has no place in this file.
+
+    Args:
+      path: of the file; its folder is made if missing.
+      resume_step: drop the lines of later steps, and a half-written last line.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        if resume_step is not None and os.path.exists(path):
+            _keep_lines(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    def write_scalars(self, step, scalars):
+        values = {name: _number(value) for name, value in scalars.items()}
+        line = json.dumps({"step": int(step), "time": round(time.time(), 3), **values})
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def write_summaries(self, step, values, metadata=None):
+        del step, values, metadata
+
+    def write_images(self, step, images):
+        del step, images
+
+    def write_videos(self, step, videos):
+        del step, videos
+
+    def write_audios(self, step, audios, *, sample_rate):
+        del step, audios, sample_rate
+
+    def write_texts(self, step, texts):
+        del step, texts
+
+    def write_histograms(self, step, arrays, num_buckets=None):
+        del step, arrays, num_buckets
+
+    def write_hparams(self, hparams):
+        del hparams
+
+    def flush(self):
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+
+def _number(value: Any) -> float | int | None:
+    if value is None:
+        return None
+    value = np.asarray(value).reshape(()).item()
+    return value if math.isfinite(value) else None
+
+
+def _keep_lines(path: str | os.PathLike, last_step: int) -> None:
+    """Rewrites the file at `path` without lines after `last_step` and lines that are no JSON."""
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # the process died while it wrote this line
+    temporary = f"{os.fspath(path)}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    os.replace(temporary, path)
+
+
+if _stand_in is not None:
+    _stand_in.SummaryWriter = SummaryWriter
+    metric_writers.SummaryWriter = SummaryWriter
+    metric_writers.utils.SummaryWriter = SummaryWriter

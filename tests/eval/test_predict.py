@@ -1,0 +1,363 @@
+"""From files and arrays to files: a tiny real model, and the formats that others read."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from oneformer_jax.eval import predict, write
+from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation
+from oneformer_jax.models.oneformer import OneFormer, normalize_images
+from oneformer_jax.types import TASK_TOKENS, TASKS
+from tests import tiny
+
+METADATA = tiny.metadata()
+# Low thresholds: an untrained model is never sure.
+LENIENT = PostprocessConfig(object_mask_threshold=0.0, overlap_threshold=0.0, topk=10)
+SIZE = (64, 96)
+CONFIG = tiny.model_config(decoder_layers=1)
+
+
+@functools.cache
+def state():
+    """(params, stats) of a model with its text branch; random: to initialise is to compile."""
+    model = nnx.eval_shape(lambda: OneFormer(CONFIG, rngs=nnx.Rngs(0), training=True))
+    _, params, stats = nnx.split(model, nnx.Param, ...)
+    rng = np.random.default_rng(0)
+
+    def fill(shape):
+        return jax.tree.map(
+            lambda x: rng.uniform(0.02, 0.2, x.shape).astype(x.dtype), nnx.to_pure_dict(shape)
+        )
+
+    params, stats = fill(params), fill(stats)
+    centred = jax.tree.map(lambda x: x - 0.11 if x.ndim > 1 else x, params)
+    return centred, stats
+
+
+@functools.cache
+def segmenter():
+    return predict.Segmenter(CONFIG, *state(), METADATA, postprocess=LENIENT, test_size=SIZE)
+
+
+def picture(height=48, width=70, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def fake(image, task):
+    """A segmentation of `image` in two halves; what a Segmenter gives, without a model."""
+    panoptic = np.ones(image.shape[:2], np.int32)
+    panoptic[: len(image) // 2] = 2
+    segments = [dict(id=1, category=3), dict(id=2, category=1)]
+    record = dict(image=image, panoptic=panoptic, segments=segments)
+    return Segmentation.from_record(record, METADATA, task)
+
+
+# --- arrays ---
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_segmenter_gives_a_result_of_the_image_size(task):
+    image = picture()
+    result = segmenter()(image, task=task)
+    assert result.task == task and result.size == (48, 70)
+    assert result.image is image
+    assert result.overlay().shape == image.shape
+    if task == "panoptic":
+        assert set(np.unique(result.segments)) - {0} == {i["id"] for i in result.segments_info}
+    elif task == "instance":
+        assert len(result.masks) == len(result.scores) == len(result.labels)
+
+
+def test_segmenter_prepares_the_image_as_the_official_evaluation_does(monkeypatch):
+    """48 x 70 at test size (64, 96): 64 x 93.3 -> 64 x 93, padded to 64 x 96."""
+    seen = {}
+
+    def spy(class_logits, mask_logits, image_size, original_size, padded_size, **rest):
+        seen.update(image_size=image_size, original_size=original_size, padded_size=padded_size)
+        seen.update(class_logits=class_logits, mask_logits=mask_logits)
+        return [None]
+
+    monkeypatch.setattr(predict, "segment_batch", spy)
+    image = picture()
+    segmenter()(image)
+    assert seen["image_size"].tolist() == [[64, 93]]
+    assert seen["original_size"].tolist() == [[48, 70]]
+    assert seen["padded_size"] == (64, 96)
+    resized = np.asarray(Image.fromarray(image).resize((93, 64), Image.Resampling.BILINEAR))
+    padded = np.zeros((1, 64, 96, 3), np.uint8)
+    padded[0, :, :93] = resized
+    normal = normalize_images(jnp.asarray(padded), jnp.array([[64, 93]]))
+    outputs = segmenter().raw(normal, segmenter().task_tokens("panoptic")[None])
+    np.testing.assert_allclose(outputs.class_logits, seen["class_logits"], atol=1e-5)
+    np.testing.assert_allclose(outputs.mask_logits, seen["mask_logits"], atol=1e-4)
+
+
+def test_raw_outputs_have_every_prediction():
+    outputs = segmenter().raw(jnp.ones((1, 64, 96, 3)), jnp.asarray(TASK_TOKENS[:1]))
+    queries, classes = CONFIG.num_queries, CONFIG.num_classes
+    assert outputs.class_logits.shape == (1, queries, classes + 1)
+    assert outputs.mask_logits.shape == (1, queries, 16, 24)
+    assert outputs.aux_class_logits.shape == (CONFIG.decoder_layers, 1, queries, classes + 1)
+    assert outputs.aux_mask_logits.shape == (CONFIG.decoder_layers, 1, queries, 16, 24)
+    assert outputs.mask_logits.dtype == outputs.aux_mask_logits.dtype == jnp.float32
+    assert not np.allclose(outputs.aux_class_logits[-1], outputs.class_logits)
+
+
+def test_the_task_reaches_the_model():
+    image = jnp.ones((1, 64, 96, 3))
+    logits = [
+        segmenter().raw(image, segmenter().task_tokens(task)[None]).class_logits for task in TASKS
+    ]
+    assert not np.allclose(logits[0], logits[1])
+    assert not np.allclose(logits[0], logits[2])
+    assert segmenter().task_tokens("semantic").dtype == np.int32
+
+
+def test_raw_on_a_mesh_shares_the_batch(mesh8):
+    sharded = predict.Segmenter(CONFIG, *state(), METADATA, mesh=mesh8)
+    images = np.random.default_rng(0).normal(size=(8, *SIZE, 3)).astype(np.float32)
+    tokens = np.repeat(TASK_TOKENS[:1], 8, 0)
+    outputs = sharded.raw(images, tokens)
+    assert len(outputs.class_logits.sharding.device_set) == 8
+    assert not outputs.class_logits.sharding.is_fully_replicated
+    for b in (0, 7):
+        expected = segmenter().raw(images[b : b + 1], tokens[:1])
+        np.testing.assert_allclose(outputs.class_logits[b], expected.class_logits[0], atol=1e-4)
+
+
+def test_parameters_are_arguments_of_the_program():
+    """As constants they would be copied into each of the programs."""
+    self = segmenter()
+    arrays = (np.zeros((1, *SIZE, 3), np.uint8), np.array([SIZE], np.int32), TASK_TOKENS[:1])
+    class_logits, _ = self._predict(self._params, self._stats, *arrays)
+    programs = self._predict._cache_size()
+    zeros = jax.tree.map(jnp.zeros_like, self._params)
+    assert np.abs(class_logits).max() > 0
+    assert not self._predict(zeros, self._stats, *arrays)[0].any()
+    assert self._predict._cache_size() == programs
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves((self._params, self._stats)))
+
+
+def test_parameters_of_the_text_branch_are_left_out():
+    assert "text_encoder" in state()[0]
+    assert not {"text_encoder", "text_projector", "prompt_ctx"} & set(segmenter()._params)
+
+
+def test_wrong_calls_are_refused():
+    with pytest.raises(ValueError, match=r"unknown task 'depth'.*panoptic"):
+        segmenter()(picture(), task="depth")
+    for image in (picture() / 255, picture()[..., 0], picture()[..., :2], picture()[:0]):
+        with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\]"):
+            segmenter()(image)
+    tokens = TASK_TOKENS[:1]
+    with pytest.raises(ValueError, match="multiples of 32"):
+        segmenter().raw(jnp.zeros((1, 60, 64, 3)), tokens)
+    with pytest.raises(ValueError, match="uint8; expected normalised"):
+        segmenter().raw(jnp.zeros((1, 64, 64, 3), jnp.uint8), tokens)
+    with pytest.raises(ValueError, match=r"task_tokens have shape.*\(2, 77\)"):
+        segmenter().raw(jnp.zeros((2, 64, 64, 3)), tokens)
+
+
+def test_parameters_of_another_model_are_refused():
+    params, stats = state()
+    with pytest.raises(ValueError, match=r"has shape \(\d+.*another model"):
+        predict.Segmenter(dataclasses.replace(CONFIG, num_queries=9), params, stats, METADATA)
+    rest = {name: value for name, value in params.items() if name != "task_mlp"}
+    with pytest.raises(ValueError, match=r"task_mlp.*another model"):
+        predict.Segmenter(CONFIG, rest, stats, METADATA)
+    with pytest.raises(ValueError, match="the model has 6 classes, but tiny has 5"):
+        predict.Segmenter(dataclasses.replace(CONFIG, num_classes=6), params, stats, METADATA)
+    with pytest.raises(ValueError, match="test_size"):
+        predict.Segmenter(CONFIG, params, stats, METADATA, test_size=(100, 90))
+
+
+def test_settings_of_a_run_and_overrides():
+    settings = dict(short_edge=64, max_size=96, topk=7, batch_size=8, tasks=["panoptic"])
+    build = functools.partial(predict.Segmenter.from_settings, CONFIG, *state(), METADATA, settings)
+    made = build(topk=9, overlap_threshold=0.5)
+    assert made.test_size == (64, 96)
+    assert made.postprocess == PostprocessConfig(topk=9, overlap_threshold=0.5)
+    with pytest.raises(ValueError, match=r"unknown setting 'top_k'.*topk"):
+        build(top_k=9)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((100, 200), (48, 96)), ((48, 70), (64, 93)), ((70, 48), (93, 64)), ((64, 64), (64, 64))],
+)
+def test_resize_keeps_aspect_and_limits_the_long_side(size, expected):
+    assert predict.resize_shortest_edge(picture(*size), 64, 96).shape == (*expected, 3)
+
+
+# --- files ---
+
+
+def test_panoptic_files_are_in_coco_format(tmp_path):
+    panoptic = np.zeros((40, 60), np.int32)
+    panoptic[10:30, 5:25] = 3
+    panoptic[:, 40:] = 70_000  # needs all three channels
+    record = dict(
+        image=picture(40, 60),
+        panoptic=panoptic,
+        segments=[dict(id=3, category=1), dict(id=70_000, category=4)],
+    )
+    result = Segmentation.from_record(record, METADATA, "panoptic")
+    written = write.write_prediction(tmp_path, "000042", result, overlay_size=80)
+    assert [p.name for p in written] == [
+        "000042_panoptic_overlay.png", "000042_panoptic.png", "000042_panoptic.json",
+    ]  # fmt: skip
+    assert sorted(tmp_path.iterdir()) == sorted(written), "temporary files are left behind"
+    assert Image.open(written[0]).size == (120, 80)
+    pixels = np.asarray(Image.open(written[1])).astype(int)
+    np.testing.assert_array_equal(pixels @ [1, 256, 65536], panoptic)
+    content = json.loads(written[2].read_text())
+    (annotation,) = content["annotations"]
+    assert content["images"][0] == dict(id=42, file_name=written[1].name, height=40, width=60)
+    assert annotation["image_id"] == 42 and annotation["file_name"] == written[1].name
+    rest = dict(iscrowd=0, score=1.0)
+    assert annotation["segments_info"] == [
+        dict(id=3, category_id=2, isthing=1, area=400, bbox=[5, 10, 20, 20]) | rest,
+        dict(id=70_000, category_id=12, isthing=0, area=800, bbox=[40, 0, 20, 40]) | rest,
+    ]
+    assert [c["id"] for c in content["categories"]] == list(METADATA.category_ids)
+
+
+def test_semantic_file_has_the_ids_of_the_data_set(tmp_path):
+    classes = np.array([[0, 1, 2], [3, 4, 4]], np.int32)
+    image = picture(2, 3)
+    for ids, mode in ((METADATA.category_ids, "L"), ((1, 2, 3, 11, 1000), "I;16")):
+        metadata = dataclasses.replace(METADATA, category_ids=ids)
+        result = Segmentation("semantic", metadata, class_map=classes, image=image)
+        path = write.write_prediction(tmp_path, "a", result)[1]
+        with Image.open(path) as stored:
+            assert stored.mode == mode
+            np.testing.assert_array_equal(np.asarray(stored), np.array(ids)[classes])
+
+
+def test_instance_file_is_a_coco_result(tmp_path):
+    masks = np.zeros((2, 30, 20), bool)
+    masks[0, 5:10, 3:9] = True
+    result = Segmentation(
+        "instance",
+        METADATA,
+        masks=masks,
+        scores=np.array([0.75, 0.125], np.float32),
+        labels=np.array([2, 0], np.int32),
+        image=picture(30, 20),
+    )
+    path = write.write_prediction(tmp_path, "dog", result)[1]
+    first, second = json.loads(path.read_text())
+    np.testing.assert_array_equal(coco_mask.decode(first["segmentation"]), masks[0])
+    assert (first["image_id"], first["category_id"], first["score"]) == ("dog", 3, 0.75)
+    assert first["bbox"] == [3, 5, 6, 5] and second["bbox"] == [0, 0, 0, 0]
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fails(stream):
+        stream.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write._write(path, fails)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_images_are_read_upright_and_in_rgb(tmp_path):
+    pixels = picture(20, 30)
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn clockwise by 90 degrees to show
+    image.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(
+        predict.read_image(tmp_path / "turned.png"), np.rot90(pixels, k=-1)
+    )
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    np.testing.assert_array_equal(predict.read_image(tmp_path / "alpha.png"), pixels)
+    image.convert("L").save(tmp_path / "grey.png")
+    assert predict.read_image(tmp_path / "grey.png").shape == (20, 30, 3)
+
+
+def broken_images(folder):
+    """{name: words of its message}."""
+    Image.fromarray(picture(50, 50)).save(folder / "cut.png")
+    data = (folder / "cut.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
+    Image.fromarray(picture(90, 90)).save(folder / "cut.jpg")
+    data = (folder / "cut.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "text.jpg").write_text("this is no image")
+    (folder / "empty.jpg").write_bytes(b"")
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(folder / "deep.png")
+    return {
+        "cut.png": "damaged",
+        "cut.jpg": "damaged",
+        "text.jpg": "not an image",
+        "empty.jpg": "not an image",
+        "deep.png": "8 bits",
+    }
+
+
+def test_broken_images_are_named(tmp_path):
+    for name, words in broken_images(tmp_path).items():
+        with pytest.raises(predict.ImageError, match=rf"{name}: .*{words}"):
+            predict.read_image(tmp_path / name)
+        with pytest.raises(predict.ImageError, match=rf"{name}: .*{words}"):
+            predict.predict_files(fake, tmp_path / name, tmp_path / "out")
+    for call in (predict.read_image, lambda p: predict.predict_files(fake, p, tmp_path / "out")):
+        with pytest.raises(predict.ImageError, match=r"gone\.jpg: there is no such"):
+            call(tmp_path / "gone.jpg")
+
+
+def test_a_folder_with_broken_images_is_done_for_the_rest(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    names = broken_images(folder)
+    Image.fromarray(picture()).save(folder / "fine.JPG", format="JPEG")
+    (folder / "notes.txt").write_text("not to be read")
+    with pytest.raises(predict.ImageError, match="5 of 6 images") as caught:
+        predict.predict_files(fake, folder, out, "semantic")
+    for name in names:
+        assert name in str(caught.value)
+    assert {p.name for p in out.iterdir()} == {"fine_semantic_overlay.png", "fine_semantic.png"}
+
+
+def test_a_folder_of_images_for_all_tasks(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "deep" / "out"
+    folder.mkdir()
+    for name in ("a.png", "a.jpg", "b.png"):
+        Image.fromarray(picture()).save(folder / name)
+    written = predict.predict_files(fake, folder, out)
+    assert len(written) == 3 * 7
+    assert all(p.is_file() for p in written) and sorted(out.iterdir()) == sorted(written)
+    assert {p.name.split("_panoptic")[0] for p in written if "panoptic" in p.name} == {
+        "a_png", "a_jpg", "b",
+    }  # fmt: skip
+
+
+def test_wrong_folders_and_tasks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no images"):
+        predict.predict_files(fake, tmp_path, tmp_path / "out")
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="another folder"):
+        predict.predict_files(fake, tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="unknown task 'everything'"):
+        predict.predict_files(fake, tmp_path, tmp_path / "out", "everything")
+
+
+def test_a_real_segmenter_writes_files(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    written = predict.predict_files(segmenter(), tmp_path / "a.png", tmp_path / "out")
+    assert len(written) == 7
+    size = Image.open(tmp_path / "out" / "a_panoptic.png").size
+    assert size == (70, 48)

@@ -1,0 +1,345 @@
+"""Multi-scale deformable attention: each implementation against a loop in float64."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from kernels.ms_deform_attn import IMPLEMENTATIONS, api, ms_deform_attn
+from kernels.ms_deform_attn.shapes import PUBLISHED, SMALL_DEFAULT, CallShape
+
+
+def loop_reference(value, shapes, locations, weights):
+    """The definition, point by point, in float64.
+
+    Returns the output [B, Q, N*D] and the gradients of sum(output * cotangent(output.shape)) in
+    value, locations and weights.
+    """
+    value, locations, weights = (np.asarray(x, np.float64) for x in (value, locations, weights))
+    batch, _, heads, width = value.shape
+    _, queries, _, levels, points, _ = locations.shape
+    out = np.zeros((batch, queries, heads, width))
+    grads = [np.zeros_like(x) for x in (value, locations, weights)]
+    cot = cotangent((batch, queries, heads * width)).astype(np.float64)
+    cot = cot.reshape(batch, queries, heads, width)
+    starts = np.cumsum([0] + [h * w for h, w in shapes])
+    for b, q, n, l, p in np.ndindex(batch, queries, heads, levels, points):
+        h, w = shapes[l]
+        x = locations[b, q, n, l, p, 0] * w - 0.5
+        y = locations[b, q, n, l, p, 1] * h - 0.5
+        if not (math.isfinite(x) and math.isfinite(y)):
+            continue
+        x0, y0 = math.floor(x), math.floor(y)
+        a, g = weights[b, q, n, l, p], cot[b, q, n]
+        for row, share_y, slope_y in ((y0, y0 + 1 - y, -1), (y0 + 1, y - y0, 1)):
+            for column, share_x, slope_x in ((x0, x0 + 1 - x, -1), (x0 + 1, x - x0, 1)):
+                if not (0 <= row < h and 0 <= column < w):
+                    continue
+                pixel = starts[l] + row * w + column
+                v = value[b, pixel, n]
+                out[b, q, n] += a * share_x * share_y * v
+                grads[0][b, pixel, n] += a * share_x * share_y * g
+                grads[1][b, q, n, l, p, 0] += a * slope_x * w * share_y * (v @ g)
+                grads[1][b, q, n, l, p, 1] += a * share_x * slope_y * h * (v @ g)
+                grads[2][b, q, n, l, p] += share_x * share_y * (v @ g)
+    return out.reshape(batch, queries, -1), *grads
+
+
+def cotangent(shape):
+    return np.random.default_rng(7).normal(size=shape).astype(np.float32)
+
+
+def make_inputs(
+    shapes, *, batch=2, queries=5, heads=2, width=3, points=2, low=-0.4, high=1.4, seed=0
+):
+    """Random arguments; by default about half of the points lie outside of the maps."""
+    rng = np.random.default_rng(seed)
+    pixels = sum(h * w for h, w in shapes)
+    value = rng.normal(size=(batch, pixels, heads, width)).astype(np.float32)
+    locations = rng.uniform(low, high, (batch, queries, heads, len(shapes), points, 2))
+    weights = rng.dirichlet(np.ones(len(shapes) * points), (batch, queries, heads))
+    weights = weights.reshape(locations.shape[:-1]).astype(np.float32)
+    return value, locations.astype(np.float32), weights
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(implementation, shapes, value, locations, weights):
+    """Output and the three gradients."""
+    out, pull_back = jax.vjp(
+        lambda v, s, a: ms_deform_attn(v, shapes, s, a, implementation=implementation),
+        value,
+        locations,
+        weights,
+    )
+    return out, *pull_back(jnp.asarray(cotangent(out.shape), out.dtype))
+
+
+class MsDeformAttnTests:
+    """Every implementation must pass these; a subclass names one."""
+
+    implementation: str
+    SHAPES = ((2, 3), (4, 5), (7, 6))
+    NAMES = ("output", "d value", "d sampling_locations", "d attention_weights")
+
+    def compare(self, found, expected, tolerance=1e-5):
+        """Output and gradients; the tolerance is relative to the largest entry of each."""
+        for name, a, b in zip(self.NAMES, found, expected, strict=True):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            scale = max(1.0, np.abs(b).max())
+            np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=name)
+
+    def check(self, shapes, arguments):
+        """Output and gradients against the loop."""
+        self.compare(
+            run(self.implementation, shapes, *arguments),
+            loop_reference(arguments[0], shapes, *arguments[1:]),
+        )
+
+    def test_odd_sizes_and_points_outside(self):
+        self.check(self.SHAPES, make_inputs(self.SHAPES))
+
+    def test_single_level_single_image(self):
+        self.check(((3, 4),), make_inputs(((3, 4),), batch=1))
+
+    def test_one_pixel_maps_and_single_point(self):
+        shapes = ((1, 1), (1, 5))
+        self.check(shapes, make_inputs(shapes, points=1, heads=1))
+
+    def test_every_point_out_of_range(self):
+        for low, high in ((1.6, 9.0), (-9.0, -0.6)):
+            arguments = make_inputs(self.SHAPES, low=low, high=high)
+            for array in run(self.implementation, self.SHAPES, *arguments):
+                assert not np.any(array)
+
+    def test_exactly_on_pixels(self):
+        # A power of two, so that the centres are exact in float32; borders are included. At a
+        # centre the slope is that of the cell to the right and below.
+        shapes = ((4, 8),)
+        value, locations, weights = make_inputs(shapes, queries=32, heads=1)
+        rows, columns = np.divmod(np.arange(32), 8)
+        locations[..., 0] = ((columns + 0.5) / 8)[None, :, None, None, None]
+        locations[..., 1] = ((rows + 0.5) / 4)[None, :, None, None, None]
+        self.check(shapes, (value, locations, weights))
+        weights[..., 0], weights[..., 1] = 1, 0
+        out = run(self.implementation, shapes, value, locations, weights)[0]
+        np.testing.assert_array_equal(out, value[:, :, 0])
+
+    def test_all_points_on_one_pixel(self):
+        # Every contribution to the value's gradient collides.
+        shapes = ((4, 4),)
+        value, locations, weights = make_inputs(shapes, queries=64)
+        locations[...] = (1 + 0.5) / 4
+        self.check(shapes, (value, locations, weights))
+
+    def test_not_finite_locations_count_as_outside(self):
+        value, locations, weights = make_inputs(self.SHAPES)
+        locations[0, 0, :, :, :, 0] = np.nan
+        locations[0, 1, :, :, 0, 1] = np.inf
+        locations[1, 2, 0] = -np.inf
+        locations[1, 3, 1, 2] = 3e38
+        self.check(self.SHAPES, (value, locations, weights))
+
+    def test_bfloat16_values(self):
+        value, locations, weights = make_inputs(self.SHAPES)
+        value = jnp.asarray(value, jnp.bfloat16)
+        out, d_value, d_locations, d_weights = run(
+            self.implementation, self.SHAPES, value, locations, weights
+        )
+        assert (out.dtype, d_value.dtype) == (jnp.bfloat16, jnp.bfloat16)
+        assert (d_locations.dtype, d_weights.dtype) == (jnp.float32, jnp.float32)
+        exact = loop_reference(value, self.SHAPES, locations, weights)[0]
+        # Only the last rounding may be seen: half a unit of 8 significant bits.
+        np.testing.assert_array_less(
+            np.abs(np.asarray(out, np.float64) - exact), np.abs(exact) * 2**-8 + 1e-6
+        )
+
+    def test_bfloat16_weights_are_used_in_float32(self):
+        value, locations, weights = make_inputs(((3, 4),), batch=1)
+        half = jnp.asarray(weights, jnp.bfloat16)
+        found = run(self.implementation, ((3, 4),), value, locations, half)
+        expected = run(self.implementation, ((3, 4),), value, locations, half.astype(jnp.float32))
+        assert found[3].dtype == jnp.bfloat16
+        self.compare((*found[:3], expected[3]), expected)
+
+    def test_bfloat16_value_gradient_is_summed_in_float32(self):
+        # 512 contributions of 1/512: a running sum in bfloat16 would stop growing at 1/2.
+        shapes, n = ((2, 2),), 512
+        value = jnp.ones((1, 4, 1, 1), jnp.bfloat16)
+        locations = jnp.full((1, n, 1, 1, 1, 2), 0.25)
+        weights = jnp.full((1, n, 1, 1, 1), 1 / n)
+
+        @jax.jit
+        def gradient(value):
+            def total(value):
+                out = ms_deform_attn(
+                    value, shapes, locations, weights, implementation=self.implementation
+                )
+                return out.astype(jnp.float32).sum()
+
+            return jax.grad(total)(value)
+
+        np.testing.assert_allclose(np.asarray(gradient(value), np.float32).ravel(), [1, 0, 0, 0])
+
+    def test_vmap(self):
+        shapes = self.SHAPES[:2]
+        sets = [make_inputs(shapes, seed=seed) for seed in range(2)]
+        stacked = [jnp.stack(x) for x in zip(*sets, strict=True)]
+        batched = jax.vmap(functools.partial(run, self.implementation, shapes))(*stacked)
+        for i, arguments in enumerate(sets):
+            self.compare(
+                [x[i] for x in batched], loop_reference(arguments[0], shapes, *arguments[1:])
+            )
+
+    def test_remat(self):
+        shapes = self.SHAPES[:2]
+        arguments = make_inputs(shapes)
+
+        @jax.jit
+        def run_rematerialised(*arguments):
+            call = jax.checkpoint(
+                lambda v, s, a: ms_deform_attn(v, shapes, s, a, implementation=self.implementation)
+            )
+            out, pull_back = jax.vjp(call, *arguments)
+            return out, *pull_back(jnp.asarray(cotangent(out.shape)))
+
+        self.compare(
+            run_rematerialised(*arguments),
+            loop_reference(arguments[0], shapes, *arguments[1:]),
+        )
+
+    def test_sharded_over_the_batch(self):
+        devices = jax.devices()
+        assert len(devices) > 1, "tests/conftest.py asks for several CPU devices"
+        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
+        sharding = NamedSharding(mesh, PartitionSpec("data"))
+        shapes = self.SHAPES[:2]
+        arguments = make_inputs(shapes, batch=len(devices))
+        placed = jax.device_put(arguments, sharding)
+        sharded = jax.jit(
+            functools.partial(run, self.implementation, shapes), out_shardings=sharding
+        )
+        compiled = sharded.lower(*placed).compile()
+        self.compare(compiled(*placed), loop_reference(arguments[0], shapes, *arguments[1:]))
+        # Images are independent: no device needs anything of another one.
+        text = compiled.as_text()
+        for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+            assert collective not in text, f"{collective} in the sharded program"
+
+
+class TestGather(MsDeformAttnTests):
+    implementation = "xla_gather"
+
+
+class TestDense(MsDeformAttnTests):
+    implementation = "xla_dense"
+
+    def test_no_rows_are_gathered_or_scattered(self):
+        value, locations, weights = make_inputs(self.SHAPES)
+
+        def total(value):
+            return ms_deform_attn(
+                value, self.SHAPES, locations, weights, implementation=self.implementation
+            ).sum()
+
+        text = str(jax.make_jaxpr(jax.grad(total))(value))
+        assert "gather" not in text and "scatter" not in text
+
+
+class TestChoice:
+    """The rule by size, and the door's refusals."""
+
+    @pytest.fixture
+    def arguments(self):
+        return make_inputs(((2, 3), (4, 5)))
+
+    def chosen(self, monkeypatch, shape: CallShape, implementation):
+        calls = []
+        for name in ("gather", "dense"):
+            monkeypatch.setattr(
+                api, f"ms_deform_attn_{name}", lambda *_, name=name: calls.append(name)
+            )
+        sizes = shape.shapes(batch=1)
+        ms_deform_attn(
+            jax.ShapeDtypeStruct(sizes["value"], jnp.float32),
+            shape.spatial_shapes,
+            jax.ShapeDtypeStruct(sizes["sampling_locations"], jnp.float32),
+            jax.ShapeDtypeStruct(sizes["attention_weights"], jnp.float32),
+            implementation=implementation,
+        )
+        return calls
+
+    @pytest.mark.parametrize("implementation", [None, "xla"])
+    def test_default_goes_by_size(self, monkeypatch, implementation):
+        assert self.chosen(monkeypatch, SMALL_DEFAULT, implementation) == ["dense"]
+        for shape in PUBLISHED:
+            assert self.chosen(monkeypatch, shape, implementation) == ["gather"], shape.name
+
+    @pytest.mark.parametrize("shape", [SMALL_DEFAULT, *PUBLISHED], ids=lambda s: s.name)
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_real_shapes_trace(self, shape, implementation):
+        sizes = shape.shapes(batch=2)
+        out = jax.eval_shape(
+            lambda v, s, a: ms_deform_attn(
+                v, shape.spatial_shapes, s, a, implementation=implementation
+            ),
+            jax.ShapeDtypeStruct(sizes["value"], jnp.bfloat16),
+            jax.ShapeDtypeStruct(sizes["sampling_locations"], jnp.float32),
+            jax.ShapeDtypeStruct(sizes["attention_weights"], jnp.float32),
+        )
+        assert out.shape == (2, shape.pixels, shape.heads * shape.head_dim)
+        assert out.dtype == jnp.bfloat16
+
+    def test_call_shape_refuses_sizes_off_the_stride(self):
+        with pytest.raises(ValueError, match=r"odd.*multiples of 32"):
+            CallShape("odd", (100, 64))
+
+    def test_pixels_of_a_known_size(self):
+        shape = CallShape("512", (512, 512))
+        assert shape.spatial_shapes == ((16, 16), (32, 32), (64, 64))
+        assert shape.pixels == 5376
+
+    def test_unknown_implementation(self, arguments):
+        value, locations, weights = arguments
+        with pytest.raises(ValueError, match=r"'cuda'.*xla_gather.*xla_dense"):
+            ms_deform_attn(value, ((2, 3), (4, 5)), locations, weights, implementation="cuda")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (dict(shapes=((2, 3), (4, 4))), r"value has 26 pixels.*add up to 22"),
+            (dict(shapes=((26, 1),)), r"sampling_locations must be .*1 spatial_shapes.*got"),
+            (dict(shapes=((2, 3), (4.0, 5))), r"spatial_shapes must be static pairs"),
+            (dict(shapes=((2, 3), (4, 5, 1))), r"spatial_shapes must be static pairs"),
+            (dict(shapes=()), r"spatial_shapes must hold positive"),
+            (dict(shapes=((2, 3), (0, 5))), r"spatial_shapes must hold positive"),
+            (dict(value=lambda x: x[0]), r"value must have 4 axes"),
+            (dict(value=lambda x: x[:1]), r"sampling_locations must be \(1, 5"),
+            (dict(value=lambda x: x[:, :, :1]), r"sampling_locations must be \(2, 5, 1"),
+            (dict(value=lambda x: x.astype(np.float16)), r"value must be float32 or bfloat16.*16"),
+            (dict(locations=lambda x: x[..., 0]), r"sampling_locations must have 6 axes"),
+            (
+                dict(locations=lambda x: x[..., :1]),
+                r"sampling_locations must be \(2, 5, 2, 2, 2, 2",
+            ),
+            (
+                dict(locations=lambda x: jnp.asarray(x, jnp.bfloat16)),
+                r"sampling_locations must be float32, got bfloat16",
+            ),
+            (dict(weights=lambda x: x[:, :4]), r"attention_weights must be \(2, 5.*got \(2, 4"),
+            (dict(weights=lambda x: x.astype(np.int32)), r"attention_weights must be.*int32"),
+        ],
+    )
+    def test_arguments_that_do_not_fit(self, arguments, change, message):
+        value, locations, weights = arguments
+        keep = lambda x: x  # noqa: E731
+        with pytest.raises(ValueError, match=message):
+            ms_deform_attn(
+                change.get("value", keep)(value),
+                change.get("shapes", ((2, 3), (4, 5))),
+                change.get("locations", keep)(locations),
+                change.get("weights", keep)(weights),
+            )

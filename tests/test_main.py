@@ -1,0 +1,326 @@
+"""The command line: its errors, and what each mode hands to the library."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from flax import nnx
+from PIL import Image
+
+import main
+import oneformer_jax
+from configs import synthetic
+from oneformer_jax.models.oneformer import OneFormer
+from oneformer_jax.train import checkpoint
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIG = "--config=configs/synthetic.py"
+
+
+def run(*arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+# ------------------------------------------------------------------ what the user types wrongly
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("optm.lr", "--config.optim.lr"),
+        ("optim.leraning_rate", ""),
+        ("optim.weigth_decay", "--config.optim.weight_decay"),
+        ("lr", "--config.optim.lr"),
+        ("model.optim.lr", "--config.optim.lr"),
+        ("train.steps.foo", "--config.train.steps"),
+        ("xyzzy", ""),
+    ],
+)
+def test_unknown_key_names_the_nearest(override, meant):
+    message = main.unknown_keys(synthetic.get_config(), ["seed", override])
+    assert message.startswith(f"the config has no key '{override}'")
+    assert "\n" not in message
+    assert (f"did you mean {meant}" in message) if meant else "configs/common.py" in message
+
+
+def test_a_name_in_two_groups_offers_both():
+    message = main.unknown_keys(synthetic.get_config(), ["batch_size"])
+    assert "--config.data.batch_size" in message
+    assert "--config.eval.batch_size" in message
+
+
+def test_known_keys_pass():
+    config = synthetic.get_config()
+    known = main.config_keys(config)
+    assert {"optim.lr", "optim", "model.backbone.name", "seed"} <= set(known)
+    assert main.unknown_keys(config, known) == ""
+
+
+def test_overrides_are_found_among_the_arguments():
+    argv = ["main.py", "--config", "a.py:b", "--config.optim.lr=1", "-config.seed", "3"]
+    argv += ["--noconfig.model.remat", "--configuration=c.py", "--workdir=--config=d.py"]
+    assert main.config_argument(argv) == "a.py:b"
+    assert main.config_argument(["main.py", "--config=x.py"]) == "x.py"
+    assert main.config_argument(["main.py", "--mode=eval"]) is None
+    assert main.overridden_keys(argv) == ["optim.lr", "seed", "model.remat"]
+
+
+def test_tuples_keep_the_type_of_their_elements():
+    defaults = synthetic.get_config()
+    assert "data.crop_size" in main.wrong_tuples(defaults, {"data.crop_size": ("a", 3)})
+    assert "eval.tasks" in main.wrong_tuples(defaults, {"eval.tasks": (1,)})
+    good = {"data.crop_size": (64, 64), "optim.boundaries": (1, 0.5), "seed": 3}
+    assert main.wrong_tuples(defaults, good) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        ((CONFIG, "--config.optim.lrr=1"), 2, ("no key 'optim.lrr'", "--config.optim.lr")),
+        ((CONFIG, "--config.train.steps=many"), 2, ("--config.train.steps=many",)),
+        ((CONFIG, "--config.data.crop_size=big"), 2, ("data.crop_size", "int")),
+        ((CONFIG + ":large",), 2, ("configs/synthetic.py:large", "get_config")),
+        (("--config=configs/nothing.py",), 2, ("configs/nothing.py", "configs/synthetic.py")),
+        (("--config.optim.lr=1",), 2, ("--config=FILE",)),
+        (("--wrkdir=x",), 2, ("wrkdir", "workdir")),
+        (("--mode=trian",), 2, ("trian", "train|eval|predict")),
+        (("--mode=predict", "--task=panoptik"), 2, ("panoptik", "panoptic|instance|semantic|all")),
+        ((CONFIG, "--mode=train"), 2, ("--mode=train needs --workdir",)),
+        (("--mode=eval", "--workdir=w"), 2, ("--mode=eval needs --config",)),
+        (("--mode=predict", "--workdir=w"), 2, ("--mode=predict needs --image",)),
+        (("--workdir=w", "stray"), 2, ("'stray' is not a flag",)),
+    ],
+)
+def test_a_wrong_command_is_one_line(arguments, code, parts, monkeypatch, capsys):
+    # A fresh parse in this process: a process of its own would cost seconds each time.
+    argv = ["main.py", *arguments]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_:
+        main.main(main.parse_flags(argv))
+    assert exit_.value.code == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for part in parts:
+        assert part in error
+
+
+def test_the_program_itself_reports_and_exits(tmp_path):
+    result = run(CONFIG, "--config.optim.lrr=1", f"--workdir={tmp_path}")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: the config has no key 'optim.lrr'")
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_error_of_the_library_is_short_unless_debugged(tmp_path):
+    arguments = ("--mode=predict", f"--workdir={tmp_path / 'none'}", "--image=x.jpg")
+    result = run(*arguments)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'none'} does not exist" in line
+
+
+# ------------------------------------------------------------------ what the modes hand over
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = synthetic.get_config()
+    config.dataset.data_dir = str(tmp_path / "data")
+    config.dataset.options = {"size": 64, "train_examples": 6, "validation_examples": 3}
+    config.data.crop_size = (64, 64)
+    config.data.batch_size = 2
+    config.eval.batch_size = 2
+    config.eval.short_edge = config.eval.max_size = 64
+    config.lock()
+    return config
+
+
+def test_train_gets_data_that_fits_the_model(config, monkeypatch):
+    from oneformer_jax.train import loop
+
+    def train(given, workdir, *, metadata, text_table, train_batches, eval_batches):
+        assert (given, workdir) == (config, "run")
+        classes, slots = metadata.num_classes, config.data.num_slots
+        assert metadata.dataset == "synthetic"
+        assert text_table.shape[0] == classes + 3
+        resumed, first = train_batches(2), train_batches(0)
+        batch = next(resumed)
+        assert batch["image"].shape == (2, 64, 64, 3)
+        assert batch["segment_map"].max() <= slots
+        assert batch["classes"].shape == batch["valid"].shape == (2, slots)
+        texts = config.model.num_queries - config.model.num_context
+        assert batch["text_ids"].shape == (2, texts)
+        assert batch["text_ids"].max() < len(text_table)
+        third = [next(first) for _ in range(3)][2]
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], third[key])
+        passes = [list(eval_batches()) for _ in range(2)]
+        assert [len(p) for p in passes] == [2, 2]
+        assert sorted(np.concatenate([b["index"] for b in passes[0]])) == [-1, 0, 1, 2]
+        calls.append("train")
+        resumed.close(), first.close()
+
+    calls = []
+    monkeypatch.setattr(loop, "train", train)
+    main.run_train(config, "run")
+    assert calls == ["train"]
+
+
+def test_eval_gets_the_validation_split(config, monkeypatch):
+    from oneformer_jax.train import loop
+
+    def evaluate_workdir(given, workdir, *, metadata, eval_batches, checkpoint_step):
+        assert (given, workdir, checkpoint_step) == (config, "run", 7)
+        assert metadata.dataset == "synthetic"
+        assert sum(int(b["valid"].sum()) for b in eval_batches()) == 3
+        calls.append("eval")
+
+    calls = []
+    monkeypatch.setattr(loop, "evaluate_workdir", evaluate_workdir)
+    main.run_eval(config, "run", step=7)
+    assert calls == ["eval"]
+
+
+def test_skip_broken_reaches_the_preparation_of_a_folder(config, monkeypatch):
+    from input_pipeline import sources
+
+    seen = []
+    monkeypatch.setattr(sources, "open_source", lambda name, **rest: seen.append((name, rest)))
+    main.open_split(config, "train")
+    with config.unlocked():
+        config.dataset.name, config.dataset.options = "coco_folder", {}
+        config.data.skip_broken = True
+    main.open_split(config, "validation")
+    assert "skip_broken" not in seen[0][1]["options"]
+    assert seen[1][1]["options"] == {"skip_broken": True}
+    assert [rest["split"] for _, rest in seen] == ["train", "validation"]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run with an untrained tiny model and the checkpoints of steps 3 and 5."""
+    path = tmp_path_factory.mktemp("run")
+    model, metadata = tiny.model_config(), tiny.metadata()
+    settings = synthetic.get_config()
+    settings.eval.short_edge = settings.eval.max_size = 64
+    checkpoint.claim_workdir(path, model.to_dict(), settings.to_json(), metadata)
+    abstract = nnx.eval_shape(lambda: OneFormer(model, rngs=nnx.Rngs(0), training=True))
+    rng = np.random.default_rng(0)  # in NumPy, because compiling the initialisation takes longer
+    params, stats = (
+        jax.tree.map(
+            lambda x: rng.normal(0.5, 0.1, x.shape).astype(x.dtype), nnx.to_pure_dict(part)
+        )
+        for part in nnx.split(abstract, nnx.Param, ...)[1:]
+    )
+    state = {"step": np.int32(0), "params": params, "stats": stats, "opt": {}}
+    with checkpoint.Checkpoints(path) as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(step, state, {"step": step})
+    return path
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    path = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_predict_writes_every_task(workdir, image_file, tmp_path, capsys):
+    main.run_predict(str(workdir), str(image_file), "all", str(tmp_path / "out"), step=3)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {f"picture_{task}_overlay.png" for task in oneformer_jax.TASKS} <= names
+    assert len(json.loads((tmp_path / "out" / "picture_panoptic.json").read_text())) > 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in names)
+
+
+def test_predict_without_that_checkpoint(workdir, image_file):
+    with pytest.raises(ValueError, match="checkpoints/4 does not exist"):
+        main.run_predict(str(workdir), str(image_file), step=4)
+
+
+def test_predict_without_the_image(workdir, tmp_path):
+    missing = tmp_path / "nowhere.jpg"
+    with pytest.raises(ValueError, match=f"{missing}: there is no such image"):
+        main.run_predict(str(workdir), str(missing))
+
+
+# ------------------------------------------------------------------ the public package
+
+
+def test_load_gives_a_segmenter(workdir):
+    segmenter = oneformer_jax.load(workdir, object_mask_threshold=0.25)
+    assert isinstance(segmenter, oneformer_jax.Segmenter)
+    assert segmenter.test_size == (64, 64)
+    assert segmenter.postprocess.object_mask_threshold == 0.25
+    assert segmenter.postprocess.topk == synthetic.get_config().eval.topk
+    assert segmenter.metadata == tiny.metadata()
+    segmentation = segmenter(np.zeros((40, 60, 3), np.uint8), task="semantic")
+    assert isinstance(segmentation, oneformer_jax.Segmentation)
+    assert segmentation.class_map.shape == (40, 60)
+
+
+def test_load_refuses_what_it_does_not_know(workdir, tmp_path):
+    with pytest.raises(ValueError, match="objectmask"):
+        oneformer_jax.load(workdir, objectmask=0.25)
+    with pytest.raises(ValueError, match="expected a workdir"):
+        oneformer_jax.load(tmp_path)
+
+
+def test_the_public_names():
+    for name in oneformer_jax.__all__:
+        assert getattr(oneformer_jax, name) is not None
+    assert dir(oneformer_jax) == sorted(oneformer_jax.__all__)
+    assert dataclasses.is_dataclass(oneformer_jax.OneFormerConfig)
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        _ = oneformer_jax.Trainer
+
+
+# ------------------------------------------------------------------ start
+
+
+def test_the_compilation_cache_is_chosen_in_order(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        main.start_jax(str(tmp_path / "own"))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+        main.start_jax()  # JAX_COMPILATION_CACHE_DIR, or what is set already
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+        main.start_jax()
+        expected = str(tmp_path / "user" / "oneformer_jax")
+        assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_distributed_reads_the_environment(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    main.start_jax("", distributed=True)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    main.start_jax("", distributed=True)
+    assert calls == [{}, {"num_processes": 4, "process_id": 2}]
