@@ -7,7 +7,7 @@ VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 CONFIG ?= configs/synthetic.py
 WORKDIR ?= runs/synthetic
 ARGS ?=
-# Test processes: each holds up to 2 GB.
+# Test processes. The tests of a file share what they compile, and so a process.
 JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -46,10 +46,10 @@ train: setup
 	$(BIN)/python main.py --config=$(CONFIG) --workdir=$(WORKDIR) --mode=train $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -196,8 +196,10 @@ def run_predict(
     """Segments an image or a folder of images: see `oneformer_jax.eval.predict.predict_files`."""
     import oneformer_jax
     from oneformer_jax.eval import predict
+    from oneformer_jax.train import observe
     from oneformer_jax.train.checkpoint import CHECKPOINT_FOLDER
 
+    observe.quiet_libraries()
     output = output or os.path.join(workdir, "predictions")
     path = workdir if step is None else os.path.join(workdir, CHECKPOINT_FOLDER, str(step))
     written = predict.predict_files(oneformer_jax.load(path), image, output, task)

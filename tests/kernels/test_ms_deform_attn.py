@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from configs import synthetic
 from kernels.ms_deform_attn import IMPLEMENTATIONS, api, ms_deform_attn
 from kernels.ms_deform_attn.shapes import PUBLISHED, SMALL_DEFAULT, CallShape
+
+# Most of the time of these tests is the compiler's, and its care is wasted on maps of 4 x 5.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def loop_reference(value, shapes, locations, weights):
@@ -66,7 +70,7 @@ def make_inputs(
     return value, locations.astype(np.float32), weights
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit, static_argnums=(0, 1))
 def run(implementation, shapes, value, locations, weights):
     """Output and the three gradients."""
     out, pull_back = jax.vjp(
@@ -172,7 +176,7 @@ class MsDeformAttnTests:
         locations = jnp.full((1, n, 1, 1, 1, 2), 0.25)
         weights = jnp.full((1, n, 1, 1, 1), 1 / n)
 
-        @jax.jit
+        @jit
         def gradient(value):
             def total(value):
                 out = ms_deform_attn(
@@ -198,7 +202,7 @@ class MsDeformAttnTests:
         shapes = self.SHAPES[:2]
         arguments = make_inputs(shapes)
 
-        @jax.jit
+        @jit
         def run_rematerialised(*arguments):
             call = jax.checkpoint(
                 lambda v, s, a: ms_deform_attn(v, shapes, s, a, implementation=self.implementation)
@@ -219,11 +223,11 @@ class MsDeformAttnTests:
         shapes = self.SHAPES[:2]
         arguments = make_inputs(shapes, batch=len(devices))
         placed = jax.device_put(arguments, sharding)
-        sharded = jax.jit(
-            functools.partial(run, self.implementation, shapes), out_shardings=sharding
-        )
-        compiled = sharded.lower(*placed).compile()
-        self.compare(compiled(*placed), loop_reference(arguments[0], shapes, *arguments[1:]))
+        compiled = run.lower(self.implementation, shapes, *placed).compile()
+        results = compiled(*placed)
+        self.compare(results, loop_reference(arguments[0], shapes, *arguments[1:]))
+        for name, array in zip(self.NAMES, results, strict=True):
+            assert array.sharding.is_equivalent_to(sharding, array.ndim), name
         # Images are independent: no device needs anything of another one.
         text = compiled.as_text()
         for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
@@ -292,6 +296,13 @@ class TestChoice:
         )
         assert out.shape == (2, shape.pixels, shape.heads * shape.head_dim)
         assert out.dtype == jnp.bfloat16
+
+    def test_small_default_is_that_of_the_config(self):
+        c = synthetic.get_config()
+        assert SMALL_DEFAULT.image_size == c.data.crop_size
+        assert SMALL_DEFAULT.heads == c.model.num_heads
+        assert SMALL_DEFAULT.heads * SMALL_DEFAULT.head_dim == c.model.hidden_dim
+        assert SMALL_DEFAULT.points == c.model.encoder_points
 
     def test_call_shape_refuses_sizes_off_the_stride(self):
         with pytest.raises(ValueError, match=r"odd.*multiples of 32"):

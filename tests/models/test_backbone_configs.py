@@ -1,0 +1,68 @@
+"""Backbones by name: sizes, overrides, JSON and refusals."""
+
+import json
+
+import pytest
+
+from oneformer_jax.models import backbones
+
+CONFIGS = {
+    "swin": backbones.SwinConfig(
+        embed_dim=8, depths=(2, 1, 1, 1), num_heads=(2, 2, 4, 4), window_size=4, mlp_ratio=2.0
+    ),
+    "resnet": backbones.ResNetConfig(depths=(2, 1, 1, 1), stem_width=4, norm="batch"),
+}
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), backbones.backbone_config("swin_large")])
+def test_configs_survive_json(config):
+    text = json.dumps(backbones.to_dict(config))
+    assert backbones.from_dict(json.loads(text)) == config
+    assert hash(backbones.from_dict(json.loads(text))) == hash(config)
+
+
+def test_names_and_overrides():
+    config = backbones.backbone_config("swin_tiny", drop_path_rate=0.1)
+    assert config == backbones.SwinConfig.tiny(drop_path_rate=0.1)
+    assert config.channels == (96, 192, 384, 768)
+    assert backbones.backbone_config("resnet101").depths == (3, 4, 23, 3)
+    assert backbones.backbone_config("resnet", depths=[1, 1, 1, 1], stem_width=16).channels == (
+        64,
+        128,
+        256,
+        512,
+    )
+    for name in backbones.NAMES:
+        sizes = backbones.to_dict(CONFIGS["swin" if "swin" in name else "resnet"])
+        sizes.pop("kind")
+        assert backbones.backbone_config(name, **sizes) in CONFIGS.values()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("vit", {}, "'vit'.*swin_tiny, swin_large, resnet50, resnet101, swin, resnet"),
+        ("swin_tiny", {"windows": 7}, "swin_tiny: unknown fields.*windows.*window_size"),
+        ("swin", {"depths": (1, 1, 1, 1)}, "swin: fields.*embed_dim.*num_heads.*window_size"),
+        ("resnet", {}, "resnet: fields.*depths"),
+        ("resnet50", {"norm": "group"}, "norm is 'group'.*frozen, batch"),
+        ("resnet50", {"stem_width": 0}, "stem_width is 0"),
+        ("resnet50", {"depths": (3, 4, 6)}, "depths is .*4 positive"),
+        ("resnet50", {"depths": (3, 4, 6, 0)}, "depths is .*4 positive"),
+        ("swin_tiny", {"num_heads": (3, 6, 12)}, "num_heads is .*4 positive"),
+        ("swin_tiny", {"embed_dim": 100}, "embed_dim is 100.*num_heads"),
+        ("swin_tiny", {"window_size": 1}, "window_size is 1.*2 or more"),
+        ("swin_tiny", {"mlp_ratio": 0}, "mlp_ratio is 0"),
+        ("swin_tiny", {"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
+    ],
+)
+def test_bad_configs(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        backbones.backbone_config(name, **fields)
+
+
+def test_unknown_kind_and_foreign_config():
+    with pytest.raises(ValueError, match=r"unknown backbone kind None.*swin, resnet"):
+        backbones.from_dict({"depths": [1, 1, 1, 1]})
+    with pytest.raises(ValueError, match="dict is not the config of a backbone"):
+        backbones.to_dict({})
