@@ -23,7 +23,7 @@ def get_config():
     c.model.backbone.name = "resnet"
     c.model.backbone.overrides = {
         "depths": (1, 1, 1, 1),
-        "stem_width": 32,
+        "stem_width": 16,
         "norm": "batch",
     }
     c.model.num_queries = 24

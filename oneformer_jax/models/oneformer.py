@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from oneformer_jax.models import backbones
@@ -155,7 +156,7 @@ class OneFormer(nnx.Module):
                 embedding_init=nnx.initializers.normal(1.0),
                 rngs=rngs,
             )
-            self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07)))
+            self.logit_scale = nnx.Param(jnp.asarray(-np.log(0.07), jnp.float32))
 
     def __call__(
         self,
