@@ -264,6 +264,7 @@ def eval_batches(config: ConfigDict, source: Callable) -> Callable[[], Iterable[
         batch_size=config.eval.batch_size // process()[1],
         short_edge=config.eval.short_edge,
         max_size=config.eval.max_size,
+        bucket_multiple=config.eval.bucket_multiple,
         skip_broken=config.data.skip_broken,
     )
     return functools.cache(lambda: loader.eval_loader(source(), settings, *process()))

@@ -100,7 +100,9 @@ def get_base() -> ConfigDict:
     c.optim.warmup_steps = 0  # official: none in effect
     c.optim.warmup_factor = 0.0  # the rate rises linearly from this share of it
     c.optim.clip_norm = 0.0  # 0 is off; the official 0.01 never acted (its iterator was consumed)
-    c.optim.accumulate = 1  # micro-batches per step; the contrastive loss sees one micro-batch
+    # Micro-batches per step. The contrastive loss, the counts that losses are divided by and batch
+    # norm see one micro-batch.
+    c.optim.accumulate = 1
     c.optim.ema_decay = 0.0  # 0 is off; else an average of the parameters that evaluation uses
 
     c.train = ConfigDict()
@@ -119,6 +121,9 @@ def get_base() -> ConfigDict:
     c.eval.tasks = ("panoptic", "instance", "semantic")  # each metric comes from its own task's run
     c.eval.short_edge = 800
     c.eval.max_size = 1333
+    # Images are padded to multiples of this; each padded size is one more compiled program. 32 is
+    # the official padding, larger multiples show the model more of it.
+    c.eval.bucket_multiple = 32
     c.eval.limit = 0  # images evaluated while training; 0 is all
     c.eval.object_mask_threshold = 0.8
     c.eval.overlap_threshold = 0.8

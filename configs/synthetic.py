@@ -12,7 +12,13 @@ def get_config():
     c = common.get_base()
     c.dataset.name = "synthetic"
     c.dataset.data_dir = "data/synthetic"
-    c.dataset.options = {}
+    # Image size in pixels and numbers of scenes; another seed renders other scenes.
+    c.dataset.options = {
+        "size": 128,
+        "train_examples": 3000,
+        "validation_examples": 200,
+        "seed": 0,
+    }
 
     c.data.batch_size = 16
     c.data.crop_size = (128, 128)
@@ -50,11 +56,12 @@ def get_config():
     c.optim.schedule = "poly"
     c.optim.warmup_steps = 50
 
-    c.train.steps = 2000
-    c.train.eval_every = 1000
-    c.train.checkpoint_every = 500
+    c.train.steps = 600
+    c.train.eval_every = 300
+    c.train.checkpoint_every = 150
+    c.train.log_every = 20
 
-    c.eval.batch_size = 20
+    c.eval.batch_size = 16
     c.eval.short_edge = 128
     c.eval.max_size = 128
     c.eval.object_mask_threshold = 0.5

@@ -10,10 +10,12 @@ _THREADS = str(max(1, (os.cpu_count() or 1) // _WORKERS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", _THREADS)
 os.environ.setdefault("OPENBLAS_NUM_THREADS", _THREADS)
-# Eight devices on two busy cores may meet late at a collective: XLA's limit of 40 s is for hangs.
+# Tests compile much and compute little, so compiling quickly is what counts. Eight devices on two
+# busy cores may meet late at a collective: XLA's limit of 40 s is for hangs.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         "--xla_cpu_collective_timeout_seconds=600",

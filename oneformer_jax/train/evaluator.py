@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,16 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from clu.metric_writers import interface
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from oneformer_jax.eval import visualize
 from oneformer_jax.eval.evaluate import EvalResult, evaluate, format_results, write_results
+from oneformer_jax.eval.metrics import make_metric
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
 from oneformer_jax.eval.write import write_png
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import checkpoint, sharding
 from oneformer_jax.train import state as states
+from oneformer_jax.train.tensorboard import metric_writers
 from oneformer_jax.types import TASK_TOKENS, TASKS, Metadata, task_id
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
@@ -32,6 +33,8 @@ TOKEN_COLUMNS = (
     "instance/AP",
     "semantic/mIoU",
 )
+# Shorter side in pixels to which overlays of smaller images are enlarged, for legible labels.
+_SHARP = 360
 
 
 class Evaluator:
@@ -50,14 +53,17 @@ class Evaluator:
         self._metadata = metadata
         self._mesh = mesh
         self._postprocess = postprocess_config(config)
+        metric_names(config, metadata)  # of wrong tasks, now and not at the first evaluation
+        if config.eval.limit < 0:
+            raise ValueError(f"eval.limit is {config.eval.limit}; use a number of images, 0 is all")
         predict_step = states.make_predict_step(model)
 
-        @jax.jit
         def predict(params, stats, image, image_size, task_tokens):
             predictions = predict_step(params, stats, image, image_size, task_tokens)
             return predictions.class_logits[-1], predictions.mask_logits()
 
-        self._predict = predict
+        # Every device keeps the logits of its own images.
+        self._predict = jax.jit(predict, out_shardings=sharding.batch_sharding(mesh))
         self._last: EvalResult | None = None
 
     def run(
@@ -65,7 +71,7 @@ class Evaluator:
         state: Mapping[str, Any],
         step: int,
         eval_batches: Batches,
-        writer: interface.MetricWriter,
+        writer: metric_writers.MetricWriter,
         *,
         limit: int | None = None,
     ) -> dict[str, float | None]:
@@ -90,6 +96,7 @@ class Evaluator:
             postprocess=self._postprocess,
             outputs=self._config.eval.tasks,
             limit=limit,
+            progress=_log_progress,
         )
         scores = {name: value for name, value in result.metrics.items() if value is not None}
         writer.write_scalars(step, scores)
@@ -109,21 +116,35 @@ class Evaluator:
         return result.metrics
 
     def finished(self, step: int) -> dict[str, float | None] | None:
-        """The metrics that an earlier start wrote for `step`, or None."""
+        """The metrics that an earlier start wrote for `step`; None if any of this config's lacks.
+
+        Raises:
+          CheckpointError: the file is damaged.
+        """
         path = self._results_path(step)
         if not path.exists():
             return None
         saved = checkpoint.read_json(path, expected="results of an evaluation")
-        self._last = EvalResult(**saved)
-        return self._last.metrics
+        try:
+            result = EvalResult(**saved)
+        except TypeError as error:
+            raise checkpoint.CheckpointError(
+                f"{path} holds no results of an evaluation ({error}); remove it, and the next "
+                "start makes it again"
+            ) from error
+        if set(result.metrics) != set(metric_names(self._config, self._metadata)):
+            return None
+        self._last = result
+        return result.metrics
+
+    def has_token_table(self, step: int) -> bool:
+        """Whether `token_table` was made for `step`."""
+        return self._table_path(step).exists()
 
     def token_table(
         self, state: Mapping[str, Any], step: int, eval_batches: Batches
     ) -> dict[str, dict[str, float | None]]:
         """Every metric under every task token (the paper's test-time token table); kept on disk."""
-        path = self._results_path(step).with_name("task_tokens.json")
-        if path.exists():
-            return checkpoint.read_json(path, expected="the table of task tokens")
         predict = self._predictor(state)
         table = {}
         for token in TASKS:
@@ -134,10 +155,11 @@ class Evaluator:
                 metadata=self._metadata,
                 postprocess=self._postprocess,
                 token=token,
+                progress=_log_progress,
             )
             table[token] = {name: result.metrics[name] for name in TOKEN_COLUMNS}
         if jax.process_index() == 0:
-            checkpoint.write_json(path, table)
+            checkpoint.write_json(self._table_path(step), table)
         return table
 
     def report(self, step: int) -> None:
@@ -145,9 +167,11 @@ class Evaluator:
         if jax.process_index() != 0:
             return
         print(format_results(self._last, self._metadata))
-        path = self._results_path(step).with_name("task_tokens.json")
-        if path.exists():
-            print("\n" + format_token_table(json.loads(path.read_text())))
+        if self.has_token_table(step):
+            table = checkpoint.read_json(
+                self._table_path(step), expected="the table of task tokens"
+            )
+            print("\n" + format_token_table(table))
         print(
             f"\nresults      {self._results_path(step)}"
             f"\npictures     {self._picture_path(step)}"
@@ -174,11 +198,14 @@ class Evaluator:
         missing = self._config.train.pictures
         pictures, titles = [], []
         for batch in eval_batches() if missing > 0 else ():
+            valid = np.flatnonzero(batch["valid"])
+            # Fillers take the size of a real image, as in the evaluation: the shapes stay.
+            rows = np.where(batch["valid"], np.arange(len(batch["valid"])), [*valid, 0][0])
             found = {
                 task: segment_batch(
                     *predict(batch, task),
-                    batch["image_size"],
-                    batch["original_size"],
+                    batch["image_size"][rows],
+                    batch["original_size"][rows],
                     batch["image"].shape[1:3],
                     task=task,
                     config=self._postprocess,
@@ -186,13 +213,15 @@ class Evaluator:
                 )
                 for task in TASKS
             }
-            for i in np.flatnonzero(batch["valid"])[:missing]:
+            for i in valid[:missing]:
                 record = batch["records"][i]
                 truth = Segmentation.from_record(record, self._metadata, "panoptic")
                 row = [truth, *(found[task][i] for task in TASKS)]
-                pictures += [record["image"], *(s.overlay(record["image"]) for s in row)]
+                overlays = (s.overlay(record["image"], min_size=_SHARP) for s in row)
+                pictures += [record["image"], *overlays]
                 titles += [record["image_id"], "ground truth", *TASKS]
-            missing -= int(np.sum(batch["valid"]))
+            # The first host's count: hosts that disagree would wait for each other for ever.
+            missing -= int(multihost_utils.broadcast_one_to_all(np.int32(len(valid))))
             if missing <= 0:
                 break
         if not pictures or jax.process_index() != 0:
@@ -204,8 +233,25 @@ class Evaluator:
     def _results_path(self, step: int) -> pathlib.Path:
         return self._workdir / "eval" / str(step) / "results.json"
 
+    def _table_path(self, step: int) -> pathlib.Path:
+        return self._results_path(step).with_name("task_tokens.json")
+
     def _picture_path(self, step: int) -> pathlib.Path:
         return self._workdir / "pictures" / f"step_{step:07d}.png"
+
+
+def metric_names(config: ConfigDict, metadata: Metadata) -> tuple[str, ...]:
+    """Names of the metrics of `config.eval.tasks`; ValueError if those are no tasks."""
+    tasks = tuple(config.eval.tasks)
+    if not tasks or set(tasks) - set(TASKS):
+        raise ValueError(f"eval.tasks is {tasks}; use one or more of {', '.join(TASKS)}")
+    return tuple(name for task in tasks for name in make_metric(task, metadata).compute())
+
+
+def _log_progress(images: int, seconds: float) -> None:
+    logging.log_every_n_seconds(
+        logging.INFO, "... %d images, %.1f images/s", 30, images, images / max(seconds, 1e-9)
+    )
 
 
 def postprocess_config(config: ConfigDict) -> PostprocessConfig:

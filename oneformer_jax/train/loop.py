@@ -6,6 +6,7 @@ made in `state.py`; what is written to disk goes through `checkpoint.py` and `ob
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from oneformer_jax.models import matcher
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import checkpoint, observe, optim, sharding
 from oneformer_jax.train import state as states
-from oneformer_jax.train.evaluator import Evaluator
+from oneformer_jax.train.evaluator import Evaluator, metric_names
 from oneformer_jax.types import Metadata
 
 Batch = Mapping[str, Any]
@@ -48,115 +49,142 @@ def train(
       mesh: devices; None makes the mesh of `config.mesh`.
 
     Raises:
-      ValueError: the config, the workdir and the devices do not fit each other.
+      ValueError: the config, the workdir and the devices do not fit each other, or the training
+        data ended.
       observe.NonFiniteLoss: a loss or gradient is not finite; the last checkpoint is intact.
     """
-    # ---- Devices, model, step -------------------------------------------------------------------
+    # ---- Settings: what is wrong with them is said before anything is written -------------------
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batches(config, mesh)
+    check_train(config, metadata)
     model = states.model_config(config, metadata.num_classes)
-    checkpoint.claim_workdir(workdir, model.to_dict(), config.to_json(indent=1), metadata)
-    observe.quiet_libraries()
-    rates = states.optim_config(config)
-    optimizer = optim.make_optimizer(rates, states.abstract_params(model))
-    init = states.make_init(model, optimizer, ema=config.optim.ema_decay > 0)
-    init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    abstract = jax.eval_shape(init, init_key)
-    shardings = sharding.state_shardings(abstract, mesh)
-    train_step = jax.jit(
-        states.make_train_step(
-            model,
-            states.loss_config(config),
-            optimizer,
-            text_table,
-            accumulate=config.optim.accumulate,
-            ema_decay=config.optim.ema_decay,
-            mesh=mesh,
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    run_key = jax.device_put(run_key, sharding.replicated(mesh))
+    losses, rates = states.loss_config(config), states.optim_config(config)
     evaluator = Evaluator(config, workdir, metadata, model, mesh)
-
-    # ---- Resume or start ------------------------------------------------------------------------
-    checkpoints = checkpoint.Checkpoints(
-        workdir,
-        keep=config.train.keep,
-        keep_best=config.train.keep_best,
-        best_metric=config.eval.best_metric,
-    )
-    steps = config.train.steps
-    if (latest := checkpoints.latest_step()) is not None:
-        logging.info("Resuming from step %d of %s", latest, workdir)
-        target = sharding.with_shardings(abstract, shardings)
-        state, position = checkpoints.restore(latest, target)
-    else:
-        logging.info("Starting in %s on %d %s", workdir, mesh.size, jax.devices()[0].device_kind)
-        state, position = jax.jit(init, out_shardings=shardings)(init_key), {"step": 0}
-        observe.log_parameters(state["params"])
-    first_step = position["step"]
-    writer = observe.make_writer(workdir, resume_step=first_step)
-    chrono = observe.Chrono(first_step, steps, config.data.batch_size, state=position.get("chrono"))
     profiler = observe.ProfileTrigger(
         workdir, start=config.train.profile_start, steps=config.train.profile_steps
     )
+    checkpoint.claim_workdir(workdir, model.to_dict(), config.to_json(indent=1), metadata)
+    observe.quiet_libraries()
+    steps = config.train.steps
 
-    # ---- Train ----------------------------------------------------------------------------------
-    data = train_batches(first_step) if first_step < steps else iter(())
-    results: dict[str, float | None] = {}
-    window: list[dict] = []  # metrics, on the device, of the steps since the last log
-    unchecked: tuple[dict, int, Any] | None = None
-    for step in range(first_step + 1, steps + 1):
-        with chrono.data():
-            batch = dict(next(data))
-            index = batch.pop("index")
-            batch = sharding.put_batch(batch, mesh)
-        profiler.before(step)
-        state, metrics = train_step(state, batch, run_key)
-        if unchecked is not None:  # one step late, so that the device need not wait for the host
-            observe.check_finite(*unchecked)
-        unchecked = (metrics, step, index)
-        window.append(metrics)
-        profiler.after(step, metrics)
-        chrono.tick(step)
+    # Whatever ends the run: the stack ends the loader and waits for a save in the background.
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            checkpoint.Checkpoints(
+                workdir,
+                keep=config.train.keep,
+                keep_best=config.train.keep_best,
+                best_metric=config.eval.best_metric if config.train.keep_best else None,
+            )
+        )
 
-        last = step == steps
-        log_now = last or due(step, config.train.log_every)
-        eval_now = last or due(step, config.train.eval_every)
-        save_now = last or due(step, config.train.checkpoint_every)
-        if log_now or eval_now or save_now:
-            # What is not finite is neither saved nor reported.
-            observe.check_finite(*unchecked)
-            unchecked = None
-        if log_now:
-            scalars = states.mean_metrics(window)
-            window = []
-            scalars |= {f"lr/{name}": v for name, v in optim.learning_rates(rates, step - 1).items()}
-            scalars |= chrono.scalars(matcher.host_seconds())
-            writer.write_scalars(step, scalars)
-            writer.flush()
-            logging.info("%s", chrono.line(scalars))
-        with chrono.pause():
-            if eval_now:
-                limit = None if last else config.eval.limit or None
-                results = evaluator.run(state, step, eval_batches, writer, limit=limit)
-            if save_now or eval_now:
-                position = {"step": step, "chrono": chrono.state()}
-                checkpoints.save(step, state, position, results if eval_now else None)
-    profiler.close()
-    if hasattr(data, "close"):
-        data.close()  # ends loader processes
-    checkpoints.close()
+        # ---- Is anything left to do? ------------------------------------------------------------
+        latest = checkpoints.latest_step()
+        trained = latest is not None and latest >= steps
+        results = evaluator.finished(latest) if trained else None
+        tabulate = config.eval.token_table and not (trained and evaluator.has_token_table(latest))
+        if results is not None and not tabulate:
+            logging.info("%s is trained to step %d and evaluated: nothing to do", workdir, latest)
+            evaluator.report(latest)
+            return results
 
-    # ---- Report ---------------------------------------------------------------------------------
-    if not results:
-        results = evaluator.finished(steps) or evaluator.run(state, steps, eval_batches, writer)
-    if config.eval.token_table:
-        evaluator.token_table(state, steps, eval_batches)
-    writer.close()
-    evaluator.report(steps)
-    return results
+        # ---- Resume or start --------------------------------------------------------------------
+        optimizer = optim.make_optimizer(rates, states.abstract_params(model))
+        init = states.make_init(model, optimizer, ema=config.optim.ema_decay > 0)
+        init_key, run_key = jax.random.split(jax.random.key(config.seed))
+        abstract = jax.eval_shape(init, init_key)
+        shardings = sharding.state_shardings(abstract, mesh)
+        if latest is not None:
+            logging.info("Resuming from step %d of %s", latest, workdir)
+            target = sharding.with_shardings(abstract, shardings)
+            state, position = checkpoints.restore(latest, target)
+        else:
+            kind = jax.devices()[0].device_kind
+            logging.info("Starting in %s on %d %s", workdir, mesh.size, kind)
+            state, position = jax.jit(init, out_shardings=shardings)(init_key), {"step": 0}
+            observe.log_parameters(state["params"])
+        first_step = position["step"]
+        writer = observe.make_writer(workdir, resume_step=first_step)
+        stack.callback(writer.close)
+        elapsed = position.get("chrono")
+        chrono = observe.Chrono(first_step, steps, config.data.batch_size, state=elapsed)
+        stack.callback(profiler.close)
+        train_step = jax.jit(
+            states.make_train_step(
+                model,
+                losses,
+                optimizer,
+                text_table,
+                accumulate=config.optim.accumulate,
+                ema_decay=config.optim.ema_decay,
+                mesh=mesh,
+            ),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        run_key = jax.device_put(run_key, sharding.replicated(mesh))
+
+        # ---- Train ------------------------------------------------------------------------------
+        data = train_batches(first_step) if first_step < steps else iter(())
+        close_data = getattr(data, "close", lambda: None)  # ends loader processes
+        stack.callback(close_data)
+        window: list[dict] = []  # metrics, on the device, of the steps since the last log
+        unchecked: tuple[dict, int, Any] | None = None
+        for step in range(first_step + 1, steps + 1):
+            with chrono.data():
+                batch = next(data, None)
+                if batch is None:
+                    raise ValueError(
+                        f"the training data ended before step {step} of train.steps = {steps}; "
+                        "train_batches must give batches without end"
+                    )
+                arrays = {name: value for name, value in batch.items() if name != "index"}
+                arrays = sharding.put_batch(arrays, mesh)
+            profiler.before(step)
+            state, metrics = train_step(state, arrays, run_key)
+            if unchecked is not None:  # one step late, so that the device need not wait for us
+                observe.check_finite(*unchecked)
+            unchecked = (metrics, step, batch.get("index"))
+            window.append(metrics)
+            profiler.after(step, metrics)
+            chrono.tick(step)
+
+            last = step == steps
+            log_now = last or due(step, config.train.log_every)
+            eval_now = last or due(step, config.train.eval_every)
+            save_now = eval_now or due(step, config.train.checkpoint_every)
+            if log_now or save_now:
+                # What is not finite is neither saved nor reported.
+                observe.check_finite(*unchecked)
+                unchecked = None
+            if log_now:
+                scalars = states.mean_metrics(window)
+                window = []
+                rate = optim.learning_rates(rates, step - 1)
+                scalars |= {f"lr/{name}": value for name, value in rate.items()}
+                scalars |= chrono.scalars(matcher.host_seconds())
+                writer.write_scalars(step, scalars)
+                writer.flush()
+                logging.info("%s", chrono.line(scalars))
+            with chrono.pause():
+                if eval_now:
+                    limit = None if last else config.eval.limit or None
+                    results = evaluator.run(state, step, eval_batches, writer, limit=limit)
+                if save_now:
+                    position = {"step": step, "chrono": chrono.state()}
+                    checkpoints.save(step, state, position, results if eval_now else None)
+        profiler.close()
+        close_data()
+
+        # ---- Report -----------------------------------------------------------------------------
+        last_step = max(first_step, steps)
+        if results is None:  # trained by an earlier start, but not evaluated as asked now
+            results = evaluator.run(state, last_step, eval_batches, writer)
+        if tabulate:
+            evaluator.token_table(state, last_step, eval_batches)
+        checkpoints.wait_until_finished()
+        evaluator.report(last_step)
+        return results
 
 
 def due(step: int, every: int) -> bool:
@@ -178,6 +206,23 @@ def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
 
 
+def check_train(config: ConfigDict, metadata: Metadata) -> None:
+    """ValueError that names the key if `config.train` or the metric of keep-best makes no sense."""
+    for name, least in (("log_every", 1), ("eval_every", 0), ("checkpoint_every", 0)):
+        if config.train[name] < least:
+            meaning = " (0: at the end only)" if least == 0 else ""
+            raise ValueError(
+                f"train.{name} is {config.train[name]}; use {least} or more steps{meaning}"
+            )
+    names = metric_names(config, metadata)
+    best = config.eval.best_metric
+    if config.train.keep_best > 0 and best not in names:
+        raise ValueError(
+            f"eval.best_metric {best!r} is not among the metrics of eval.tasks: "
+            f"{', '.join(names)}; use one of these, or train.keep_best=0"
+        )
+
+
 def evaluate_workdir(
     config: ConfigDict,
     workdir: str,
@@ -191,6 +236,7 @@ def evaluate_workdir(
 
     Raises:
       CheckpointError: the workdir has no such checkpoint, or other classes than `metadata`.
+      ValueError: `config.eval` and the devices do not fit each other.
     """
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
@@ -209,10 +255,9 @@ def evaluate_workdir(
     state = jax.device_put(
         {"params": trained.params, "stats": trained.stats}, sharding.replicated(mesh)
     )
-    writer = observe.make_writer(os.path.join(workdir, "eval"))
-    results = evaluator.run(state, trained.step, eval_batches, writer)
+    with contextlib.closing(observe.make_writer(os.path.join(workdir, "eval"))) as writer:
+        results = evaluator.run(state, trained.step, eval_batches, writer)
     if config.eval.token_table:
         evaluator.token_table(state, trained.step, eval_batches)
-    writer.close()
     evaluator.report(trained.step)
     return results

@@ -7,6 +7,7 @@ would print fifty terms a line.
 from __future__ import annotations
 
 import contextlib
+import logging as stdlib_logging
 import os
 import re
 import time
@@ -294,21 +295,29 @@ def log_parameters(params: Mapping[str, Any]) -> None:
     logging.info("Parameters:\n%s", parameter_overview(params))
 
 
-def quiet_libraries() -> None:
-    """Hides Orbax's INFO lines, a page for each save; its warnings stay.
+class _LibraryFilter:
+    """Keeps what the user of a run should read; see `quiet_libraries`."""
 
-    Except for one: that a save came without scores, which is what a save between evaluations does.
-    """
-    library = re.compile(r"[/\\]orbax[/\\]")
+    _libraries = re.compile(r"[/\\](orbax|tensorflow_datasets)[/\\]")
 
-    def keep(record) -> bool:
-        if not library.search(record.pathname):
+    def __call__(self, record: stdlib_logging.LogRecord) -> bool:
+        if not self._libraries.search(record.pathname):
             return True
-        if record.levelno <= logging.converter.STANDARD_INFO:
+        if record.levelno <= stdlib_logging.INFO:
             return False
         return "tracked_metric" not in record.getMessage()
 
-    logging.get_absl_logger().addFilter(keep)
+
+def quiet_libraries() -> None:
+    """Hides the INFO lines of Orbax (a page for each save) and of TFDS; their warnings stay.
+
+    Except for one: that a save came without scores, which is what a save between evaluations does.
+    Calling it again changes nothing.
+    """
+    logger = logging.get_absl_logger()
+    for old in [f for f in logger.filters if isinstance(f, _LibraryFilter)]:
+        logger.removeFilter(old)
+    logger.addFilter(_LibraryFilter())
 
 
 # ------------------------------------------------------------------ profile on demand

@@ -10,15 +10,17 @@ from flax import nnx
 
 from oneformer_jax.models import decoder, layers
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
+from oneformer_jax.train import state as states
+from oneformer_jax.train.state import inference_params
 from oneformer_jax.types import TASK_TOKENS
 from tests import tiny
 
 
-def _count(config: OneFormerConfig, *, training: bool) -> float:
-    """Trained parameters in millions, to the third decimal."""
-    model = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=training))
-    sizes = [x.size for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))]
-    return round(sum(sizes) / 1e6, 3)
+def _millions(config: OneFormerConfig) -> tuple[float, float]:
+    """Trained parameters in millions, to the third decimal: with and without the text branch."""
+    params = states.abstract_params(config)
+    counts = (sum(x.size for x in jax.tree.leaves(p)) for p in (params, inference_params(params)))
+    return tuple(round(count / 1e6, 3) for count in counts)
 
 
 @pytest.mark.parametrize(
@@ -31,9 +33,7 @@ def _count(config: OneFormerConfig, *, training: bool) -> float:
     ],
 )
 def test_published_models_have_the_published_parameters(backbone, dataset, training, inference):
-    config = OneFormerConfig.published(backbone, dataset)
-    assert _count(config, training=True) == training
-    assert _count(config, training=False) == inference
+    assert _millions(OneFormerConfig.published(backbone, dataset)) == (training, inference)
 
 
 def test_named_constructors():
@@ -70,9 +70,23 @@ def test_bad_configs(fields, message):
         tiny.model_config(**fields)
 
 
+def _build(config, training):
+    """A model whose random parameters are drawn by one compiled program."""
+
+    @jax.jit
+    def init():
+        _, params, rest = nnx.split(
+            OneFormer(config, rngs=nnx.Rngs(0), training=training), nnx.Param, ...
+        )
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+    shapes = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=training))
+    return nnx.merge(nnx.graphdef(shapes), *init())
+
+
 @pytest.fixture(scope="module")
 def model():
-    return OneFormer(tiny.model_config(), rngs=nnx.Rngs(0), training=True)
+    return _build(tiny.model_config(), training=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +101,16 @@ def inputs():
 
 
 @pytest.fixture(scope="module")
-def predictions(model, inputs):
-    return model(**inputs)
+def forward(model):
+    """The model as one compiled function of its inputs."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    return jax.jit(lambda inputs, key=None: nnx.merge(graphdef, params, rest)(**inputs, key=key))
+
+
+@pytest.fixture(scope="module")
+def predictions(forward, inputs):
+    return forward(inputs)
 
 
 def test_shapes_and_dtypes(predictions):
@@ -109,9 +131,10 @@ def test_the_task_token_is_the_last_query_and_goes_through_the_shared_norm(
     np.testing.assert_allclose(predictions.queries[:, -1], expected, atol=1e-6)
 
 
-def test_the_task_changes_the_prediction(model, inputs, predictions):
-    other = model(inputs["image"], inputs["task_tokens"][::-1] * 0 + TASK_TOKENS[1])
-    assert float(jnp.abs(other.class_logits - predictions.class_logits).max()) > 1e-3
+def test_the_task_changes_the_prediction(forward, inputs, predictions):
+    other = dict(inputs, task_tokens=jnp.asarray(TASK_TOKENS)[(tiny.batch()["task"] + 1) % 3])
+    change = jnp.abs(forward(other).class_logits - predictions.class_logits)
+    assert float(change.max(axis=(0, 2, 3)).min()) > 1e-3
 
 
 def test_context_embeddings_come_last_and_are_not_projected(model, predictions):
@@ -129,10 +152,13 @@ def test_texts_are_those_of_their_rows_whatever_the_padding(model, inputs, predi
 
 
 def test_inference_builds_no_text_branch(inputs, model, predictions):
-    graph = OneFormer(tiny.model_config(), rngs=nnx.Rngs(0), training=False)
+    graph = _build(tiny.model_config(), training=False)
     names = set(nnx.to_pure_dict(nnx.state(graph)))
     assert names == {"backbone", "pixel_decoder", "predictor", "task_mlp"}
-    found = graph(inputs["image"], inputs["task_tokens"])
+    graphdef, state = nnx.split(graph)
+    found = jax.jit(lambda i, t: nnx.merge(graphdef, state)(i, t))(
+        inputs["image"], inputs["task_tokens"]
+    )
     assert found.text_queries is None
     assert found.logit_scale is None
     # Same seed, same order of parameters: the shared part equals the training model's.
@@ -178,36 +204,40 @@ def test_attention_mask():
 def test_masks_of_layer_i_come_from_the_prediction_before_it_at_the_right_level(
     model, inputs, predictions, monkeypatch
 ):
-    seen = []
-    original = decoder.attention_mask
+    graphdef, state = nnx.split(model)
+    original, shapes = decoder.attention_mask, []
 
-    def spy(embed, features):
-        seen.append((embed, features.shape[1:3]))
-        return original(embed, features)
+    @jax.jit
+    def embeds(inputs):
+        seen = []
 
-    monkeypatch.setattr(decoder, "attention_mask", spy)
-    model(**inputs)
-    assert [shape for _, shape in seen] == [(2, 2), (4, 4), (8, 8)]
-    for n, (embed, _) in enumerate(seen):
-        np.testing.assert_allclose(embed, predictions.mask_embed[n], atol=1e-6)
+        def spy(embed, features):
+            seen.append(embed)
+            shapes.append(features.shape[1:3])
+            return original(embed, features)
+
+        monkeypatch.setattr(decoder, "attention_mask", spy)
+        nnx.merge(graphdef, state)(**inputs)
+        return seen
+
+    for n, embed in enumerate(embeds(inputs)):
+        np.testing.assert_allclose(embed, predictions.mask_embed[n], atol=1e-5)
+    assert shapes == [(2, 2), (4, 4), (8, 8)]
 
 
-def test_dropout_needs_a_key_and_changes_the_output(model, inputs, predictions):
-    again = model(**inputs)
-    np.testing.assert_array_equal(again.queries, predictions.queries)
-    dropped = model(**inputs, key=jax.random.key(0))
+def test_dropout_needs_a_key_and_changes_the_output(forward, inputs, predictions):
+    dropped = forward(inputs, jax.random.key(0))
     assert float(jnp.abs(dropped.queries - predictions.queries).max()) > 1e-3
 
 
 def test_remat_and_bfloat16(model, inputs, predictions):
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    del graphdef
+    _, params, rest = nnx.split(model, nnx.Param, ...)
 
     def run(**overrides):
         config = dataclasses.replace(tiny.model_config(), **overrides)
         other = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=True))
-        merged = nnx.merge(nnx.graphdef(other), params, rest)
-        return merged(**inputs)
+        merge = nnx.merge
+        return jax.jit(lambda inputs: merge(nnx.graphdef(other), params, rest)(**inputs))(inputs)
 
     remat = run(remat=True)
     np.testing.assert_allclose(remat.class_logits, predictions.class_logits, atol=1e-5)

@@ -1,4 +1,7 @@
-"""The compiled training step: meshes, accumulation, averages, and what it must never hold."""
+"""The training step: accumulation, averages, types, and what it must never hold.
+
+That it does not depend on the mesh is shown in test_loop.py.
+"""
 
 import dataclasses
 
@@ -7,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.matcher import MatcherConfig
-from oneformer_jax.train import sharding
+from oneformer_jax.models.oneformer import normalize_images
+from oneformer_jax.train import optim
 from oneformer_jax.train import state as states
 from oneformer_jax.types import TASK_TOKENS
 from tests import tiny
 
 LOSSES = LossConfig(num_points=64, point_sampling="shared")
-# Plain gradient descent: Adam would turn rounding of tiny gradients into steps of full size.
 OPTIMIZER = optax.sgd(0.01)
 
 
@@ -25,100 +29,90 @@ def _config(**overrides):
     return tiny.model_config(**overrides)
 
 
-@pytest.fixture(scope="module")
-def initial():
-    init = states.make_init(_config(), OPTIMIZER, ema=False)
-    return jax.device_get(jax.jit(init)(jax.random.key(0)))
+class Toy(nnx.Module):
+    """Stands in for OneFormer: parameters, statistics, and randomness from the key it is given."""
+
+    def __init__(self, config, *, rngs, training):
+        self.weight = nnx.Param(jnp.array([0.5, -0.2, 0.1]))
+        self.mean = nnx.BatchStat(jnp.zeros(3))
+
+    def __call__(self, images, task_tokens, *, text_tokens, text_ids, key, train):
+        pixels = images.mean(axis=(1, 2))
+        self.mean[...] = 0.5 * self.mean[...] + 0.5 * pixels.mean(axis=0)
+        return (pixels + jax.random.normal(key, (3,))) @ self.weight[...]
 
 
-def _steps(mesh, initial, batch, *, count=2, losses=LOSSES, **options):
+def _toy_losses(predictions, batch, key, config, *, mesh):
+    loss = jnp.mean((predictions - batch["task"] - jax.random.uniform(key)) ** 2)
+    return loss, {"loss_toy": loss}
+
+
+def _toy_gradients(weight, batch, key):
+    """What `Toy` and `_toy_losses` compute, written out: (loss, gradient), new pixel mean."""
+    model_key, point_key = jax.random.split(key)
+    pixels = normalize_images(batch["image"], batch["image_size"]).mean(axis=(1, 2))
+    noise = jax.random.normal(model_key, (3,))
+
+    def loss(weight):
+        difference = (pixels + noise) @ weight - batch["task"] - jax.random.uniform(point_key)
+        return jnp.mean(difference**2)
+
+    return jax.value_and_grad(loss)(weight), pixels.mean(axis=0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_step_is_the_mean_of_its_micro_batches(accumulate, monkeypatch):
+    monkeypatch.setattr(states, "OneFormer", Toy)
+    monkeypatch.setattr(states, "compute_losses", _toy_losses)
+    key, batch, decay = jax.random.key(3), tiny.batch(size=8), 0.9
+    init = states.make_init(None, OPTIMIZER, ema=True)
     step = states.make_train_step(
-        _config(), losses, OPTIMIZER, tiny.text_table(), mesh=mesh, **options
+        None, None, OPTIMIZER, tiny.text_table(), accumulate=accumulate, ema_decay=decay
     )
-    shardings = sharding.state_shardings(initial, mesh, min_size=64)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    state = jax.device_put(initial, shardings)
-    history = []
-    for _ in range(count):
-        state, metrics = step(state, sharding.put_batch(batch, mesh), jax.random.key(1))
-        history.append(jax.device_get(metrics))
-    assert step._cache_size() == 1, "the training step was compiled again"
-    return jax.device_get(state), history
+    step, state = jax.jit(step), init(key)
+    weight, mean, average = np.array([0.5, -0.2, 0.1]), np.zeros(3), np.array([0.5, -0.2, 0.1])
+    for number in range(2):
+        state, metrics = step(state, batch, key)
+        step_key = jax.random.fold_in(key, number)
+        keys = [step_key] if accumulate == 1 else jax.random.split(step_key, accumulate)
+        losses, gradients = [], []
+        for i in range(accumulate):
+            part = {name: value[i::accumulate] for name, value in batch.items()}
+            (loss, gradient), pixels = _toy_gradients(jnp.array(weight), part, keys[i])
+            mean = 0.5 * mean + 0.5 * pixels  # micro-batches move the statistics one by one
+            losses.append(loss)
+            gradients.append(gradient)
+        gradient = np.mean(gradients, axis=0)
+        assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+        assert float(metrics["loss_toy"]) == pytest.approx(np.mean(losses), rel=1e-5)
+        assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+        assert float(metrics["param_norm"]) == pytest.approx(np.linalg.norm(weight), rel=1e-5)
+        weight = weight - 0.01 * gradient
+        average = decay * average + (1 - decay) * weight
+        np.testing.assert_allclose(state["params"]["weight"], weight, rtol=1e-5)
+        np.testing.assert_allclose(state["ema"]["weight"], average, rtol=1e-5)
+        np.testing.assert_allclose(state["stats"]["mean"], mean, rtol=1e-5)
+        assert int(state["step"]) == number + 1
+    assert step._cache_size() == 1
 
 
-@pytest.fixture(scope="module")
-def one_device(initial):
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return _steps(mesh, initial, tiny.batch(size=8))
-
-
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
-def test_losses_and_parameters_do_not_depend_on_the_mesh(shape, initial, one_device):
-    state, history = _steps(sharding.make_mesh(*shape), initial, tiny.batch(size=8))
-    for found, expected in zip(history, one_device[1], strict=True):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
-    for name, value in tiny.leaves(one_device[0]["params"]).items():
-        np.testing.assert_allclose(
-            tiny.leaves(state["params"])[name], value, atol=2e-5, err_msg=name
-        )
-
-
-def test_the_step_is_counted_and_the_statistics_move(initial, one_device):
-    assert int(one_device[0]["step"]) == 2
-    before, after = tiny.leaves(initial["stats"]), tiny.leaves(one_device[0]["stats"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_keeps_the_shapes_and_types_of_the_state(accumulate):
+    """Else the second step would be compiled again."""
+    optimizer = optim.make_optimizer(optim.OptimConfig(steps=9), states.abstract_params(_config()))
+    init = states.make_init(_config(), optimizer, ema=True)
+    step = states.make_train_step(
+        _config(), LOSSES, optimizer, tiny.text_table(), accumulate=accumulate, ema_decay=0.9
+    )
+    state = jax.eval_shape(init, jax.random.key(0))
+    new, metrics = jax.eval_shape(step, state, tiny.batch(size=4), jax.random.key(0))
+    before, after = tiny.leaves(state), tiny.leaves(new)
     assert before.keys() == after.keys()
-    assert len(before) > 0
-    assert any(not np.array_equal(before[name], after[name]) for name in before)
-
-
-def test_accumulated_gradients_are_the_mean_of_the_micro_batches(initial):
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    batch = tiny.batch(size=4)
-    state, history = _steps(mesh, initial, batch, count=1, accumulate=2)
-    parts = states.split_batch(batch, 2)
-    # Micro-batch i draws its points with the i-th key: the parts are run by hand with the same.
-    step = states.make_train_step(_config(), LOSSES, OPTIMIZER, tiny.text_table())
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), 0), 2)
-    fold_in, losses, updates, stats = jax.random.fold_in, [], [], initial["stats"]
-    for i in range(2):
-        part = jax.tree.map(lambda x, i=i: x[i], parts)
-        with pytest.MonkeyPatch.context() as patch:
-            # The outermost fold_in of a step is that of its number.
-            patch.setattr(jax.random, "fold_in", lambda key, data, i=i: keys[i])
-            patch.setattr(states, "compute_losses", _with_real_fold_in(patch, fold_in))
-            new, metrics = step({**initial, "stats": stats}, part, jax.random.key(1))
-        losses.append(float(metrics["loss"]))
-        updates.append(tiny.leaves(jax.tree.map(jnp.subtract, new["params"], initial["params"])))
-        stats = new["stats"]
-    assert float(history[0]["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
-    found = tiny.leaves(jax.tree.map(jnp.subtract, state["params"], initial["params"]))
-    for name, update in found.items():
-        expected = (updates[0][name] + updates[1][name]) / 2
-        np.testing.assert_allclose(update, expected, atol=2e-5, err_msg=name)
-
-
-def _with_real_fold_in(patch, fold_in):
-    original = states.compute_losses
-
-    def compute(*args, **kwargs):
-        patch.setattr(jax.random, "fold_in", fold_in)
-        return original(*args, **kwargs)
-
-    return compute
-
-
-def test_averaged_parameters(initial):
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    start = initial | {"ema": initial["params"]}
-    state, _ = _steps(mesh, start, tiny.batch(size=2), count=1, ema_decay=0.9)
-    before, after, ema = (
-        tiny.leaves(x) for x in (initial["params"], state["params"], state["ema"])
-    )
-    for name, value in ema.items():
-        expected = 0.9 * before[name] + 0.1 * after[name]
-        np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=name)
+    for name, leaf in before.items():
+        assert (after[name].shape, after[name].dtype) == (leaf.shape, leaf.dtype), name
+        assert after[name].weak_type == leaf.weak_type, name
+    assert {"loss", "loss_ce", "loss_dice_2", "loss_contrastive", "grad_norm"} <= metrics.keys()
+    assert all(value.shape == () for value in metrics.values())
 
 
 def _shapes(jaxpr):
@@ -159,18 +153,18 @@ def test_the_training_step_holds_no_stack_of_masks(point_sampling):
             assert not {queries, slots} & set(shape), shape
 
 
-def test_prediction_leaves_the_text_branch_out(initial):
-    predict = states.make_predict_step(_config())
+def test_prediction_leaves_the_text_branch_out():
+    state = jax.eval_shape(states.make_init(_config(), OPTIMIZER, ema=False), jax.random.key(0))
     batch = tiny.batch()
     tokens = TASK_TOKENS[batch["task"]]
-    predictions = jax.jit(predict)(
-        initial["params"], initial["stats"], batch["image"], batch["image_size"], tokens
-    )
-    assert predictions.class_logits.shape == (4, 2, 7, 6)
-    assert predictions.text_queries is None
-    assert set(initial["params"]) - set(states.inference_params(initial["params"])) == set(
-        states.TEXT_PARAMS
-    )
+    without = states.inference_params(state["params"])
+    assert set(state["params"]) - set(without) == set(states.TEXT_PARAMS)
+    predict = states.make_predict_step(_config())
+    for params in (state["params"], without):
+        arguments = (params, state["stats"], batch["image"], batch["image_size"], tokens)
+        predictions = jax.eval_shape(predict, *arguments)
+        assert predictions.class_logits.shape == (4, 2, 7, 6)
+        assert predictions.text_queries is None
 
 
 def test_loss_config_reads_every_key():

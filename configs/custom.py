@@ -1,0 +1,76 @@
+"""Your own data: a folder in COCO's panoptic format. See docs/custom_dataset.md.
+
+  python main.py --config=configs/custom.py --workdir=runs/mine --config.dataset.data_dir=DIR
+
+Variants, given as configs/custom.py:VARIANT:
+
+  small       (default) 9 M parameters without texts, trained from scratch at 320 x 320: fits a few
+              dozen images in minutes on one GPU; a first check that data and classes are right.
+  resnet50, swin_tiny, swin_large   the published sizes at 512 x 512.
+
+Starting from published weights is not there yet, so the larger variants train from scratch too.
+"""
+
+from configs import common
+
+VARIANTS = ("small", "resnet50", "swin_tiny", "swin_large")
+
+
+def get_config(variant: str = "small"):
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/custom.py has no variant {variant!r}: {', '.join(VARIANTS)}")
+    c = common.get_base()
+    c.dataset.name = "coco_folder"
+    c.dataset.options = {  # see input_pipeline.sources.open_source
+        "root": "",  # folder of the dataset if it is not data_dir
+        "train_images": "images",
+        "train_panoptic": "panoptic",
+        "train_json": "panoptic_train.json",
+        "validation_images": "images",
+        "validation_panoptic": "panoptic",
+        "validation_json": "panoptic_val.json",
+        "prepare": False,  # True writes TFDS records into data_dir, which are read faster
+    }
+    c.data.batch_size = 16
+    c.data.workers = 2
+    # No large-scale jitter down to a tenth: without pretraining it costs more than it gives.
+    c.data.augment.kind = "lsj"
+    c.data.augment.lsj_scale = (0.5, 1.5)
+    c.data.num_slots = 100
+
+    side = 320 if variant == "small" else 512
+    c.data.crop_size = (side, side)
+    c.eval.short_edge = side
+    c.eval.max_size = side if variant == "small" else 2 * side
+    c.eval.bucket_multiple = side if variant == "small" else 64
+    c.model.backbone.name = "resnet50" if variant == "small" else variant
+    if variant in ("small", "resnet50"):
+        # Statistics of a pretrained model are what "frozen" freezes: from scratch they are trained.
+        c.model.backbone.overrides = {"norm": "batch"}
+    if variant == "small":
+        c.model.backbone.overrides.stem_width = 32
+        c.model.num_queries = 100
+        c.model.hidden_dim = 128
+        c.model.mask_dim = 128
+        c.model.encoder_layers = 3
+        c.model.encoder_ffn = 512
+        c.model.encoder_dropout = 0.0
+        c.model.query_init_ffn = 512
+        c.model.query_init_dropout = 0.0
+        c.model.decoder_layers = 6
+        c.model.decoder_ffn = 512
+        c.model.text_width = 128
+        c.model.text_layers = 3
+        c.model.text_heads = 2
+        c.loss.num_points = 4096
+
+    c.optim.lr = 4e-4 if variant == "small" else 1e-4
+    c.optim.backbone_multiplier = 1.0  # 0.1 is for pretrained backbones
+    c.optim.schedule = "poly"
+    c.optim.warmup_steps = 200
+    c.train.steps = 3000 if variant == "small" else 40_000
+    c.train.eval_every = 1000 if variant == "small" else 5000
+    c.train.checkpoint_every = 500
+    c.eval.topk = 100
+    c.eval.object_mask_threshold = 0.5
+    return c

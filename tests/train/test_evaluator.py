@@ -1,0 +1,204 @@
+"""Scores, pictures and the token table, with a stand-in that reads the class from the colour."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import common
+from oneformer_jax.train import evaluator as evaluators
+from oneformer_jax.train import observe, sharding
+from oneformer_jax.train.checkpoint import CheckpointError
+from oneformer_jax.types import TASK_TOKENS
+from tests import tiny
+from tests.train import eval_scenes
+from tests.train.test_observe import read_events, read_lines
+
+
+def colour_model(_):
+    """One query per class. It is right if the parameter is 1, and finds no stuff as "instance"."""
+
+    def predict(params, stats, image, image_size, tokens):
+        del stats, image_size
+        classes = jnp.arange(tiny.CLASSES)
+        truth = image[:, 2::4, 2::4, 0].astype(jnp.int32) // 40
+        masks = jnp.where(truth[:, None] == classes[:, None, None], 10.0, -10.0)
+        thing = jnp.array(tiny.metadata().is_thing)
+        instance = jnp.all(tokens == jnp.array(TASK_TOKENS[1]), axis=-1)
+        found = thing | ~instance[:, None]
+        target = jnp.where(found, classes, tiny.CLASSES)
+        logits = 10 * jax.nn.one_hot(target, tiny.CLASSES + 1)
+        masks = masks * params["sign"]
+        return types.SimpleNamespace(class_logits=logits[None], mask_logits=lambda: masks)
+
+    return predict
+
+
+GOOD = {"params": {"sign": np.float32(1)}, "stats": {}}
+BAD = {"params": {"sign": np.float32(-1)}, "stats": {}}
+
+
+@pytest.fixture
+def make(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluators.states, "make_predict_step", colour_model)
+
+    def make(devices=1, **settings):
+        config = common.get_base()
+        config.update_from_flattened_dict(settings)
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+        return evaluators.Evaluator(config, tmp_path, tiny.metadata(), None, mesh)
+
+    return make
+
+
+@pytest.fixture
+def writer(tmp_path):
+    writer = observe.make_writer(tmp_path)
+    yield writer
+    writer.close()
+
+
+def test_the_averaged_parameters_are_scored(make, writer, tmp_path):
+    evaluator = make(**{"eval.limit": 1})
+    state = BAD | {"ema": GOOD["params"]}
+    metrics = evaluator.run(state, 7, eval_scenes.batches, writer)
+    assert all(metrics[name] > 90 for name in evaluators.TOKEN_COLUMNS), metrics
+    assert set(metrics) == set(evaluators.metric_names(common.get_base(), tiny.metadata()))
+    saved = json.loads((tmp_path / "eval" / "7" / "results.json").read_text())
+    assert saved["metrics"] == metrics
+    assert saved["images"] == 3  # the limit is the caller's matter
+    assert make().finished(7) == metrics
+    assert make().finished(8) is None
+    (line,) = read_lines(tmp_path)
+    assert line.pop("time") > 0
+    assert line == {"step": 7} | metrics
+
+    worse = evaluator.run(BAD, 8, eval_scenes.batches, writer, limit=2)
+    assert worse["panoptic/PQ"] < 10
+    assert json.loads((tmp_path / "eval" / "8" / "results.json").read_text())["images"] == 2
+
+
+def test_pictures_are_drawn_sharp(make, writer, tmp_path):
+    make(**{"train.pictures": 3}).run(GOOD, 5, eval_scenes.batches, writer)
+    sheet = np.asarray(Image.open(tmp_path / "pictures" / "step_0000005.png"))
+    # Three rows of image, truth and three tasks, each as large as a cell.
+    assert sheet.shape[0] > 3 * 360
+    assert sheet.shape[1] > 5 * 360
+    height, width = sheet.shape[0] // 3, sheet.shape[1] // 5
+    cells = [[sheet[r * height :, c * width :][:height, :width] for c in range(5)] for r in (0, 1)]
+    for row in cells:
+        assert len(np.unique(row[0].reshape(-1, 3), axis=0)) >= tiny.CLASSES
+        assert not np.array_equal(row[0], row[1])
+    assert not np.array_equal(cells[0][0], cells[1][0])  # another image
+    # The prediction is right and looks like the truth, except for the instances: they lack stuff.
+    difference = [np.abs(cells[0][1].astype(int) - cells[0][c]).mean() for c in (2, 3, 4)]
+    assert difference[0] < difference[1]
+    (event,) = read_events(tmp_path)["predictions"]
+    assert event[0] == 5
+    assert [int(x) for x in event[1][:2]] == [sheet.shape[1], sheet.shape[0]]
+
+
+def test_no_pictures(make, writer, tmp_path):
+    make(**{"train.pictures": 0}).run(GOOD, 5, eval_scenes.batches, writer)
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_more_pictures_than_images(make, writer, tmp_path):
+    make(**{"train.pictures": 9}).run(GOOD, 5, eval_scenes.batches, writer)
+    sheet = np.asarray(Image.open(tmp_path / "pictures" / "step_0000005.png"))
+    assert 3 * 360 < sheet.shape[0] < 4 * 360
+
+
+def test_a_batch_over_devices_scores_the_same(make, writer):
+    one = make().run(GOOD, 1, lambda: eval_scenes.batches(5, 4), writer)
+    assert make(devices=4).run(GOOD, 2, lambda: eval_scenes.batches(5, 4), writer) == one
+
+
+def test_a_subset_of_the_tasks(make, writer, tmp_path, capsys):
+    evaluator = make(**{"eval.tasks": ("semantic",)})
+    metrics = evaluator.run(GOOD, 5, eval_scenes.batches, writer)
+    assert {name.split("/")[0] for name in metrics} == {"semantic"}
+    evaluator.report(5)
+    assert "mIoU" in capsys.readouterr().out
+    assert make(**{"eval.tasks": ("semantic",)}).finished(5) == metrics
+    assert make().finished(5) is None  # this one wants all tasks: they are yet to be scored
+
+
+def test_undefined_scores_are_no_scalars(make, writer, tmp_path, capsys):
+    """A data set without things: AP and the scores of things have no value."""
+    batches = eval_scenes.batches(1, 1)
+    record = batches[0]["records"][0]
+    record["segments"] = [s for s in record["segments"] if s["category"] >= 3]
+    record["panoptic"][record["panoptic"] < 4] = 0
+    evaluator = make()
+    metrics = evaluator.run(GOOD, 5, lambda: batches, writer)
+    assert metrics["instance/AP"] is None
+    assert metrics["panoptic/PQ_stuff"] > 90
+    (line,) = read_lines(tmp_path)
+    assert "instance/AP" not in line
+    assert line["panoptic/PQ_stuff"] == metrics["panoptic/PQ_stuff"]
+    assert evaluator.token_table(GOOD, 5, lambda: batches)["instance"]["instance/AP"] is None
+    evaluator.report(5)
+    assert "instance/AP is not defined" in capsys.readouterr().out
+
+
+def test_token_table(make, writer, tmp_path, capsys):
+    evaluator = make()
+    metrics = evaluator.run(GOOD, 5, eval_scenes.batches, writer)
+    assert not evaluator.has_token_table(5)
+    table = evaluator.token_table(GOOD, 5, eval_scenes.batches)
+    assert evaluator.has_token_table(5)
+    assert list(table) == ["panoptic", "instance", "semantic"]
+    for row in table.values():
+        assert tuple(row) == evaluators.TOKEN_COLUMNS
+    assert table["instance"]["panoptic/PQ_stuff"] == 0
+    assert table["panoptic"]["panoptic/PQ"] == metrics["panoptic/PQ"]
+    assert json.loads((tmp_path / "eval" / "5" / "task_tokens.json").read_text()) == table
+    # Another model at the same step: the table is made anew.
+    assert evaluator.token_table(BAD, 5, eval_scenes.batches) != table
+
+    make().finished(5)
+    evaluator.report(5)
+    shown = capsys.readouterr().out.splitlines()
+    for token in table:
+        assert any(line.split()[:1] == [token] and len(line.split()) == 6 for line in shown)
+    for path in ("eval/5/results.json", "pictures/step_0000005.png", "checkpoints"):
+        assert any(line.endswith(str(tmp_path / path)) for line in shown)
+
+
+def test_format_token_table():
+    table = {"panoptic": dict.fromkeys(evaluators.TOKEN_COLUMNS, 12.345)}
+    table["instance"] = dict.fromkeys(evaluators.TOKEN_COLUMNS)
+    assert evaluators.format_token_table(table).splitlines() == [
+        "task token    PQ  PQ_things  PQ_stuff    AP  mIoU",
+        "panoptic    12.3       12.3      12.3  12.3  12.3",
+        "instance       -          -         -     -     -",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "parts"),
+    [
+        ("eval.tasks", ("panoptic", "depth"), ("eval.tasks", "depth", "semantic")),
+        ("eval.tasks", (), ("eval.tasks", "semantic")),
+        ("eval.limit", -1, ("eval.limit is -1",)),
+    ],
+)
+def test_wrong_settings_are_found_before_any_evaluation(make, setting, value, parts):
+    with pytest.raises(ValueError) as error:
+        make(**{setting: value})
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_damaged_results_are_named(make, tmp_path):
+    path = tmp_path / "eval" / "5" / "results.json"
+    path.parent.mkdir(parents=True)
+    for text in ("{", '{"metrics": {}}'):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=str(path)):
+            make().finished(5)

@@ -1,0 +1,436 @@
+"""The training loop: one run on one device that many tests look at, and starts that go on from it.
+
+Every start compiles or loads its programs, which is what takes the time here: so there are few, and
+all but one of another mesh share the training step of the first.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from configs import common
+from oneformer_jax.train import checkpoint, loop, sharding
+from oneformer_jax.train.checkpoint import CheckpointError, load_for_inference
+from oneformer_jax.train.observe import TIME_METRICS, NonFiniteLoss
+from tests import tiny
+from tests.train import eval_scenes
+from tests.train.test_observe import read_events, read_lines
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STEPS, BATCH = 6, 8
+BEST = "semantic/mIoU"
+SETTINGS = {
+    "data.batch_size": BATCH,
+    "model.backbone.name": "resnet",
+    "model.backbone.overrides": {"depths": (1, 1, 1, 1), "stem_width": 8, "norm": "batch"},
+    "model.num_queries": 7,
+    "model.num_context": 3,
+    "model.hidden_dim": 32,
+    "model.mask_dim": 32,
+    "model.num_heads": 4,
+    "model.encoder_layers": 1,
+    "model.encoder_ffn": 32,
+    "model.query_init_layers": 1,
+    "model.query_init_ffn": 32,
+    "model.decoder_layers": 1,
+    "model.decoder_ffn": 32,
+    "model.text_width": 32,
+    "model.text_layers": 1,
+    "model.text_heads": 2,
+    "loss.num_points": 64,
+    "matcher.backend": "device",  # programs that call back to the host are not kept for later runs
+    "optim.lr": 1e-3,
+    "optim.ema_decay": 0.5,
+    "train.steps": STEPS,
+    "train.log_every": 1,
+    "train.eval_every": 2,
+    "train.checkpoint_every": 2,
+    "train.keep": 2,
+    "train.pictures": 2,
+    "eval.batch_size": 2,
+    "eval.object_mask_threshold": 0.1,
+    "eval.topk": 20,
+    "eval.best_metric": BEST,
+}
+
+
+def make_config(**overrides):
+    config = common.get_base()
+    config.update_from_flattened_dict(SETTINGS)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return config.lock()
+
+
+class Batches:
+    """Training batches from a step on, as the loader gives them; counts what it was asked for.
+
+    Args:
+      spoil: step -> function that changes the batch, raises, or returns None to end the data.
+    """
+
+    def __init__(self, spoil=None):
+        self.spoil = spoil or {}
+        self.starts, self.steps, self.closed = [], [], False
+
+    def __call__(self, start):
+        self.starts.append(start)
+        self._next = start
+        return self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._next += 1
+        batch = tiny.batch(seed=self._next, size=BATCH)
+        batch["index"] = np.arange(BATCH) + 100 * self._next
+        if self._next in self.spoil and self.spoil[self._next](batch) is None:
+            raise StopIteration
+        self.steps.append(self._next)
+        return batch
+
+    def close(self):
+        self.closed = True
+
+
+def start(workdir, *, batches=None, mesh=None, **overrides):
+    return loop.train(
+        make_config(**overrides),
+        str(workdir),
+        metadata=tiny.metadata(),
+        text_table=tiny.text_table(),
+        train_batches=batches or Batches(),
+        eval_batches=eval_scenes.batches,
+        mesh=mesh or sharding.make_mesh(devices=jax.devices()[:1]),
+    )
+
+
+def scalars(workdir, *, since=0):
+    """[(step, {name: value})] of metrics.jsonl without what depends on the clock."""
+    lines = [line for line in read_lines(workdir) if line["step"] > since]
+    for line in lines:
+        assert line.pop("time") > 0
+    return [
+        (line.pop("step"), {k: v for k, v in line.items() if k not in TIME_METRICS})
+        for line in lines
+    ]
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name) for p in (pathlib.Path(workdir) / "checkpoints").iterdir())
+
+
+def copy_at(run, workdir, step):
+    """A copy of a run's folder as a crash after the save of `step` leaves it."""
+    shutil.copytree(run, workdir)
+    for later in saved_steps(workdir):
+        if later > step:
+            shutil.rmtree(workdir / "checkpoints" / str(later))
+    return workdir
+
+
+@dataclasses.dataclass
+class Run:
+    workdir: pathlib.Path
+    results: dict
+    batches: Batches
+    traces: int  # of the training step: more than one means that it was compiled again
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The uninterrupted run. Tests do not write into its folder: those that go on take a copy."""
+    workdir, batches, traces = tmp_path_factory.mktemp("run") / "workdir", Batches(), []
+    make_train_step, evaluate = loop.states.make_train_step, loop.Evaluator.run
+
+    def counting(*args, **kwargs):
+        step = make_train_step(*args, **kwargs)
+
+        @functools.wraps(step)  # the name is part of what finds a compiled program again
+        def traced(*args):
+            traces.append(1)
+            return step(*args)
+
+        return traced
+
+    def flattering(self, state, step, *args, **kwargs):
+        found = evaluate(self, state, step, *args, **kwargs)
+        return found | {BEST: 99.0} if step == 2 else found  # let step 2 be the best
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.states, "make_train_step", counting)
+        patch.setattr(loop.Evaluator, "run", flattering)
+        results = start(workdir, batches=batches)
+    return Run(workdir, results, batches, len(traces))
+
+
+def test_batches_are_used_in_order_and_the_loader_is_closed(run):
+    assert run.batches.starts == [0]
+    assert run.batches.steps == list(range(1, STEPS + 1))
+    assert run.batches.closed
+
+
+def test_the_step_is_compiled_once(run):
+    assert run.traces == 1
+
+
+def test_the_losses_add_up_and_the_parameters_move(run):
+    lines = [values for _, values in scalars(run.workdir) if "loss" in values]
+    assert len(lines) == STEPS
+    for values in lines:
+        terms = [v for k, v in values.items() if k.startswith("loss_")]
+        assert values["loss"] == pytest.approx(sum(terms), rel=1e-4)
+    assert len({values["param_norm"] for values in lines}) == STEPS
+    # The schedule drops the rate after five of six steps.
+    assert [values["lr/main"] for values in lines] == pytest.approx([1e-3] * 5 + [1e-4])
+    assert [values["lr/backbone"] for values in lines] == pytest.approx([1e-4] * 5 + [1e-5])
+
+
+def test_every_scalar_is_documented_and_every_documented_one_is_written(run):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE))
+    assert "loss" in documented  # the table was found
+    # This run has all of them: things of each size range, stuff, texts, earlier predictions.
+    written = {name for line in read_lines(run.workdir) for name in line} - {"step", "time"}
+    numbered = re.compile(r"(loss_(?:ce|mask|dice))_\d+$")
+    assert {numbered.sub(r"\1_{n}", name) for name in written} == documented
+
+
+def test_tensorboard_has_the_scalars_and_the_pictures(run):
+    events = read_events(run.workdir)
+    losses = [(s, v["loss"]) for s, v in scalars(run.workdir) if "loss" in v]
+    assert events["loss"] == [(s, pytest.approx(v)) for s, v in losses]
+    assert [step for step, _ in events["predictions"]] == [2, 4, 6]
+    assert [step for step, _ in events["panoptic/PQ"]] == [2, 4, 6]
+
+
+def test_pictures_of_every_evaluation(run):
+    sheets = sorted((run.workdir / "pictures").iterdir())
+    assert [p.name for p in sheets] == [f"step_000000{step}.png" for step in (2, 4, 6)]
+    sheets = [np.asarray(Image.open(p)) for p in sheets]
+    assert sheets[0].shape[0] > 2 * 360
+    assert len(np.unique(sheets[0][::7, ::7].reshape(-1, 3), axis=0)) > 20
+
+
+def test_the_last_and_the_best_checkpoints_stay(run):
+    assert saved_steps(run.workdir) == [2, 4, 6]  # train.keep is 2; 2 is the best
+    last = load_for_inference(run.workdir)
+    assert last.step == STEPS
+    averages = tiny.leaves(last.params)
+    trained = tiny.leaves(load_for_inference(run.workdir, use_ema=False).params)
+    assert averages.keys() == trained.keys()
+    assert any(not np.array_equal(averages[name], trained[name]) for name in trained)
+
+
+def test_evaluation_of_the_workdir_gives_the_results_of_the_run(run):
+    """The run scores its averaged parameters, and so does the evaluation of a checkpoint."""
+    results = json.loads((run.workdir / "eval" / str(STEPS) / "results.json").read_text())
+    assert results["metrics"] == run.results
+    found = loop.evaluate_workdir(
+        make_config(),
+        str(run.workdir),
+        metadata=tiny.metadata(),
+        eval_batches=eval_scenes.batches,
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+    )
+    assert found == run.results
+    (line,) = read_lines(run.workdir / "eval")
+    assert line["step"] == STEPS
+    assert line[BEST] == run.results[BEST]
+
+
+def test_evaluation_with_other_classes(run):
+    metadata = dataclasses.replace(tiny.metadata(), dataset="other", category_ids=(1, 2, 3, 4, 5))
+    with pytest.raises(CheckpointError, match=r"classes of tiny.*dataset of this config \(other\)"):
+        loop.evaluate_workdir(
+            make_config(),
+            str(run.workdir),
+            metadata=metadata,
+            eval_batches=eval_scenes.batches,
+            mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        )
+
+
+def test_evaluation_without_that_checkpoint(run):
+    with pytest.raises(CheckpointError, match="checkpoints/5"):
+        loop.evaluate_workdir(
+            make_config(),
+            str(run.workdir),
+            metadata=tiny.metadata(),
+            eval_batches=eval_scenes.batches,
+            checkpoint_step=5,
+            mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        )
+
+
+# ------------------------------------------------------------------ going on
+
+
+def _never(*args, **kwargs):
+    raise AssertionError("a finished run needs none of this")
+
+
+def test_a_finished_run_is_only_reported(run, monkeypatch, capsys):
+    before = scalars(run.workdir)
+    for owner, name in (
+        (loop.states, "make_train_step"),
+        (loop.states, "make_init"),
+        (loop.Evaluator, "run"),
+        (checkpoint.Checkpoints, "restore"),
+    ):
+        monkeypatch.setattr(owner, name, _never)
+    batches = Batches()
+    assert start(run.workdir, batches=batches) == run.results
+    assert batches.starts == []
+    assert scalars(run.workdir) == before
+    shown = capsys.readouterr().out
+    assert str(run.workdir / "pictures" / "step_0000006.png") in shown
+    # Fewer steps than the run has made: it is finished all the same.
+    assert start(run.workdir, batches=batches, train__steps=4) == run.results
+    assert batches.starts == []
+
+
+def test_a_finished_run_gets_the_missing_token_table(run, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(run.workdir, tmp_path / "copy")
+    batches = Batches()
+    monkeypatch.setattr(loop.Evaluator, "run", _never)
+    assert start(workdir, batches=batches, eval__token_table=True) == run.results
+    table = json.loads((workdir / "eval" / str(STEPS) / "task_tokens.json").read_text())
+    assert list(table) == ["panoptic", "instance", "semantic"]
+    for token in table:
+        column = {"panoptic": "panoptic/PQ", "instance": "instance/AP", "semantic": BEST}[token]
+        assert table[token][column] == run.results[column]
+    assert "task token" in capsys.readouterr().out
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", _never)
+    assert start(workdir, batches=batches, eval__token_table=True) == run.results
+    assert batches.starts == []
+
+
+def test_a_bad_loss_stops_the_run_and_resuming_repeats_it_exactly(run, tmp_path):
+    def out_of_range(batch):
+        batch["classes"][:] = 10**6
+        return batch
+
+    # Step 5 goes wrong while the checkpoint of step 4 is written in the background.
+    workdir = copy_at(run.workdir, tmp_path / "copy", 2)
+    batches = Batches({5: out_of_range})
+    with pytest.raises(NonFiniteLoss) as error:
+        start(workdir, batches=batches)
+    assert error.value.step == 5
+    assert {"loss", "loss_ce", "loss_ce_0"} <= set(error.value.terms)
+    assert error.value.records == [500 + i for i in range(BATCH)]
+    assert batches.starts == [2]
+    assert batches.closed
+    assert saved_steps(workdir) == [2, 4]
+    assert load_for_inference(workdir).step == 4
+    assert [step for step, _ in scalars(workdir)][-1] == 4
+
+    batches = Batches()
+    assert start(workdir, batches=batches) == run.results
+    assert batches.starts == [4]
+    assert batches.steps == [5, 6]
+    assert scalars(workdir) == scalars(run.workdir)  # bit for bit, and no line twice
+    for use_ema in (False, True):
+        found = load_for_inference(workdir, use_ema=use_ema)
+        expected = load_for_inference(run.workdir, use_ema=use_ema)
+        for part in ("params", "stats"):
+            theirs = tiny.leaves(getattr(expected, part))
+            for name, value in tiny.leaves(getattr(found, part)).items():
+                np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def test_eight_devices_go_on_with_the_same_losses(run, tmp_path):
+    """From the checkpoint of one device, with sharded parameters and the matcher on the host."""
+
+    def interrupt(batch):
+        raise KeyboardInterrupt
+
+    workdir = copy_at(run.workdir, tmp_path / "copy", 2)
+    batches = Batches({5: interrupt})
+    with pytest.raises(KeyboardInterrupt):
+        start(
+            workdir,
+            batches=batches,
+            mesh=sharding.make_mesh(4, 2),
+            matcher__backend="host",
+            eval__batch_size=8,
+            train__eval_every=0,
+        )
+    assert batches.closed
+    assert saved_steps(workdir) == [2, 4]
+    assert load_for_inference(workdir).step == 4
+    expected = {s: v for s, v in scalars(run.workdir, since=2) if "loss" in v}
+    found = scalars(workdir, since=2)
+    assert [step for step, _ in found] == [3, 4]
+    for step, values in found:
+        assert values.keys() == expected[step].keys()
+        for name, value in values.items():
+            assert value == pytest.approx(expected[step][name], rel=1e-2, abs=1e-4), (step, name)
+    assert read_lines(workdir)[-1]["time/matcher_share"] > 0
+    # Adam's first moments are means of the gradients of every single parameter.
+    moments, expected = (tiny.leaves(x) for x in (_moments(workdir), _moments(run.workdir)))
+    assert len(moments) > 100
+    for name, value in moments.items():
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(value, expected[name], atol=0.02 * scale + 1e-7, err_msg=name)
+
+
+def _moments(workdir):
+    """Adam's first moments in the checkpoint of step 4."""
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / "4" / "state")
+    (moments,) = [s["mu"] for s in tree["opt"] if isinstance(s, dict) and "mu" in s]
+    return moments
+
+
+# ------------------------------------------------------------------ what does not fit
+
+
+def test_data_that_ends_is_an_error(run, tmp_path):
+    workdir = copy_at(run.workdir, tmp_path / "copy", 2)
+    batches = Batches({3: lambda batch: None})
+    with pytest.raises(ValueError, match=r"ended before step 3 of train\.steps = 6"):
+        start(workdir, batches=batches)
+    assert batches.closed
+
+
+def test_a_workdir_of_another_model(run):
+    with pytest.raises(CheckpointError, match=r"holds another model.*decoder_ffn"):
+        start(run.workdir, model__decoder_ffn=64)
+
+
+@pytest.mark.parametrize(
+    ("devices", "overrides", "message"),
+    [
+        (8, {"data__batch_size": 12, "eval__batch_size": 8}, r"data\.batch_size 12 .* 8 or 16"),
+        (8, {"eval__batch_size": 6}, r"eval\.batch_size 6 is not divisible by 8"),
+        (1, {"optim__accumulate": 3}, r"optim\.accumulate 3 does not divide data\.batch_size 8"),
+        (8, {"optim__accumulate": 2, "eval__batch_size": 8}, r"\(8/2\) = 4 is not divisible by 8"),
+        (1, {"eval__tasks": ("semantic", "depth")}, r"eval\.tasks .*depth"),
+        (1, {"eval__tasks": ("panoptic",)}, r"eval\.best_metric 'semantic/mIoU' .*panoptic/PQ"),
+        (1, {"eval__best_metric": "PQ"}, r"eval\.best_metric 'PQ' .*panoptic/PQ.*keep_best=0"),
+        (1, {"train__log_every": 0}, r"train\.log_every is 0"),
+        (1, {"train__eval_every": -1}, r"train\.eval_every is -1"),
+        (1, {"train__profile_steps": 0}, r"train\.profile_steps is 0"),
+        (1, {"matcher__backend": "gpu"}, r"matcher\.backend is 'gpu'"),
+        (1, {"train__steps": 0}, r"train\.steps is 0"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_is_written(devices, overrides, message, tmp_path):
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path / "run", mesh=mesh, **overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_due():
+    assert [step for step in range(1, 8) if loop.due(step, 3)] == [3, 6]
+    assert not any(loop.due(step, 0) for step in range(1, 8))
