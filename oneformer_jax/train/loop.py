@@ -101,7 +101,10 @@ def train(
         else:
             kind = jax.devices()[0].device_kind
             logging.info("Starting in %s on %d %s", workdir, mesh.size, kind)
-            state, position = jax.jit(init, out_shardings=shardings)(init_key), {"step": 0}
+            # It runs once, so on a CPU compiling it without optimisation is what saves time.
+            options = {"xla_backend_optimization_level": 0} if mesh_is_cpu(mesh) else None
+            init = jax.jit(init, out_shardings=shardings, compiler_options=options)
+            state, position = init(init_key), {"step": 0}
             observe.log_parameters(state["params"])
         first_step = position["step"]
         writer = observe.make_writer(workdir, resume_step=first_step)
@@ -185,6 +188,10 @@ def train(
         checkpoints.wait_until_finished()
         evaluator.report(last_step)
         return results
+
+
+def mesh_is_cpu(mesh: jax.sharding.Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def due(step: int, every: int) -> bool:

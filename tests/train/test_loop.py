@@ -348,12 +348,19 @@ def test_a_bad_loss_stops_the_run_and_resuming_repeats_it_exactly(run, tmp_path)
                 np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
 
-def test_eight_devices_go_on_with_the_same_losses(run, tmp_path):
+def test_eight_devices_go_on_with_the_same_losses(run, tmp_path, monkeypatch):
     """From the checkpoint of one device, with sharded parameters and the matcher on the host."""
 
     def interrupt(batch):
         raise KeyboardInterrupt
 
+    def shard_small_ones_too(state, mesh, shardings=sharding.state_shardings):
+        found = shardings(state, mesh, min_size=64)
+        sharded.extend(s for s in jax.tree.leaves(found) if "fsdp" in s.spec)
+        return found
+
+    sharded = []
+    monkeypatch.setattr(loop.sharding, "state_shardings", shard_small_ones_too)
     workdir = copy_at(run.workdir, tmp_path / "copy", 2)
     batches = Batches({5: interrupt})
     with pytest.raises(KeyboardInterrupt):
@@ -365,6 +372,7 @@ def test_eight_devices_go_on_with_the_same_losses(run, tmp_path):
             eval__batch_size=8,
             train__eval_every=0,
         )
+    assert len(sharded) > 100
     assert batches.closed
     assert saved_steps(workdir) == [2, 4]
     assert load_for_inference(workdir).step == 4

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.matcher import MatcherConfig
@@ -121,7 +122,7 @@ def _shapes(jaxpr):
         for var in (*eqn.invars, *eqn.outvars):
             if hasattr(var, "aval") and hasattr(var.aval, "shape"):
                 yield tuple(var.aval.shape)
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             yield from _shapes(inner)
 
 
@@ -129,7 +130,8 @@ def _shapes(jaxpr):
 def test_the_training_step_holds_no_stack_of_masks(point_sampling):
     """Neither [targets, H, W] nor [B, Q, H/4, W/4], forward or backward."""
     queries, slots, side = 23, 19, 128  # sizes that nothing else has
-    config = _config(num_queries=queries)
+    # Two heads: with more, attention weights at 1/8 would be as large as masks at 1/4.
+    config = _config(num_queries=queries, num_heads=2)
     losses = LossConfig(
         num_points=40, point_sampling=point_sampling, matcher=MatcherConfig(backend="device")
     )
