@@ -96,7 +96,7 @@ class Evaluator:
             postprocess=self._postprocess,
             outputs=self._config.eval.tasks,
             limit=limit,
-            progress=_log_progress,
+            progress=_progress_log(),
         )
         scores = {name: value for name, value in result.metrics.items() if value is not None}
         writer.write_scalars(step, scores)
@@ -155,7 +155,7 @@ class Evaluator:
                 metadata=self._metadata,
                 postprocess=self._postprocess,
                 token=token,
-                progress=_log_progress,
+                progress=_progress_log(),
             )
             table[token] = {name: result.metrics[name] for name in TOKEN_COLUMNS}
         if jax.process_index() == 0:
@@ -248,10 +248,17 @@ def metric_names(config: ConfigDict, metadata: Metadata) -> tuple[str, ...]:
     return tuple(name for task in tasks for name in make_metric(task, metadata).compute())
 
 
-def _log_progress(images: int, seconds: float) -> None:
-    logging.log_every_n_seconds(
-        logging.INFO, "... %d images, %.1f images/s", 30, images, images / max(seconds, 1e-9)
-    )
+def _progress_log(every: float = 30.0) -> Callable[[int, float], None]:
+    """A function (images, seconds since the start) that logs both, `every` so many seconds."""
+    last = 0.0
+
+    def log(images: int, seconds: float) -> None:
+        nonlocal last
+        if seconds - last >= every:
+            last = seconds
+            logging.info("... %d images, %.1f images/s", images, images / seconds)
+
+    return log
 
 
 def postprocess_config(config: ConfigDict) -> PostprocessConfig:

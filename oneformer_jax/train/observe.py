@@ -295,6 +295,11 @@ def log_parameters(params: Mapping[str, Any]) -> None:
     logging.info("Parameters:\n%s", parameter_overview(params))
 
 
+# Warnings of what is meant to be: a save between evaluations has no scores, and the synthetic
+# dataset makes its configuration from its options.
+_EXPECTED_WARNINGS = ("tracked_metric", "Using custom data configuration")
+
+
 class _LibraryFilter:
     """Keeps what the user of a run should read; see `quiet_libraries`."""
 
@@ -305,19 +310,28 @@ class _LibraryFilter:
             return True
         if record.levelno <= stdlib_logging.INFO:
             return False
-        return "tracked_metric" not in record.getMessage()
+        return not any(text in record.getMessage() for text in _EXPECTED_WARNINGS)
+
+
+class _ConsoleFormatter(stdlib_logging.Formatter):
+    """Lines like "20:56:41 step 120/2000 ...", with the level from warnings on."""
+
+    def format(self, record: stdlib_logging.LogRecord) -> str:
+        level = f"{record.levelname} " if record.levelno > stdlib_logging.INFO else ""
+        return f"{self.formatTime(record, '%H:%M:%S')} {level}{super().format(record)}"
 
 
 def quiet_libraries() -> None:
-    """Hides the INFO lines of Orbax (a page for each save) and of TFDS; their warnings stay.
+    """Leaves on the console what the user of a run should read, each line after the time of day.
 
-    Except for one: that a save came without scores, which is what a save between evaluations does.
+    The INFO lines of Orbax (a page for each save) and of TFDS are hidden, and `_EXPECTED_WARNINGS`.
     Calling it again changes nothing.
     """
     logger = logging.get_absl_logger()
     for old in [f for f in logger.filters if isinstance(f, _LibraryFilter)]:
         logger.removeFilter(old)
     logger.addFilter(_LibraryFilter())
+    logging.get_absl_handler().setFormatter(_ConsoleFormatter())
 
 
 # ------------------------------------------------------------------ profile on demand
