@@ -163,7 +163,8 @@ def run_train(config: ConfigDict, workdir: str) -> None:
     from oneformer_jax.train import loop
 
     source, info = open_split(config, config.dataset.train_split)
-    evaluation = functools.cache(lambda: open_split(config, config.dataset.eval_split)[0])
+    # Opened now: what is wrong with it should be said before hours of training.
+    evaluation, _ = open_split(config, config.dataset.eval_split)
     loop.train(
         config,
         workdir,
@@ -185,7 +186,7 @@ def run_eval(config: ConfigDict, workdir: str, step: int | None = None) -> None:
         config,
         workdir,
         metadata=metadata_of(info),
-        eval_batches=eval_batches(config, lambda: source),
+        eval_batches=eval_batches(config, source),
         checkpoint_step=step,
     )
 
@@ -196,10 +197,8 @@ def run_predict(
     """Segments an image or a folder of images: see `oneformer_jax.eval.predict.predict_files`."""
     import oneformer_jax
     from oneformer_jax.eval import predict
-    from oneformer_jax.train import observe
     from oneformer_jax.train.checkpoint import CHECKPOINT_FOLDER
 
-    observe.quiet_libraries()
     output = output or os.path.join(workdir, "predictions")
     path = workdir if step is None else os.path.join(workdir, CHECKPOINT_FOLDER, str(step))
     written = predict.predict_files(oneformer_jax.load(path), image, output, task)
@@ -256,8 +255,8 @@ def train_loader_config(config: ConfigDict):
     )
 
 
-def eval_batches(config: ConfigDict, source: Callable) -> Callable[[], Iterable[dict]]:
-    """Gives a pass over the evaluation split, which `source()` opens, at every call."""
+def eval_batches(config: ConfigDict, source) -> Callable[[], Iterable[dict]]:
+    """Gives, at every call, one pass over the evaluation split."""
     from input_pipeline import loader
 
     settings = loader.EvalLoaderConfig(
@@ -267,7 +266,7 @@ def eval_batches(config: ConfigDict, source: Callable) -> Callable[[], Iterable[
         bucket_multiple=config.eval.bucket_multiple,
         skip_broken=config.data.skip_broken,
     )
-    return functools.cache(lambda: loader.eval_loader(source(), settings, *process()))
+    return functools.cache(lambda: loader.eval_loader(source, settings, *process()))
 
 
 # ------------------------------------------------------------------------ start
@@ -276,6 +275,10 @@ def eval_batches(config: ConfigDict, source: Callable) -> Callable[[], Iterable[
 def start_jax(compilation_cache: str = "", distributed: bool = False) -> None:
     """Joins the other processes, if asked to, and keeps compiled programs for the next run."""
     import jax
+
+    from oneformer_jax.train import observe
+
+    observe.quiet_libraries()
 
     if distributed:
         environment = {
@@ -313,6 +316,8 @@ def main(argv: Sequence[str]) -> None:
             run_eval(config, _WORKDIR.value, _CHECKPOINT.value)
         else:
             run_predict(_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on from the last checkpoint", 130)
     except USER_ERRORS as error:
         if _DEBUG.value:
             raise

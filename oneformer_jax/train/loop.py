@@ -177,6 +177,7 @@ def train(
                     position = {"step": step, "chrono": chrono.state()}
                     checkpoints.save(step, state, position, results if eval_now else None)
         profiler.close()
+        report_omissions(data)
         close_data()
 
         # ---- Report -----------------------------------------------------------------------------
@@ -188,6 +189,15 @@ def train(
         checkpoints.wait_until_finished()
         evaluator.report(last_step)
         return results
+
+
+def report_omissions(data: Iterator[Batch]) -> None:
+    """Says what the loader left out, if it counts that: broken records, segments without a slot."""
+    if broken := getattr(data, "broken", None):
+        listed = "\n".join(f"  record {index}: {message}" for index, message in broken.items())
+        logging.warning("%d broken records were skipped:\n%s", len(broken), listed)
+    if dropped := getattr(data, "dropped_segments", 0):
+        logging.warning("%d segments found no target slot: raise data.num_slots", dropped)
 
 
 def mesh_is_cpu(mesh: jax.sharding.Mesh) -> bool:

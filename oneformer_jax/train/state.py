@@ -170,8 +170,9 @@ def make_train_step(
                 lambda old, p: old + (1 - ema_decay) * (p - old), state["ema"], new["params"]
             )
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            # Of the new parameters: an update that overflows is noticed before it is saved.
+            "param_norm": optax.tree.norm(new["params"]),
         }
         return new, metrics
 
