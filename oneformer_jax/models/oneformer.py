@@ -118,6 +118,14 @@ class OneFormerConfig:
     def swin_large(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
         return cls.published("swin_large", dataset, **overrides)
 
+    @classmethod
+    def convnext_large(cls, dataset: str = "ade20k", **overrides) -> OneFormerConfig:
+        return cls.published("convnext_large", dataset, **overrides)
+
+    @classmethod
+    def convnext_xlarge(cls, dataset: str = "ade20k", **overrides) -> OneFormerConfig:
+        return cls.published("convnext_xlarge", dataset, **overrides)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the inverse."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

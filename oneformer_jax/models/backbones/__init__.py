@@ -13,17 +13,24 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from oneformer_jax.models.backbones.convnext import ConvNeXt, ConvNeXtConfig
 from oneformer_jax.models.backbones.resnet import ResNet, ResNetConfig
 from oneformer_jax.models.backbones.swin import Swin, SwinConfig
 
-BackboneConfig = SwinConfig | ResNetConfig
+BackboneConfig = SwinConfig | ConvNeXtConfig | ResNetConfig
 
 # kind: (config, module). The kind names a family in JSON, and a config without defaults of size.
-_KINDS = {"swin": (SwinConfig, Swin), "resnet": (ResNetConfig, ResNet)}
+_KINDS = {
+    "swin": (SwinConfig, Swin),
+    "convnext": (ConvNeXtConfig, ConvNeXt),
+    "resnet": (ResNetConfig, ResNet),
+}
 
 _PUBLISHED = {
     "swin_tiny": SwinConfig.tiny,
     "swin_large": SwinConfig.large,
+    "convnext_large": ConvNeXtConfig.large,
+    "convnext_xlarge": ConvNeXtConfig.xlarge,
     "resnet50": ResNetConfig.r50,
     "resnet101": ResNetConfig.r101,
 }
@@ -33,6 +40,8 @@ NAMES = (*_PUBLISHED, *_KINDS)
 __all__ = [
     "NAMES",
     "BackboneConfig",
+    "ConvNeXt",
+    "ConvNeXtConfig",
     "ResNet",
     "ResNetConfig",
     "Swin",
@@ -48,9 +57,10 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
     """The config of a backbone by name.
 
     Args:
-      name: a published size ("swin_tiny", "swin_large", "resnet50", "resnet101"), or "swin" or
-        "resnet", whose fields without a default must all be in `overrides`.
-      overrides: fields of the config, see `SwinConfig` and `ResNetConfig`.
+      name: a published size ("swin_tiny", "swin_large", "convnext_large", "convnext_xlarge",
+        "resnet50", "resnet101"), or a kind ("swin", "convnext", "resnet"), whose fields without a
+        default must all be in `overrides`.
+      overrides: fields of the config, see `SwinConfig`, `ConvNeXtConfig` and `ResNetConfig`.
 
     Raises:
       ValueError: an unknown name or field, a missing field, or a value that a field can't have.
@@ -75,7 +85,7 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
 
 def build_backbone(
     config: BackboneConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
-) -> Swin | ResNet:
+) -> Swin | ConvNeXt | ResNet:
     """The module of a config.
 
     Args:

@@ -1,0 +1,164 @@
+"""ConvNeXt (arXiv 2201.03545) as OneFormer uses it: four maps, each with a norm of its own.
+
+Letters: B batch, H W the map of a stage, C its channels. Attribute paths are the official parameter
+names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from oneformer_jax.models.backbones.common import StagedConfig, call, check_image
+from oneformer_jax.models.layers import Key, drop_path, split_key
+
+# The official trunc_normal_ of deviation 0.02 cuts at the values ±2, a hundred deviations away.
+_init = nnx.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNeXtConfig(StagedConfig):
+    """Size of a ConvNeXt.
+
+    Attributes:
+      depths: number of blocks in each of the four stages.
+      dims: channels of each stage.
+      drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+      layer_scale_init: initial value of every block's `gamma`.
+    """
+
+    dims: tuple[int, ...]
+    drop_path_rate: float = 0.4
+    layer_scale_init: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_stages("dims")
+        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "lie in [0, 1)")
+
+    @classmethod
+    def large(cls, **overrides) -> ConvNeXtConfig:
+        """ConvNeXt-L."""
+        return cls(**(dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)) | overrides))
+
+    @classmethod
+    def xlarge(cls, **overrides) -> ConvNeXtConfig:
+        """ConvNeXt-XL."""
+        return cls(**(dict(depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048)) | overrides))
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Channels of res2 to res5."""
+        return self.dims
+
+
+class ConvNeXt(nnx.Module):
+    """The backbone: an image to four normalised maps."""
+
+    def __init__(
+        self, config: ConvNeXtConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+    ):
+        """`dtype` is that of the convolutions and products; `remat` recomputes every block."""
+        self.dtype = dtype
+        self.remat = remat
+        options = dict(rngs=rngs, dtype=dtype)
+        dims = config.dims
+        # In the stem the norm follows the convolution, between stages it precedes it.
+        self.downsample_layers = nnx.List(
+            [nnx.List([_patches(3, dims[0], 4, **options), _layer_norm(dims[0], **options)])]
+            + [
+                nnx.List([_layer_norm(i, **options), _patches(i, o, 2, **options)])
+                for i, o in itertools.pairwise(dims)
+            ]
+        )
+        rates = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist())
+        self.stages = nnx.List(
+            nnx.List(
+                ConvNeXtBlock(dim, next(rates), config.layer_scale_init, **options)
+                for _ in range(depth)
+            )
+            for dim, depth in zip(dims, config.depths, strict=True)
+        )
+        for stage, dim in enumerate(dims):
+            setattr(self, f"norm{stage}", _layer_norm(dim, **options))
+
+    def __call__(
+        self, image: jax.Array, key: Key = None, train: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Extracts features.
+
+        Args:
+          image: float [B, H, W, 3], normalised, at least 32 x 32. What is left of sides that are no
+            multiples of the strides is not seen, as in the official model.
+          key: PRNG key of the stochastic depth; None is deterministic.
+          train: not used, since no layer here keeps statistics; every backbone takes it.
+
+        Returns:
+          res2, res3, res4, res5: [B, H // s, W // s, C] at the strides s = 4, 8, 16, 32, in the
+          compute dtype.
+        """
+        check_image(image)
+        if min(image.shape[1:3]) < 32:
+            raise ValueError(f"a ConvNeXt's image must be at least 32 x 32, got {image.shape[1:3]}")
+        x = image.astype(self.dtype)
+        outputs = []
+        for stage, stage_key in enumerate(split_key(key, 4)):
+            for layer in self.downsample_layers[stage]:
+                x = layer(x)
+            blocks = self.stages[stage]
+            for block, block_key in zip(blocks, split_key(stage_key, len(blocks)), strict=True):
+                x = call(block, x, block_key, remat=self.remat)
+            outputs.append(getattr(self, f"norm{stage}")(x))
+        return tuple(outputs)
+
+
+class ConvNeXtBlock(nnx.Module):
+    """x + gamma * mlp(norm(depthwise(x))), the MLP with the exact GELU and four times the width."""
+
+    def __init__(self, dim: int, drop_path_rate: float, scale: float, *, rngs: nnx.Rngs, dtype):
+        self.dtype = dtype
+        self.drop_path_rate = drop_path_rate
+        self.dwconv = nnx.Conv(
+            dim,
+            dim,
+            (7, 7),
+            padding=3,
+            feature_group_count=dim,
+            kernel_init=_init,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm = _layer_norm(dim, rngs=rngs, dtype=dtype)
+        self.pwconv1 = nnx.Linear(dim, 4 * dim, kernel_init=_init, dtype=dtype, rngs=rngs)
+        self.pwconv2 = nnx.Linear(4 * dim, dim, kernel_init=_init, dtype=dtype, rngs=rngs)
+        self.gamma = nnx.Param(jnp.full((dim,), scale, jnp.float32))
+
+    def __call__(self, x: jax.Array, key: Key) -> jax.Array:
+        """[B, H, W, C] to the same."""
+        y = self.pwconv1(self.norm(self.dwconv(x)))
+        y = self.pwconv2(jax.nn.gelu(y, approximate=False))
+        y = y * self.gamma[...].astype(self.dtype)
+        return x + drop_path(y, self.drop_path_rate, key)
+
+
+def _patches(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, dtype) -> nnx.Conv:
+    """A convolution whose stride is its size, without padding."""
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        strides=size,
+        padding="VALID",
+        kernel_init=_init,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def _layer_norm(dim: int, *, rngs: nnx.Rngs, dtype) -> nnx.LayerNorm:
+    return nnx.LayerNorm(dim, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
