@@ -256,10 +256,11 @@ def sine_positions(height: int, width: int, dim: int) -> jax.Array:
     features = dim // 2
     frequency = 10000.0 ** (2 * (np.arange(features) // 2) / features)
 
-    def axis(size):
-        position = jnp.arange(1, size + 1, dtype=jnp.float32) / (size + 1e-6) * (2 * np.pi)
-        angle = position[:, None] / jnp.asarray(frequency, jnp.float32)
-        return jnp.where(np.arange(features) % 2 == 0, jnp.sin(angle), jnp.cos(angle))
+    def axis(size):  # on the host: the map is a broadcast of two small tables
+        position = np.arange(1, size + 1) / (size + 1e-6) * (2 * np.pi)
+        angle = position[:, None] / frequency
+        table = np.where(np.arange(features) % 2 == 0, np.sin(angle), np.cos(angle))
+        return jnp.asarray(table, jnp.float32)
 
     rows = jnp.broadcast_to(axis(height)[:, None], (height, width, features))
     columns = jnp.broadcast_to(axis(width)[None], (height, width, features))

@@ -105,7 +105,11 @@ def forward(model):
     """The model as one compiled function of its inputs."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-    return jax.jit(lambda inputs, key=None: nnx.merge(graphdef, params, rest)(**inputs, key=key))
+    run = jax.jit(
+        lambda params, rest, inputs, key: nnx.merge(graphdef, params, rest)(**inputs, key=key)
+    )
+    # Parameters are arguments, as in the program: constants would be folded while compiling.
+    return lambda inputs, key=None: run(params, rest, inputs, key)
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +160,8 @@ def test_inference_builds_no_text_branch(inputs, model, predictions):
     names = set(nnx.to_pure_dict(nnx.state(graph)))
     assert names == {"backbone", "pixel_decoder", "predictor", "task_mlp"}
     graphdef, state = nnx.split(graph)
-    found = jax.jit(lambda i, t: nnx.merge(graphdef, state)(i, t))(
-        inputs["image"], inputs["task_tokens"]
-    )
+    run = jax.jit(lambda state, i, t: nnx.merge(graphdef, state)(i, t))
+    found = run(state, inputs["image"], inputs["task_tokens"])
     assert found.text_queries is None
     assert found.logit_scale is None
     # Same seed, same order of parameters: the shared part equals the training model's.
@@ -208,7 +211,7 @@ def test_masks_of_layer_i_come_from_the_prediction_before_it_at_the_right_level(
     original, shapes = decoder.attention_mask, []
 
     @jax.jit
-    def embeds(inputs):
+    def embeds(state, inputs):
         seen = []
 
         def spy(embed, features):
@@ -220,7 +223,7 @@ def test_masks_of_layer_i_come_from_the_prediction_before_it_at_the_right_level(
         nnx.merge(graphdef, state)(**inputs)
         return seen
 
-    for n, embed in enumerate(embeds(inputs)):
+    for n, embed in enumerate(embeds(state, inputs)):
         np.testing.assert_allclose(embed, predictions.mask_embed[n], atol=1e-5)
     assert shapes == [(2, 2), (4, 4), (8, 8)]
 
@@ -236,8 +239,9 @@ def test_remat_and_bfloat16(model, inputs, predictions):
     def run(**overrides):
         config = dataclasses.replace(tiny.model_config(), **overrides)
         other = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=True))
-        merge = nnx.merge
-        return jax.jit(lambda inputs: merge(nnx.graphdef(other), params, rest)(**inputs))(inputs)
+        graphdef = nnx.graphdef(other)
+        forward = jax.jit(lambda params, rest, inputs: nnx.merge(graphdef, params, rest)(**inputs))
+        return forward(params, rest, inputs)
 
     remat = run(remat=True)
     np.testing.assert_allclose(remat.class_logits, predictions.class_logits, atol=1e-5)
