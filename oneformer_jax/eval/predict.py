@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
 from oneformer_jax.eval.write import write_prediction
+from oneformer_jax.models.layers import ParamKeys
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
 from oneformer_jax.types import TASK_TOKENS, TASKS, Metadata, task_id
 
@@ -108,7 +109,7 @@ class Segmenter:
         self.test_size = (int(short), int(long))
         self.mesh = mesh
 
-        model = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=False))
+        model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=False))
         self._graphdef, *shapes = nnx.split(model, nnx.Param, ...)
         self._params, self._stats = (
             self._on_devices(_matching(values, nnx.to_pure_dict(expected)))

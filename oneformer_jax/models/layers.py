@@ -27,6 +27,25 @@ packed_xavier_init: Callable = nnx.initializers.variance_scaling(0.5, "fan_avg",
 c2_xavier_init: Callable = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
+class ParamKeys:
+    """Keys of initial parameters: those of `nnx.Rngs(key)`, but the count is a Python number.
+
+    `nnx.Rngs` counts in an array. While a program is traced, JAX looks through all of it whenever
+    that array changes: time quadratic in the number of parameters, most of building a large model.
+    """
+
+    def __init__(self, key: jax.Array | int):
+        """`key` is a PRNG key or a seed."""
+        self._key = jax.random.key(key) if isinstance(key, int) else key
+        self._count = 0
+
+    def params(self) -> jax.Array:
+        """The next key."""
+        key = jax.random.fold_in(self._key, self._count)
+        self._count += 1
+        return key
+
+
 def split_key(key: Key, n: int) -> Sequence[Key]:
     """`n` independent keys, or `n` Nones where `key` is None."""
     return [None] * n if key is None else jax.random.split(key, n)

@@ -17,6 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from oneformer_jax.models import backbones
+from oneformer_jax.models.layers import ParamKeys
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
@@ -58,14 +59,14 @@ def split_model(model: OneFormer) -> tuple[nnx.GraphDef, dict, dict]:
 
 def model_graph(config: OneFormerConfig, *, training: bool) -> nnx.GraphDef:
     """Structure of the model, made without computing any parameter."""
-    model = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=training))
+    model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=training))
     return nnx.graphdef(model)
 
 
 def abstract_params(config: OneFormerConfig) -> dict:
     """Shapes and dtypes of the trained parameters, with the text branch."""
     return jax.eval_shape(
-        lambda: split_model(OneFormer(config, rngs=nnx.Rngs(0), training=True))[1]
+        lambda: split_model(OneFormer(config, rngs=ParamKeys(0), training=True))[1]
     )
 
 
@@ -75,7 +76,7 @@ def make_init(
     """A function from a PRNG key to the state of step 0, to be compiled with its shardings."""
 
     def init(key: jax.Array) -> State:
-        _, params, stats = split_model(OneFormer(config, rngs=nnx.Rngs(key), training=True))
+        _, params, stats = split_model(OneFormer(config, rngs=ParamKeys(key), training=True))
         state = {
             "step": jnp.zeros((), jnp.int32),
             "params": params,

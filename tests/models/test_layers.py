@@ -9,6 +9,14 @@ from flax import nnx
 from oneformer_jax.models import layers
 
 
+def test_parameter_keys_are_those_of_nnx():
+    for seed in (3, jax.random.key(4)):
+        keys, rngs = layers.ParamKeys(seed), nnx.Rngs(seed)
+        for _ in range(3):
+            assert keys.params() == rngs.params()
+    assert layers.ParamKeys(3).params() != layers.ParamKeys(4).params()
+
+
 def _softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
