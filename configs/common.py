@@ -5,7 +5,30 @@ starts, so a mistyped override is an error. Published values are those of the of
 (github.com/SHI-Labs/OneFormer), which override its own file defaults in every recipe.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
+
+
+def select(file: str, variant: str, rows: Mapping[str, Any]) -> tuple[str, Any]:
+    """The backbone and the row of a variant like "swin_large,res=896".
+
+    Args:
+      file: of the recipes, for the message.
+      variant: the backbone, then options in any order. Of the rows that have them all, the first is
+        taken.
+      rows: by variant.
+
+    Raises:
+      ValueError: no row fits; the message lists them all.
+    """
+    backbone, *options = (part.strip() for part in variant.split(","))
+    for name, row in rows.items():
+        known, *others = name.split(",")
+        if known == backbone and set(options) <= set(others):
+            return backbone, row
+    raise ValueError(f"{file} has no variant {variant!r}; it has {' | '.join(rows)}")
 
 
 def get_base() -> ConfigDict:
@@ -64,6 +87,11 @@ def get_base() -> ConfigDict:
     c.model.dtype = "float32"  # compute dtype of the matrix products: "float32" or "bfloat16"
     c.model.remat = False  # recompute backbone blocks and transformer layers in the backward pass
 
+    # What training starts from instead of random parameters; at most one of the two.
+    c.init = ConfigDict()
+    c.init.backbone = ""  # file of a pre-trained backbone
+    c.init.checkpoint = ""  # file of a whole model; what differs in shape (classes) starts afresh
+
     c.loss = ConfigDict()
     c.loss.class_weight = 2.0
     c.loss.mask_weight = 5.0
@@ -95,7 +123,7 @@ def get_base() -> ConfigDict:
     c.optim.eps = 1e-8
     c.optim.schedule = "step"  # "poly" or "step"
     c.optim.power = 0.9  # poly
-    c.optim.boundaries = (0.889, 0.963)  # step: fractions of the run
+    c.optim.boundaries = (0.889, 0.963)  # step: shares of the run (below 1) or steps
     c.optim.decay_factor = 0.1  # step
     c.optim.warmup_steps = 0  # official: none in effect
     c.optim.warmup_factor = 0.0  # the rate rises linearly from this share of it

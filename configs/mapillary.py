@@ -1,0 +1,62 @@
+"""Mapillary Vistas v1.2 panoptic: 65 classes (37 things), crops of 1024 x 1024.
+
+  python main.py --config=configs/mapillary.py:swin_large --workdir=runs/mapillary \
+      --config.dataset.data_dir=DIR --config.init.backbone=FILE
+
+Published on the validation set; mIoU at a single scale and with flips and six scales ("ms"); no AP,
+since the official evaluation has none here. Not run here: no number of ours stands beside them yet.
+
+  variant                          PQ    mIoU  ms    trained on     FILE
+  resnet50                         -     -     -     8 x A6000      torchvision ResNet-50
+  swin_large                       46.7  62.9  64.1  8 x A6000      1
+  convnext_large                   47.9  63.2  63.8  8 x A6000      2
+  convnext_large,for=cityscapes    -     -     -     8 x A6000      2
+  convnext_xlarge,for=cityscapes   -     -     -     8 x A100 80GB  3
+
+  1  swin_large_patch4_window12_384_22kto1k
+  2  convnext_large_22k_1k_384
+  3  convnext_xlarge_22k_1k_384_ema
+
+The published configs never train the instance task: half of the images are semantic, half panoptic.
+Only with for=cityscapes (official name cityscapes_pretrain), whose models are what
+configs/cityscapes.py:convnext_large,pretrain=mapillary starts from, are all three trained alike.
+"""
+
+from configs import common
+
+VARIANTS = {
+    "resnet50": {"queries": 150},
+    "swin_large": {"queries": 250},
+    "convnext_large": {"queries": 250},
+    "convnext_large,for=cityscapes": {"queries": 250, "instance_task": True},
+    "convnext_xlarge,for=cityscapes": {"queries": 250, "instance_task": True},
+}
+
+
+def get_config(variant: str = "swin_large"):
+    backbone, row = common.select("configs/mapillary.py", variant, VARIANTS)
+    c = common.get_base()
+    c.dataset.name = "mapillary"
+    c.dataset.data_dir = "data/mapillary"
+    c.data.num_slots = 250
+    c.data.workers = 10
+    c.data.crop_size = (1024, 1024)
+    c.data.augment.kind = "unified"
+    c.data.augment.short_edge = 2048
+    c.data.augment.max_size = 8192
+    if not row.get("instance_task"):
+        c.data.semantic_prob = 0.5
+        c.data.instance_prob = 0.0
+    c.model.backbone.name = backbone
+    if backbone == "resnet50":
+        c.model.backbone.overrides = {"norm": "batch"}
+    c.model.num_queries = row["queries"]
+    c.model.dtype = "bfloat16"
+    c.optim.schedule = "poly"
+    c.train.steps = 300_000
+    c.train.eval_every = 30_000
+    c.eval.tasks = ("panoptic", "semantic")
+    c.eval.short_edge = 2048
+    c.eval.max_size = 2048
+    c.eval.topk = row["queries"]
+    return c

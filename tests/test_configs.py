@@ -1,0 +1,283 @@
+"""The recipes: every variant builds, has the published values and the published parameters."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import pytest
+from flax import nnx
+
+from configs import common
+from input_pipeline import datasets, loader, transforms
+from oneformer_jax.models import published
+from oneformer_jax.models.layers import ParamKeys
+from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormer, OneFormerConfig
+from oneformer_jax.train import state as states
+
+DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
+RECIPES = {name: importlib.import_module(f"configs.{name}") for name in DATASETS}
+VARIANTS = [(name, variant) for name, recipe in RECIPES.items() for variant in recipe.VARIANTS]
+
+every_variant = pytest.mark.parametrize(("dataset", "variant"), VARIANTS, ids=":".join)
+
+
+def recipe(dataset, variant):
+    return RECIPES[dataset].get_config(variant).lock()
+
+
+@functools.cache
+def model(dataset, variant):
+    return states.model_config(recipe(dataset, variant), NUM_CLASSES[dataset])
+
+
+def test_every_published_model_has_a_recipe_and_the_other_way_round():
+    assert sorted((m.dataset, m.variant) for m in published.MODELS) == sorted(VARIANTS)
+    assert len({m.config for m in published.MODELS}) == len(published.MODELS)
+
+
+@every_variant
+def test_recipe_and_table_of_published_models_agree(dataset, variant):
+    (row,) = [m for m in published.MODELS if (m.dataset, m.variant) == (dataset, variant)]
+    assert dataclasses.replace(model(dataset, variant), dtype="float32") == row.model
+    settings = recipe(dataset, variant).eval
+    for name in ("short_edge", "max_size", "object_mask_threshold", "overlap_threshold", "topk"):
+        assert settings[name] == getattr(row, name), name
+
+
+@every_variant
+def test_every_recipe_is_accepted_by_what_reads_it(dataset, variant):
+    config = recipe(dataset, variant)
+    assert set(config) == set(common.get_base())
+    assert datasets.dataset_info(dataset).num_classes == NUM_CLASSES[dataset]
+    assert config.dataset.name == dataset
+    assert config.data.batch_size == 16
+    states.loss_config(config)
+    states.optim_config(config)
+    augment = transforms.AugmentConfig(crop_size=config.data.crop_size, **config.data.augment)
+    loader.LoaderConfig(
+        batch_size=16,
+        num_slots=config.data.num_slots,
+        num_texts=model(dataset, variant).num_texts,
+        augment=augment,
+        semantic_prob=config.data.semantic_prob,
+        instance_prob=config.data.instance_prob,
+    )
+
+
+SMALL = {"resnet50", "swin_tiny"}
+
+
+@every_variant
+def test_published_values(dataset, variant):
+    """Spec of the official configs: what differs from row to row."""
+    config, backbone = recipe(dataset, variant), variant.split(",")[0]
+    small_queries = dataset == "coco" or backbone in SMALL
+    assert config.model.num_queries == (150 if small_queries else 250)
+    assert config.model.dtype == (
+        "float32" if (dataset, backbone) == ("coco", "swin_large") else "bfloat16"
+    )
+    assert config.model.num_context == 16
+    optim = config.optim
+    assert (optim.lr, optim.backbone_multiplier, optim.weight_decay) == (1e-4, 0.1, 0.05)
+    assert (optim.clip_norm, optim.warmup_steps, optim.ema_decay) == (0, 0, 0)
+    assert optim.schedule == ("step" if dataset == "coco" else "poly")
+    assert config.data.augment.kind == ("lsj" if dataset == "coco" else "unified")
+    probabilities = (config.data.semantic_prob, config.data.instance_prob)
+    never_instance = dataset == "mapillary" and "for=cityscapes" not in variant
+    assert probabilities == ((0.5, 0.0) if never_instance else (0.33, 0.33))
+    if backbone == "resnet50":
+        trained = dataset in ("cityscapes", "mapillary")
+        assert model(dataset, variant).backbone.norm == ("batch" if trained else "frozen")
+    else:
+        rate = {"swin": 0.3, "convnext": 0.4}[backbone.split("_")[0]]
+        assert model(dataset, variant).backbone.drop_path_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("dataset", "variant", "steps", "boundaries"),
+    [
+        ("coco", "resnet50", 368_750, (327_778, 355_092)),
+        ("coco", "swin_tiny", 368_750, (327_778, 355_092)),
+        ("coco", "swin_large", 737_500, (655_556, 735_184)),
+        ("ade20k", "swin_large", 160_000, None),
+        ("cityscapes", "swin_large", 90_000, None),
+        ("mapillary", "swin_large", 300_000, None),
+    ],
+)
+def test_length_and_steps(dataset, variant, steps, boundaries):
+    config = recipe(dataset, variant)
+    optim = states.optim_config(config)
+    assert optim.steps == steps
+    if boundaries:
+        assert optim.boundary_steps == boundaries
+        with config.unlocked():  # a shorter run keeps the shape of the schedule
+            config.train.steps = steps // 10
+        short = states.optim_config(config).boundary_steps
+        assert short == tuple(round(b / 10) for b in boundaries)
+
+
+@pytest.mark.parametrize(
+    ("name", "crop", "edges", "max_size"),
+    [
+        (
+            "ade20k:swin_tiny",
+            (512, 512),
+            "256 307 358 409 460 512 563 614 665 716 768 819 870 921 972 1024",
+            2048,
+        ),
+        (
+            "ade20k:swin_large",
+            (640, 640),
+            "320 384 448 512 576 640 704 768 832 896 960 1024 1088 1152 1216 1280",
+            2560,
+        ),
+        (
+            "ade20k:swin_large,res=896",
+            (896, 896),
+            "448 537 627 716 806 896 985 1075 1164 1254 1344 1433 1523 1612 1702 1792",
+            3584,
+        ),
+        (
+            "ade20k:swin_large,res=1280",
+            (1280, 1280),
+            "640 768 896 1024 1152 1280 1408 1536 1664 1792 1920 2048 2176 2304 2432 2560",
+            5120,
+        ),
+        (
+            "cityscapes:swin_large",
+            (512, 1024),
+            "512 614 716 819 921 1024 1126 1228 1331 1433 1536 1638 1740 1843 1945 2048",
+            4096,
+        ),
+        (
+            "mapillary:swin_large",
+            (1024, 1024),
+            "1024 1228 1433 1638 1843 2048 2252 2457 2662 2867 3072 3276 3481 3686 3891 4096",
+            8192,
+        ),
+    ],
+)
+def test_sizes_of_training_images(name, crop, edges, max_size):
+    data = recipe(*name.split(":")).data
+    augment = transforms.AugmentConfig(crop_size=data.crop_size, **data.augment)
+    assert tuple(augment.crop_size) == crop
+    assert augment.short_edges() == tuple(int(edge) for edge in edges.split())
+    assert augment.max_size == max_size
+
+
+def test_variants_are_named_freely_but_must_exist():
+    rows = {"a,res=1": 1, "a,res=2": 2, "a,res=2,from=x": 3, "b": 4}
+
+    def select(variant):
+        return common.select("configs/x.py", variant, rows)
+
+    assert select("a") == ("a", 1)
+    assert select("a,res=2") == ("a", 2)
+    assert select("a,from=x,res=2") == select("a, from=x") == ("a", 3)
+    assert select("b") == ("b", 4)
+    for wrong in ("", "c", "a,res=3", "b,res=1", "a,", "a,from=x,res=1"):
+        with pytest.raises(ValueError, match=r"configs/x.py has no variant") as error:
+            select(wrong)
+        assert str(error.value).endswith("it has a,res=1 | a,res=2 | a,res=2,from=x | b")
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_unknown_variants_list_the_known(dataset):
+    with pytest.raises(ValueError, match=f"configs/{dataset}.py has no variant 'swin_huge'") as e:
+        RECIPES[dataset].get_config("swin_huge")
+    assert all(variant in str(e.value) for variant in RECIPES[dataset].VARIANTS)
+    with pytest.raises(ValueError, match="'swin_large,res=9'"):
+        RECIPES[dataset].get_config("swin_large,res=9")
+
+
+# ---------------------------------------------------------------- parameters
+
+
+@functools.cache
+def _millions(config: OneFormerConfig, training: bool) -> float:
+    """Trained parameters in millions, to the third decimal."""
+    model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=training))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return round(sum(x.size for x in leaves) / 1e6, 3)
+
+
+# With and without the text branch, of every architecture whose total is known.
+TOTALS = {
+    "coco:resnet50": (64.824, 47.281),
+    "coco:swin_tiny": (68.275, 50.732),
+    "coco:swin_large": (236.324, 218.781),
+    "ade20k:swin_large": (236.354, 218.811),
+    "ade20k:convnext_large": (237.386, 219.843),
+    "ade20k:convnext_xlarge": (389.550, 372.007),
+}
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_published_totals(name):
+    config = model(*name.split(":"))
+    assert (_millions(config, training=True), _millions(config, training=False)) == TOTALS[name]
+
+
+@every_variant
+def test_every_recipe_builds_with_the_total_of_its_backbone(dataset, variant):
+    """Models of one backbone differ by classes, queries and a trained norm alone."""
+    config, backbone = model(dataset, variant), variant.split(",")[0]
+    name = next(name for name in TOTALS if name.split(":")[1].split(",")[0] == backbone)
+    other = model(*name.split(":"))
+    expected = TOTALS[name][0]
+    expected += 1e-6 * (config.num_classes - other.num_classes) * (config.hidden_dim + 1)
+    expected += 1e-6 * (config.num_queries - other.num_queries) * config.hidden_dim
+    if config.backbone != other.backbone:
+        assert (other.backbone.norm, config.backbone.norm) == ("frozen", "batch")
+        expected += 23.508 - 23.455
+    assert _millions(config, training=True) == pytest.approx(expected, abs=1.1e-3)
+
+
+# ---------------------------------------------------------------- the table of published models
+
+
+def _names(found):
+    return [m.variant for m in found]
+
+
+def test_find_gives_the_models_with_the_same_tensors():
+    swin = OneFormerConfig.swin_large("ade20k")
+    found = published.find(swin)
+    assert _names(found) == ["swin_large,res=640", "swin_large,res=896", "swin_large,res=1280"]
+    assert {m.dataset for m in found} == {"ade20k"}
+    # What tensors do not show plays no part.
+    other = dataclasses.replace(
+        swin,
+        backbone=dataclasses.replace(swin.backbone, drop_path_rate=0.0),
+        dtype="bfloat16",
+        remat=True,
+        num_context=20,
+        query_init_dropout=0.0,
+        text_layers=3,
+    )
+    assert published.find(other) == found
+    frozen = dataclasses.replace(
+        OneFormerConfig.resnet50("cityscapes"), backbone=OneFormerConfig.resnet50("coco").backbone
+    )
+    assert _names(published.find(frozen)) == ["resnet50"]
+    assert published.find(frozen)[0].config == "configs/cityscapes.py:resnet50"
+    for change in ({"num_queries": 100}, {"num_classes": 151}, {"decoder_layers": 6}):
+        assert published.find(dataclasses.replace(swin, **change)) == ()
+
+
+def test_find_goes_by_the_name_of_the_file_where_tensors_do_not_decide():
+    swin = OneFormerConfig.swin_large("ade20k")
+    name = "896x896_250_16_swin_l_oneformer_ade20k_160k"
+    for file in (name, f"{name}.pth", f"weights/{name}.pth", f"C:\\weights\\{name}.pth"):
+        assert _names(published.find(swin, file)) == ["swin_large,res=896"]
+    assert len(published.find(swin, "mine.pth")) == 3
+    # A name never outweighs the tensors.
+    coco = published.find(OneFormerConfig.swin_large("coco"), f"{name}.pth")
+    assert [m.config for m in coco] == ["configs/coco.py:swin_large"]
+
+
+def test_file_names_are_unique():
+    files = [m.file for m in published.MODELS if m.file]
+    assert len(set(files)) == len(files)
+    assert len(files) > 10
