@@ -89,10 +89,15 @@ class OneFormerConfig:
 
     @classmethod
     def published(cls, backbone: str, dataset: str, **overrides) -> OneFormerConfig:
-        """The published model of a backbone ("swin_large") on a dataset ("coco")."""
+        """The published model of a backbone ("swin_large") on a dataset ("coco").
+
+        DiNAT-L on Cityscapes has 7 x 7 neighbours. At 1280 pixels it is "dinat_large_wide".
+        """
         if dataset not in NUM_CLASSES:
             raise ValueError(f"unknown dataset {dataset!r}; use one of {', '.join(NUM_CLASSES)}")
         large = backbone not in ("resnet50", "resnet101", "swin_tiny") and dataset != "coco"
+        if backbone == "dinat_large" and dataset == "cityscapes":
+            backbone = "dinat_large_7x7"
         frozen = dataset in ("ade20k", "coco")  # the others train the ResNet's norms (SyncBN)
         options = {"norm": "frozen" if frozen else "batch"} if "resnet" in backbone else {}
         fields = {
@@ -125,6 +130,10 @@ class OneFormerConfig:
     @classmethod
     def convnext_xlarge(cls, dataset: str = "ade20k", **overrides) -> OneFormerConfig:
         return cls.published("convnext_xlarge", dataset, **overrides)
+
+    @classmethod
+    def dinat_large(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
+        return cls.published("dinat_large", dataset, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the inverse."""

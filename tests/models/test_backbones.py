@@ -20,7 +20,14 @@ SWIN = backbones.SwinConfig(
     embed_dim=8, depths=(2, 1, 1, 1), num_heads=(2, 2, 4, 4), window_size=4, mlp_ratio=2.0
 )
 RESNET = backbones.ResNetConfig(depths=(1, 1, 1, 1), stem_width=4, norm="batch")
-CONFIGS = {"swin": SWIN, "resnet": RESNET}
+DINAT = backbones.DinatConfig(
+    embed_dim=8,
+    depths=(2, 1, 1, 1),
+    num_heads=(2, 2, 4, 4),
+    kernel_size=3,
+    dilations=((1, 2), (1,), (3,), (1,)),
+)
+CONFIGS = {"swin": SWIN, "dinat": DINAT, "resnet": RESNET}
 
 # Most of the time of these tests is the compiler's, and its care is wasted on maps of 8 x 8.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from oneformer_jax.models.backbones.convnext import ConvNeXt, ConvNeXtConfig
+from oneformer_jax.models.backbones.dinat import DiNAT, DinatConfig
 from oneformer_jax.models.backbones.resnet import ResNet, ResNetConfig
 from oneformer_jax.models.backbones.swin import Swin, SwinConfig
 
-BackboneConfig = SwinConfig | ConvNeXtConfig | ResNetConfig
+BackboneConfig = SwinConfig | ConvNeXtConfig | DinatConfig | ResNetConfig
 
 # kind: (config, module). The kind names a family in JSON, and a config without defaults of size.
 _KINDS = {
     "swin": (SwinConfig, Swin),
     "convnext": (ConvNeXtConfig, ConvNeXt),
+    "dinat": (DinatConfig, DiNAT),
     "resnet": (ResNetConfig, ResNet),
 }
 
@@ -31,6 +33,9 @@ _PUBLISHED = {
     "swin_large": SwinConfig.large,
     "convnext_large": ConvNeXtConfig.large,
     "convnext_xlarge": ConvNeXtConfig.xlarge,
+    "dinat_large": DinatConfig.large,
+    "dinat_large_wide": DinatConfig.large_wide,
+    "dinat_large_7x7": DinatConfig.large_7x7,
     "resnet50": ResNetConfig.r50,
     "resnet101": ResNetConfig.r101,
 }
@@ -42,6 +47,8 @@ __all__ = [
     "BackboneConfig",
     "ConvNeXt",
     "ConvNeXtConfig",
+    "DiNAT",
+    "DinatConfig",
     "ResNet",
     "ResNetConfig",
     "Swin",
@@ -58,9 +65,11 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
 
     Args:
       name: a published size ("swin_tiny", "swin_large", "convnext_large", "convnext_xlarge",
-        "resnet50", "resnet101"), or a kind ("swin", "convnext", "resnet"), whose fields without a
-        default must all be in `overrides`.
-      overrides: fields of the config, see `SwinConfig`, `ConvNeXtConfig` and `ResNetConfig`.
+        "dinat_large", "dinat_large_wide", "dinat_large_7x7", "resnet50", "resnet101"), or a kind
+        ("swin", "convnext", "dinat", "resnet"), whose fields without a default must all be in
+        `overrides`.
+      overrides: fields of the config, see `SwinConfig`, `ConvNeXtConfig`, `DinatConfig` and
+        `ResNetConfig`.
 
     Raises:
       ValueError: an unknown name or field, a missing field, or a value that a field can't have.
@@ -85,7 +94,7 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
 
 def build_backbone(
     config: BackboneConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
-) -> Swin | ConvNeXt | ResNet:
+) -> Swin | ConvNeXt | DiNAT | ResNet:
     """The module of a config.
 
     Args:

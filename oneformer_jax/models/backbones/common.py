@@ -1,4 +1,4 @@
-"""What the backbones share: the base of their configs, and recomputation of blocks."""
+"""What the backbones share: the base of their configs, layers, and recomputation of blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 import jax
 from flax import nnx
 
+from oneformer_jax.models.layers import torch_linear_init
+
 STRIDES = (4, 8, 16, 32)
+
+# Of the linear layers of a transformer. The official trunc_normal_ of deviation 0.02 cuts at the
+# values ±2, a hundred deviations away.
+linear_init: Callable = nnx.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,58 @@ def check_image(image: jax.Array) -> None:
     """ValueError unless `image` is [B, H, W, 3]."""
     if image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(f"a backbone's image must be [B, H, W, 3], got shape {image.shape}")
+
+
+def linear(
+    inputs: int, outputs: int, *, use_bias: bool = True, rngs: nnx.Rngs, dtype
+) -> nnx.Linear:
+    """A linear layer of a transformer: `linear_init` and zero bias."""
+    return nnx.Linear(
+        inputs, outputs, use_bias=use_bias, dtype=dtype, kernel_init=linear_init, rngs=rngs
+    )
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with the exact GELU between them."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype):
+        self.fc1 = linear(width, hidden, rngs=rngs, dtype=dtype)
+        self.fc2 = linear(hidden, width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+def torch_conv(
+    inputs: int,
+    outputs: int,
+    size: int,
+    *,
+    strides: int,
+    padding: int,
+    use_bias: bool = True,
+    rngs: nnx.Rngs,
+    dtype,
+) -> nnx.Conv:
+    """A square convolution with PyTorch's default initialisation of kernel and bias."""
+    bound = (size * size * inputs) ** -0.5
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        strides=strides,
+        padding=padding,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=torch_linear_init,
+        bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+        rngs=rngs,
+    )
+
+
+def halving_conv(inputs: int, outputs: int, **options: Any) -> nnx.Conv:
+    """3 x 3 with stride 2 and padding 1: sides n become ceil(n / 2). Options of `torch_conv`."""
+    return torch_conv(inputs, outputs, 3, strides=2, padding=1, **options)
 
 
 def call(module: nnx.Module, *args: Any, remat: bool, updates: bool = False) -> Any:

@@ -13,14 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from oneformer_jax.models.backbones.common import StagedConfig, call, check_image
-from oneformer_jax.models.layers import Key, drop_path, split_key, torch_linear_init
+from oneformer_jax.models.backbones.common import (
+    Mlp,
+    StagedConfig,
+    call,
+    check_image,
+    linear,
+    linear_init,
+    torch_conv,
+)
+from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
 
 PATCH = 4
 MASK_VALUE = -100.0
-
-# The official trunc_normal_ of deviation 0.02 cuts at the values ±2, a hundred deviations away.
-_linear_init = nnx.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Swin(nnx.Module):
             for stage in range(4)
         )
         for stage, width in enumerate(config.channels):
-            setattr(self, f"norm{stage}", _layer_norm(width, rngs=rngs, dtype=dtype))
+            setattr(self, f"norm{stage}", layer_norm(width, rngs=rngs, dtype=dtype))
 
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False
@@ -130,21 +135,8 @@ class PatchEmbed(nnx.Module):
     """Patches of 4 x 4 pixels to tokens, the image zero padded to whole patches."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
-        bound = (PATCH * PATCH * 3) ** -0.5
-        self.proj = nnx.Conv(
-            3,
-            width,
-            (PATCH, PATCH),
-            strides=PATCH,
-            padding="VALID",
-            dtype=dtype,
-            kernel_init=torch_linear_init,
-            bias_init=lambda key, shape, dtype: jax.random.uniform(
-                key, shape, dtype, -bound, bound
-            ),
-            rngs=rngs,
-        )
-        self.norm = _layer_norm(width, rngs=rngs, dtype=dtype)
+        self.proj = torch_conv(3, width, PATCH, strides=PATCH, padding=0, rngs=rngs, dtype=dtype)
+        self.norm = layer_norm(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         return self.norm(self.proj(_pad_to_multiple(image, PATCH)))
@@ -200,9 +192,9 @@ class SwinBlock(nnx.Module):
         self.window_size = window_size
         self.shift = shift
         self.drop_path_rate = drop_path_rate
-        self.norm1 = _layer_norm(width, rngs=rngs, dtype=dtype)
+        self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.attn = WindowAttention(width, num_heads, window_size, rngs=rngs, dtype=dtype)
-        self.norm2 = _layer_norm(width, rngs=rngs, dtype=dtype)
+        self.norm2 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, regions: jax.Array | None, key: Key) -> jax.Array:
@@ -229,9 +221,9 @@ class WindowAttention(nnx.Module):
         self.num_heads = num_heads
         self.window_size = window_size
         table = ((2 * window_size - 1) ** 2, num_heads)
-        self.relative_position_bias_table = nnx.Param(_linear_init(rngs.params(), table))
-        self.qkv = _linear(width, 3 * width, rngs=rngs, dtype=dtype)
-        self.proj = _linear(width, width, rngs=rngs, dtype=dtype)
+        self.relative_position_bias_table = nnx.Param(linear_init(rngs.params(), table))
+        self.qkv = linear(width, 3 * width, rngs=rngs, dtype=dtype)
+        self.proj = linear(width, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, regions: jax.Array | None) -> jax.Array:
         """[B, G, S, C] with int32 [G, S] or None; tokens of different regions are kept apart."""
@@ -248,23 +240,12 @@ class WindowAttention(nnx.Module):
         return self.proj(out.reshape(*axes, width))
 
 
-class Mlp(nnx.Module):
-    """Two linear layers with the exact GELU between them."""
-
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype):
-        self.fc1 = _linear(width, hidden, rngs=rngs, dtype=dtype)
-        self.fc2 = _linear(hidden, width, rngs=rngs, dtype=dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
-
-
 class PatchMerging(nnx.Module):
     """Halves the resolution and doubles the channels: 2 x 2 neighbours, norm, linear layer."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
-        self.norm = _layer_norm(4 * width, rngs=rngs, dtype=dtype)
-        self.reduction = _linear(4 * width, 2 * width, use_bias=False, rngs=rngs, dtype=dtype)
+        self.norm = layer_norm(4 * width, rngs=rngs, dtype=dtype)
+        self.reduction = linear(4 * width, 2 * width, use_bias=False, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = _pad_to_multiple(x, 2)
@@ -318,14 +299,3 @@ def _pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
     """Zeros below and to the right of [B, H, W, C], up to multiples of `multiple`."""
     down, right = (-size % multiple for size in x.shape[1:3])
     return jnp.pad(x, ((0, 0), (0, down), (0, right), (0, 0))) if down or right else x
-
-
-def _linear(inputs: int, outputs: int, *, use_bias: bool = True, rngs: nnx.Rngs, dtype):
-    return nnx.Linear(
-        inputs, outputs, use_bias=use_bias, dtype=dtype, kernel_init=_linear_init, rngs=rngs
-    )
-
-
-def _layer_norm(width: int, *, rngs: nnx.Rngs, dtype):
-    # The fast variance E[x²] - E[x]² cancels where a channel's mean is large, as in trained Swins.
-    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)

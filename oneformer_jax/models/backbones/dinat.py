@@ -1,0 +1,300 @@
+"""DiNAT (Dilated Neighborhood Attention Transformer, arXiv 2209.15001) as OneFormer uses it.
+
+Letters: B batch, H W the map of a stage, C its channels, N heads, D head width. Attribute paths are
+the official parameter names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from oneformer_jax.models.backbones.common import (
+    Mlp,
+    StagedConfig,
+    call,
+    check_image,
+    halving_conv,
+    linear,
+    linear_init,
+)
+from oneformer_jax.models.backbones.neighborhood import neighborhood_attention
+from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
+
+# Dilation of every block in each stage.
+DILATIONS = {
+    # 11 x 11 neighbours: COCO, Mapillary, ADE20K at 640 and 896 pixels
+    "base": (
+        (1, 20, 1),
+        (1, 5, 1, 10),
+        (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5),
+        (1, 2, 1, 2, 1),
+    ),
+    # 11 x 11 neighbours: ADE20K at 1280 pixels
+    "wide": (
+        (1, 28, 1),
+        (1, 7, 1, 14),
+        (1, 3, 1, 5, 1, 5, 1, 7, 1, 3, 1, 5, 1, 5, 1, 7, 1, 7),
+        (1, 3, 1, 3, 1),
+    ),
+    # 7 x 7 neighbours: Cityscapes
+    "7x7": (
+        (1, 18, 1),
+        (1, 5, 1, 9),
+        (1, 2, 1, 3, 1, 4, 1, 2, 1, 3, 1, 4, 1, 2, 1, 3, 1, 4),
+        (1, 2, 1, 2, 1),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DinatConfig(StagedConfig):
+    """Size of a DiNAT.
+
+    Attributes:
+      depths: number of blocks in each of the four stages.
+      embed_dim: channels of the first stage, even; each later stage has twice as many.
+      num_heads: attention heads of each stage.
+      kernel_size: edge of a pixel's neighbourhood, odd.
+      dilations: for each stage, the dilation of each of its blocks.
+      mlp_ratio: hidden width of a block's MLP over its channels.
+      drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+    """
+
+    embed_dim: int
+    num_heads: tuple[int, ...]
+    kernel_size: int
+    dilations: tuple[tuple[int, ...], ...]
+    mlp_ratio: float = 2.0
+    drop_path_rate: float = 0.3
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_stages("num_heads")
+        self.require(
+            self.embed_dim > 0
+            and self.embed_dim % 2 == 0
+            and all(c % n == 0 for c, n in zip(self.channels, self.num_heads, strict=True)),
+            "embed_dim",
+            f"be even, positive and, doubled at each stage, divide by num_heads {self.num_heads}",
+        )
+        self.require(
+            self.kernel_size >= 3 and self.kernel_size % 2 == 1, "kernel_size", "be odd, 3 or more"
+        )
+        stages = self.dilations if isinstance(self.dilations, tuple) else ()
+        if all(isinstance(stage, tuple | list) for stage in stages):
+            stages = tuple(tuple(stage) for stage in stages)
+            object.__setattr__(self, "dilations", stages)
+        self.require(
+            all(isinstance(stage, tuple) for stage in stages)
+            and tuple(len(stage) for stage in stages) == self.depths
+            and all(isinstance(d, int) and d > 0 for stage in stages for d in stage),
+            "dilations",
+            f"hold a positive integer for each block, in each stage as depths {self.depths} says",
+        )
+        self.require(self.mlp_ratio > 0, "mlp_ratio", "be positive")
+        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "lie in [0, 1)")
+
+    @classmethod
+    def large(cls, **overrides) -> DinatConfig:
+        """DiNAT-L with 11 x 11 neighbours."""
+        fields = dict(
+            embed_dim=192,
+            depths=(3, 4, 18, 5),
+            num_heads=(6, 12, 24, 48),
+            kernel_size=11,
+            dilations=DILATIONS["base"],
+        )
+        return cls(**(fields | overrides))
+
+    @classmethod
+    def large_wide(cls, **overrides) -> DinatConfig:
+        """DiNAT-L with 11 x 11 neighbours and the wider dilations for images of 1280 pixels."""
+        return cls.large(**({"dilations": DILATIONS["wide"]} | overrides))
+
+    @classmethod
+    def large_7x7(cls, **overrides) -> DinatConfig:
+        """DiNAT-L with 7 x 7 neighbours."""
+        return cls.large(**({"kernel_size": 7, "dilations": DILATIONS["7x7"]} | overrides))
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Channels of res2 to res5."""
+        return tuple(self.embed_dim * 2**stage for stage in range(4))
+
+
+class DiNAT(nnx.Module):
+    """The backbone: an image to four normalised maps."""
+
+    def __init__(
+        self, config: DinatConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+    ):
+        """`dtype` is that of the matrix products; `remat` recomputes every block."""
+        self.dtype = dtype
+        self.patch_embed = ConvTokenizer(config.embed_dim, rngs=rngs, dtype=dtype)
+        rates = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist())
+        self.levels = nnx.List(
+            Level(config, stage, rates, rngs=rngs, dtype=dtype, remat=remat) for stage in range(4)
+        )
+        for stage, width in enumerate(config.channels):
+            setattr(self, f"norm{stage}", layer_norm(width, rngs=rngs, dtype=dtype))
+
+    def __call__(
+        self, image: jax.Array, key: Key = None, train: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Extracts features.
+
+        Args:
+          image: float [B, H, W, 3], normalised, of any size.
+          key: PRNG key of the stochastic depth; None is deterministic.
+          train: not used, since no layer here keeps statistics; every backbone takes it.
+
+        Returns:
+          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
+          in the compute dtype.
+        """
+        check_image(image)
+        x = self.patch_embed(image.astype(self.dtype))
+        outputs = []
+        for stage, stage_key in enumerate(split_key(key, 4)):
+            level = self.levels[stage]
+            x = level(x, stage_key)
+            outputs.append(getattr(self, f"norm{stage}")(x))
+            if level.downsample is not None:
+                x = level.downsample(x)
+        return tuple(outputs)
+
+
+class ConvTokenizer(nnx.Module):
+    """Two convolutions of stride 2 with nothing between them, and a norm."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+        self.proj = nnx.List(
+            [
+                halving_conv(3, width // 2, rngs=rngs, dtype=dtype),
+                halving_conv(width // 2, width, rngs=rngs, dtype=dtype),
+            ]
+        )
+        self.norm = layer_norm(width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        first, second = self.proj
+        return self.norm(second(first(image)))
+
+
+class Level(nnx.Module):
+    """Blocks of one resolution and the way to the next."""
+
+    def __init__(self, config: DinatConfig, stage: int, rates, *, rngs: nnx.Rngs, dtype, remat):
+        """Takes the drop path rates of its blocks from the iterator `rates`."""
+        width = config.channels[stage]
+        self.remat = remat
+        self.blocks = nnx.List(
+            DinatBlock(
+                width,
+                config.num_heads[stage],
+                kernel_size=config.kernel_size,
+                dilation=dilation,
+                mlp_ratio=config.mlp_ratio,
+                drop_path_rate=next(rates),
+                rngs=rngs,
+                dtype=dtype,
+            )
+            for dilation in config.dilations[stage]
+        )
+        self.downsample = None if stage == 3 else ConvDownsampler(width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, key: Key) -> jax.Array:
+        """The blocks on [B, H, W, C], without the down-sampling."""
+        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
+            x = call(block, x, block_key, remat=self.remat)
+        return x
+
+
+class DinatBlock(nnx.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        kernel_size: int,
+        dilation: int,
+        mlp_ratio: float,
+        drop_path_rate: float,
+        rngs: nnx.Rngs,
+        dtype,
+    ):
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
+        self.attn = NeighborhoodAttention(
+            width, num_heads, kernel_size, dilation, rngs=rngs, dtype=dtype
+        )
+        self.norm2 = layer_norm(width, rngs=rngs, dtype=dtype)
+        self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, key: Key) -> jax.Array:
+        """[B, H, W, C] to the same."""
+        attention_key, mlp_key = split_key(key, 2)
+        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path_rate, attention_key)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, mlp_key)
+
+
+class NeighborhoodAttention(nnx.Module):
+    """Multi-head attention to the pixels around each pixel, with a bias by relative position."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        kernel_size: int,
+        dilation: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+    ):
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        table = (num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
+        self.rpb = nnx.Param(linear_init(rngs.params(), table))
+        self.qkv = linear(width, 3 * width, rngs=rngs, dtype=dtype)
+        self.proj = linear(width, width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] to the same; a map smaller than the neighbourhood is padded to it."""
+        batch, height, width, channels = x.shape
+        edge = self.kernel_size * self.dilation
+        padded = max(height, edge), max(width, edge)
+        qkv = self.qkv(x)
+        if padded != (height, width):
+            # Officially zeros join the map before the projection, and so become its bias.
+            down, right = padded[0] - height, padded[1] - width
+            inside = np.zeros((*padded, 1), bool)
+            inside[:height, :width] = True
+            qkv = jnp.pad(qkv, ((0, 0), (0, down), (0, right), (0, 0)))
+            qkv = jnp.where(inside, qkv, self.qkv.bias[...].astype(qkv.dtype))
+        qkv = qkv.reshape(batch, *padded, 3, self.num_heads, channels // self.num_heads)
+        out = neighborhood_attention(
+            *jnp.moveaxis(qkv, 3, 0),
+            self.rpb[...],
+            kernel_size=self.kernel_size,
+            dilation=self.dilation,
+        )
+        return self.proj(out[:, :height, :width].reshape(x.shape))
+
+
+class ConvDownsampler(nnx.Module):
+    """Halves the resolution and doubles the channels: convolution, then norm."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+        self.reduction = halving_conv(width, 2 * width, use_bias=False, rngs=rngs, dtype=dtype)
+        self.norm = layer_norm(2 * width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(self.reduction(x))

@@ -1,0 +1,236 @@
+"""Dilated neighbourhood attention (arXiv 2204.07143, 2209.15001), with dense products on tiles.
+
+Along each axis a query at position i sees the positions of its residue class, p = i modulo the
+dilation, and among them the `kernel_size` nearest; at the borders this window moves inwards, so it
+never holds fewer. The rule is that of NATTEN 0.14.
+
+Gathering the neighbours of each pixel would take kernel_size² times the memory of the keys.
+Instead the map is split into residue classes, whose attention is not dilated, and these into tiles:
+the queries of a tile attend to one common region of keys, a matrix product, in which a mask keeps
+each query to its window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Logits formed at a time, relative to the number of values in the map.
+STEP = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """How one axis of the map is cut. All of it is known before tracing.
+
+    The padded axis has `dilation` residue classes of `size` positions. Each class is cut into
+    `tiles` tiles of `tile` queries, of which the first `front` do not exist; the keys of a tile are
+    its own positions and `halo` more on either side.
+
+    Attributes:
+      length: positions of the map along the axis, at least kernel_size * dilation.
+      kernel_size: positions that a query sees, odd.
+      dilation: distance between neighbours.
+      tiles, tile, front, halo: see above.
+    """
+
+    length: int
+    kernel_size: int
+    dilation: int
+    tiles: int
+    tile: int
+    front: int
+    halo: int
+
+    @property
+    def size(self) -> int:
+        """Positions of the longest residue class; another one may lack the last."""
+        return -(-self.length // self.dilation)
+
+    @property
+    def keys(self) -> int:
+        """Keys of a tile."""
+        return self.tile + 2 * self.halo
+
+    @property
+    def expansion(self) -> float:
+        """Logits along this axis over positions: what a query costs."""
+        return self.tiles * self.tile * self.keys * self.dilation / self.length
+
+    @classmethod
+    def cut(cls, length: int, kernel_size: int, dilation: int) -> Axis:
+        """The cut with the fewest logits.
+
+        A window that is shifted at the border must stay among the keys of its tile, which reach
+        `halo` beyond it: of the first and the last tile more than `halo` queries must exist.
+        """
+        whole = cls(length, kernel_size, dilation, 1, -(-length // dilation), 0, 0)
+        lacking = whole.size - length // dilation  # in the shortest class
+        halo = kernel_size // 2
+        cuts = [whole]
+        for tile in range(halo + 1, whole.size):
+            tiles = -(-whole.size // tile)
+            back = (spare := tiles * tile - whole.size) // 2
+            if tile - (spare - back) > halo and tile - back - lacking > halo:
+                cuts.append(
+                    dataclasses.replace(
+                        whole, tiles=tiles, tile=tile, front=spare - back, halo=halo
+                    )
+                )
+        return min(cuts, key=lambda cut: (cut.expansion, cut.tiles))
+
+    def mask(self) -> np.ndarray:
+        """bool [dilation, tiles, tile, keys]: whether a query of a residue class sees a key.
+
+        A query that does not exist sees what its nearest one sees.
+        """
+        tiles = self.tile * np.arange(self.tiles)[:, None] - self.front
+        query = (tiles + np.arange(self.tile))[None, :, :, None]
+        key = (tiles + np.arange(self.keys) - self.halo)[None, :, None, :]
+        count = np.array([len(range(r, self.length, self.dilation)) for r in range(self.dilation)])
+        count = count[:, None, None, None]
+        query = np.clip(query, 0, count - 1)
+        start = np.clip(query - self.kernel_size // 2, 0, count - self.kernel_size)
+        return (start <= key) & (key < start + self.kernel_size)
+
+    def offsets(self) -> np.ndarray:
+        """float32 [tile, keys, 2 * kernel_size - 1]: one-hot index of key minus query.
+
+        All zero where the two are too far apart to be neighbours.
+        """
+        key = np.arange(self.keys)[None, :] - self.halo
+        index = key - np.arange(self.tile)[:, None] + self.kernel_size - 1
+        return (index[..., None] == np.arange(2 * self.kernel_size - 1)).astype(np.float32)
+
+
+def neighborhood_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    rpb: jax.Array,
+    *,
+    kernel_size: int,
+    dilation: int = 1,
+) -> jax.Array:
+    """Attention of each pixel to kernel_size x kernel_size pixels around it.
+
+    A few heads are done at a time, so that besides its arguments and its result this takes a few
+    times the memory of `query`, for gradients too: nothing that a step forms is kept.
+
+    Args:
+      query: [B, H, W, N, D] of N heads of width D; it is scaled by D**-0.5 here.
+      key: as `query`.
+      value: as `query`.
+      rpb: [N, 2 * kernel_size - 1, 2 * kernel_size - 1], what is added to the logit of a key at
+        (rows, columns) = index - (kernel_size - 1) from the query, in steps of the dilation.
+      kernel_size: edge of the neighbourhood, odd.
+      dilation: distance between neighbours.
+
+    Returns:
+      [B, H, W, N, D] in the type of `value`; logits and softmax are float32.
+
+    Raises:
+      ValueError: H or W is less than kernel_size * dilation (pad the map), or `rpb` does not fit.
+    """
+    _, height, width, heads, channels = query.shape
+    if min(height, width) < kernel_size * dilation:
+        raise ValueError(
+            f"a map of {height} x {width} has no neighbourhood of {kernel_size} pixels in steps of "
+            f"{dilation}: pad its sides to {kernel_size * dilation} or more"
+        )
+    if rpb.shape != (heads, 2 * kernel_size - 1, 2 * kernel_size - 1):
+        raise ValueError(
+            f"rpb has shape {rpb.shape}: it must be [{heads} heads, {2 * kernel_size - 1}, "
+            f"{2 * kernel_size - 1}] for kernel_size {kernel_size}"
+        )
+    rows = Axis.cut(height, kernel_size, dilation)
+    columns = Axis.cut(width, kernel_size, dilation)
+    most = STEP * heads * channels / (rows.expansion * columns.expansion)
+    group = max(g for g in range(1, heads + 1) if heads % g == 0 and (g <= most or g == 1))
+
+    def split(x):  # [B, H, W, N, D] to [steps, group, B, H, W, D]
+        x = jnp.moveaxis(x, 3, 0)
+        return x.reshape(heads // group, group, *x.shape[1:])
+
+    @jax.checkpoint
+    def step(arrays):
+        return _attend(*arrays, rows, columns)
+
+    out = jax.lax.map(
+        step, (split(query), split(key), split(value), rpb.reshape(-1, group, *rpb.shape[1:]))
+    )
+    return jnp.moveaxis(out.reshape(heads, *out.shape[2:]), 0, 3)
+
+
+def _attend(q, k, v, rpb, rows: Axis, columns: Axis) -> jax.Array:
+    """The attention of some heads: q, k, v [N, B, H, W, D] and their rpb to [N, B, H, W, D].
+
+    Letters: i j residue classes, x y tiles, t u queries of a tile, k l keys of a tile.
+    """
+    q = _cut(q, rows, columns, 0, 0)
+    k, v = (_cut(x, rows, columns, rows.halo, columns.halo) for x in (k, v))
+    logits = jnp.einsum("nbijxtyuc,nbijxkylc->nbijxytukl", q, k, preferred_element_type=jnp.float32)
+    bias = jnp.einsum(
+        "npq,tkp,ulq->ntukl",
+        rpb.astype(jnp.float32),
+        rows.offsets(),
+        columns.offsets(),
+        precision=jax.lax.Precision.HIGHEST,  # it picks values, so they stay as they are
+    )
+    logits = logits * q.shape[-1] ** -0.5 + bias[:, None, None, None, None, None]
+    # One mask after the other: their product would be a constant as large as the logits.
+    for axis, dims in ((rows, (2, 4, 6, 8)), (columns, (3, 5, 7, 9))):
+        mask = axis.mask()
+        if not mask.all():
+            mask = np.expand_dims(mask, [d for d in range(logits.ndim) if d not in dims])
+            logits = jnp.where(mask, logits, -jnp.inf)
+    attention = jax.nn.softmax(logits, axis=(-2, -1)).astype(v.dtype)
+    out = jnp.einsum("nbijxytukl,nbijxkylc->nbijxtyuc", attention, v)
+    return _join(out, rows, columns)
+
+
+def _cut(x: jax.Array, rows: Axis, columns: Axis, *halo: int) -> jax.Array:
+    """[N, B, H, W, D] to [N, B, i, j, x, t, y, u, D], t and u longer by twice the halo."""
+    heads, batch, *_, channels = x.shape
+    spare = [axis.size * axis.dilation - axis.length for axis in (rows, columns)]
+    x = _pad(_pad(x, 2, 0, spare[0]), 3, 0, spare[1])
+    x = x.reshape(heads, batch, rows.size, rows.dilation, columns.size, columns.dilation, channels)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6)
+    return _tiles(_tiles(x, 4, rows, halo[0]), 6, columns, halo[1])
+
+
+def _join(x: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
+    """The inverse of `_cut` without halo."""
+    heads, batch = x.shape[:2]
+    x = x.reshape(*x.shape[:4], rows.tiles * rows.tile, columns.tiles * columns.tile, x.shape[-1])
+    x = x[..., rows.front : rows.front + rows.size, columns.front : columns.front + columns.size, :]
+    x = x.transpose(0, 1, 4, 2, 5, 3, 6)
+    x = x.reshape(heads, batch, rows.size * rows.dilation, -1, x.shape[-1])
+    return x[:, :, : rows.length, : columns.length]
+
+
+def _tiles(x: jax.Array, at: int, axis: Axis, halo: int) -> jax.Array:
+    """Cuts dimension `at`, a residue class, into [tiles, tile + 2 * halo], zeros beyond its ends.
+
+    The regions overlap, so they are put together from neighbouring blocks of a tile's length: then
+    neither this nor its gradient needs indices.
+    """
+    blocks = axis.tiles - (-2 * halo // axis.tile)
+    before = axis.front + halo
+    x = _pad(x, at, before, blocks * axis.tile - before - x.shape[at])
+    x = x.reshape(*x.shape[:at], blocks, axis.tile, *x.shape[at + 1 :])
+    parts = [
+        jax.lax.slice_in_dim(x, i, i + axis.tiles, axis=at) for i in range(blocks - axis.tiles + 1)
+    ]
+    x = jnp.concatenate(parts, axis=at + 1) if len(parts) > 1 else x
+    return jax.lax.slice_in_dim(x, 0, axis.tile + 2 * halo, axis=at + 1)
+
+
+def _pad(x: jax.Array, at: int, before: int, after: int) -> jax.Array:
+    """Zeros around dimension `at`."""
+    if not before and not after:
+        return x
+    return jnp.pad(x, [(before, after) if axis == at else (0, 0) for axis in range(x.ndim)])
