@@ -97,9 +97,11 @@ def linear(
     )
 
 
-def layer_norm(width: int, *, rngs: nnx.Rngs, dtype=jnp.float32) -> nnx.LayerNorm:
-    """LayerNorm as PyTorch's: eps 1e-5, two-pass variance in float32."""
-    return nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, use_fast_variance=False, rngs=rngs)
+def layer_norm(
+    width: int, *, epsilon: float = 1e-5, rngs: nnx.Rngs, dtype=jnp.float32
+) -> nnx.LayerNorm:
+    """LayerNorm as PyTorch's: its default epsilon, two-pass variance in float32."""
+    return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
 class MLP(nnx.Module):

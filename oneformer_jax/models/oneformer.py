@@ -27,6 +27,19 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 NUM_CLASSES = {"ade20k": 150, "coco": 133, "cityscapes": 19, "mapillary": 65}
 
+# What the published InternImage-H models of width 1024 change.
+WIDE_HEAD = {
+    "num_queries": 250,
+    "hidden_dim": 1024,
+    "mask_dim": 1024,
+    "num_heads": 32,
+    "encoder_ffn": 4096,
+    "query_init_ffn": 4096,
+    "decoder_ffn": 4096,
+    "text_width": 1024,
+    "text_heads": 16,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class OneFormerConfig:
@@ -134,6 +147,15 @@ class OneFormerConfig:
     @classmethod
     def dinat_large(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
         return cls.published("dinat_large", dataset, **overrides)
+
+    @classmethod
+    def internimage_huge(cls, dataset: str = "ade20k", **overrides) -> OneFormerConfig:
+        return cls.published("internimage_huge", dataset, **overrides)
+
+    @classmethod
+    def internimage_huge_1024(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
+        """The model with a head of width 1024 (`WIDE_HEAD`)."""
+        return cls.published("internimage_huge", dataset, **(WIDE_HEAD | overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the inverse."""

@@ -150,7 +150,7 @@ PARAMETER_RULES = (
         only_if=r"^backbone/downsample_layers/",
     ),
     ParameterRule(
-        r"(^|/)([^/]*norm[^/]*|ln_1|ln_2|ln_final)/(scale|bias)$",
+        r"(^|/)([^/]*norm[^/]*(/\d+)?|ln_1|ln_2|ln_final)/(scale|bias)$",
         decay=False,
         why="torch LayerNorm, GroupNorm and BatchNorm",
     ),

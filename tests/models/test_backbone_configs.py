@@ -17,6 +17,9 @@ CONFIGS = {
         kernel_size=3,
         dilations=((1, 2), (1,), (3,), (1,)),
     ),
+    "internimage": backbones.InternImageConfig(
+        embed_dim=8, depths=(1, 1, 2, 1), groups=(2, 2, 4, 4), norm_after=(1,), mlp_ratio=2.0
+    ),
     "resnet": backbones.ResNetConfig(depths=(2, 1, 1, 1), stem_width=4, norm="batch"),
 }
 
@@ -51,7 +54,11 @@ def test_names_and_overrides():
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("vit", {}, "'vit'.*swin_tiny, swin_large, convnext_large.*swin, convnext, dinat, resnet"),
+        (
+            "vit",
+            {},
+            "'vit'.*swin_tiny, swin_large, convnext_large.*swin, convnext, dinat.*resnet",
+        ),
         ("swin_tiny", {"windows": 7}, "swin_tiny: unknown fields.*windows.*window_size"),
         ("swin", {"depths": (1, 1, 1, 1)}, "swin: fields.*embed_dim.*num_heads.*window_size"),
         ("resnet", {}, "resnet: fields.*depths"),
@@ -73,7 +80,7 @@ def test_bad_configs(name, fields, message):
 
 def test_unknown_kind_and_foreign_config():
     with pytest.raises(
-        ValueError, match=r"unknown backbone kind None.*swin, convnext, dinat, resnet"
+        ValueError, match=r"unknown backbone kind None.*swin, convnext, dinat, internimage, resnet"
     ):
         backbones.from_dict({"depths": [1, 1, 1, 1]})
     with pytest.raises(ValueError, match="dict is not the config of a backbone"):

@@ -27,7 +27,10 @@ DINAT = backbones.DinatConfig(
     kernel_size=3,
     dilations=((1, 2), (1,), (3,), (1,)),
 )
-CONFIGS = {"swin": SWIN, "dinat": DINAT, "resnet": RESNET}
+INTERNIMAGE = backbones.InternImageConfig(
+    embed_dim=8, depths=(1, 1, 2, 1), groups=(2, 2, 4, 4), norm_after=(0,), mlp_ratio=2.0
+)
+CONFIGS = {"swin": SWIN, "dinat": DINAT, "internimage": INTERNIMAGE, "resnet": RESNET}
 
 # Most of the time of these tests is the compiler's, and its care is wasted on maps of 8 x 8.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -39,7 +39,7 @@ SMALL = backbones.DinatConfig(
 )
 
 
-def _convolution(x, layer):
+def convolution(x, layer):
     """3 x 3 with stride 2 and padding 1 on a map [H, W, C], pixel by pixel."""
     height, width, _ = x.shape
     kernel = array(layer.kernel)
@@ -66,7 +66,7 @@ def _block(x, block, kernel_size, dilation):
 def _forward(model, image):
     """The four maps of one image [H, W, 3]."""
     stem = model.patch_embed
-    x = layer_norm(_convolution(_convolution(image, stem.proj[0]), stem.proj[1]), stem.norm)
+    x = layer_norm(convolution(convolution(image, stem.proj[0]), stem.proj[1]), stem.norm)
     outputs = []
     for stage, dilations in enumerate(SMALL.dilations):
         level = model.levels[stage]
@@ -74,7 +74,7 @@ def _forward(model, image):
             x = _block(x, block, SMALL.kernel_size, dilation)
         outputs.append(layer_norm(x, getattr(model, f"norm{stage}")))
         if stage < 3:
-            x = layer_norm(_convolution(x, level.downsample.reduction), level.downsample.norm)
+            x = layer_norm(convolution(x, level.downsample.reduction), level.downsample.norm)
     return outputs
 
 

@@ -15,16 +15,18 @@ from flax import nnx
 
 from oneformer_jax.models.backbones.convnext import ConvNeXt, ConvNeXtConfig
 from oneformer_jax.models.backbones.dinat import DiNAT, DinatConfig
+from oneformer_jax.models.backbones.internimage import InternImage, InternImageConfig
 from oneformer_jax.models.backbones.resnet import ResNet, ResNetConfig
 from oneformer_jax.models.backbones.swin import Swin, SwinConfig
 
-BackboneConfig = SwinConfig | ConvNeXtConfig | DinatConfig | ResNetConfig
+BackboneConfig = SwinConfig | ConvNeXtConfig | DinatConfig | InternImageConfig | ResNetConfig
 
 # kind: (config, module). The kind names a family in JSON, and a config without defaults of size.
 _KINDS = {
     "swin": (SwinConfig, Swin),
     "convnext": (ConvNeXtConfig, ConvNeXt),
     "dinat": (DinatConfig, DiNAT),
+    "internimage": (InternImageConfig, InternImage),
     "resnet": (ResNetConfig, ResNet),
 }
 
@@ -36,6 +38,7 @@ _PUBLISHED = {
     "dinat_large": DinatConfig.large,
     "dinat_large_wide": DinatConfig.large_wide,
     "dinat_large_7x7": DinatConfig.large_7x7,
+    "internimage_huge": InternImageConfig.huge,
     "resnet50": ResNetConfig.r50,
     "resnet101": ResNetConfig.r101,
 }
@@ -49,6 +52,8 @@ __all__ = [
     "ConvNeXtConfig",
     "DiNAT",
     "DinatConfig",
+    "InternImage",
+    "InternImageConfig",
     "ResNet",
     "ResNetConfig",
     "Swin",
@@ -65,11 +70,10 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
 
     Args:
       name: a published size ("swin_tiny", "swin_large", "convnext_large", "convnext_xlarge",
-        "dinat_large", "dinat_large_wide", "dinat_large_7x7", "resnet50", "resnet101"), or a kind
-        ("swin", "convnext", "dinat", "resnet"), whose fields without a default must all be in
-        `overrides`.
-      overrides: fields of the config, see `SwinConfig`, `ConvNeXtConfig`, `DinatConfig` and
-        `ResNetConfig`.
+        "dinat_large", "dinat_large_wide", "dinat_large_7x7", "internimage_huge", "resnet50",
+        "resnet101"), or a kind ("swin", "convnext", "dinat", "internimage", "resnet"), whose fields
+        without a default must all be in `overrides`.
+      overrides: fields of the config, see `SwinConfig` and its like.
 
     Raises:
       ValueError: an unknown name or field, a missing field, or a value that a field can't have.
@@ -94,7 +98,7 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
 
 def build_backbone(
     config: BackboneConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
-) -> Swin | ConvNeXt | DiNAT | ResNet:
+) -> Swin | ConvNeXt | DiNAT | InternImage | ResNet:
     """The module of a config.
 
     Args:

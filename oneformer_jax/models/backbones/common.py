@@ -81,18 +81,20 @@ def torch_conv(
     *,
     strides: int,
     padding: int,
+    groups: int = 1,
     use_bias: bool = True,
     rngs: nnx.Rngs,
     dtype,
 ) -> nnx.Conv:
     """A square convolution with PyTorch's default initialisation of kernel and bias."""
-    bound = (size * size * inputs) ** -0.5
+    bound = (size * size * inputs // groups) ** -0.5
     return nnx.Conv(
         inputs,
         outputs,
         (size, size),
         strides=strides,
         padding=padding,
+        feature_group_count=groups,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=torch_linear_init,

@@ -1,0 +1,319 @@
+"""InternImage (arXiv 2211.05778) in the form of its size H, as OneFormer uses it.
+
+Letters: B batch, H W the map of a stage, C its channels, G groups, P points, D channels of a group.
+Attribute paths are the official parameter names, but for the layers that the official code wraps in
+a Sequential: a norm has its own name here, without the index inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kernels.ms_deform_attn import ms_deform_attn
+from oneformer_jax.models.backbones.common import (
+    Mlp,
+    StagedConfig,
+    call,
+    check_image,
+    halving_conv,
+    torch_conv,
+)
+from oneformer_jax.models.layers import (
+    Key,
+    drop_path,
+    layer_norm,
+    linear,
+    split_key,
+    xavier_init,
+)
+
+EPSILON = 1e-6  # of the norms
+POINTS = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class InternImageConfig(StagedConfig):
+    """Size of an InternImage with norms after its branches and scaled centres, as the size H.
+
+    Attributes:
+      depths: number of blocks in each of the four stages.
+      embed_dim: channels of the first stage, even; each later stage has twice as many.
+      groups: of each stage's deformable convolutions.
+      norm_after: blocks of the third stage, from 0, that a norm of the running map follows.
+      dw_kernel_size: edge of the depthwise convolution that precedes offsets and weights, odd.
+      mlp_ratio: hidden width of a block's MLP over its channels.
+      drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+    """
+
+    embed_dim: int
+    groups: tuple[int, ...]
+    norm_after: tuple[int, ...] = ()
+    dw_kernel_size: int = 5
+    mlp_ratio: float = 4.0
+    drop_path_rate: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_stages("groups")
+        self.require(
+            self.embed_dim > 0
+            and self.embed_dim % 2 == 0
+            and all(c % n == 0 for c, n in zip(self.channels, self.groups, strict=True)),
+            "embed_dim",
+            f"be even, positive and, doubled at each stage, divide by groups {self.groups}",
+        )
+        self.require(
+            list(self.norm_after) == sorted(set(self.norm_after) & set(range(self.depths[2]))),
+            "norm_after",
+            f"be ascending and lie in 0 to {self.depths[2] - 1}, the blocks of the third stage",
+        )
+        self.require(
+            self.dw_kernel_size > 0 and self.dw_kernel_size % 2 == 1,
+            "dw_kernel_size",
+            "be odd and positive",
+        )
+        self.require(self.mlp_ratio > 0, "mlp_ratio", "be positive")
+        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "lie in [0, 1)")
+
+    @classmethod
+    def huge(cls, **overrides) -> InternImageConfig:
+        """InternImage-H."""
+        fields = dict(
+            embed_dim=320,
+            depths=(6, 6, 32, 6),
+            groups=(10, 20, 40, 80),
+            norm_after=(5, 11, 17, 23, 29),
+        )
+        return cls(**(fields | overrides))
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Channels of res2 to res5."""
+        return tuple(self.embed_dim * 2**stage for stage in range(4))
+
+
+class InternImage(nnx.Module):
+    """The backbone: an image to four normalised maps."""
+
+    def __init__(
+        self, config: InternImageConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+    ):
+        """`dtype` is that of convolutions and products; `remat` recomputes every block."""
+        self.dtype = dtype
+        self.patch_embed = Stem(config.embed_dim, rngs=rngs, dtype=dtype)
+        rates = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist())
+        self.levels = nnx.List(
+            Level(config, stage, rates, rngs=rngs, dtype=dtype, remat=remat) for stage in range(4)
+        )
+
+    def __call__(
+        self, image: jax.Array, key: Key = None, train: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Extracts features.
+
+        Args:
+          image: float [B, H, W, 3], normalised, of any size.
+          key: PRNG key of the stochastic depth; None is deterministic.
+          train: not used, since no layer here keeps statistics; every backbone takes it.
+
+        Returns:
+          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
+          in the compute dtype.
+        """
+        check_image(image)
+        x = self.patch_embed(image.astype(self.dtype))
+        outputs = []
+        for level, level_key in zip(self.levels, split_key(key, 4), strict=True):
+            x = level(x, level_key)
+            outputs.append(x)
+            if level.downsample is not None:
+                x = level.downsample(x)
+        return tuple(outputs)
+
+
+class Stem(nnx.Module):
+    """Two convolutions of stride 2, each with a norm, and a GELU between them."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+        self.conv1 = halving_conv(3, width // 2, rngs=rngs, dtype=dtype)
+        self.norm1 = _norm(width // 2, rngs=rngs, dtype=dtype)
+        self.conv2 = halving_conv(width // 2, width, rngs=rngs, dtype=dtype)
+        self.norm2 = _norm(width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        x = jax.nn.gelu(self.norm1(self.conv1(image)), approximate=False)
+        return self.norm2(self.conv2(x))
+
+
+class Level(nnx.Module):
+    """Blocks of one resolution, the norm of their result, and the way to the next."""
+
+    def __init__(
+        self, config: InternImageConfig, stage: int, rates, *, rngs: nnx.Rngs, dtype, remat
+    ):
+        """Takes the drop path rates of its blocks from the iterator `rates`."""
+        width = config.channels[stage]
+        self.remat = remat
+        self.norm_after = config.norm_after if stage == 2 else ()
+        self.blocks = nnx.List(
+            InternImageBlock(
+                width,
+                config.groups[stage],
+                dw_kernel_size=config.dw_kernel_size,
+                mlp_ratio=config.mlp_ratio,
+                drop_path_rate=next(rates),
+                rngs=rngs,
+                dtype=dtype,
+            )
+            for _ in range(config.depths[stage])
+        )
+        self.norm = _norm(width, rngs=rngs, dtype=dtype)
+        self.post_norms = nnx.List(_norm(width, rngs=rngs, dtype=dtype) for _ in self.norm_after)
+        self.downsample = None if stage == 3 else Downsample(width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, key: Key) -> jax.Array:
+        """The blocks and the norm on [B, H, W, C], without the down-sampling."""
+        norms = dict(zip(self.norm_after, self.post_norms, strict=True))
+        keys = split_key(key, len(self.blocks))
+        for i, (block, block_key) in enumerate(zip(self.blocks, keys, strict=True)):
+            x = call(block, x, block_key, remat=self.remat)
+            x = norms[i](x) if i in norms else x
+        return self.norm(x)
+
+
+class InternImageBlock(nnx.Module):
+    """x + res_post_norm1(dcn(norm1(x))), then x + res_post_norm2(mlp(norm2(x)))."""
+
+    def __init__(
+        self,
+        width: int,
+        groups: int,
+        *,
+        dw_kernel_size: int,
+        mlp_ratio: float,
+        drop_path_rate: float,
+        rngs: nnx.Rngs,
+        dtype,
+    ):
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = _norm(width, rngs=rngs, dtype=dtype)
+        self.dcn = DCNv3(width, groups, dw_kernel_size, rngs=rngs, dtype=dtype)
+        self.res_post_norm1 = _norm(width, rngs=rngs, dtype=dtype)
+        self.norm2 = _norm(width, rngs=rngs, dtype=dtype)
+        self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs, dtype=dtype)
+        self.res_post_norm2 = _norm(width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, key: Key) -> jax.Array:
+        """[B, H, W, C] to the same."""
+        dcn_key, mlp_key = split_key(key, 2)
+        y = self.res_post_norm1(self.dcn(self.norm1(x)))
+        x = x + drop_path(y, self.drop_path_rate, dcn_key)
+        y = self.res_post_norm2(self.mlp(self.norm2(x)))
+        return x + drop_path(y, self.drop_path_rate, mlp_key)
+
+
+class DCNv3(nnx.Module):
+    """Deformable 3 x 3 convolution whose offsets and weights are read off the map itself.
+
+    Each group of channels reads the nine pixels around a pixel, moved by learned offsets, and sums
+    them with learned shares; then it mixes in the pixel's own value.
+    """
+
+    def __init__(self, width: int, groups: int, dw_kernel_size: int, *, rngs: nnx.Rngs, dtype):
+        self.groups = groups
+        zeros = nnx.initializers.zeros_init()
+        self.dw_conv = torch_conv(
+            width,
+            width,
+            dw_kernel_size,
+            strides=1,
+            padding=dw_kernel_size // 2,
+            groups=width,
+            rngs=rngs,
+            dtype=dtype,
+        )
+        self.dw_norm = _norm(width, rngs=rngs, dtype=dtype)
+        # float32: they are coordinates and shares.
+        options = dict(kernel_init=zeros, bias_init=zeros, rngs=rngs)
+        self.offset = linear(width, groups * POINTS * 2, **options)
+        self.mask = linear(width, groups * POINTS, **options)
+        options = dict(kernel_init=xavier_init, bias_init=zeros, rngs=rngs, dtype=dtype)
+        self.input_proj = linear(width, width, **options)
+        self.output_proj = linear(width, width, **options)
+        self.center_feature_scale_proj_weight = nnx.Param(jnp.zeros((groups, width)))
+        self.center_feature_scale_proj_bias = nnx.Param(jnp.zeros(groups))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] to the same."""
+        batch, height, width, _ = x.shape
+        value = self.input_proj(x).reshape(batch, height * width, self.groups, -1)
+        y = jax.nn.gelu(self.dw_norm(self.dw_conv(x)), approximate=False)
+        y = y.reshape(batch, height * width, -1).astype(jnp.float32)
+        offsets = self.offset(y).reshape(batch, height * width, self.groups, POINTS, 2)
+        shares = self.mask(y).reshape(batch, height * width, self.groups, POINTS)
+        out = sample(value, offsets, jax.nn.softmax(shares), (height, width))
+        scale = y @ self.center_feature_scale_proj_weight[...].T
+        scale = jax.nn.sigmoid(scale + self.center_feature_scale_proj_bias[...])[..., None]
+        out = (out * (1 - scale) + value * scale).astype(value.dtype)
+        return self.output_proj(out.reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """Halves the resolution and doubles the channels: convolution, then norm."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+        self.conv = halving_conv(width, 2 * width, use_bias=False, rngs=rngs, dtype=dtype)
+        self.norm = _norm(2 * width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(self.conv(x))
+
+
+def sample(
+    value: jax.Array, offsets: jax.Array, shares: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+    """Sums of bilinear samples around each pixel; outside of the map is zero.
+
+    It is deformable attention to one map. A few groups are done at a time, since each sample reads
+    four rows: 36 times the memory of the map for all groups at once.
+
+    Args:
+      value: [B, H * W, G, D].
+      offsets: float32 [B, H * W, G, 9, 2], (x, y) in pixels from the places of a 3 x 3 kernel, its
+        columns one after another: (-1, -1), (-1, 0), (-1, 1), (0, -1) and so on.
+      shares: float32 [B, H * W, G, 9].
+      shape: (H, W).
+
+    Returns:
+      [B, H * W, G, D] in the type of `value`.
+    """
+    height, width = shape
+    batch, pixels, groups, channels = value.shape
+    row, column = np.divmod(np.arange(pixels, dtype=np.float32), width)
+    right, down = np.divmod(np.arange(POINTS, dtype=np.float32), 3)
+    x = column[:, None] + right - 1
+    y = row[:, None] + down - 1
+    places = np.stack([x, y], axis=-1)[:, None]  # [H * W, 1, 9, 2]
+    locations = (places + offsets + 0.5) / np.array([width, height], np.float32)
+    most = max(1, groups // POINTS)
+    group = max(g for g in range(1, most + 1) if groups % g == 0)
+
+    def split(x):  # [B, H * W, G, ...] to [steps, B, H * W, group, ...]
+        return jnp.moveaxis(x.reshape(batch, pixels, -1, group, *x.shape[3:]), 2, 0)
+
+    @jax.checkpoint
+    def step(arrays):
+        value, locations, shares = arrays
+        return ms_deform_attn(value, (shape,), locations[:, :, :, None], shares[:, :, :, None])
+
+    out = jax.lax.map(step, (split(value), split(locations), split(shares)))
+    return jnp.moveaxis(out, 0, 2).reshape(batch, pixels, groups, channels)
+
+
+def _norm(width: int, *, rngs: nnx.Rngs, dtype) -> nnx.LayerNorm:
+    return layer_norm(width, epsilon=EPSILON, rngs=rngs, dtype=dtype)
