@@ -165,13 +165,14 @@ def run_train(config: ConfigDict, workdir: str) -> None:
     source, info = open_split(config, config.dataset.train_split)
     # Opened now: what is wrong with it should be said before hours of training.
     evaluation, _ = open_split(config, config.dataset.eval_split)
+    settings = train_loader_config(config)
     loop.train(
         config,
         workdir,
         metadata=metadata_of(info),
-        text_table=tokenizer.text_table(info.class_names),
+        text_table=tokenizer.text_table(info.class_names, config.data.text_template),
         train_batches=lambda start_step: loader.train_loader(
-            source, train_loader_config(config), info, *process(), start_step
+            source, settings, info, *process(), start_step
         ),
         eval_batches=eval_batches(config, evaluation),
     )
@@ -237,22 +238,36 @@ def process() -> tuple[int, int]:
 
 
 def train_loader_config(config: ConfigDict):
-    from input_pipeline import loader, transforms
+    from input_pipeline import loader, tokenizer, transforms
 
     data = config.data
+    semantic, instance = task_probabilities(data)
     return loader.LoaderConfig(
-        batch_size=data.batch_size // process()[1],  # the loop has checked that it divides
+        batch_size=data.batch_size // process()[1],  # the loop checks that it divides
         num_slots=data.num_slots,
         num_texts=config.model.num_queries - config.model.num_context,
         augment=transforms.AugmentConfig(crop_size=data.crop_size, **data.augment),
         seed=config.seed,
-        semantic_prob=data.semantic_prob,
-        instance_prob=data.instance_prob,
+        semantic_prob=semantic,
+        instance_prob=instance,
+        text_types=tokenizer.names_type(data.text_template),
         num_workers=data.workers,
         prefetch=data.prefetch,
         skip_broken=data.skip_broken,
         require_things=data.require_things,
     )
+
+
+def task_probabilities(data: ConfigDict) -> tuple[float, float]:
+    """Probabilities of the semantic and of the instance task; the rest is panoptic."""
+    if not data.only_task:
+        return data.semantic_prob, data.instance_prob
+    if data.only_task not in TASKS[:3]:
+        raise ValueError(
+            f"data.only_task is {data.only_task!r}; use one of {', '.join(TASKS[:3])}, or an empty "
+            "text to train all of them"
+        )
+    return float(data.only_task == "semantic"), float(data.only_task == "instance")
 
 
 def eval_batches(config: ConfigDict, source) -> Callable[[], Iterable[dict]]:

@@ -52,6 +52,10 @@ def get_base() -> ConfigDict:
     c.data.prefetch = 4  # batches that a worker keeps ready
     c.data.semantic_prob = 0.33  # share of images trained with the semantic task
     c.data.instance_prob = 0.33  # share with the instance task; the rest is panoptic
+    c.data.only_task = ""  # trains this one of the three tasks alone, whatever the shares above
+    # Text of a segment: {CLS} is its class; {TYPE} is "thing" where the task tells instances of the
+    # class apart, else "stuff".
+    c.data.text_template = "a photo with a {CLS}"
     c.data.skip_broken = False  # skip, count and list broken records instead of stopping
     c.data.require_things = False  # drop training images without a non-crowd thing
     c.data.augment = ConfigDict()
@@ -68,7 +72,7 @@ def get_base() -> ConfigDict:
     c.model.backbone.name = "resnet50"  # see oneformer_jax.models.backbones
     c.model.backbone.overrides = ConfigDict(convert_dict=False)  # fields of the backbone's config
     c.model.num_queries = 150  # the task token is the last of them
-    c.model.num_context = 16  # learned context embeddings beside the texts
+    c.model.num_context = 16  # learned context embeddings beside the texts; 0 is none
     c.model.hidden_dim = 256
     c.model.mask_dim = 256
     c.model.num_heads = 8
@@ -81,6 +85,13 @@ def get_base() -> ConfigDict:
     c.model.query_init_dropout = 0.1
     c.model.decoder_layers = 9  # masked-attention layers; one more prediction is made before them
     c.model.decoder_ffn = 2048
+    # Where the object queries come from: "task" (official) or, for ablations, "no_token" (the task
+    # token is no query), "zeros" (they do not start from it), "learned" (Mask2Former's: no task,
+    # and no loss on the queries).
+    c.model.queries = "task"
+    # Loss on the queries that enter the decoder: "contrastive" (official, with the text branch),
+    # "classification" (each query tells the class of its text) or "none".
+    c.model.query_loss = "contrastive"
     c.model.text_width = 256
     c.model.text_layers = 6
     c.model.text_heads = 4
@@ -96,7 +107,7 @@ def get_base() -> ConfigDict:
     c.loss.class_weight = 2.0
     c.loss.mask_weight = 5.0
     c.loss.dice_weight = 5.0
-    c.loss.contrastive_weight = 0.5
+    c.loss.contrastive_weight = 0.5  # of the loss that model.query_loss names
     c.loss.no_object_weight = 0.1
     c.loss.num_points = 12544
     c.loss.oversample_ratio = 3.0

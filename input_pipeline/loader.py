@@ -51,6 +51,7 @@ class LoaderConfig:
       seed: of data order, augmentation and task choice, 0 <= seed < 2**32.
       semantic_prob: probability of the semantic task.
       instance_prob: probability of the instance task; the rest is panoptic.
+      text_types: whether texts tell things from stuff (`tokenizer.names_type`).
       num_workers: loader processes; 0 reads in threads of this process.
       num_threads: reading threads where there are no worker processes.
       prefetch: batches kept ready, by each worker (at least 2) or by the threads together. Host
@@ -66,6 +67,7 @@ class LoaderConfig:
     seed: int = 0
     semantic_prob: float = 0.33
     instance_prob: float = 0.33
+    text_types: bool = False
     num_workers: int = 0
     num_threads: int = 2
     prefetch: int = 2
@@ -204,6 +206,7 @@ class _LoadTrainBatch:
         )
         report["dropped"] += target.dropped
         num_classes = len(self.info.class_names)
+        types = self.info.is_thing if config.text_types else None
         return {
             "image": record["image"],
             "image_size": np.array(record["image"].shape[:2], np.int32),
@@ -211,7 +214,7 @@ class _LoadTrainBatch:
             "classes": target.classes,
             "valid": target.valid,
             "text_ids": targets.text_ids(
-                target.classes, target.valid, task, config.num_texts, num_classes
+                target.classes, target.valid, task, config.num_texts, num_classes, types
             ),
             "task": np.int32(task),
             "index": np.int32(index),

@@ -106,12 +106,20 @@ def make_targets(
 
 
 def text_ids(
-    classes: np.ndarray, valid: np.ndarray, task: int, num_texts: int, num_classes: int
+    classes: np.ndarray,
+    valid: np.ndarray,
+    task: int,
+    num_texts: int,
+    num_classes: int,
+    is_thing: Sequence[bool] | None = None,
 ) -> np.ndarray:
     """Rows of the text table (`tokenizer.text_table`) for an image's text list.
 
     "a photo with a {class}" in order of class id, once per target of that class, cut to
     `num_texts`; the remaining entries are the padding text of the task.
+
+    Texts that name the type of a segment (paper, table 6) say "thing" where the task tells the
+    segments of the class apart: under instance, and under panoptic for things.
 
     Args:
       classes: int32 [M] class ids of the targets.
@@ -119,11 +127,15 @@ def text_ids(
       task: index into TASKS.
       num_texts: number of queries less the learned context embeddings.
       num_classes: K.
+      is_thing: per class, if texts name the type; the table then has 2K + 3 rows.
 
     Returns:
       int32 [num_texts].
     """
     ids = np.full(num_texts, num_classes + task, np.int32)
     present = np.sort(classes[valid])[:num_texts]
+    if is_thing is not None:
+        distinct = np.asarray(is_thing)[present] & (task != SEMANTIC)
+        present = present + np.where(distinct, num_classes + len(TASKS), 0)
     ids[: len(present)] = present
     return ids

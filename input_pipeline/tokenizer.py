@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import html
+import re
 from collections.abc import Sequence
 
 import instant_clip_tokenizer
@@ -18,6 +19,7 @@ from input_pipeline.datasets import TASKS
 
 CONTEXT_LENGTH = 77
 _ARTICLES = {"panoptic": "a", "instance": "an", "semantic": "a"}
+TEXT_TEMPLATE = "a photo with a {CLS}"
 
 
 @functools.cache
@@ -57,20 +59,45 @@ def tokenize(texts: Sequence[str], length: int = CONTEXT_LENGTH) -> np.ndarray:
     return np.asarray(_tokenizer().tokenize_batch(cleaned, context_length=length), np.int32)
 
 
-def text_table(class_names: Sequence[str]) -> np.ndarray:
+def names_type(template: str) -> bool:
+    """Whether the texts of `template` tell things from stuff.
+
+    Raises:
+      ValueError: it lacks {CLS}, or has something in braces besides {CLS} and {TYPE}.
+    """
+    fields = re.findall(r"{.*?}|[{}]", template)
+    if "{CLS}" not in fields or set(fields) - {"{CLS}", "{TYPE}"}:
+        raise ValueError(
+            f"data.text_template is {template!r}; it must hold {{CLS}}, for the name of the class, "
+            "may hold {TYPE}, for thing or stuff, and no other braces"
+        )
+    return "{TYPE}" in fields
+
+
+def text_table(class_names: Sequence[str], template: str = TEXT_TEMPLATE) -> np.ndarray:
     """Every text that a text list of a dataset can hold, each once.
 
     Args:
       class_names: K names in order of contiguous class id, verbatim from the dataset.
+      template: text of a segment, with {CLS} for its class and, if wanted, {TYPE} for "thing" or
+        "stuff".
 
     Returns:
-      int32 [K + 3, T]: row k is "a photo with a {class k}"; row K + t is the padding text of
-      TASKS[t]. T is the length of the longest, at most 77; the text encoder is causal and reads the
+      int32 [K + 3, T], or [2K + 3, T] if the template has {TYPE}: row k is the text of class k, as
+      stuff; row K + t is the padding text of TASKS[t]; row K + 3 + k is the text of class k as a
+      thing. T is the length of the longest, at most 77; the text encoder is causal and reads the
       end token only, so the cut columns, zero in every row, do not change it.
+
+    Raises:
+      ValueError: a bad template, or a text that is not plain ASCII.
     """
-    texts = [f"a photo with a {name}" for name in class_names]
-    texts += [f"{_ARTICLES[task]} {task} photo" for task in TASKS]
-    ids = tokenize(texts)
+
+    def texts_as(kind: str) -> list[str]:
+        return [template.replace("{CLS}", name).replace("{TYPE}", kind) for name in class_names]
+
+    things = texts_as("thing") if names_type(template) else []
+    padding = [f"{_ARTICLES[task]} {task} photo" for task in TASKS]
+    ids = tokenize([*texts_as("stuff"), *padding, *things])
     return ids[:, : int((ids != 0).sum(axis=1).max())]
 
 

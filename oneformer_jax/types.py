@@ -52,8 +52,10 @@ class Predictions:
       mask_embed: [N, B, Q, D].
       mask_features: [B, h, w, D] at stride 4.
       queries: [B, Q, D], the queries that enter the decoder; the contrastive loss compares them.
-      text_queries: [B, Q, D] of the text branch, or None outside training.
-      logit_scale: scalar, logarithm of the contrastive scale, or None outside training.
+      text_queries: [B, Q, D] of the text branch, or None without it (outside training).
+      logit_scale: scalar, logarithm of the contrastive scale, or None without the text branch.
+      query_class_logits: [B, num_texts, K+1], what the first of `queries` say of the classes of the
+        text list, or None unless the model is trained with that loss.
     """
 
     class_logits: jax.Array
@@ -62,6 +64,7 @@ class Predictions:
     queries: jax.Array
     text_queries: jax.Array | None = None
     logit_scale: jax.Array | None = None
+    query_class_logits: jax.Array | None = None
 
     def mask_logits(self, n: int = -1) -> jax.Array:
         """Mask logits of prediction `n`, float32 [B, Q, h, w] (inference only: this is large)."""

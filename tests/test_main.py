@@ -185,6 +185,55 @@ def test_train_gets_data_that_fits_the_model(config, monkeypatch):
     assert calls == ["train"]
 
 
+@pytest.mark.parametrize(
+    ("only_task", "expected"),
+    [
+        ("", (0.33, 0.33)),
+        ("panoptic", (0.0, 0.0)),
+        ("instance", (0.0, 1.0)),
+        ("semantic", (1.0, 0.0)),
+    ],
+)
+def test_one_task_alone_can_be_trained(config, only_task, expected):
+    with config.unlocked():
+        config.data.only_task = only_task
+    settings = main.train_loader_config(config)
+    assert (settings.semantic_prob, settings.instance_prob) == expected
+
+
+def test_the_text_template_reaches_the_table_and_the_loader(config, monkeypatch):
+    from oneformer_jax.train import loop
+
+    def train(*_, metadata, text_table, train_batches, **__):
+        batches = train_batches(0)
+        highest.append((metadata.num_classes, len(text_table), next(batches)["text_ids"].max()))
+        batches.close()
+
+    highest = []
+    monkeypatch.setattr(loop, "train", train)
+    with config.unlocked():
+        config.data.text_template = "{CLS} {TYPE}"
+        config.data.only_task = "instance"
+    main.run_train(config, "run")
+    ((classes, rows, top),) = highest
+    assert rows == 2 * classes + 3
+    assert classes + 3 <= top < rows
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("only_task", "all", r"data\.only_task is 'all'; use one of panoptic, instance, semantic"),
+        ("text_template", "a photo", r"data\.text_template is 'a photo'"),
+    ],
+)
+def test_bad_tasks_and_templates_are_refused(config, key, value, message):
+    with config.unlocked():
+        config.data[key] = value
+    with pytest.raises(ValueError, match=message):
+        main.train_loader_config(config)
+
+
 def test_eval_gets_the_validation_split(config, monkeypatch):
     from oneformer_jax.train import loop
 

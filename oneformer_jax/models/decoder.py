@@ -62,14 +62,14 @@ class QueryInitDecoder(nnx.Module):
 
 
 class QueryInit(nnx.Module):
-    """The official `class_transformer`: turns Q-1 copies of the task token into queries."""
+    """The official `class_transformer`: turns copies of the task token into queries."""
 
     def __init__(self, config, *, rngs, dtype):
         self.remat = config.remat
         self.decoder = QueryInitDecoder(config, rngs=rngs, dtype=dtype)
 
     def __call__(self, features, task, query_positions, key: Key = None) -> jax.Array:
-        """features [B, h, w, D], task [B, D], query_positions [Q-1, D] -> float32 [B, Q-1, D]."""
+        """features [B, h, w, D], task [B, D], query_positions [n, D] -> float32 [B, n, D]."""
         batch, height, width, dim = features.shape
         sine = layers.sine_positions(height, width, dim).reshape(1, -1, dim)
         values = sine.astype(features.dtype)
@@ -123,16 +123,20 @@ class TransformerDecoder(nnx.Module):
         normal = nnx.initializers.normal(1.0)
         self.query_embed = nnx.Embed(config.num_queries, width, embedding_init=normal, rngs=rngs)
         self.level_embed = nnx.Embed(3, width, embedding_init=normal, rngs=rngs)
-        self.class_input_proj = conv(
-            config.mask_dim,
-            width,
-            1,
-            bias=True,
-            init=layers.c2_xavier_init,
-            rngs=rngs,
-            dtype=dtype,
-        )
-        self.class_transformer = QueryInit(config, rngs=rngs, dtype=dtype)
+        self.queries = config.queries
+        if self.queries == "learned":
+            self.query_feat = nnx.Embed(config.num_queries, width, embedding_init=normal, rngs=rngs)
+        else:
+            self.class_input_proj = conv(
+                config.mask_dim,
+                width,
+                1,
+                bias=True,
+                init=layers.c2_xavier_init,
+                rngs=rngs,
+                dtype=dtype,
+            )
+            self.class_transformer = QueryInit(config, rngs=rngs, dtype=dtype)
         count, options = config.decoder_layers, dict(rngs=rngs, dtype=dtype)
         self.transformer_cross_attention_layers = nnx.List(
             CrossAttentionLayer(width, heads, **options) for _ in range(count)
@@ -148,14 +152,18 @@ class TransformerDecoder(nnx.Module):
         self.mask_embed = MLP([width, width, width, config.mask_dim], rngs=rngs)
 
     def __call__(
-        self, mask_features: jax.Array, maps: list[jax.Array], task: jax.Array, key: Key = None
+        self,
+        mask_features: jax.Array,
+        maps: list[jax.Array],
+        task: jax.Array | None,
+        key: Key = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Runs the decoder.
 
         Args:
           mask_features: [B, h, w, mask_dim] at stride 4.
           maps: three [B, h_l, w_l, D] at strides 32, 16, 8.
-          task: float32 [B, D], the output of the task MLP.
+          task: float32 [B, D], the output of the task MLP; None with "learned" queries.
           key: PRNG key of the dropout in the query initialisation, or None.
 
         Returns:
@@ -163,11 +171,8 @@ class TransformerDecoder(nnx.Module):
           queries [B, Q, D] that enter the decoder; all float32.
         """
         dtype = mask_features.dtype
-        task = self.decoder_norm(task)
         positions = self.query_embed.embedding[...]
-        features = self.class_input_proj(mask_features)
-        initial = self.class_transformer(features, task, positions[:-1], key)
-        queries = jnp.concatenate([initial, task[:, None]], axis=1)
+        queries = self._initial_queries(mask_features, task, positions, key)
 
         width = queries.shape[-1]
         values, keys, pyramid = [], [], []
@@ -201,6 +206,19 @@ class TransformerDecoder(nnx.Module):
             predictions.append(self._predict(x))
         class_logits, mask_embed = (jnp.stack(p) for p in zip(*predictions, strict=True))
         return class_logits, mask_embed, queries
+
+    def _initial_queries(self, mask_features, task, positions, key: Key) -> jax.Array:
+        """The queries float32 [B, Q, D] that enter the decoder; `positions` [Q, D]."""
+        if self.queries == "learned":
+            shape = (len(mask_features), *positions.shape)
+            return jnp.broadcast_to(self.query_feat.embedding[...], shape)
+        task = self.decoder_norm(task)
+        features = self.class_input_proj(mask_features)
+        if self.queries == "no_token":
+            return self.class_transformer(features, task, positions, key)
+        start = jnp.zeros_like(task) if self.queries == "zeros" else task
+        initial = self.class_transformer(features, start, positions[:-1], key)
+        return jnp.concatenate([initial, task[:, None]], axis=1)
 
     def _predict(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = self.decoder_norm(x.astype(jnp.float32))

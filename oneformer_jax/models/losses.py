@@ -24,7 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 from oneformer_jax.models import matcher, points
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.points import Purpose
-from oneformer_jax.types import Predictions
+from oneformer_jax.types import TASKS, Predictions
 
 POINT_SAMPLING = ("per_mask", "shared")
 
@@ -40,7 +40,8 @@ class LossConfig:
       class_weight: weight of the cross entropy over classes.
       mask_weight: weight of the binary cross entropy at points.
       dice_weight: weight of the dice loss at points.
-      contrastive_weight: weight of the query-text contrast.
+      contrastive_weight: weight of the loss on the queries that enter the decoder: the query-text
+        contrast, or what the model has in its place.
       no_object_weight: weight of "no object" within the cross entropy.
       num_points: points per mask, P.
       oversample_ratio: candidates per mask, in units of `num_points`.
@@ -109,7 +110,7 @@ def compute_losses(
     Args:
       predictions: what the model computed; its last prediction is the final one.
       targets: segment_map uint8 [B, H, W] (0 = no segment, i + 1 = slot i), classes int32 [B, M],
-        valid bool [B, M].
+        valid bool [B, M]; text_ids int32 [B, num_texts] if the predictions hold query classes.
       key: PRNG key of the step; all points are drawn from it.
       config: weights and sampling.
       mesh: the mesh the batch is sharded over, if any (see `matcher.match`).
@@ -117,8 +118,9 @@ def compute_losses(
     Returns:
       The loss, a float32 scalar, and its terms, each already weighted, so that they add up to it:
       loss_ce, loss_mask, loss_dice of the final prediction, the same with _0 .. _{N-2} of the
-      earlier ones, and loss_contrastive if the predictions hold text queries. One more entry is
-      no loss: matcher_nonfinite, the number of matching costs that were not finite.
+      earlier ones, and loss_contrastive if the predictions hold text queries, or loss_query_class
+      if they hold query classes. One more entry is no loss: matcher_nonfinite, the number of
+      matching costs that were not finite.
 
     Raises:
       ValueError: shapes that do not fit each other or the configuration.
@@ -153,6 +155,10 @@ def compute_losses(
             config.max_logit_scale,
         )
         terms["loss_contrastive"] = config.contrastive_weight * contrast
+    if predictions.query_class_logits is not None:
+        labels = text_classes(targets["text_ids"], predictions.class_logits.shape[-1] - 1)
+        (entropy,) = _cross_entropy(predictions.query_class_logits[None], labels[None], config)
+        terms["loss_query_class"] = config.contrastive_weight * entropy
     total = sum(terms.values())
     return total, {**terms, "matcher_nonfinite": nonfinite.astype(jnp.float32)}
 
@@ -209,21 +215,41 @@ def _matching_costs(predictions, segment_map, classes, key, config: LossConfig) 
 
 def _class_losses(class_logits, classes, indices, matched, config: LossConfig) -> jax.Array:
     """Weighted cross entropy of each prediction, float32 [N]; unmatched queries are "no object"."""
-    num_predictions, _, num_queries, num_labels = class_logits.shape
+    num_queries, num_labels = class_logits.shape[2:]
     no_object = num_labels - 1
     # [N, B, M, Q]: at most one slot points to a query.
     assigned = (indices[..., None] == jnp.arange(num_queries)) & matched[..., None]
     labels = no_object + jnp.sum(
         jnp.where(assigned, classes[None, :, :, None] - no_object, 0), axis=2
     )
-    log_probabilities = jax.nn.log_softmax(class_logits.astype(jnp.float32), axis=-1)
+    return _cross_entropy(class_logits, labels, config)
+
+
+def _cross_entropy(logits, labels, config: LossConfig) -> jax.Array:
+    """Weighted mean [N] over images and queries of logits [N, B, Q, K+1], labels int32 [N, B, Q].
+
+    The mean is taken within each of the replica groups, and then over them.
+    """
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     entropy = -jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+    no_object = logits.shape[-1] - 1
     weight = jnp.where(labels == no_object, config.no_object_weight, 1.0)
 
     def group_sums(x):
-        return jnp.sum(x.reshape(num_predictions, config.replica_groups, -1), axis=-1)
+        return jnp.sum(x.reshape(len(x), config.replica_groups, -1), axis=-1)
 
     return jnp.mean(group_sums(weight * entropy) / group_sums(weight), axis=-1)
+
+
+def text_classes(text_ids: jax.Array, num_classes: int) -> jax.Array:
+    """Classes int32 of the rows `text_ids` of the table of texts; the padding texts are K.
+
+    The table holds K texts, one per class, then the 3 padding texts, then, if texts name the type
+    of a segment, the K texts of the second type.
+    """
+    last = num_classes + len(TASKS)
+    classes = jnp.where(text_ids < last, text_ids, text_ids - last)
+    return jnp.where((num_classes <= text_ids) & (text_ids < last), num_classes, classes)
 
 
 def _point_losses(logits, targets, weight, num_points: int) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from oneformer_jax.models import backbones
 from oneformer_jax.models.decoder import TransformerDecoder
-from oneformer_jax.models.layers import MLP, Key, split_key
+from oneformer_jax.models.layers import MLP, Key, linear, split_key
 from oneformer_jax.models.pixel_decoder import PixelDecoder
 from oneformer_jax.models.text import CONTEXT_LENGTH, TextEncoder
 from oneformer_jax.types import Predictions
@@ -40,6 +40,9 @@ WIDE_HEAD = {
     "text_heads": 16,
 }
 
+QUERIES = ("task", "no_token", "zeros", "learned")
+QUERY_LOSSES = ("contrastive", "classification", "none")
+
 
 @dataclasses.dataclass(frozen=True)
 class OneFormerConfig:
@@ -49,7 +52,13 @@ class OneFormerConfig:
       num_classes: K, without "no object".
       backbone: config of a backbone, see `oneformer_jax.models.backbones`.
       num_queries: Q; the task token is the last of them.
-      num_context: learned context embeddings that fill the text list up to Q.
+      num_context: learned context embeddings that fill the text list up to Q; 0 is none.
+      queries: where the object queries come from. "task" (official): Q-1 copies of the task token,
+        updated by the query initialisation, and the token itself. "no_token": Q copies, the token
+        itself is no query. "zeros": as "task", but the copies are zeros. "learned": Q parameters,
+        as in Mask2Former; no task token, no query initialisation, no loss on the queries.
+      query_loss: what the queries that enter the decoder are trained with. "contrastive"
+        (official): with the text branch. "classification": query j tells the class of text j.
       hidden_dim: D; a multiple of 32 (GroupNorm) and of `num_heads`.
       dtype: compute dtype of the matrix products, "float32" or "bfloat16"; parameters, softmax,
         norm statistics, coordinates and the task token are float32 always.
@@ -72,6 +81,8 @@ class OneFormerConfig:
     query_init_dropout: float = 0.1
     decoder_layers: int = 9
     decoder_ffn: int = 2048
+    queries: str = "task"
+    query_loss: str = "contrastive"
     text_width: int = 256
     text_layers: int = 6
     text_heads: int = 4
@@ -90,15 +101,20 @@ class OneFormerConfig:
         need(
             self.hidden_dim % self.num_heads == 0, "hidden_dim", f"divide by {self.num_heads} heads"
         )
-        need(
-            0 < self.num_context < self.num_queries, "num_context", "lie between 0 and num_queries"
-        )
+        need(0 <= self.num_context < self.num_queries, "num_context", "be 0 to num_queries - 1")
+        for key, known in (("queries", QUERIES), ("query_loss", QUERY_LOSSES)):
+            need(getattr(self, key) in known, key, f"be one of {', '.join(known)}")
         need(self.dtype in ("float32", "bfloat16"), "dtype", "be float32 or bfloat16")
 
     @property
     def num_texts(self) -> int:
         """Length of an image's text list."""
         return self.num_queries - self.num_context
+
+    @property
+    def has_task(self) -> bool:
+        """Whether the task has a say."""
+        return self.queries != "learned"
 
     @classmethod
     def published(cls, backbone: str, dataset: str, **overrides) -> OneFormerConfig:
@@ -171,7 +187,7 @@ class OneFormerConfig:
 
 
 class OneFormer(nnx.Module):
-    """The whole model. The text branch exists only with `training`."""
+    """The whole model. What only losses need (the text branch) exists only with `training`."""
 
     def __init__(self, config: OneFormerConfig, *, rngs: nnx.Rngs, training: bool):
         dtype = jnp.dtype(config.dtype)
@@ -181,20 +197,27 @@ class OneFormer(nnx.Module):
         self.pixel_decoder = PixelDecoder(config, config.backbone.channels, rngs=rngs, dtype=dtype)
         self.predictor = TransformerDecoder(config, rngs=rngs, dtype=dtype)
         # float32 always: its inputs are raw token ids, which bfloat16 would round.
-        self.task_mlp = MLP([CONTEXT_LENGTH, config.hidden_dim, config.hidden_dim], rngs=rngs)
-        if training:
+        self.has_task = config.has_task
+        if self.has_task:
+            self.task_mlp = MLP([CONTEXT_LENGTH, config.hidden_dim, config.hidden_dim], rngs=rngs)
+        self.query_loss = config.query_loss if training and self.has_task else "none"
+        if self.query_loss == "classification":
+            self.query_class = linear(config.hidden_dim, config.num_classes + 1, rngs=rngs)
+        if self.query_loss == "contrastive":
             self.text_encoder = TextEncoder(
                 config.text_width, config.text_layers, config.text_heads, rngs=rngs, dtype=dtype
             )
             self.text_projector = MLP(
                 [config.text_width, config.hidden_dim, config.hidden_dim], rngs=rngs
             )
-            self.prompt_ctx = nnx.Embed(
-                config.num_context,
-                config.hidden_dim,
-                embedding_init=nnx.initializers.normal(1.0),
-                rngs=rngs,
-            )
+            self.num_context = config.num_context
+            if self.num_context:
+                self.prompt_ctx = nnx.Embed(
+                    self.num_context,
+                    config.hidden_dim,
+                    embedding_init=nnx.initializers.normal(1.0),
+                    rngs=rngs,
+                )
             self.logit_scale = nnx.Param(jnp.asarray(-np.log(0.07), jnp.float32))
 
     def __call__(
@@ -212,30 +235,41 @@ class OneFormer(nnx.Module):
         Args:
           image: float32 [B, H, W, 3], normalised (`normalize_images`); H and W multiples of 32.
           task_tokens: int32 [B, 77], rows of `types.TASK_TOKENS`.
-          text_tokens: int32 [K+3, T], the dataset's distinct texts; with `text_ids` it yields
-            `text_queries`.
-          text_ids: int32 [B, num_texts], rows of `text_tokens`.
+          text_tokens: int32 [K+3, T], the dataset's distinct texts. A template that names the type
+            of a segment has K more, see `text_classes`.
+          text_ids: int32 [B, num_texts], rows of `text_tokens`; needed for what the loss on the
+            queries compares.
           key: PRNG key of dropout and drop path; None is deterministic.
           train: whether batch norm (if the backbone has it) uses and updates batch statistics.
         """
         backbone_key, encoder_key, query_key = split_key(key, 3)
         features = self.backbone(image, key=backbone_key, train=train)
         mask_features, maps = self.pixel_decoder(features, encoder_key)
-        task = self.task_mlp(task_tokens.astype(jnp.float32))
+        task = None
+        if self.has_task:
+            task = self.task_mlp(task_tokens.astype(jnp.float32))
         class_logits, mask_embed, queries = self.predictor(mask_features, maps, task, query_key)
-        text_queries = scale = None
-        if text_ids is not None:
-            text_queries = self.encode_texts(text_tokens, text_ids)
-            scale = self.logit_scale[...]
-        return Predictions(class_logits, mask_embed, mask_features, queries, text_queries, scale)
+        predictions = Predictions(class_logits, mask_embed, mask_features, queries)
+        if text_ids is None or self.query_loss == "none":
+            return predictions
+        if self.query_loss == "classification":
+            logits = self.query_class(queries[:, : text_ids.shape[1]])
+            return dataclasses.replace(predictions, query_class_logits=logits)
+        return dataclasses.replace(
+            predictions,
+            text_queries=self.encode_texts(text_tokens, text_ids),
+            logit_scale=self.logit_scale[...],
+        )
 
     def encode_texts(self, text_tokens: jax.Array, text_ids: jax.Array) -> jax.Array:
         """Text queries float32 [B, Q, D]: the encoded text lists, then the context embeddings.
 
-        Each of the K+3 distinct texts is encoded once and gathered per image. The context
+        Each distinct text is encoded once and gathered per image. The context
         embeddings are not projected.
         """
         table = self.text_projector(self.text_encoder(text_tokens))
+        if not self.num_context:
+            return table[text_ids]
         context = self.prompt_ctx.embedding[...]
         context = jnp.broadcast_to(context, (len(text_ids), *context.shape))
         return jnp.concatenate([table[text_ids], context], axis=1)

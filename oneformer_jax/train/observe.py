@@ -227,7 +227,10 @@ class Chrono:
 
 
 # In this order, whatever stands before the last "/" of a metric's name.
-_PROGRESS_TERMS = ("loss", "loss_ce", "loss_mask", "loss_dice", "loss_contrastive", "grad_norm")
+_PROGRESS_TERMS = (
+    *("loss", "loss_ce", "loss_mask", "loss_dice", "loss_contrastive", "loss_query_class"),
+    "grad_norm",
+)
 
 
 def progress_line(step: int, total_steps: int, scalars: Mapping[str, Any]) -> str:

@@ -155,7 +155,7 @@ PARAMETER_RULES = (
         why="torch LayerNorm, GroupNorm and BatchNorm",
     ),
     ParameterRule(
-        r"(^|/)(query_embed|level_embed|prompt_ctx|token_embedding)/embedding$",
+        r"(^|/)(query_embed|query_feat|level_embed|prompt_ctx|token_embedding)/embedding$",
         decay=False,
         why="torch nn.Embedding",
     ),

@@ -207,10 +207,11 @@ def make_predict_step(config: OneFormerConfig) -> Callable[..., Predictions]:
     return predict_step
 
 
-# Top-level parameters that exist in training only.
 TEXT_PARAMS = ("text_encoder", "text_projector", "prompt_ctx", "logit_scale")
+# Top-level parameters that exist in training only.
+TRAINING_PARAMS = (*TEXT_PARAMS, "query_class")
 
 
 def inference_params(params: dict) -> dict:
-    """`params` without the text branch."""
-    return {name: value for name, value in params.items() if name not in TEXT_PARAMS}
+    """`params` without what losses alone need: the text branch."""
+    return {name: value for name, value in params.items() if name not in TRAINING_PARAMS}

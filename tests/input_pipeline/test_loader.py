@@ -123,6 +123,16 @@ def test_batch_format():
                 assert set(present) <= {1}
 
 
+def test_texts_name_the_type_of_a_segment_if_asked():
+    plain = take(make_source(), make_config(), 6)
+    typed = take(make_source(), make_config(text_types=True), 6)
+    for a, b in zip(plain, typed, strict=True):
+        # Class 1 is the thing; the table's rows of things follow 3 classes and 3 padding texts.
+        thing = (a["text_ids"] == 1) & (a["task"] != 2)[:, None]
+        np.testing.assert_array_equal(b["text_ids"], a["text_ids"] + 6 * thing)
+    assert any((b["text_ids"] == 7).any() for b in typed)
+
+
 def test_an_epoch_sees_every_record_once_and_the_next_is_reshuffled():
     batches = take(make_source(12), make_config(), 9)
     order = np.concatenate([b["index"] for b in batches]).reshape(3, 12)

@@ -121,6 +121,20 @@ def test_text_ids_follow_class_order_then_padding():
     np.testing.assert_array_equal(empty, [4 + PANOPTIC] * 2)
 
 
+@pytest.mark.parametrize(
+    ("task", "things"),
+    [(PANOPTIC, [False, True, True, False]), (INSTANCE, [True, True]), (SEMANTIC, [False] * 3)],
+)
+def test_text_ids_name_the_type_of_each_segment(task, things):
+    """Amorphous masks are stuff: all under the semantic task, those of stuff under the panoptic."""
+    classes = {PANOPTIC: [0, 1, 1, 3], INSTANCE: [1, 2], SEMANTIC: [0, 1, 3]}[task]
+    valid = np.ones(len(classes), bool)
+    ids = targets.text_ids(np.array(classes, np.int32), valid, task, 6, 4, IS_THING)
+    expected = [c + 7 * thing for c, thing in zip(classes, things, strict=True)]
+    np.testing.assert_array_equal(ids, expected + [4 + task] * (6 - len(classes)))
+    assert ids.dtype == np.int32
+
+
 class Fixed:
     def __init__(self, value):
         self.value = value

@@ -77,6 +77,31 @@ def test_text_table():
     np.testing.assert_array_equal(table[5, :6], [START, 320, 29119, 1550, 1125, END])
 
 
+@pytest.mark.parametrize(
+    ("template", "things", "stuff"),
+    [
+        ("a photo with a {CLS}", None, "a photo with a {}"),
+        ("{CLS}", None, "{}"),
+        ("a photo with a {CLS} {TYPE}", "a photo with a {} thing", "a photo with a {} stuff"),
+        ("{TYPE}: {CLS}", "thing: {}", "stuff: {}"),
+    ],
+)
+def test_text_table_of_a_template(template, things, stuff):
+    names = ("road, route", "sky")
+    texts = [stuff.format(name) for name in names]
+    texts += ["a panoptic photo", "an instance photo", "a semantic photo"]
+    texts += [things.format(name) for name in names] if things else []
+    table = tokenizer.text_table(names, template)
+    np.testing.assert_array_equal(table, tokenizer.tokenize(texts)[:, : table.shape[1]])
+    assert tokenizer.names_type(template) == bool(things)
+
+
+@pytest.mark.parametrize("template", ["", "a photo", "{TYPE}", "{CLS} {NAME}", "{CLS", "{CLS}}"])
+def test_bad_templates(template):
+    with pytest.raises(ValueError, match=r"data\.text_template is .* must hold {CLS}"):
+        tokenizer.text_table(["road"], template)
+
+
 def test_text_table_is_never_longer_than_the_context():
     table = tokenizer.text_table(["photo " * 100])
     assert table.shape == (4, 77) and table[0, -1] == END

@@ -60,7 +60,7 @@ def test_config_survives_json():
     [
         ({"hidden_dim": 40}, "model.hidden_dim is 40: it must be a multiple of 32"),
         ({"num_heads": 5}, "model.hidden_dim is 32: it must divide by 5 heads"),
-        ({"num_context": 7}, "model.num_context is 7"),
+        ({"num_context": 7}, "model.num_context is 7: it must be 0 to num_queries - 1"),
         ({"dtype": "float16"}, "model.dtype is 'float16'"),
         ({"num_classes": 0}, "model.num_classes is 0"),
     ],

@@ -28,6 +28,7 @@ NO_DECAY_MAIN = {
     "predictor/class_transformer/decoder/norm/scale",
     "predictor/decoder_norm/bias",
     "predictor/query_embed/embedding",
+    "predictor/query_feat/embedding",
     "predictor/level_embed/embedding",
     "prompt_ctx/embedding",
     "text_encoder/token_embedding/embedding",
