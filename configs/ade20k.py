@@ -14,8 +14,15 @@ run here: no number of ours stands beside them yet.
   swin_large,res=1280   51.4  37.8  57.0  57.7  8 x A6000      1
   convnext_large        50.0  36.2  56.6  57.4  8 x A6000      convnext_large_22k_1k_384
   convnext_xlarge       50.1  36.3  57.4  58.8  8 x A100 80GB  convnext_xlarge_22k_1k_384_ema
+  dinat_large,res=640   50.5  36.0  58.3  58.4  8 x A6000      2
+  dinat_large,res=896   51.2  36.8  58.1  58.6  8 x A100 80GB  2
+  dinat_large,res=1280  51.5  37.1  58.3  58.7  8 x A6000      2
+  dinat_large,res=1280,pretrain=coco
+                        53.4  40.2  58.4  58.8  8 x A6000      3
 
   1  swin_large_patch4_window12_384_22kto1k
+  2  dinat_large_in22k_in1k_384_11x11
+  3  model of configs/coco.py:dinat_large, as --config.init.checkpoint=FILE
 
 Without an option the first row of a backbone is taken: swin_large is swin_large,res=640. swin_tiny
 has a config, but no published score; those of resnet50 stand in the paper only. Users who trained
@@ -33,6 +40,20 @@ VARIANTS = {
     "swin_large,res=1280": {"res": 1280, "queries": 250},
     "convnext_large": {"res": 640, "queries": 250},
     "convnext_xlarge": {"res": 640, "queries": 250},
+    "dinat_large,res=640": {"res": 640, "queries": 250, "dtype": "float32"},
+    "dinat_large,res=896": {"res": 896, "queries": 250, "dtype": "float32"},
+    "dinat_large,res=1280": {
+        "backbone": "dinat_large_wide",
+        "res": 1280,
+        "queries": 250,
+        "dtype": "float32",
+    },
+    "dinat_large,res=1280,pretrain=coco": {
+        "backbone": "dinat_large_wide",
+        "res": 1280,
+        "queries": 150,
+        "dtype": "float32",
+    },
 }
 
 
@@ -46,9 +67,9 @@ def get_config(variant: str = "swin_large"):
     c.data.augment.kind = "unified"
     c.data.augment.short_edge = res
     c.data.augment.max_size = 4 * res
-    c.model.backbone.name = backbone
+    c.model.backbone.name = row.get("backbone", backbone)
     c.model.num_queries = row["queries"]
-    c.model.dtype = "bfloat16"
+    c.model.dtype = row.get("dtype", "bfloat16")
     c.optim.schedule = "poly"
     c.train.steps = 160_000
     c.eval.short_edge = res

@@ -14,12 +14,14 @@ run here: no number of ours stands beside them yet.
   convnext_large,pretrain=mapillary    70.1  48.7  84.6  85.2  8 x A6000      3
   convnext_xlarge                      68.4  46.7  83.6  84.6  8 x A100 80GB  4
   convnext_xlarge,pretrain=mapillary   69.7  48.9  84.5  85.8  8 x A100 80GB  5
+  dinat_large                          67.6  45.6  83.1  84.0  8 x A6000      6
 
   1  swin_large_patch4_window12_384_22kto1k
   2  convnext_large_22k_1k_384
   3  model of configs/mapillary.py:convnext_large,for=cityscapes
   4  convnext_xlarge_22k_1k_384_ema
   5  model of configs/mapillary.py:convnext_xlarge,for=cityscapes
+  6  dinat_large_in22k_224 (neighbourhoods of 7 x 7)
 
 resnet50 has a config, but no published score.
 """
@@ -33,6 +35,7 @@ VARIANTS = {
     "convnext_large,pretrain=mapillary": {"queries": 250},
     "convnext_xlarge": {"queries": 250},
     "convnext_xlarge,pretrain=mapillary": {"queries": 250},
+    "dinat_large": {"backbone": "dinat_large_7x7", "queries": 250, "dtype": "float32"},
 }
 
 
@@ -46,11 +49,11 @@ def get_config(variant: str = "swin_large"):
     c.data.augment.kind = "unified"
     c.data.augment.short_edge = 1024
     c.data.augment.max_size = 4096
-    c.model.backbone.name = backbone
+    c.model.backbone.name = row.get("backbone", backbone)
     if backbone == "resnet50":
         c.model.backbone.overrides = {"norm": "batch"}
     c.model.num_queries = row["queries"]
-    c.model.dtype = "bfloat16"
+    c.model.dtype = row.get("dtype", "bfloat16")
     c.optim.schedule = "poly"
     c.train.steps = 90_000
     c.eval.short_edge = 1024

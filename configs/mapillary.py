@@ -12,10 +12,12 @@ since the official evaluation has none here. Not run here: no number of ours sta
   convnext_large                   47.9  63.2  63.8  8 x A6000      2
   convnext_large,for=cityscapes    -     -     -     8 x A6000      2
   convnext_xlarge,for=cityscapes   -     -     -     8 x A100 80GB  3
+  dinat_large                      47.8  64.0  64.9  8 x A6000      4
 
   1  swin_large_patch4_window12_384_22kto1k
   2  convnext_large_22k_1k_384
   3  convnext_xlarge_22k_1k_384_ema
+  4  dinat_large_in22k_in1k_384_11x11
 
 The published configs never train the instance task: half of the images are semantic, half panoptic.
 Only with for=cityscapes (official name cityscapes_pretrain), whose models are what
@@ -30,6 +32,7 @@ VARIANTS = {
     "convnext_large": {"queries": 250},
     "convnext_large,for=cityscapes": {"queries": 250, "instance_task": True},
     "convnext_xlarge,for=cityscapes": {"queries": 250, "instance_task": True},
+    "dinat_large": {"queries": 250, "dtype": "float32"},
 }
 
 
@@ -51,7 +54,7 @@ def get_config(variant: str = "swin_large"):
     if backbone == "resnet50":
         c.model.backbone.overrides = {"norm": "batch"}
     c.model.num_queries = row["queries"]
-    c.model.dtype = "bfloat16"
+    c.model.dtype = row.get("dtype", "bfloat16")
     c.optim.schedule = "poly"
     c.train.steps = 300_000
     c.train.eval_every = 30_000

@@ -19,7 +19,9 @@ DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
 RECIPES = {name: importlib.import_module(f"configs.{name}") for name in DATASETS}
 VARIANTS = [(name, variant) for name, recipe in RECIPES.items() for variant in recipe.VARIANTS]
 
-every_variant = pytest.mark.parametrize(("dataset", "variant"), VARIANTS, ids=":".join)
+every_variant = pytest.mark.parametrize(
+    ("dataset", "variant"), VARIANTS, ids=[":".join(names) for names in VARIANTS]
+)
 
 
 def recipe(dataset, variant):
@@ -43,6 +45,24 @@ def test_recipe_and_table_of_published_models_agree(dataset, variant):
     settings = recipe(dataset, variant).eval
     for name in ("short_edge", "max_size", "object_mask_threshold", "overlap_threshold", "topk"):
         assert settings[name] == getattr(row, name), name
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "first", "last"),
+    [
+        ("coco:dinat_large", 11, (1, 20, 1), (1, 2, 1, 2, 1)),
+        ("mapillary:dinat_large", 11, (1, 20, 1), (1, 2, 1, 2, 1)),
+        ("ade20k:dinat_large,res=640", 11, (1, 20, 1), (1, 2, 1, 2, 1)),
+        ("ade20k:dinat_large,res=896", 11, (1, 20, 1), (1, 2, 1, 2, 1)),
+        ("ade20k:dinat_large,res=1280", 11, (1, 28, 1), (1, 3, 1, 3, 1)),
+        ("ade20k:dinat_large,res=1280,pretrain=coco", 11, (1, 28, 1), (1, 3, 1, 3, 1)),
+        ("cityscapes:dinat_large", 7, (1, 18, 1), (1, 2, 1, 2, 1)),
+    ],
+)
+def test_kernels_and_dilations(name, kernel, first, last):
+    backbone = model(*name.split(":")).backbone
+    assert backbone.kernel_size == kernel
+    assert (backbone.dilations[0], backbone.dilations[-1]) == (first, last)
 
 
 @every_variant
@@ -72,11 +92,11 @@ SMALL = {"resnet50", "swin_tiny"}
 def test_published_values(dataset, variant):
     """Spec of the official configs: what differs from row to row."""
     config, backbone = recipe(dataset, variant), variant.split(",")[0]
-    small_queries = dataset == "coco" or backbone in SMALL
+    pretrained = dataset == "ade20k" and "pretrain=coco" in variant
+    small_queries = dataset == "coco" or backbone in SMALL or pretrained
     assert config.model.num_queries == (150 if small_queries else 250)
-    assert config.model.dtype == (
-        "float32" if (dataset, backbone) == ("coco", "swin_large") else "bfloat16"
-    )
+    exact = backbone == "dinat_large" or (dataset, backbone) == ("coco", "swin_large")
+    assert config.model.dtype == ("float32" if exact else "bfloat16")
     assert config.model.num_context == 16
     optim = config.optim
     assert (optim.lr, optim.backbone_multiplier, optim.weight_decay) == (1e-4, 0.1, 0.05)
@@ -90,7 +110,7 @@ def test_published_values(dataset, variant):
         trained = dataset in ("cityscapes", "mapillary")
         assert model(dataset, variant).backbone.norm == ("batch" if trained else "frozen")
     else:
-        rate = {"swin": 0.3, "convnext": 0.4}[backbone.split("_")[0]]
+        rate = {"swin": 0.3, "convnext": 0.4, "dinat": 0.3}[backbone.split("_")[0]]
         assert model(dataset, variant).backbone.drop_path_rate == rate
 
 
@@ -100,6 +120,7 @@ def test_published_values(dataset, variant):
         ("coco", "resnet50", 368_750, (327_778, 355_092)),
         ("coco", "swin_tiny", 368_750, (327_778, 355_092)),
         ("coco", "swin_large", 737_500, (655_556, 735_184)),
+        ("coco", "dinat_large", 737_500, (655_556, 710_184)),
         ("ade20k", "swin_large", 160_000, None),
         ("cityscapes", "swin_large", 90_000, None),
         ("mapillary", "swin_large", 300_000, None),
@@ -210,6 +231,8 @@ TOTALS = {
     "ade20k:swin_large": (236.354, 218.811),
     "ade20k:convnext_large": (237.386, 219.843),
     "ade20k:convnext_xlarge": (389.550, 372.007),
+    "ade20k:dinat_large": (240.763, 223.220),
+    "cityscapes:dinat_large": (240.528, 222.985),
 }
 
 
@@ -223,12 +246,13 @@ def test_published_totals(name):
 def test_every_recipe_builds_with_the_total_of_its_backbone(dataset, variant):
     """Models of one backbone differ by classes, queries and a trained norm alone."""
     config, backbone = model(dataset, variant), variant.split(",")[0]
-    name = next(name for name in TOTALS if name.split(":")[1].split(",")[0] == backbone)
+    exact = f"{dataset}:{variant}"
+    name = exact if exact in TOTALS else next(n for n in TOTALS if n.endswith(f":{backbone}"))
     other = model(*name.split(":"))
     expected = TOTALS[name][0]
     expected += 1e-6 * (config.num_classes - other.num_classes) * (config.hidden_dim + 1)
     expected += 1e-6 * (config.num_queries - other.num_queries) * config.hidden_dim
-    if config.backbone != other.backbone:
+    if backbone == "resnet50" and config.backbone != other.backbone:
         assert (other.backbone.norm, config.backbone.norm) == ("frozen", "batch")
         expected += 23.508 - 23.455
     assert _millions(config, training=True) == pytest.approx(expected, abs=1.1e-3)
@@ -257,6 +281,11 @@ def test_find_gives_the_models_with_the_same_tensors():
         text_layers=3,
     )
     assert published.find(other) == found
+    dinat = model("ade20k", "dinat_large")
+    assert len(published.find(dinat)) == 3
+    assert _names(published.find(dinat, "1280x1280_250_16_dinat_l_oneformer_ade20k_160k")) == [
+        "dinat_large,res=1280"
+    ]
     frozen = dataclasses.replace(
         OneFormerConfig.resnet50("cityscapes"), backbone=OneFormerConfig.resnet50("coco").backbone
     )

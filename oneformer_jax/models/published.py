@@ -53,10 +53,12 @@ def _published(
     max_size: int,
     file: str = "",
     *,
-    backbone: dict[str, Any] | None = None,
+    backbone: str | None = None,
+    norm: str | None = None,
     **model: Any,
 ) -> Published:
-    config = backbones.backbone_config(variant.split(",")[0], **(backbone or {}))
+    options = {"norm": norm} if norm else {}
+    config = backbones.backbone_config(backbone or variant.split(",")[0], **options)
     return Published(
         dataset=dataset,
         variant=variant,
@@ -88,8 +90,6 @@ def _mapillary(variant: str, num_queries: int, file: str = "", **fields) -> Publ
     return _published("mapillary", variant, num_queries, 2048, 2048, file, **fields)
 
 
-_TRAINED_NORM = {"norm": "batch"}
-
 MODELS = (
     _ade20k("resnet50", 150, 512),
     _ade20k("swin_tiny", 150, 512),
@@ -98,10 +98,27 @@ MODELS = (
     _ade20k("swin_large,res=1280", 250, 1280, "1280x1280_250_16_swin_l_oneformer_ade20k_160k"),
     _ade20k("convnext_large", 250, 640, "250_16_convnext_l_oneformer_ade20k_160k"),
     _ade20k("convnext_xlarge", 250, 640, "250_16_convnext_xl_oneformer_ade20k_160k"),
+    _ade20k("dinat_large,res=640", 250, 640, "250_16_dinat_l_oneformer_ade20k_160k"),
+    _ade20k("dinat_large,res=896", 250, 896, "896x896_250_16_dinat_l_oneformer_ade20k_160k"),
+    _ade20k(
+        "dinat_large,res=1280",
+        250,
+        1280,
+        "1280x1280_250_16_dinat_l_oneformer_ade20k_160k",
+        backbone="dinat_large_wide",
+    ),
+    _ade20k(
+        "dinat_large,res=1280,pretrain=coco",
+        150,
+        1280,
+        "coco_pretrain_1280x1280_150_16_dinat_l_oneformer_ade20k_160k",
+        backbone="dinat_large_wide",
+    ),
     _coco("resnet50", 150),
     _coco("swin_tiny", 150),
     _coco("swin_large", 150, "150_16_swin_l_oneformer_coco_100ep"),
-    _cityscapes("resnet50", 150, backbone=_TRAINED_NORM),
+    _coco("dinat_large", 150, "150_16_dinat_l_oneformer_coco_100ep"),
+    _cityscapes("resnet50", 150, norm="batch"),
     _cityscapes("swin_large", 250, "250_16_swin_l_oneformer_cityscapes_90k"),
     _cityscapes("convnext_large", 250, "250_16_convnext_l_oneformer_cityscapes_90k"),
     _cityscapes(
@@ -115,7 +132,13 @@ MODELS = (
         250,
         "mapillary_pretrain_250_16_convnext_xl_oneformer_cityscapes_90k",
     ),
-    _mapillary("resnet50", 150, backbone=_TRAINED_NORM),
+    _cityscapes(
+        "dinat_large",
+        250,
+        "250_16_dinat_l_oneformer_cityscapes_90k",
+        backbone="dinat_large_7x7",
+    ),
+    _mapillary("resnet50", 150, norm="batch"),
     _mapillary("swin_large", 250, "250_16_swin_l_oneformer_mapillary_300k"),
     _mapillary("convnext_large", 250, "250_16_convnext_l_oneformer_mapillary_300k"),
     _mapillary(
@@ -128,6 +151,7 @@ MODELS = (
         250,
         "mapillary_pretrain_250_16_convnext_xl_oneformer_mapillary_300k",
     ),
+    _mapillary("dinat_large", 250, "250_16_dinat_l_oneformer_mapillary_300k"),
 )
 
 # What does not show in the tensors, or (the text branch) may be missing from them.
