@@ -3,6 +3,7 @@
   python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=train
   python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=eval
   python main.py --workdir=runs/synthetic --mode=predict --image=FILE_OR_FOLDER --task=all
+  python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
 
 Any value of the config is overridden with --config.KEY=VALUE, as in --config.optim.lr=3e-4.
 Running the same command again resumes, or skips what is done.
@@ -27,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 COMMON = os.path.join("configs", "common.py")  # every key of a config
 TASKS = ("panoptic", "instance", "semantic", "all")
+FORMATS = ("workdir", "official", "hugging_face")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, FILE.py or FILE.py:VARIANT.", lock_config=True
@@ -34,14 +36,25 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "convert"], "What to do.")
 _CHECKPOINT = flags.DEFINE_integer(
     "checkpoint", None, "eval, predict: step of the checkpoint; the newest when not given.", 0
 )
 _IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
 _TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three.")
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "predict: folder of the results; WORKDIR/predictions when not given."
+    "output",
+    None,
+    "predict: folder of the results, WORKDIR/predictions when not given. convert: what is written.",
+)
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "convert: an official .pth, a Hugging Face folder or a workdir.",
+)
+_FORMAT = flags.DEFINE_enum("format", "workdir", FORMATS, "convert: what the output is to be.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "convert: the published model, where tensors do not tell, as coco:swin_large."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -208,6 +221,40 @@ def run_predict(
         print(f"  {file}")
 
 
+def run_convert(source: str, output: str, form: str = "workdir", model: str | None = None) -> None:
+    """Converts weights between this program's workdirs and the files of other programs."""
+    import oneformer_jax
+    from oneformer_jax.train import checkpoint
+    from oneformer_jax.weights import convert, files
+
+    if files.is_foreign(source):
+        found = convert.read_model(source, config=model)
+        print(found.summary())
+        trained = checkpoint.Trained(
+            found.config.to_dict(),
+            found.params,
+            found.stats,
+            oneformer_jax.classes_of(found, source),
+            {"eval": found.settings},
+            step=0,
+        )
+    else:
+        trained = checkpoint.load_for_inference(source)
+    if form == "workdir":
+        checkpoint.write_converted(output, trained)
+    else:
+        convert.write_model(
+            output,
+            form,
+            oneformer_jax.OneFormerConfig.from_dict(trained.model),
+            trained.params,
+            trained.stats,
+            metadata=trained.metadata,
+            settings=trained.settings["eval"],
+        )
+    print(f"{source} is converted to {output}")
+
+
 # ------------------------------------------------------------------------ from config to data
 
 
@@ -321,14 +368,19 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         fail(f"{argv[1]!r} is not a flag; flags begin with --", 2)
     mode, config = _MODE.value, _CONFIG.value
-    require_flags(workdir=_WORKDIR.value)
-    require_flags(**({"image": _IMAGE.value} if mode == "predict" else {"config": config}))
+    if mode == "convert":
+        require_flags(source=_SOURCE.value, output=_OUTPUT.value)
+    else:
+        require_flags(workdir=_WORKDIR.value)
+        require_flags(**({"image": _IMAGE.value} if mode == "predict" else {"config": config}))
     try:
         start_jax(config.compilation_cache if config else "", _DISTRIBUTED.value)
         if mode == "train":
             run_train(config, _WORKDIR.value)
         elif mode == "eval":
             run_eval(config, _WORKDIR.value, _CHECKPOINT.value)
+        elif mode == "convert":
+            run_convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value)
         else:
             run_predict(_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """OneFormer in JAX: one model for panoptic, instance and semantic segmentation.
 
     import oneformer_jax
-    segmenter = oneformer_jax.load("runs/synthetic")
+    segmenter = oneformer_jax.load("runs/synthetic")  # or an official .pth, or a HF folder
     segmentation = segmenter(image, task="panoptic")  # image: uint8 [H, W, 3], RGB
     segmentation.overlay()
 
@@ -14,38 +14,122 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from oneformer_jax.eval.postprocess import Segmentation
     from oneformer_jax.eval.predict import Segmenter
     from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig
-    from oneformer_jax.types import TASKS
+    from oneformer_jax.types import TASKS, Metadata
+    from oneformer_jax.weights.convert import Model
 
-__all__ = ["TASKS", "OneFormer", "OneFormerConfig", "Segmentation", "Segmenter", "load"]
+__all__ = [
+    "TASKS",
+    "Metadata",
+    "OneFormer",
+    "OneFormerConfig",
+    "Segmentation",
+    "Segmenter",
+    "classes_of",
+    "load",
+]
 
 
-def load(path: str | os.PathLike[str], **overrides: Any) -> Segmenter:
-    """A `Segmenter` from a trained workdir or from one of its checkpoints.
+def load(
+    path: str | os.PathLike[str],
+    config: OneFormerConfig | str | None = None,
+    *,
+    metadata: Metadata | str | None = None,
+    mesh: Mesh | None = None,
+    **overrides: Any,
+) -> Segmenter:
+    """A `Segmenter` from a trained workdir, an official checkpoint or a Hugging Face folder.
+
+    Of other programs' files, the architecture is recognised from the tensors, the classes from
+    their number, and thresholds, test size and dilations from the published model that has the same
+    tensors (see docs/weights.md).
 
     Args:
-      path: a workdir (its newest checkpoint is taken) or a folder `workdir/checkpoints/<step>`.
+      path: a workdir (its newest checkpoint is taken) or a folder `workdir/checkpoints/<step>`; an
+        official `.pth`; a folder of `transformers` (config.json, model.safetensors).
+      config: not for workdirs: the architecture, or the name of a published model such as
+        "ade20k:dinat_large,res=1280", where the tensors alone do not tell.
+      metadata: not for workdirs: the classes, or the name of a dataset.
+      mesh: devices to run on, see `Segmenter`.
       **overrides: `short_edge`, `max_size` and fields of `PostprocessConfig` (such as
-        `object_mask_threshold`) that replace the run's own; `mesh`, the devices to run on.
+        `object_mask_threshold`) that replace the run's or the published ones; not for workdirs,
+        fields of `OneFormerConfig` that tensors do not show (such as `num_heads`, or
+        `backbone={"dilations": ...}`).
 
     Raises:
-      ValueError: no trained model at `path`, a damaged one, or an unknown override.
+      ValueError: no trained model at `path`, a damaged one or one that does not fit, an unknown
+        override, or something that has to be given.
     """
+    import dataclasses
+
     from oneformer_jax.eval.predict import Segmenter
     from oneformer_jax.models.oneformer import OneFormerConfig
-    from oneformer_jax.train.checkpoint import load_for_inference
+    from oneformer_jax.train import checkpoint
+    from oneformer_jax.weights import convert, files
 
-    trained = load_for_inference(path)
+    options = {"mesh": mesh}
+    if not files.is_foreign(path):
+        if config is not None or metadata is not None:
+            given = "config" if config is not None else "metadata"
+            raise ValueError(f"{path} is a workdir, which holds its own {given}; leave it out")
+        trained = checkpoint.load_for_inference(path)
+        return Segmenter.from_settings(
+            OneFormerConfig.from_dict(trained.model),
+            trained.params,
+            trained.stats,
+            trained.metadata,
+            trained.settings["eval"],
+            **options,
+            **overrides,
+        )
+    fields = {f.name for f in dataclasses.fields(OneFormerConfig)}
+    architecture = {name: value for name, value in overrides.items() if name in fields}
+    overrides = {name: value for name, value in overrides.items() if name not in fields}
+    found = convert.read_model(path, config=config, **architecture)
     return Segmenter.from_settings(
-        OneFormerConfig.from_dict(trained.model),
-        trained.params,
-        trained.stats,
-        trained.metadata,
-        trained.settings["eval"],
+        found.config,
+        {name: x for name, x in found.params.items() if name not in convert.TEXT_PARTS},
+        found.stats,
+        classes_of(found, path, metadata),
+        found.settings,
+        **options,
         **overrides,
     )
+
+
+def classes_of(
+    model: Model, path: str | os.PathLike[str], given: Metadata | str | None = None
+) -> Metadata:
+    """The classes of a model from another program's file: given, in the file, or by their number.
+
+    Args:
+      model: from `weights.convert.read_model`.
+      path: of the file, for the message.
+      given: the classes, or the name of a dataset.
+
+    Raises:
+      ValueError: an unknown dataset, or a number of classes that no known dataset has.
+    """
+    import dataclasses
+
+    from input_pipeline import datasets
+    from oneformer_jax.types import Metadata
+
+    if isinstance(given, Metadata):
+        return given
+    if given is None and model.metadata is not None:
+        return model.metadata
+    name = given or model.dataset
+    if name is None:
+        raise ValueError(
+            f"{path} has {model.config.num_classes} classes, which no known dataset has; give "
+            "metadata (names, colours, things), a Metadata or the name of a dataset"
+        )
+    return Metadata(**dataclasses.asdict(datasets.dataset_info(name)))
 
 
 def __getattr__(name: str) -> Any:
@@ -55,7 +139,7 @@ def __getattr__(name: str) -> Any:
         from oneformer_jax.eval import postprocess as module
     elif name == "Segmenter":
         from oneformer_jax.eval import predict as module
-    elif name == "TASKS":
+    elif name in ("TASKS", "Metadata"):
         from oneformer_jax import types as module
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,16 +14,22 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RULES = {
     "main": (
         "oneformer_jax oneformer_jax.types oneformer_jax.train oneformer_jax.eval"
-        " oneformer_jax.eval.evaluate input_pipeline configs configs.common",
+        " oneformer_jax.eval.evaluate oneformer_jax.weights input_pipeline input_pipeline.datasets"
+        " configs configs.common",
         "absl jax ml_collections",
     ),
     "oneformer_jax": (
-        "oneformer_jax.types oneformer_jax.models oneformer_jax.train oneformer_jax.eval",
+        "oneformer_jax.types oneformer_jax.models oneformer_jax.train oneformer_jax.eval"
+        " oneformer_jax.weights input_pipeline.datasets",
         "",
+    ),
+    "oneformer_jax.weights": (
+        "oneformer_jax.weights oneformer_jax.models oneformer_jax.types",
+        "flax jax numpy safetensors",
     ),
     "oneformer_jax.train": (
         "oneformer_jax.train oneformer_jax.eval oneformer_jax.eval.evaluate oneformer_jax.models"
-        " oneformer_jax.types",
+        " oneformer_jax.types oneformer_jax.weights",
         "absl clu etils flax jax ml_collections numpy optax orbax PIL tensorboard",
     ),
     "oneformer_jax.eval": (
@@ -40,8 +46,10 @@ RULES = {
     ),
     "oneformer_jax.types": ("", "jax numpy"),
     "kernels": ("kernels", "jax numpy"),
+    # Tables only: the public API may read the classes of a dataset in them.
+    "input_pipeline.datasets": ("", "numpy"),
     "input_pipeline": (
-        "input_pipeline",
+        "input_pipeline input_pipeline.datasets",
         "absl array_record cv2 etils grain importlib_resources instant_clip_tokenizer numpy PIL"
         " tensorflow_datasets",
     ),

@@ -60,6 +60,8 @@ class OneFormerConfig:
       query_loss: what the queries that enter the decoder are trained with. "contrastive"
         (official): with the text branch. "classification": query j tells the class of text j.
       hidden_dim: D; a multiple of 32 (GroupNorm) and of `num_heads`.
+      text_causal: whether a text's tokens see only those before them, as in the official code. In
+        the port in `transformers` all 77 positions see each other.
       dtype: compute dtype of the matrix products, "float32" or "bfloat16"; parameters, softmax,
         norm statistics, coordinates and the task token are float32 always.
       remat: recompute blocks in the backward pass instead of keeping their activations.
@@ -86,6 +88,7 @@ class OneFormerConfig:
     text_width: int = 256
     text_layers: int = 6
     text_heads: int = 4
+    text_causal: bool = True
     dtype: str = "float32"
     remat: bool = False
 
@@ -205,7 +208,12 @@ class OneFormer(nnx.Module):
             self.query_class = linear(config.hidden_dim, config.num_classes + 1, rngs=rngs)
         if self.query_loss == "contrastive":
             self.text_encoder = TextEncoder(
-                config.text_width, config.text_layers, config.text_heads, rngs=rngs, dtype=dtype
+                config.text_width,
+                config.text_layers,
+                config.text_heads,
+                rngs=rngs,
+                dtype=dtype,
+                causal=config.text_causal,
             )
             self.text_projector = MLP(
                 [config.text_width, config.hidden_dim, config.hidden_dim], rngs=rngs

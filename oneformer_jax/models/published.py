@@ -157,7 +157,7 @@ MODELS = (
 # What does not show in the tensors, or (the text branch) may be missing from them.
 _NOT_IN_TENSORS = {
     "query_loss",
-    *("num_context", "text_width", "text_layers", "text_heads"),
+    *("num_context", "text_width", "text_layers", "text_heads", "text_causal"),
     *("encoder_dropout", "query_init_dropout", "dtype", "remat"),
     *("norm", "drop_path_rate", "layer_scale_init", "dilations"),
 }

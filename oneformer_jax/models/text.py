@@ -2,7 +2,8 @@
 
 The official encoder is CLIP's architecture (arXiv 2103.00020) trained from scratch. It is causal
 and reads only the end-of-text position, so texts are cut to the longest one. A dataset has K + 3
-distinct texts; they are encoded once a step and gathered per image.
+distinct texts; they are encoded once a step and gathered per image. The port in Hugging Face's
+`transformers` never applies the causal mask; `causal=False` does the same, padding included.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class TextBlock(nnx.Module):
         self.ln_2 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.mlp = TextMLP(width, num_layers, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, mask=mask)
         return x + self.mlp(self.ln_2(x))
@@ -77,7 +78,17 @@ class TextTransformer(nnx.Module):
 class TextEncoder(nnx.Module):
     """Token ids to one vector a text."""
 
-    def __init__(self, width: int, num_layers: int, num_heads: int, *, rngs, dtype=jnp.float32):
+    def __init__(
+        self,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        rngs,
+        dtype=jnp.float32,
+        causal: bool = True,
+    ):
+        self.causal = causal
         self.token_embedding = nnx.Embed(
             VOCABULARY, width, embedding_init=_normal(0.02), rngs=rngs, dtype=dtype
         )
@@ -92,10 +103,15 @@ class TextEncoder(nnx.Module):
         length = tokens.shape[1]
         if length > CONTEXT_LENGTH:
             raise ValueError(f"text tokens are {length} long; the encoder reads {CONTEXT_LENGTH}")
+        mask = None
+        if self.causal:
+            mask = jnp.asarray(np.tril(np.ones((length, length), bool)))
+            mask = jnp.broadcast_to(mask, (len(tokens), length, length))
+        else:  # every position is attended to, those after the end of the text too
+            tokens = jnp.pad(tokens, ((0, 0), (0, CONTEXT_LENGTH - length)))
+            length = CONTEXT_LENGTH
         x = self.token_embedding(tokens)
         x = x + self.positional_embedding[:length].astype(x.dtype)
-        causal = jnp.asarray(np.tril(np.ones((length, length), bool)))
-        mask = jnp.broadcast_to(causal, (len(tokens), length, length))
         for block in self.transformer.resblocks:
             x = block(x, mask)
         end = jnp.take_along_axis(x, jnp.argmax(tokens, -1)[:, None, None], axis=1)[:, 0]

@@ -426,6 +426,24 @@ def load_for_inference(path: epath.PathLike, *, use_ema: bool = True) -> Trained
     return Trained(model, params, stats, metadata, settings, int(checkpoint.name))
 
 
+def write_converted(workdir: epath.PathLike, trained: Trained) -> None:
+    """Writes a new workdir with one checkpoint, for prediction and evaluation.
+
+    It has no optimizer state: training starts from it with config.init.checkpoint.
+
+    Raises:
+      CheckpointError: there is something at `workdir`.
+    """
+    workdir = _absolute(workdir)
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise CheckpointError(f"{workdir} is there already and not an empty folder; use another")
+    settings = json.dumps(trained.settings)
+    claim_workdir(workdir, trained.model, settings, trained.metadata)
+    state = {"step": np.int32(trained.step), "params": trained.params, "stats": trained.stats}
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(trained.step, state, {"step": trained.step})
+
+
 def _find_checkpoint(path: epath.Path) -> tuple[epath.Path, epath.Path]:
     """(workdir, checkpoint folder) of a path given by the user."""
     expected = (

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from oneformer_jax.models import matcher
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import checkpoint, observe, optim, sharding
+from oneformer_jax.train import checkpoint, observe, optim, sharding, start
 from oneformer_jax.train import state as states
 from oneformer_jax.train.evaluator import Evaluator, metric_names
 from oneformer_jax.types import Metadata
@@ -105,6 +105,10 @@ def train(
             options = {"xla_backend_optimization_level": 0} if mesh_is_cpu(mesh) else None
             init = jax.jit(init, out_shardings=shardings, compiler_options=options)
             state, position = init(init_key), {"step": 0}
+            found = start.read_start(config.init, abstract["params"], abstract["stats"])
+            if found is not None:
+                start.log_start(found, config.init.backbone or config.init.checkpoint)
+                state = start.apply_start(found, state)
             observe.log_parameters(state["params"])
         first_step = position["step"]
         writer = observe.make_writer(workdir, resume_step=first_step)

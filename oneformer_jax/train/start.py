@@ -1,0 +1,75 @@
+"""The state of step 0 from files: `config.init.backbone` or `config.init.checkpoint`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from oneformer_jax.train import checkpoint
+from oneformer_jax.weights import convert, files, names, start
+from oneformer_jax.weights.start import Start
+
+
+def read_start(init: ConfigDict, params: dict, stats: dict) -> Start | None:
+    """What `config.init` names, or None if it names nothing.
+
+    Args:
+      init: `config.init`.
+      params: shapes of the parameters of the model to be trained, a nested dict.
+      stats: the same for what is not trained.
+
+    Raises:
+      ValueError: both are given, or a file that cannot be read or does not fit.
+    """
+    if init.backbone and init.checkpoint:
+        raise ValueError(
+            "init.backbone and init.checkpoint are both given; a whole model brings its own "
+            "backbone, so leave one of them empty"
+        )
+    expected = dict(names.flatten(params)) | dict(names.flatten(stats))
+    if init.backbone:
+        return start.from_backbone(os.path.expanduser(init.backbone), expected)
+    if not init.checkpoint:
+        return None
+    path = os.path.expanduser(init.checkpoint)
+    if files.is_foreign(path):
+        return start.from_model(path, expected)
+    trained = checkpoint.load_for_inference(path)
+    values = dict(names.flatten(trained.params)) | dict(names.flatten(trained.stats))
+    return start.from_arrays(path, values, expected)
+
+
+def log_start(found: Start, path: str) -> None:
+    """Says what was taken from `path` and what starts afresh."""
+    logging.info("Starting from %s: %d arrays are taken", path, len(found.arrays))
+    reasons = dict.fromkeys(found.fresh.values())
+    for reason in reasons:
+        listed = [name for name, why in found.fresh.items() if why == reason]
+        logging.info("  %d start afresh (%s): %s", len(listed), reason, convert.listing(listed, 5))
+    if found.unused:
+        logging.info("  not used from the file: %s", convert.listing(found.unused, 5))
+
+
+def apply_start(found: Start, state: dict[str, Any]) -> dict[str, Any]:
+    """The state with the arrays of `found`, each laid out as the one that it replaces."""
+    values: dict[str, np.ndarray] = {}
+
+    def replace(tree: Any, name: str = "") -> Any:
+        if isinstance(tree, dict):
+            return {k: replace(v, f"{name}.{k}" if name else str(k)) for k, v in tree.items()}
+        if name not in found.arrays:
+            return tree
+        if name not in values:  # averaged parameters have the names of the parameters
+            values[name] = found.arrays[name]().astype(tree.dtype)
+        return jax.make_array_from_callback(
+            tree.shape, tree.sharding, lambda index: values[name][index]
+        )
+
+    return state | {
+        part: replace(state[part]) for part in ("params", "stats", "ema") if part in state
+    }

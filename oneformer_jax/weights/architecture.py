@@ -1,0 +1,212 @@
+"""The architecture that a set of tensors belongs to.
+
+Widths, depths, heads by relative-position tables, windows, kernels, queries and classes are read
+off the shapes, so sizes that were never published are recognised too. What shapes cannot tell is,
+in this order: given by the caller, noted in the file's own config, taken from the published model
+with the same tensors, or the rule that all published models follow (heads of 32 channels).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from oneformer_jax.models import backbones, published
+from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.weights.torch_pickle import FileError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+HEAD_WIDTH = 32  # channels of an attention head in all published decoders
+TEXT_HEAD_WIDTH = 64  # and in their text encoders
+
+# An array that only one kind of backbone has.
+_MARKS = {
+    "swin": "backbone.layers.0.blocks.0.attn.relative_position_bias_table",
+    "convnext": "backbone.stages.0.0.dwconv.kernel",
+    "dinat": "backbone.levels.0.blocks.0.attn.rpb",
+    "resnet": "backbone.stem.conv1.kernel",
+}
+
+
+def recognise(
+    shapes: Shapes,
+    *,
+    path: str,
+    given: Mapping[str, Any],
+    noted: Mapping[str, Any],
+    frozen_norm: bool = True,
+) -> tuple[OneFormerConfig, published.Published | None]:
+    """The architecture of a set of arrays, and the published model that it is, if it is one.
+
+    Args:
+      shapes: by our names, see `names.py`.
+      path: of the file, for messages; its name may be that of a released file.
+      given: fields of `OneFormerConfig` from the caller; "backbone" may hold fields of its config.
+      noted: the same from the file's own config; `given` goes before it.
+      frozen_norm: whether a ResNet's norms were constants in training.
+
+    Raises:
+      FileError: the tensors are not those of a OneFormer.
+      ValueError: a field that is unknown, or that the caller has to give.
+    """
+    known = {field.name for field in dataclasses.fields(OneFormerConfig)}
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"{path}: unknown model fields {unknown}; known are {sorted(known)}")
+    fields = {k: v for k, v in {**noted, **given}.items() if k != "backbone"}
+    options = {**noted.get("backbone", {}), **given.get("backbone", {})}
+    reader = _Reader(shapes, path)
+    kind = reader.kind()
+    backbone = getattr(reader, f"read_{kind}")()
+    if kind == "resnet" and "norm" not in options:
+        options["norm"] = "frozen" if frozen_norm else "batch"
+    head = reader.head(fields.pop("num_heads", None))
+    try:
+        # Dilations come last: the published model is found without them.
+        config = OneFormerConfig(
+            backbone=backbones.backbone_config(kind, **_provisional(kind, backbone | options)),
+            **(head | fields),
+        )
+    except ValueError as error:
+        raise type(error)(f"{path}: {error}") from error
+    matches = published.find(config, path)
+    if kind == "dinat" and "dilations" not in options:
+        options["dilations"] = _dilations(matches, path)
+        rebuilt = backbones.backbone_config(kind, **(backbone | options))
+        config = dataclasses.replace(config, backbone=rebuilt)
+    return config, matches[0] if matches else None
+
+
+def _provisional(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    if kind != "dinat" or "dilations" in fields:
+        return fields
+    return fields | {"dilations": tuple((1,) * depth for depth in fields["depths"])}
+
+
+def _dilations(matches: tuple[published.Published, ...], path: str) -> Any:
+    found = {model.model.backbone.dilations: model for model in matches}
+    if len(found) == 1:
+        return next(iter(found))
+    way_out = 'load(..., config="ade20k:dinat_large,res=640") or backbone={"dilations": ...}'
+    if not found:
+        raise ValueError(
+            f"{path} has a DiNAT of no published size, and its tensors do not tell its dilations; "
+            f"give them: backbone={{'dilations': ((1, 2, 1), ...)}}, one number a block"
+        )
+    names = ", ".join(f"{model.dataset}:{model.variant}" for model in matches)
+    raise ValueError(
+        f"{path} fits several published models whose dilations differ ({names}); give one, as in "
+        f"{way_out}, or keep the name of the released file"
+    )
+
+
+class _Reader:
+    """Reads sizes off the shapes of arrays; FileError names what is missing."""
+
+    def __init__(self, shapes: Shapes, path: str):
+        self.shapes, self.path = shapes, path
+
+    def size(self, name: str, axis: int = 0) -> int:
+        shape = self.shapes.get(name)
+        if shape is None or not -len(shape) <= axis < len(shape):
+            raise FileError(
+                f"{self.path} is not a OneFormer, or lacks a part of it: there is no {name}"
+                + (f" of that rank ({shape})" if shape is not None else "")
+            )
+        return shape[axis]
+
+    def count(self, pattern: str) -> int:
+        """How many of the names "pattern" with {} = 0, 1, 2... are there."""
+        number = 0
+        while pattern.format(number) in self.shapes:
+            number += 1
+        return number
+
+    def kind(self) -> str:
+        found = [kind for kind, mark in _MARKS.items() if mark in self.shapes]
+        if len(found) != 1:
+            raise FileError(
+                f"{self.path} holds {'no' if not found else 'more than one'} backbone of the kinds "
+                f"{', '.join(_MARKS)}"
+            )
+        return found[0]
+
+    def head(self, num_heads: int | None) -> dict[str, Any]:
+        """The fields of everything but the backbone."""
+        encoder = "pixel_decoder.transformer.encoder.layers"
+        queries = "predictor.class_transformer.decoder.layers"
+        width = self.size("predictor.query_embed.embedding", 1)
+        heads = num_heads or max(1, width // HEAD_WIDTH)
+        samples = self.size(f"{encoder}.0.self_attn.attention_weights.bias")
+        if samples % (3 * heads):
+            raise ValueError(
+                f"{self.path}: {samples} attention weights of the pixel decoder do not divide by 3 "
+                f"levels x {heads} heads; give num_heads"
+            )
+        fields = {
+            "num_classes": self.size("predictor.class_embed.bias") - 1,
+            "num_queries": self.size("predictor.query_embed.embedding"),
+            "hidden_dim": width,
+            "mask_dim": self.size("pixel_decoder.mask_features.bias"),
+            "num_heads": heads,
+            "encoder_layers": self.count(f"{encoder}.{{}}.norm1.scale"),
+            "encoder_ffn": self.size(f"{encoder}.0.linear1.bias"),
+            "encoder_points": samples // (3 * heads),
+            "query_init_layers": self.count(f"{queries}.{{}}.norm1.scale"),
+            "query_init_ffn": self.size(f"{queries}.0.linear1.bias"),
+            "decoder_layers": self.count("predictor.transformer_ffn_layers.{}.norm.scale"),
+            "decoder_ffn": self.size("predictor.transformer_ffn_layers.0.linear1.bias"),
+        }
+        if "text_encoder.positional_embedding" in self.shapes:
+            text = self.size("text_encoder.positional_embedding", 1)
+            fields |= {
+                "num_context": self.size("prompt_ctx.embedding"),
+                "text_width": text,
+                "text_layers": self.count("text_encoder.transformer.resblocks.{}.ln_1.scale"),
+                "text_heads": max(1, text // TEXT_HEAD_WIDTH),
+            }
+        return fields
+
+    def read_swin(self) -> dict[str, Any]:
+        table = "backbone.layers.{}.blocks.0.attn.relative_position_bias_table"
+        edge = math.isqrt(self.size(table.format(0)))
+        return self._transformer("backbone.layers", "norm1") | {
+            "num_heads": tuple(self.size(table.format(stage), 1) for stage in range(4)),
+            "window_size": (edge + 1) // 2,
+        }
+
+    def read_dinat(self) -> dict[str, Any]:
+        table = "backbone.levels.{}.blocks.0.attn.rpb"
+        return self._transformer("backbone.levels", "norm1") | {
+            "num_heads": tuple(self.size(table.format(stage)) for stage in range(4)),
+            "kernel_size": (self.size(table.format(0), 1) + 1) // 2,
+        }
+
+    def _transformer(self, prefix: str, norm: str) -> dict[str, Any]:
+        width = self.size("backbone.patch_embed.norm.scale")
+        ratio = self.size(f"{prefix}.0.blocks.0.mlp.fc1.bias") / width
+        return {
+            "embed_dim": width,
+            "depths": tuple(
+                self.count(f"{prefix}.{stage}.blocks.{{}}.{norm}.scale") for stage in range(4)
+            ),
+            "mlp_ratio": ratio,
+        }
+
+    def read_convnext(self) -> dict[str, Any]:
+        return {
+            "dims": tuple(self.size(f"backbone.norm{stage}.scale") for stage in range(4)),
+            "depths": tuple(
+                self.count(f"backbone.stages.{stage}.{{}}.gamma") for stage in range(4)
+            ),
+        }
+
+    def read_resnet(self) -> dict[str, Any]:
+        return {
+            "stem_width": self.size("backbone.stem.conv1.kernel", 3),
+            "depths": tuple(
+                self.count(f"backbone.res{stage + 2}.{{}}.conv1.kernel") for stage in range(4)
+            ),
+        }
