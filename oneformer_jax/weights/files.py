@@ -217,7 +217,7 @@ def save_hugging_face(
         raise FileError(f"{path} is there already and not an empty folder; use another name")
     with _replacing(path) as temporary:
         temporary.mkdir(parents=True)
-        contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+        contiguous = {name: np.asarray(values, order="C") for name, values in tensors.items()}
         safetensors.numpy.save_file(
             contiguous, temporary / "model.safetensors", metadata={"format": "pt"}
         )
