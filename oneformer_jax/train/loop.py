@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from oneformer_jax.models import matcher
+from oneformer_jax.models import backbones, matcher
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import checkpoint, observe, optim, sharding, start
 from oneformer_jax.train import state as states
@@ -105,7 +105,8 @@ def train(
             options = {"xla_backend_optimization_level": 0} if mesh_is_cpu(mesh) else None
             init = jax.jit(init, out_shardings=shardings, compiler_options=options)
             state, position = init(init_key), {"step": 0}
-            found = start.read_start(config.init, abstract["params"], abstract["stats"])
+            family = backbones.kind_of(model.backbone)
+            found = start.read_start(config.init, abstract["params"], abstract["stats"], family)
             if found is not None:
                 start.log_start(found, config.init.backbone or config.init.checkpoint)
                 state = start.apply_start(found, state)

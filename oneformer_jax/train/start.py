@@ -15,13 +15,14 @@ from oneformer_jax.weights import convert, files, names, start
 from oneformer_jax.weights.start import Start
 
 
-def read_start(init: ConfigDict, params: dict, stats: dict) -> Start | None:
+def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> Start | None:
     """What `config.init` names, or None if it names nothing.
 
     Args:
       init: `config.init`.
       params: shapes of the parameters of the model to be trained, a nested dict.
       stats: the same for what is not trained.
+      backbone: kind of its backbone.
 
     Raises:
       ValueError: both are given, or a file that cannot be read or does not fit.
@@ -33,12 +34,12 @@ def read_start(init: ConfigDict, params: dict, stats: dict) -> Start | None:
         )
     expected = dict(names.flatten(params)) | dict(names.flatten(stats))
     if init.backbone:
-        return start.from_backbone(os.path.expanduser(init.backbone), expected)
+        return start.from_backbone(os.path.expanduser(init.backbone), expected, backbone)
     if not init.checkpoint:
         return None
     path = os.path.expanduser(init.checkpoint)
     if files.is_foreign(path):
-        return start.from_model(path, expected)
+        return start.from_model(path, expected, backbone)
     trained = checkpoint.load_for_inference(path)
     values = dict(names.flatten(trained.params)) | dict(names.flatten(trained.stats))
     return start.from_arrays(path, values, expected)

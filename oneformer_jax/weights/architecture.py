@@ -28,6 +28,7 @@ _MARKS = {
     "convnext": "backbone.stages.0.0.dwconv.kernel",
     "dinat": "backbone.levels.0.blocks.0.attn.rpb",
     "resnet": "backbone.stem.conv1.kernel",
+    "internimage": "backbone.levels.0.blocks.0.dcn.dw_conv.kernel",
 }
 
 
@@ -172,41 +173,56 @@ class _Reader:
     def read_swin(self) -> dict[str, Any]:
         table = "backbone.layers.{}.blocks.0.attn.relative_position_bias_table"
         edge = math.isqrt(self.size(table.format(0)))
-        return self._transformer("backbone.layers", "norm1") | {
+        return self._transformer("backbone.layers") | {
             "num_heads": tuple(self.size(table.format(stage), 1) for stage in range(4)),
             "window_size": (edge + 1) // 2,
         }
 
     def read_dinat(self) -> dict[str, Any]:
         table = "backbone.levels.{}.blocks.0.attn.rpb"
-        return self._transformer("backbone.levels", "norm1") | {
+        return self._transformer("backbone.levels") | {
             "num_heads": tuple(self.size(table.format(stage)) for stage in range(4)),
             "kernel_size": (self.size(table.format(0), 1) + 1) // 2,
         }
 
-    def _transformer(self, prefix: str, norm: str) -> dict[str, Any]:
+    def _transformer(self, prefix: str) -> dict[str, Any]:
         width = self.size("backbone.patch_embed.norm.scale")
         ratio = self.size(f"{prefix}.0.blocks.0.mlp.fc1.bias") / width
         return {
             "embed_dim": width,
-            "depths": tuple(
-                self.count(f"{prefix}.{stage}.blocks.{{}}.{norm}.scale") for stage in range(4)
-            ),
+            "depths": self._depths(f"{prefix}.{{}}.blocks.{{{{}}}}.norm1.scale"),
             "mlp_ratio": ratio,
         }
+
+    def read_internimage(self) -> dict[str, Any]:
+        block = "backbone.levels.{}.blocks.0"
+        width = self.size("backbone.patch_embed.norm2.scale")
+        count = self.count("backbone.levels.2.post_norms.{}.scale")
+        return {
+            "embed_dim": width,
+            "depths": self._depths("backbone.levels.{}.blocks.{{}}.norm1.scale"),
+            "groups": tuple(
+                self.size(f"{block}.dcn.mask.bias".format(stage)) // 9 for stage in range(4)
+            ),
+            # Tensors tell how many there are; as published, each follows six blocks.
+            "norm_after": tuple(6 * i + 5 for i in range(count)),
+            "dw_kernel_size": self.size(f"{block}.dcn.dw_conv.kernel".format(0)),
+            "mlp_ratio": self.size(f"{block}.mlp.fc1.bias".format(0)) / width,
+        }
+
+    def _depths(self, pattern: str) -> tuple[int, ...]:
+        return tuple(self.count(pattern.format(stage)) for stage in range(4))
 
     def read_convnext(self) -> dict[str, Any]:
         return {
             "dims": tuple(self.size(f"backbone.norm{stage}.scale") for stage in range(4)),
-            "depths": tuple(
-                self.count(f"backbone.stages.{stage}.{{}}.gamma") for stage in range(4)
-            ),
+            "depths": self._depths("backbone.stages.{}.{{}}.gamma"),
         }
 
     def read_resnet(self) -> dict[str, Any]:
         return {
             "stem_width": self.size("backbone.stem.conv1.kernel", 3),
             "depths": tuple(
-                self.count(f"backbone.res{stage + 2}.{{}}.conv1.kernel") for stage in range(4)
+                self.count(f"backbone.res{stage}.{{}}.conv1.kernel") for stage in range(2, 6)
             ),
         }

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from oneformer_jax.models import published
+from oneformer_jax.models import backbones, published
 from oneformer_jax.models.backbones import SwinConfig
 from oneformer_jax.models.backbones.swin import relative_position_index
 from oneformer_jax.models.layers import ParamKeys
@@ -174,6 +174,7 @@ def write_model(
         raise ValueError(f"unknown format {form!r}; use one of {', '.join(names.FORMATS)}")
     arrays = dict(names.flatten(params)) | dict(names.flatten(stats))
     text = "text_encoder" in params
+    kind = backbones.kind_of(config.backbone)
     trees = _trees(config, text)
     expected = dict(names.flatten(trees[0])) | dict(names.flatten(trees[1]))
     if missing := [name for name in expected if name not in arrays]:
@@ -182,7 +183,7 @@ def write_model(
     for name, leaf in expected.items():
         if np.shape(arrays[name]) != leaf.shape:
             raise ValueError(f"{name} has shape {np.shape(arrays[name])}; expected {leaf.shape}")
-        group = names.group_of(name, "ours", form)
+        group = names.group_of(name, "ours", form, kind)
         if group is None:
             raise ValueError(f"the {form} format has no name for {name}")
         if name == group.ours[0]:
@@ -282,7 +283,7 @@ def _read(
     """Parameters, statistics and what is left out; one FileError about all that is wrong."""
     trees = _trees(config, text)
     expected = dict(_leaves(trees))
-    arrays, problems = read_arrays(tensors, form, expected)
+    arrays, problems = read_arrays(tensors, form, expected, backbones.kind_of(config.backbone))
     left_out, surplus = {}, []
     for name in tensors:
         group = names.group_of(name, form, form)
@@ -317,7 +318,7 @@ def _leaves(trees: Iterable[Mapping]) -> Iterable[tuple[str, Any]]:
 
 
 def read_arrays(
-    tensors: Mapping[str, files.Tensor], form: str, expected: Mapping[str, Any]
+    tensors: Mapping[str, files.Tensor], form: str, expected: Mapping[str, Any], kind: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Functions that read our arrays, by name, and sentences about those that are not there.
 
@@ -325,12 +326,13 @@ def read_arrays(
       tensors: of the file.
       form: its format.
       expected: shapes by our names.
+      kind: of the model's backbone.
     """
     arrays: dict[str, Any] = {}
     missing: list[str] = []
     wrong: list[str] = []
     for name, leaf in expected.items():
-        group = names.group_of(name, "ours", form)
+        group = names.group_of(name, "ours", form, kind)
         if group is None:
             raise LookupError(f"the table of names lacks {name}")
         absent = [other for other in group.theirs if other not in tensors]

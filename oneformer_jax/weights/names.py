@@ -36,12 +36,16 @@ _LEAVES = {
 
 
 class Row(NamedTuple):
-    """A module in three programs: names with "#" for an index, and the kind of its arrays."""
+    """A module in three programs: names with "#" for an index, and the kind of its arrays.
+
+    `backbone` is set where two backbones have the same name of ours and different official ones.
+    """
 
     kind: str
     ours: str
     official: str
     hugging_face: str | None
+    backbone: str | None = None
 
 
 _QKV = "[q_proj|k_proj|v_proj]"
@@ -182,13 +186,13 @@ def _backbones() -> list[Row]:
     # ---- All with a norm per output, and what Swin and DiNAT share
     rows = [row("norm", f"norm{i}", f"hidden_states_norms.stage{i + 1}") for i in range(4)]
     rows.append(row("norm", "patch_embed.norm", "embeddings.norm"))
-    for ours, hf_name, table in (
-        ("layers.#.blocks.#", "encoder.layers.#.blocks.#", "relative_position_bias_table"),
-        ("levels.#.blocks.#", "encoder.levels.#.layers.#", "rpb"),
+    for ours, hf_name, table, only in (
+        ("layers.#.blocks.#", "encoder.layers.#.blocks.#", "relative_position_bias_table", None),
+        ("levels.#.blocks.#", "encoder.levels.#.layers.#", "rpb", "dinat"),
     ):
         rows += [
-            row("norm", f"{ours}.norm1", f"{hf_name}.layernorm_before"),
-            row("norm", f"{ours}.norm2", f"{hf_name}.layernorm_after"),
+            row("norm", f"{ours}.norm1", f"{hf_name}.layernorm_before")._replace(backbone=only),
+            row("norm", f"{ours}.norm2", f"{hf_name}.layernorm_after")._replace(backbone=only),
             row("linear", f"{ours}.attn.qkv", f"{hf_name}.attention.self.[query|key|value]"),
             row("linear", f"{ours}.attn.proj", f"{hf_name}.attention.output.dense"),
             row("array", f"{ours}.attn.{table}", f"{hf_name}.attention.self.{table}"),
@@ -205,7 +209,39 @@ def _backbones() -> list[Row]:
     rows += [
         row("conv", "patch_embed.proj.#", "embeddings.patch_embeddings.projection.#"),
         row("conv", "levels.#.downsample.reduction", "encoder.levels.#.downsample.reduction"),
-        row("norm", "levels.#.downsample.norm", "encoder.levels.#.downsample.norm"),
+        row("norm", "levels.#.downsample.norm", "encoder.levels.#.downsample.norm")._replace(
+            backbone="dinat"
+        ),
+    ]
+    # ---- InternImage: its norms stand in sequences with permutations of the axes. The rows of its
+    # MLP are those of DiNAT; transformers has no such backbone.
+    block = "backbone.levels.#.blocks.#"
+    for ours, official in (
+        ("patch_embed.norm1", "patch_embed.norm1.1"),
+        ("patch_embed.norm2", "patch_embed.norm2.1"),
+        ("levels.#.norm", "levels.#.norm.0"),
+        ("levels.#.post_norms.#", "levels.#.post_norms.#.0"),
+        ("levels.#.downsample.norm", "levels.#.downsample.norm.1"),
+        *(
+            (f"levels.#.blocks.#.{name}", f"levels.#.blocks.#.{name}.0")
+            for name in ("norm1", "norm2", "res_post_norm1", "res_post_norm2")
+        ),
+        ("levels.#.blocks.#.dcn.dw_norm", "levels.#.blocks.#.dcn.dw_conv.1.1"),
+    ):
+        rows.append(Row("norm", f"backbone.{ours}", f"backbone.{official}", None, "internimage"))
+    rows += [
+        row("conv", "patch_embed.conv1", None),
+        row("conv", "patch_embed.conv2", None),
+        row("conv", "levels.#.downsample.conv", None),
+        Row("conv", f"{block}.dcn.dw_conv", f"{block}.dcn.dw_conv.0", None),
+        *(
+            row("linear", f"levels.#.blocks.#.dcn.{name}", None)
+            for name in ("offset", "mask", "input_proj", "output_proj")
+        ),
+        *(
+            row("array", f"levels.#.blocks.#.dcn.center_feature_scale_proj_{name}", None)
+            for name in ("weight", "bias")
+        ),
     ]
     # ---- ConvNeXt: in the stem the norm comes second, in the other down-samplings first
     hf_stage = "encoder.stages.{}.downsampling_layer.{}"
@@ -331,12 +367,13 @@ class _Pattern(NamedTuple):
 
 
 @functools.cache
-def _patterns(side: str, target: str) -> tuple[_Pattern, ...]:
+def _patterns(side: str, target: str, backbone: str | None) -> tuple[_Pattern, ...]:
     """Patterns of the names on `side` ("ours" or a format) for conversions with `target`."""
     found = []
     for row in TABLE:
         theirs = getattr(row, target)
-        if theirs is None:
+        other = side == "ours" and row.backbone not in (None, backbone)
+        if theirs is None or other:
             continue
         for our_leaf, their_leaf in _LEAVES[row.kind].items():
             group = Group(
@@ -350,13 +387,14 @@ def _patterns(side: str, target: str) -> tuple[_Pattern, ...]:
     return tuple(found)
 
 
-def group_of(name: str, side: str, target: str) -> Group | None:
+def group_of(name: str, side: str, target: str, backbone: str | None = None) -> Group | None:
     """The correspondence that `name` belongs to.
 
     Args:
       name: of an array.
       side: whose name it is: "ours", or `target`.
       target: one of `FORMATS`.
+      backbone: kind of the model's backbone, needed for names of ours.
 
     Returns:
       None if the table does not know the name.
@@ -365,7 +403,7 @@ def group_of(name: str, side: str, target: str) -> Group | None:
       LookupError: several rows claim it: the table is at fault.
     """
     found = []
-    for regex, group in _patterns(side, target):
+    for regex, group in _patterns(side, target, backbone):
         if match := regex.fullmatch(name):
             indices = match.groups()
 

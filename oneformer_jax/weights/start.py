@@ -46,7 +46,7 @@ class Start(NamedTuple):
     unused: list[str]
 
 
-def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> Start:
+def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: str) -> Start:
     """A pre-trained backbone: ImageNet files of Swin, ConvNeXt, DiNAT and torchvision's ResNet.
 
     Checkpoints of whole models are taken too; their backbone is used.
@@ -54,6 +54,7 @@ def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> 
     Args:
       path: of the file or folder.
       expected: shapes of the model's arrays by our names.
+      kind: of its backbone.
 
     Raises:
       FileError: a file that cannot be read, or that is not of this backbone: every array of the
@@ -62,14 +63,14 @@ def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> 
     file = files.open_tensors(path)
     tensors, form = _backbone_tensors(convert.without_prefix(file.tensors))
     wanted = {name: leaf for name, leaf in expected.items() if name.startswith("backbone.")}
-    arrays, _ = convert.read_arrays(tensors, form, wanted)
+    arrays, _ = convert.read_arrays(tensors, form, wanted, kind)
     fresh = {
         name: "an output norm, which classifiers lack"
         for name in wanted
         if name not in arrays and re.match(_OUTPUT_NORM, name)
     }
     needed = {name: leaf for name, leaf in wanted.items() if name not in fresh}
-    _, problems = convert.read_arrays(tensors, form, needed)
+    _, problems = convert.read_arrays(tensors, form, needed, kind)
     unused, surplus = [], []
     for name in tensors:
         group = names.group_of(name, form, form)
@@ -106,12 +107,13 @@ def _backbone_tensors(
     return renamed, "official"
 
 
-def from_model(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> Start:
+def from_model(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: str) -> Start:
     """Another program's checkpoint of a whole model, as far as its arrays have the same shapes.
 
     Args:
       path: of an official checkpoint or a Hugging Face folder.
       expected: shapes of the model's arrays by our names.
+      kind: of its backbone.
 
     Raises:
       FileError: a file that cannot be read, or one whose arrays mostly differ.
@@ -119,7 +121,7 @@ def from_model(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> Sta
     file = files.open_tensors(path)
     tensors = convert.without_prefix(file.tensors)
     form = convert.format_of(tensors, file)
-    arrays, _ = convert.read_arrays(tensors, form, expected)
+    arrays, _ = convert.read_arrays(tensors, form, expected, kind)
     shapes = convert.our_shapes(tensors, form)
     unused = [
         name

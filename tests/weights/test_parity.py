@@ -84,6 +84,8 @@ def compare(found, theirs, given) -> dict[str, float]:
         ("swin", 64, 160, {"window_size": 12}),  # larger than every map but the first
         ("convnext", 160, 64, {}),
         ("resnet", 64, 96, {}),
+        ("dinat", 96, 160, {}),
+        ("dinat", 160, 64, {"kernel_size": 5}),  # kernels that pass the borders of all maps
     ],
 )
 def test_every_prediction_agrees(kind, height, width, fields, tmp_path):
@@ -117,6 +119,13 @@ GRADIENTS = {
         "backbone.stem.conv1.kernel",
         "backbone.res4.1.conv2.kernel",
         "backbone.res5.0.shortcut.kernel",
+    ),
+    "dinat": (
+        "backbone.patch_embed.proj.0.kernel",
+        "backbone.levels.0.blocks.0.attn.rpb",
+        "backbone.levels.2.blocks.1.attn.qkv.kernel",
+        "backbone.levels.1.downsample.reduction.kernel",
+        "backbone.levels.3.blocks.0.mlp.fc2.bias",
     ),
 }
 HEAD_GRADIENTS = (
@@ -193,7 +202,7 @@ def test_losses_and_gradients_agree(kind, tmp_path):
     tensors = reference.gradients(model, tmp_path / "gradients")
     errors = {}
     for name in (*GRADIENTS[kind], *HEAD_GRADIENTS):
-        group = names.group_of(name, "ours", "hugging_face")
+        group = names.group_of(name, "ours", "hugging_face", kind)
         parts = [tensors[other] for other in group.theirs]
         expected = group.to_ours(parts)[group.ours.index(name)]
         errors[name] = reference.relative_error(ours[name], expected)

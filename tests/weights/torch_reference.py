@@ -2,7 +2,8 @@
 
 Nothing is left at zero, so no path through the model is silent. Its text encoder never applies the
 causal mask and reads all 77 positions, so our side is made with `text_causal=False`. It cannot run
-a DiNAT (release 5 asks for an old NATTEN).
+a DiNAT: it asks for an old NATTEN, and release 5 hands it transposed arrays. Both are mended here by
+a dense neighbourhood attention written from the rule (spec 1.1).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ transformers = pytest.importorskip(
     "transformers", reason="transformers is missing: `make test-all` installs it (group parity)"
 )
 
+from transformers.models.dinat import modeling_dinat  # noqa: E402
+
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 CLASSES = 5
 TEXTS = 9
@@ -44,7 +47,56 @@ def backbone_config(kind: str, **fields):
         sizes = {"embedding_size": 8, "hidden_sizes": [32, 64, 128, 256]}
         sizes |= {"layer_type": "bottleneck"}
         return transformers.ResNetConfig(**(common | sizes | fields))
+    if kind == "dinat":
+        sizes = {"embed_dim": 16, "num_heads": [1, 2, 4, 8], "kernel_size": 3, "mlp_ratio": 2.0}
+        sizes |= {"dilations": [[3], [1], [1, 2], [1]], "drop_path_rate": 0.0}
+        return transformers.DinatConfig(**(common | sizes | fields))
     raise ValueError(kind)
+
+
+def _neighbours(length: int, kernel_size: int, dilation: int):
+    """int64 [length, k]: what a position sees along an axis, and the index of the bias for it."""
+    positions = []
+    for i in range(length):
+        members = np.arange(i % dilation, length, dilation)
+        start = np.clip(i // dilation - kernel_size // 2, 0, len(members) - kernel_size)
+        positions.append(members[start : start + kernel_size])
+    positions = np.stack(positions)
+    bias = (positions - np.arange(length)[:, None]) // dilation + kernel_size - 1
+    return torch.from_numpy(positions), torch.from_numpy(bias)
+
+
+def _rows(x, rows, columns):
+    """[B, N, H, W, D] at row neighbour a of each pixel and all column neighbours, for each a."""
+    for a in range(rows.shape[1]):
+        yield a, x[:, :, rows[:, a]][:, :, :, columns]  # [B, N, H, W, k, D]
+
+
+def _dense_logits(query, key, rpb, kernel_size, dilation):
+    query, key = (x.permute(0, 3, 2, 1, 4) for x in (query, key))  # from [B, W, H, N, D]
+    rows, row_bias = _neighbours(query.shape[2], kernel_size, dilation)
+    columns, column_bias = _neighbours(query.shape[3], kernel_size, dilation)
+    logits = []
+    for a, part in _rows(key, rows, columns):
+        bias = rpb[:, row_bias[:, a, None, None], column_bias[None]]  # [N, H, W, k]
+        logits.append(torch.einsum("bnhwd,bnhwkd->bnhwk", query, part) + bias)
+    return torch.cat(logits, -1)
+
+
+def _dense_sums(attention, value, kernel_size, dilation):
+    value = value.permute(0, 3, 2, 1, 4)
+    rows, _ = _neighbours(value.shape[2], kernel_size, dilation)
+    columns, _ = _neighbours(value.shape[3], kernel_size, dilation)
+    weights = attention.split(kernel_size, -1)
+    return sum(
+        torch.einsum("bnhwk,bnhwkd->bnhwd", weights[a], part)
+        for a, part in _rows(value, rows, columns)
+    )
+
+
+modeling_dinat.natten2dqkrpb = _dense_logits
+modeling_dinat.natten2dav = _dense_sums
+modeling_dinat.requires_backends = lambda *unused: None
 
 
 def make(backbone, *, seed: int = 0, training: bool = True, **fields):

@@ -61,6 +61,7 @@ __all__ = [
     "backbone_config",
     "build_backbone",
     "from_dict",
+    "kind_of",
     "to_dict",
 ]
 
@@ -107,13 +108,13 @@ def build_backbone(
       dtype: of the matrix products and the outputs; parameters and statistics are float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
     """
-    _, module = _KINDS[_kind(config)]
+    _, module = _KINDS[kind_of(config)]
     return module(config, rngs=rngs, dtype=dtype, remat=remat)
 
 
 def to_dict(config: BackboneConfig) -> dict[str, Any]:
     """Plain values for JSON: the fields and "kind"; `from_dict` is the inverse."""
-    return {"kind": _kind(config), **dataclasses.asdict(config)}
+    return {"kind": kind_of(config), **dataclasses.asdict(config)}
 
 
 def from_dict(fields: dict[str, Any]) -> BackboneConfig:
@@ -125,7 +126,8 @@ def from_dict(fields: dict[str, Any]) -> BackboneConfig:
     return backbone_config(kind, **fields)
 
 
-def _kind(config: BackboneConfig) -> str:
+def kind_of(config: BackboneConfig) -> str:
+    """The family that a config belongs to: "swin", "resnet"..."""
     for kind, (config_class, _) in _KINDS.items():
         if isinstance(config, config_class):
             return kind
