@@ -21,7 +21,7 @@ RULES = {
     "oneformer_jax": (
         "oneformer_jax.types oneformer_jax.models oneformer_jax.train oneformer_jax.eval"
         " oneformer_jax.weights input_pipeline.datasets",
-        "",
+        "jax",  # for annotations; importing the package must not load it, see below
     ),
     "oneformer_jax.weights": (
         "oneformer_jax.weights oneformer_jax.models oneformer_jax.types",

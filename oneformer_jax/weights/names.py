@@ -366,10 +366,15 @@ class _Pattern(NamedTuple):
     group: Group  # with "#" for the indices
 
 
+def _key(name: str) -> str:
+    """The name with "#" for every index, whether the table spells it out or not."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
+
+
 @functools.cache
-def _patterns(side: str, target: str, backbone: str | None) -> tuple[_Pattern, ...]:
-    """Patterns of the names on `side` ("ours" or a format) for conversions with `target`."""
-    found = []
+def _patterns(side: str, target: str, backbone: str | None) -> dict[str, list[_Pattern]]:
+    """Patterns of names on `side` ("ours" or a format) for conversions with `target`, by key."""
+    found: dict[str, list[_Pattern]] = {}
     for row in TABLE:
         theirs = getattr(row, target)
         other = side == "ours" and row.backbone not in (None, backbone)
@@ -382,9 +387,9 @@ def _patterns(side: str, target: str, backbone: str | None) -> tuple[_Pattern, .
                 tuple(_join(name, their_leaf) for name in _expand(theirs)),
             )
             for name in group.ours if side == "ours" else group.theirs:
-                regex = re.escape(name).replace(r"\#", r"(\d+)")
-                found.append(_Pattern(re.compile(regex), group))
-    return tuple(found)
+                regex = re.compile(re.escape(name).replace(r"\#", r"(\d+)"))
+                found.setdefault(_key(name), []).append(_Pattern(regex, group))
+    return found
 
 
 def group_of(name: str, side: str, target: str, backbone: str | None = None) -> Group | None:
@@ -403,7 +408,7 @@ def group_of(name: str, side: str, target: str, backbone: str | None = None) -> 
       LookupError: several rows claim it: the table is at fault.
     """
     found = []
-    for regex, group in _patterns(side, target, backbone):
+    for regex, group in _patterns(side, target, backbone).get(_key(name), ()):
         if match := regex.fullmatch(name):
             indices = match.groups()
 

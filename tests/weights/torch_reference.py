@@ -2,8 +2,8 @@
 
 Nothing is left at zero, so no path through the model is silent. Its text encoder never applies the
 causal mask and reads all 77 positions, so our side is made with `text_causal=False`. It cannot run
-a DiNAT: it asks for an old NATTEN, and release 5 hands it transposed arrays. Both are mended here by
-a dense neighbourhood attention written from the rule (spec 1.1).
+a DiNAT: it asks for an old NATTEN, and release 5 hands it transposed arrays. Both are mended here
+by a dense neighbourhood attention written from the rule (spec 1.1).
 """
 
 from __future__ import annotations
