@@ -1,6 +1,7 @@
 """Whole models to other programs' files and back, and what is refused on the way."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import pickle
@@ -181,6 +182,12 @@ COUNTS = {  # tensors with text branch and criterion (spec 2)
 }
 
 
+@functools.cache
+def abstract_arrays(config):
+    """Shapes of a model's arrays by name; models of a dataset share them."""
+    return dict(convert._leaves(convert._trees(config, True)))
+
+
 @pytest.mark.parametrize("form", names.FORMATS)
 def test_every_published_model_has_every_name(form):
     seen = set()
@@ -188,7 +195,7 @@ def test_every_published_model_has_every_name(form):
         if model.model in seen:
             continue
         seen.add(model.model)
-        expected = dict(convert._leaves(convert._trees(model.model, True)))
+        expected = abstract_arrays(model.model)
         theirs = {}
         for name, leaf in expected.items():
             kind = backbones.kind_of(model.model.backbone)
@@ -280,8 +287,7 @@ def test_a_published_model_is_found_by_name_and_by_file():
 
 
 def abstract_shapes(config):
-    leaves = convert._leaves(convert._trees(config, True))
-    return {name: tuple(leaf.shape) for name, leaf in leaves}
+    return {name: tuple(leaf.shape) for name, leaf in abstract_arrays(config).items()}
 
 
 @pytest.mark.parametrize(
