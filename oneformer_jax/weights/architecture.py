@@ -163,11 +163,13 @@ class _Reader:
         if "text_encoder.positional_embedding" in self.shapes:
             text = self.size("text_encoder.positional_embedding", 1)
             fields |= {
-                "num_context": self.size("prompt_ctx.embedding"),
+                "num_context": self.shapes.get("prompt_ctx.embedding", (0,))[0],
                 "text_width": text,
                 "text_layers": self.count("text_encoder.transformer.resblocks.{}.ln_1.scale"),
                 "text_heads": max(1, text // TEXT_HEAD_WIDTH),
             }
+        else:  # of no meaning without the text branch, but less than the queries
+            fields["num_context"] = min(16, fields["num_queries"] - 1)
         return fields
 
     def read_swin(self) -> dict[str, Any]:

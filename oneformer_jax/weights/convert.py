@@ -120,7 +120,8 @@ def read_model(
         )
     if found is None:
         found = next(iter(published.find(config, file.path)), None)
-    text = any(name.split(".")[0] in TEXT_PARTS for name in shapes)
+    # The scale belongs to the criterion, which a model without the text branch may have too.
+    text = any(name.split(".")[0] in TEXT_PARTS and name != "logit_scale" for name in shapes)
     params, stats, left_out = _read(file, tensors, form, config, text)
     settings = own.get("settings") or (
         {name: getattr(found, name) for name in SETTINGS} if found else {}
@@ -289,6 +290,8 @@ def _read(
         group = names.group_of(name, form, form)
         if names.is_derived(name, form):
             left_out[name] = "computed or counted, not learned"
+        elif not text and group is not None and group.ours == ("logit_scale",):
+            left_out[name] = "a scale of the text branch, which is not there"
         elif group is None or group.ours[0] not in expected:
             surplus.append(name)
     if surplus:

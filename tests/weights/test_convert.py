@@ -115,6 +115,12 @@ def test_without_the_text_branch(tmp_path):
         assert not found.text
         assert_identical(found.params, params)
         assert "without the text branch" in found.summary()
+    # The official criterion keeps its scale even so.
+    scale = {"criterion.logit_scale": np.array(2.66, np.float32)}
+    path = strip(tmp_path / "a.pth", lambda tensors: tensors | scale)
+    found = convert.read_model(path)
+    assert not found.text
+    assert found.left_out["criterion.logit_scale"].startswith("a scale of the text branch")
 
 
 def strip(path: pathlib.Path, change=lambda tensors: tensors, **beside) -> pathlib.Path:
