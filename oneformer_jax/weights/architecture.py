@@ -63,7 +63,7 @@ def recognise(
     backbone = getattr(reader, f"read_{kind}")()
     if kind == "resnet" and "norm" not in options:
         options["norm"] = "frozen" if frozen_norm else "batch"
-    head = reader.head(fields.pop("num_heads", None))
+    head = reader.head(fields)
     try:
         # Dilations come last: the published model is found without them.
         config = OneFormerConfig(
@@ -134,12 +134,12 @@ class _Reader:
             )
         return found[0]
 
-    def head(self, num_heads: int | None) -> dict[str, Any]:
-        """The fields of everything but the backbone."""
+    def head(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of everything but the backbone; some may be `known`."""
         encoder = "pixel_decoder.transformer.encoder.layers"
         queries = "predictor.class_transformer.decoder.layers"
         width = self.size("predictor.query_embed.embedding", 1)
-        heads = num_heads or max(1, width // HEAD_WIDTH)
+        heads = known.get("num_heads") or max(1, width // HEAD_WIDTH)
         samples = self.size(f"{encoder}.0.self_attn.attention_weights.bias")
         if samples % (3 * heads):
             raise ValueError(
@@ -163,7 +163,10 @@ class _Reader:
         if "text_encoder.positional_embedding" in self.shapes:
             text = self.size("text_encoder.positional_embedding", 1)
             fields |= {
-                "num_context": self.shapes.get("prompt_ctx.embedding", (0,))[0],
+                # A model without context embeddings has to be announced: they may just be missing.
+                "num_context": 0
+                if known.get("num_context") == 0
+                else self.size("prompt_ctx.embedding"),
                 "text_width": text,
                 "text_layers": self.count("text_encoder.transformer.resblocks.{}.ln_1.scale"),
                 "text_heads": max(1, text // TEXT_HEAD_WIDTH),
