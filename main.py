@@ -4,6 +4,7 @@
   python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=eval
   python main.py --workdir=runs/synthetic --mode=predict --image=FILE_OR_FOLDER --task=all
   python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
+  python main.py --mode=prepare --dataset=coco --source=DIR
 
 Any value of the config is overridden with --config.KEY=VALUE, as in --config.optim.lr=3e-4.
 Running the same command again resumes, or skips what is done.
@@ -29,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 COMMON = os.path.join("configs", "common.py")  # every key of a config
 TASKS = ("panoptic", "instance", "semantic", "all")
 FORMATS = ("workdir", "official", "hugging_face")
+OFFICIAL = ("coco", "ade20k", "cityscapes", "mapillary")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, FILE.py or FILE.py:VARIANT.", lock_config=True
@@ -36,7 +38,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "convert"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "predict", "convert", "prepare"], "What to do."
+)
 _CHECKPOINT = flags.DEFINE_integer(
     "checkpoint", None, "eval, predict: step of the checkpoint; the newest when not given.", 0
 )
@@ -50,11 +54,20 @@ _OUTPUT = flags.DEFINE_string(
 _SOURCE = flags.DEFINE_string(
     "source",
     None,
-    "convert: an official .pth, a Hugging Face folder or a workdir.",
+    "convert: an official .pth, a Hugging Face folder or a workdir. prepare: the folder of a "
+    "dataset's own files.",
 )
 _FORMAT = flags.DEFINE_enum("format", "workdir", FORMATS, "convert: what the output is to be.")
 _MODEL = flags.DEFINE_string(
     "model", None, "convert: the published model, where tensors do not tell, as coco:swin_large."
+)
+_DATASET = flags.DEFINE_enum("dataset", None, OFFICIAL, "prepare: the dataset.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare: where the prepared files go.")
+_SPLIT = flags.DEFINE_multi_enum(
+    "split", ["train", "validation"], ["train", "validation"], "prepare: only this split."
+)
+_SKIP_BROKEN = flags.DEFINE_bool(
+    "skip_broken", False, "prepare: leave out what is missing or broken instead of failing."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -255,6 +268,26 @@ def run_convert(source: str, output: str, form: str = "workdir", model: str | No
     print(f"{source} is converted to {output}")
 
 
+def run_prepare(
+    dataset: str,
+    source: str,
+    data_dir: str,
+    splits: Sequence[str] = ("train", "validation"),
+    skip_broken: bool = False,
+) -> None:
+    """Writes a downloaded dataset as records: see `input_pipeline.builders.preparation`."""
+    from input_pipeline.builders import preparation
+
+    preparation.prepare(
+        dataset,
+        source,
+        data_dir,
+        splits=tuple(dict.fromkeys(splits)),
+        skip_broken=skip_broken,
+        log=functools.partial(print, flush=True),
+    )
+
+
 # ------------------------------------------------------------------------ from config to data
 
 
@@ -263,7 +296,7 @@ def open_split(config: ConfigDict, split: str):
     from input_pipeline import sources
 
     dataset, options = config.dataset, dict(config.dataset.options)
-    if dataset.name == "coco_folder":  # one switch for preparation and loading
+    if dataset.name != "synthetic":  # one switch for preparation and loading
         options.setdefault("skip_broken", config.data.skip_broken)
     return sources.open_source(
         dataset.name, data_dir=dataset.data_dir, split=split, options=options
@@ -370,10 +403,16 @@ def main(argv: Sequence[str]) -> None:
     mode, config = _MODE.value, _CONFIG.value
     if mode == "convert":
         require_flags(source=_SOURCE.value, output=_OUTPUT.value)
+    elif mode == "prepare":
+        require_flags(dataset=_DATASET.value, source=_SOURCE.value)
     else:
         require_flags(workdir=_WORKDIR.value)
         require_flags(**({"image": _IMAGE.value} if mode == "predict" else {"config": config}))
     try:
+        if mode == "prepare":  # without JAX
+            return run_prepare(
+                _DATASET.value, _SOURCE.value, _DATA_DIR.value, _SPLIT.value, _SKIP_BROKEN.value
+            )
         start_jax(config.compilation_cache if config else "", _DISTRIBUTED.value)
         if mode == "train":
             run_train(config, _WORKDIR.value)

@@ -10,6 +10,7 @@ import numpy as np
 
 from input_pipeline import datasets
 from input_pipeline.datasets import DatasetInfo
+from input_pipeline.files import found_in
 from input_pipeline.records import (
     RecordError,
     SegmentTable,
@@ -26,16 +27,6 @@ _LAYOUT = (
 )
 
 
-def _found_in(path: Path) -> str:
-    """What lies at or near `path`, for error messages."""
-    folder = path
-    while not folder.is_dir():
-        folder = folder.parent
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"{folder} holds {shown or 'nothing'}"
-
-
 def load_coco_json(path: str | os.PathLike) -> dict:
     """Reads a COCO-panoptic JSON and checks its layout.
 
@@ -45,7 +36,7 @@ def load_coco_json(path: str | os.PathLike) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no panoptic JSON {path}: {_LAYOUT}; {_found_in(path)}")
+        raise FileNotFoundError(f"no panoptic JSON {path}: {_LAYOUT}; {found_in(path)}")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -103,6 +94,7 @@ class CocoFolderSource:
       panoptic_dir: folder of the panoptic PNGs.
       json_path: the COCO-panoptic JSON.
       info: class table; default: the categories of the JSON (`datasets.from_coco_categories`).
+      content: what `load_coco_json` gave for the JSON, where it was read before or changed.
 
     Raises:
       FileNotFoundError: a folder or the JSON is missing.
@@ -115,14 +107,16 @@ class CocoFolderSource:
         panoptic_dir: str | os.PathLike,
         json_path: str | os.PathLike,
         info: DatasetInfo | None = None,
+        content: dict | None = None,
     ):
         self._images_dir, self._panoptic_dir = Path(images_dir), Path(panoptic_dir)
         self._json_path = Path(json_path)
-        content = load_coco_json(json_path)
+        if content is None:
+            content = load_coco_json(json_path)
         for kind, folder in (("images", self._images_dir), ("panoptic PNGs", self._panoptic_dir)):
             if not folder.is_dir():
                 raise FileNotFoundError(
-                    f"no folder of {kind} {folder}: {_LAYOUT}; {_found_in(folder)}"
+                    f"no folder of {kind} {folder}: {_LAYOUT}; {found_in(folder)}"
                 )
         if info is None:
             info = datasets.from_coco_categories(self._json_path.stem, content["categories"])
@@ -166,6 +160,14 @@ class CocoFolderSource:
                 f"{self._image_ids[index]}, which annotation {index} refers to"
             )
         return self._images_dir / self._image_names[index]
+
+    def panoptic_path(self, index: int) -> Path:
+        """Path of the panoptic PNG of image `index`."""
+        return self._panoptic_dir / self._panoptic_names[index]
+
+    def image_id(self, index: int) -> str:
+        """Id of image `index` in the JSON, as text."""
+        return self._image_ids[index]
 
     def _rows(self, index: int) -> np.ndarray:
         return self._segments[self._offsets[index] : self._offsets[index + 1]]
@@ -215,7 +217,7 @@ class CocoFolderSource:
         """
         index = checked_index(index, len(self))
         image_path = self.image_path(index)
-        panoptic_path = self._panoptic_dir / self._panoptic_names[index]
+        panoptic_path = self.panoptic_path(index)
         segments = self.segments(index)
         return make_record(
             decode_image(self._read(image_path), str(image_path)),

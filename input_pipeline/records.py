@@ -169,6 +169,19 @@ def decode_panoptic(data: bytes, segments: SegmentTable, where: str) -> np.ndarr
     return ids
 
 
+def decode_labels(data: bytes, where: str) -> np.ndarray:
+    """Decodes a PNG of labels as it stands: uint8 or uint16, [H, W] or [H, W, 3] (RGB).
+
+    Raises:
+      RecordError: truncated, damaged or not an image; the message begins with `where`.
+    """
+    pixels = _decode(data, cv2.IMREAD_UNCHANGED, where)
+    if pixels.ndim == 2:
+        return pixels
+    code = cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGB
+    return cv2.cvtColor(pixels, code)
+
+
 # One flag per 24-bit id and thread, all False between uses: ten times as fast as np.unique, and
 # only the touched pages of the 16 MiB take memory.
 _flags = threading.local()

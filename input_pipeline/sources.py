@@ -6,14 +6,13 @@ their files where they are used, so loader workers may share one.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
-import fcntl
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ import numpy as np
 from input_pipeline import datasets
 from input_pipeline.coco_format import CocoFolderSource, load_coco_json
 from input_pipeline.datasets import DatasetInfo
+from input_pipeline.files import exclusive
 from input_pipeline.records import (
     RecordError,
     checked_index,
@@ -54,13 +54,26 @@ class TfdsSource:
     Args:
       builder_dir: the folder with dataset_info.json, or a prepared TFDS builder.
       split: name of a split.
+      original_instances: give records the key "instances", the original instance annotation: a list
+        of dicts with category (contiguous class id), iscrowd (bool), area (float) and segmentation
+        (polygons or run-length code in COCO's JSON form). Only COCO's validation split has it.
+
+    Attributes:
+      info: the class table.
+      left_out: why records of the download are not there, a line each.
 
     Raises:
       FileNotFoundError: nothing is prepared there.
-      ValueError: unknown split, an empty split, or another schema.
+      ValueError: unknown split, an empty split, another schema, or no original instances.
     """
 
-    def __init__(self, builder_dir: str | os.PathLike | tfds.core.DatasetBuilder, split: str):
+    def __init__(
+        self,
+        builder_dir: str | os.PathLike | tfds.core.DatasetBuilder,
+        split: str,
+        *,
+        original_instances: bool = False,
+    ):
         from input_pipeline.builders import schema
 
         self._dir = str(getattr(builder_dir, "data_dir", builder_dir))
@@ -86,9 +99,19 @@ class TfdsSource:
             raise ValueError(f"split {split!r} of {self._dir} is empty")
         self._dense = schema.is_dense(info.features)
         self.info = schema.info_from_metadata(info.metadata)
+        self.left_out = tuple(info.metadata.get("left_out", {}).get(split, ()))
+        self._original_instances = original_instances
         facts = info.metadata["records"][split]
         self._sizes = np.array([facts["height"], facts["width"]], np.int32).T
         self._has_things = np.array(facts["has_things"], bool)
+        if original_instances and not (
+            schema.INSTANCES in info.features and self._open()[0][schema.INSTANCES]
+        ):
+            raise ValueError(
+                f"{self._dir} has no original instances of its {split} split: only COCO's "
+                "validation split has, and only if instances_val2017.json was in annotations/ when "
+                "it was prepared"
+            )
 
     def __len__(self) -> int:
         return self._length
@@ -138,7 +161,7 @@ class TfdsSource:
         segments = schema.segment_table(example[schema.OBJECTS])
         segments.check(self.info.num_classes, where)
         decode = decode_dense if self._dense else decode_panoptic
-        return make_record(
+        record = make_record(
             decode_image(example["image"], where),
             decode(example["panoptic_image"], segments, where),
             segments,
@@ -146,6 +169,9 @@ class TfdsSource:
             file_name=file_name,
             where=where,
         )
+        if self._original_instances:
+            record["instances"] = json.loads(example[schema.INSTANCES])
+        return record
 
 
 def is_prepared(builder_dir: str | os.PathLike) -> bool:
@@ -156,15 +182,6 @@ def is_prepared(builder_dir: str | os.PathLike) -> bool:
         return False
     splits = tfds.builder_from_directory(str(builder_dir)).info.splits.values()
     return all(Path(path).is_file() for split in splits for path in split.filepaths)
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Lets one process at a time prepare below `folder`; the others wait."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".prepare.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock, also when the process dies
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> Path:
@@ -185,7 +202,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> Path:
     target = Path(builder.data_dir)
     if is_prepared(target):  # needs no lock, so a read-only folder will do
         return target
-    with _exclusive(target.parent):
+    with exclusive(target.parent):
         if is_prepared(target):  # by the process that had the lock
             return target
         for leftover in (*target.parent.glob("incomplete.*"), target):
@@ -214,13 +231,20 @@ _COCO_FOLDER_OPTIONS = {
     "prepare": True,
     "skip_broken": False,
 }
-_OPTIONS = {"synthetic": _SYNTHETIC_OPTIONS, "coco_folder": _COCO_FOLDER_OPTIONS}
+_OPTIONS = {
+    "synthetic": _SYNTHETIC_OPTIONS,
+    "coco_folder": _COCO_FOLDER_OPTIONS,
+    "coco": {"skip_broken": False, "instances": "panoptic"},
+    "ade20k": {"skip_broken": False},
+    "cityscapes": {"skip_broken": False},
+    "mapillary": {"skip_broken": False},
+}
 
 
 def open_source(
     name: str, *, data_dir: str | os.PathLike, split: str, options: Mapping | None = None
 ) -> tuple[TfdsSource | CocoFolderSource, DatasetInfo]:
-    """Opens a dataset by name, preparing it first if need be.
+    """Opens a dataset by name; "synthetic" and "coco_folder" are prepared first if need be.
 
     Options of "synthetic" (defaults in parentheses):
       size (128): height and width of a scene in pixels.
@@ -242,8 +266,14 @@ def open_source(
       skip_broken (False): leave broken records out of the preparation instead of failing. Without
         preparation a broken record raises RecordError when it is read.
 
+    Options of "coco", "ade20k", "cityscapes" and "mapillary", which `main.py --mode=prepare` has
+    written into `data_dir` (see `builders.preparation`):
+      skip_broken (False): accept a preparation that left records out.
+      instances ("panoptic"), coco only: "original" adds the instances of instances_val2017.json to
+        the records of the validation split (see `TfdsSource`).
+
     Args:
-      name: "synthetic" or "coco_folder".
+      name: "synthetic", "coco_folder", "coco", "ade20k", "cityscapes" or "mapillary".
       data_dir: local or mounted folder where prepared files are written and looked for.
       split: "train" or "validation".
       options: see above.
@@ -267,8 +297,10 @@ def open_source(
     data_dir = Path(data_dir).expanduser()
     if name == "synthetic":
         source = _open_synthetic(data_dir, split, options)
-    else:
+    elif name == "coco_folder":
         source = _open_coco_folder(data_dir, split, options)
+    else:
+        source = _open_official(name, data_dir, split, options)
     return source, source.info
 
 
@@ -284,6 +316,36 @@ def _open_synthetic(data_dir: str | os.PathLike, split: str, options: dict) -> T
 
     builder = SyntheticPanoptic(config=SyntheticConfig(**options), data_dir=data_dir)
     return TfdsSource(prepare(builder), split)
+
+
+def _open_official(name: str, data_dir: Path, split: str, options: dict) -> TfdsSource:
+    from input_pipeline.builders.preparation import builder_class
+
+    builder = builder_class(name)
+    command = f"python main.py --mode=prepare --dataset={name} --source=DIR --data_dir={data_dir}"
+    folder = data_dir / builder.name / str(builder.VERSION)
+    if not (folder / "dataset_info.json").is_file():
+        raise FileNotFoundError(
+            f"{name} is not prepared in dataset.data_dir ({folder} has no dataset_info.json). "
+            f"Prepare it from the download in DIR with\n  {command}"
+        )
+    if not is_prepared(folder):
+        raise FileNotFoundError(
+            f"{folder} has lost some of its files; the same command as before writes them again:"
+            f"\n  {command}"
+        )
+    kinds = ("panoptic", "original")
+    instances = options.get("instances", "panoptic")
+    if instances not in kinds:
+        raise ValueError(f"unknown option instances={instances!r}{_nearest(instances, kinds)}")
+    source = TfdsSource(folder, split, original_instances=instances == "original")
+    if source.left_out and not options["skip_broken"]:
+        raise ValueError(
+            f"{folder} was prepared without all of its {split} records: {source.left_out[0]}.\nSet "
+            "skip_broken to use it as it is, or repair the download and prepare it again:\n  "
+            f"{command}"
+        )
+    return source
 
 
 def _open_coco_folder(

@@ -7,7 +7,6 @@ maps are stored in the form that decodes fast. Every record is checked while it 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Iterator
 from typing import ClassVar
@@ -17,6 +16,7 @@ import tensorflow_datasets as tfds
 from input_pipeline.builders import schema
 from input_pipeline.coco_format import CocoFolderSource
 from input_pipeline.datasets import DatasetInfo
+from input_pipeline.files import sha256
 from input_pipeline.records import RecordError, encode_dense
 
 _SHOWN_ERRORS = 20
@@ -38,8 +38,7 @@ class FolderSplit:
 
     def fingerprint(self) -> str:
         """SHA-256 of the JSON: tells whether the annotations changed since a preparation."""
-        with open(self.json_path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(self.json_path)
 
 
 @dataclasses.dataclass(eq=False, repr=False)  # TFDS logs it, and a class table is long

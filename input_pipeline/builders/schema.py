@@ -20,10 +20,15 @@ from input_pipeline.datasets import DatasetInfo
 from input_pipeline.records import SegmentTable
 
 OBJECTS = "panoptic_objects"
+# JSON text of the original instances of an image; only in datasets that have them.
+INSTANCES = "instances"
+# What the metadata keeps about every record, besides the records themselves.
+FACTS = ("height", "width", "has_things")
 
 
-def features(*, dense: bool) -> tfds.features.FeaturesDict:
-    """The schema, with a dense or a COCO-form segment map."""
+def features(*, dense: bool, instances: bool = False) -> tfds.features.FeaturesDict:
+    """The schema, with a dense or a COCO-form segment map, with or without original instances."""
+    extra = {INSTANCES: tfds.features.Text()} if instances else {}
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 3)),
@@ -38,6 +43,7 @@ def features(*, dense: bool) -> tfds.features.FeaturesDict:
                     "is_crowd": np.bool_,
                 }
             ),
+            **extra,
         }
     )
 
@@ -97,7 +103,7 @@ def note_record(
       segments: its segments.
       info: the class table.
     """
-    facts = stored["records"].setdefault(split, {"height": [], "width": [], "has_things": []})
+    facts = stored["records"].setdefault(split, {key: [] for key in FACTS})
     facts["height"].append(shape[0])
     facts["width"].append(shape[1])
     facts["has_things"].append(

@@ -1,0 +1,79 @@
+"""Mapillary Vistas v1.2 as downloaded from mapillary.com/dataset/vistas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from input_pipeline import datasets
+from input_pipeline.builders import raw
+from input_pipeline.coco_format import CocoFolderSource, load_coco_json
+from input_pipeline.files import sha256
+
+_FOLDERS = {"train": "training", "validation": "validation"}
+_JSON = "panoptic_2018.json"
+
+
+class MapillaryPanoptic(raw.PanopticBuilder):
+    """Mapillary Vistas v1.2, which comes with panoptic annotations."""
+
+    DATASET = "mapillary"
+    CLASSES = datasets.MAPILLARY
+    EXPECTED: ClassVar[dict[str, int]] = {"train": 18_000, "validation": 2_000}
+    RECORDS_PER_SHARD = 100
+    FOLDER = "mapillary_vistas"
+    LAYOUT = """\
+  DIR/
+    {training,validation}/images/ID.jpg
+    {training,validation}/panoptic/panoptic_2018.json    or in v1.2/panoptic/
+    {training,validation}/panoptic/ID.png"""
+
+    @classmethod
+    def required(cls, split: str) -> tuple[tuple[str, ...], ...]:
+        folder = _FOLDERS[split]
+        return ((f"{folder}/images",), _panoptic_jsons(folder))
+
+    @classmethod
+    def open_split(cls, root: Path, split: str) -> raw.PanopticJsonSplit:
+        folder = _FOLDERS[split]
+        images = root / folder / "images"
+        json_path = next(
+            path for path in (root / name for name in _panoptic_jsons(folder)) if path.exists()
+        )
+        content = load_coco_json(json_path)
+        check_categories(json_path, content["categories"])
+        # The names of the classes and images are not taken from the JSON: the official code has
+        # its own class names, and finds an image by the name of its PNG.
+        table = cls.CLASSES
+        content["categories"] = [
+            {"id": id_, "name": name, "isthing": int(thing)}
+            for id_, name, thing in zip(
+                table.category_ids, table.class_names, table.is_thing, strict=True
+            )
+        ]
+        content["images"] = [
+            {"id": a["image_id"], "file_name": f"{Path(a['file_name']).stem}.jpg"}
+            for a in content["annotations"]
+        ]
+        reader = CocoFolderSource(images, json_path.parent, json_path, table, content)
+        return raw.PanopticJsonSplit(reader, (images, json_path.parent), sha256(json_path))
+
+
+def _panoptic_jsons(folder: str) -> tuple[str, ...]:
+    return (f"{folder}/panoptic/{_JSON}", f"{folder}/v1.2/panoptic/{_JSON}")
+
+
+def check_categories(json_path: Path, categories: list[dict]) -> None:
+    """Raises ValueError unless a JSON's categories are the 65 of v1.2, by id and kind.
+
+    Categories beyond them (unlabelled pixels) may be listed; a segment of one is an error later.
+    """
+    kinds = {c.get("id"): bool(c.get("isthing")) for c in categories}
+    table = datasets.MAPILLARY
+    for id_, name, thing in zip(table.category_ids, table.class_names, table.is_thing, strict=True):
+        if kinds.get(id_) != thing:
+            found = "is missing" if id_ not in kinds else f"has isthing {int(kinds[id_])}"
+            raise ValueError(
+                f"{json_path}: category {id_} ({name}) {found}; these are not the 65 categories of "
+                "Mapillary Vistas v1.2 (v2.0 has others and is another dataset)"
+            )

@@ -1,0 +1,491 @@
+"""Prepares an official dataset: its download becomes ArrayRecord files, and a report.
+
+The files of a split are written one by one, each under a temporary name until it is complete, so
+that an interrupted preparation goes on where it was. dataset_info.json names only the splits that
+are complete, and it is what readers go by. In the folder of the dataset lie
+
+  coco_panoptic-train.array_record-00000-of-00119, ...   the records
+  dataset_info.json, features.json, metadata.json        TFDS's description; see `_Store`
+  prepare_report.json                                    counts, missing files, broken records
+  .shards/                                               facts about each file, to go on from
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from input_pipeline.builders import raw, schema
+from input_pipeline.files import exclusive, sync, write_atomically
+from input_pipeline.records import RecordError, decode_image, encode_dense
+
+BUILDERS = {
+    "coco": "CocoPanoptic",
+    "ade20k": "Ade20kPanoptic",
+    "cityscapes": "CityscapesPanoptic",
+    "mapillary": "MapillaryPanoptic",
+}
+REPORT = "prepare_report.json"
+_FORMAT = tfds.core.FileFormat.ARRAY_RECORD
+_SHOWN_MESSAGES = 10
+_PROGRESS_SECONDS = 10
+_MAX_THREADS = 16
+
+Log = Callable[[str], None]
+
+
+def builder_class(dataset: str) -> type[raw.PanopticBuilder]:
+    """The builder of "coco", "ade20k", "cityscapes" or "mapillary"."""
+    module = importlib.import_module(f"{__package__}.{dataset}")
+    return getattr(module, BUILDERS[dataset])
+
+
+@dataclasses.dataclass
+class SplitReport:
+    """What became of one split.
+
+    Attributes:
+      expected: number of records that the dataset has.
+      listed: number of records that the download names.
+      written: number of records written.
+      with_things: those that the training filter (`data.require_things`) keeps.
+      files, bytes: the record files and their size.
+      complete: whether the split can be used.
+      missing: a line for every record with a missing file.
+      broken: a line for every record that cannot be read.
+      notes: what else to know.
+    """
+
+    expected: int
+    listed: int
+    written: int = 0
+    with_things: int = 0
+    files: int = 0
+    bytes: int = 0
+    complete: bool = False
+    missing: list[str] = dataclasses.field(default_factory=list)
+    broken: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def left_out(self) -> list[str]:
+        """A line for every reason why records are not there."""
+        found = [*self.missing, *self.broken]
+        if self.listed != self.expected:
+            found.insert(
+                0, f"the download has {self.listed:,} records, the dataset {self.expected:,}"
+            )
+        return found
+
+    def lines(self, split: str) -> list[str]:
+        """The report as text."""
+        lines = [
+            f"{split}: {self.written:,} of {self.expected:,} records in {self.files} files "
+            f"({self.bytes / 1e9:.2f} GB), {self.with_things:,} with things"
+            + ("" if self.complete else "; NOT COMPLETE")
+        ]
+        lines += [f"  note: {note}" for note in self.notes]
+        found = self.left_out()
+        lines += [f"  {line}" for line in found[:_SHOWN_MESSAGES]]
+        if len(found) > _SHOWN_MESSAGES:
+            lines.append(f"  and {len(found) - _SHOWN_MESSAGES:,} more, see {REPORT}")
+        return lines
+
+
+def prepare(
+    dataset: str,
+    source: str | os.PathLike,
+    data_dir: str | os.PathLike,
+    *,
+    splits: Sequence[str] = ("train", "validation"),
+    skip_broken: bool = False,
+    log: Log = print,
+) -> Path:
+    """Prepares a dataset by name; see `prepare_builder`."""
+    builder = builder_class(dataset)(source=source, data_dir=Path(data_dir).expanduser())
+    return prepare_builder(builder, splits=splits, skip_broken=skip_broken, log=log)
+
+
+def prepare_builder(
+    builder: raw.PanopticBuilder,
+    *,
+    splits: Sequence[str] = ("train", "validation"),
+    skip_broken: bool = False,
+    log: Log = print,
+) -> Path:
+    """Writes the records of a download; goes on where an interrupted preparation stopped.
+
+    Splits that are complete already are left alone. Missing files and wrong counts are told before
+    anything is written, broken records after all of the others are written.
+
+    Args:
+      builder: an official dataset's builder, with the download as its `source`.
+      splits: which splits to prepare; others that are prepared stay.
+      skip_broken: leave out what is missing or broken instead of failing.
+      log: gets lines of progress and the report.
+
+    Returns:
+      The folder of the prepared files, for `sources.TfdsSource`.
+
+    Raises:
+      FileNotFoundError: the source has another layout.
+      ValueError: an annotation file is wrong; missing or broken records; or the folder was prepared
+        from another download.
+      OSError: the records cannot be written, e.g. because the disk is full.
+    """
+    if builder.source is None:
+        raise ValueError(f"{builder.DATASET}: a builder that prepares needs source=FOLDER")
+    root = builder.find_root(builder.source, splits)
+    log(f"reading the lists of {root}")
+    raw_splits = {split: builder.open_split(root, split) for split in splits}
+    target = Path(builder.data_dir)
+    with exclusive(target.parent, waiting=lambda: log("another process prepares; waiting")):
+        target.mkdir(exist_ok=True)
+        reports = {
+            split: SplitReport(
+                expected=builder.EXPECTED[split],
+                listed=len(raw_split),
+                missing=list(raw_split.missing.values()),
+                notes=list(raw_split.notes),
+            )
+            for split, raw_split in raw_splits.items()
+        }
+        try:
+            store = _Store(builder, target)
+            for split in filter(store.has, splits):
+                store.describe(split, reports[split])
+            _check(reports, skip_broken, target)
+            for split, raw_split in raw_splits.items():
+                if not len(raw_split):
+                    raise ValueError(f"{root} has no record of the {split} split")
+            for split, raw_split in raw_splits.items():
+                work = _SplitWork(store, split, raw_split, reports[split], log)
+                work.run(skip_broken)
+            _check(reports, skip_broken, target)
+        finally:
+            _write_report(builder, root, target, reports, log)
+    return target
+
+
+def _check(reports: dict[str, SplitReport], skip_broken: bool, target: Path) -> None:
+    """Raises ValueError if records are missing or broken, unless that is allowed."""
+    found = [
+        f"{split} ({len(report.left_out()):,})"
+        for split, report in reports.items()
+        if report.left_out()
+    ]
+    if found and not skip_broken:
+        raise ValueError(
+            f"not prepared: something is missing or broken in {', '.join(found)}, listed in "
+            f"{target / REPORT}. Repair the download and run the same command again, which keeps "
+            "what is done; or add --skip_broken to leave those records out"
+        )
+
+
+def _write_report(
+    builder: raw.PanopticBuilder,
+    root: Path,
+    target: Path,
+    reports: dict[str, SplitReport],
+    log: Log,
+) -> None:
+    path = target / REPORT
+    # A split that was prepared by another command keeps its entry.
+    earlier = json.loads(path.read_text("utf-8"))["splits"] if path.is_file() else {}
+    content = {
+        "dataset": builder.DATASET,
+        "version": str(builder.version),
+        "source": str(root.resolve()),
+        "splits": {**earlier, **{k: dataclasses.asdict(v) for k, v in reports.items()}},
+    }
+    log(f"{builder.DATASET} in {target}")
+    for split, report in reports.items():
+        for line in report.lines(split):
+            log(f"  {line}")
+    try:
+        write_atomically(path, json.dumps(content, indent=1))
+    except OSError as error:  # must not hide the error that led here
+        log(f"the report could not be written: {error}")
+
+
+class _Store:
+    """The prepared folder: which splits it has, what is stored with them.
+
+    The metadata beside the records: `info`, the class table; and per split `records`, what a loader
+    asks before it reads an image; `fingerprints` of the annotations; `left_out`, reasons why
+    records are not there.
+    """
+
+    def __init__(self, builder: raw.PanopticBuilder, target: Path):
+        self.builder, self.target = builder, target
+        self.shards = target / ".shards"
+        self.shards.mkdir(exist_ok=True)
+        self.metadata: dict[str, Any] = {
+            **schema.metadata(builder.CLASSES),
+            "records": {},
+            "fingerprints": {},
+            "left_out": {},
+        }
+        self.splits: dict[str, tfds.core.SplitInfo] = {}
+        if (target / "dataset_info.json").is_file():
+            info = tfds.builder_from_directory(str(target)).info
+            self.metadata.update(info.metadata)
+            self.splits.update(info.splits)
+
+    def template(self, split: str) -> tfds.core.ShardedFileTemplate:
+        return tfds.core.ShardedFileTemplate(
+            data_dir=self.target,
+            dataset_name=self.builder.name,
+            split=split,
+            filetype_suffix=_FORMAT.file_suffix,
+        )
+
+    def has(self, split: str) -> bool:
+        """Whether a split is complete: it is listed, and all of its files are there."""
+        return split in self.splits and all(
+            Path(path).is_file() for path in self.splits[split].filepaths
+        )
+
+    def describe(self, split: str, report: SplitReport) -> None:
+        """Enters what the folder has of a complete split."""
+        info = self.splits[split]
+        report.complete = True
+        report.written, report.bytes = info.num_examples, int(info.num_bytes)
+        report.files = len(info.shard_lengths)
+        report.with_things = sum(self.metadata["records"][split]["has_things"])
+
+    def add(self, split: str, lengths: list[int], num_bytes: int) -> None:
+        self.splits[split] = tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=lengths,
+            num_bytes=num_bytes,
+            filename_template=self.template(split),
+        )
+        self._write()
+
+    def remove(self, split: str) -> None:
+        """Takes a split out of the description, before its files change."""
+        if self.splits.pop(split, None) is not None:
+            self._write()
+
+    def _write(self) -> None:
+        description = self.target / "dataset_info.json"
+        if not self.splits:
+            description.unlink(missing_ok=True)
+            return
+        info = self.builder.info
+        if info.file_format != _FORMAT:  # a dataset_info.json that was read has set it
+            info.set_file_format(_FORMAT, override=True)
+        info.set_splits(tfds.core.SplitDict(list(self.splits.values())))
+        info.metadata.clear()
+        info.metadata.update(self.metadata)
+        with tempfile.TemporaryDirectory(dir=self.shards) as folder:
+            info.write_to_directory(folder)
+            written = [path for path in Path(folder).iterdir() if path.name != description.name]
+            for path in (*written, Path(folder, description.name)):  # what readers look for, last
+                sync(path)
+                os.replace(path, self.target / path.name)
+
+
+class _SplitWork:
+    """Writes the files of one split."""
+
+    def __init__(
+        self, store: _Store, split: str, raw_split: raw.RawSplit, report: SplitReport, log: Log
+    ):
+        self._store, self._split, self._raw = store, split, raw_split
+        self._report, self._log = report, log
+        builder = store.builder
+        size = builder.RECORDS_PER_SHARD
+        self._shards = [
+            range(first, min(first + size, len(raw_split)))
+            for first in range(0, len(raw_split), size)
+        ]
+        self._paths = [
+            Path(path) for path in store.template(split).sharded_filepaths(len(self._shards))
+        ]
+        self._plan = {"fingerprint": raw_split.fingerprint, "files": len(self._shards)}
+        self._features = builder.info.features
+        self._progress = _Progress(f"{builder.DATASET} {split}", len(raw_split), log)
+
+    def run(self, skip_broken: bool) -> None:
+        store, split, report = self._store, self._split, self._report
+        if store.has(split) and store.metadata["fingerprints"][split] != self._raw.fingerprint:
+            raise ValueError(
+                f"the {split} split in {store.target} was prepared from other annotations or files "
+                "than the source has now; delete that folder to prepare it again, or choose "
+                "another --data_dir"
+            )
+        if store.has(split) and not store.metadata["left_out"][split]:
+            self._log(f"{self._progress.name}: complete already")
+            return
+        with _disk_errors(store.target):
+            store.remove(split)
+            self._begin()
+            facts = []
+            pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS))
+            try:
+                for shard, indices in enumerate(self._shards):
+                    finished = self._facts(shard)
+                    if finished:
+                        self._progress.skip(len(indices))
+                    facts.append(finished or self._write_shard(shard, pool))
+            finally:
+                pool.shutdown(cancel_futures=True)
+            report.complete = False
+            report.files, report.bytes = len(facts), sum(f["bytes"] for f in facts)
+            report.written = sum(len(f["height"]) for f in facts)
+            report.with_things = sum(sum(f["has_things"]) for f in facts)
+            if not report.written:
+                raise ValueError(
+                    f"none of the {len(self._raw):,} records of {split} can be read; the first: "
+                    f"{report.left_out()[0] if report.left_out() else 'the download lists none'}"
+                )
+            if report.broken and not skip_broken:
+                return
+            store.metadata["records"][split] = {
+                key: list(itertools.chain.from_iterable(f[key] for f in facts))
+                for key in schema.FACTS
+            }
+            store.metadata["fingerprints"][split] = self._raw.fingerprint
+            store.metadata["left_out"][split] = report.left_out()
+            store.add(split, [len(f["height"]) for f in facts], report.bytes)
+            store.describe(split, report)
+
+    def _begin(self) -> None:
+        """Clears away what a preparation of other files left."""
+        plan = self._store.shards / f"{self._split}.json"
+        if plan.is_file() and json.loads(plan.read_text("utf-8")) == self._plan:
+            return
+        stem = f"{self._store.builder.name}-{self._split}.{_FORMAT.file_suffix}-"
+        leftovers = [
+            *self._store.target.glob(f"{stem}*"),
+            *self._store.shards.glob(f"{self._split}-*.json"),
+        ]
+        if leftovers:
+            self._log(f"{self._progress.name}: the download has changed; starting anew")
+        for path in leftovers:
+            path.unlink()
+        write_atomically(plan, json.dumps(self._plan))
+
+    def _facts_path(self, shard: int) -> Path:
+        return self._store.shards / f"{self._split}-{shard:05d}.json"
+
+    def _facts(self, shard: int) -> dict | None:
+        """Facts of a finished file, or None if it is to be written (again).
+
+        A file that left records out is written again: they may have been repaired.
+        """
+        path, facts_path = self._paths[shard], self._facts_path(shard)
+        if not (path.is_file() and facts_path.is_file()):
+            return None
+        facts = json.loads(facts_path.read_text("utf-8"))
+        whole = len(facts["height"]) == len(self._shards[shard])
+        return facts if whole and facts["bytes"] == path.stat().st_size else None
+
+    def _write_shard(self, shard: int, pool: concurrent.futures.Executor) -> dict:
+        indices = [i for i in self._shards[shard] if i not in self._raw.missing]
+        self._progress.skip(len(self._shards[shard]) - len(indices))
+        facts: dict[str, Any] = {key: [] for key in schema.FACTS}
+        examples = []
+        for result in pool.map(self._encode, indices):
+            self._progress.step()
+            if isinstance(result, str):
+                self._report.broken.append(result)
+                continue
+            example, fact = result
+            examples.append((len(examples), example))
+            for key, value in zip(schema.FACTS, fact, strict=True):
+                facts[key].append(value)
+        path, facts_path = self._paths[shard], self._facts_path(shard)
+        facts_path.unlink(missing_ok=True)
+        # A name that neither TFDS nor `_begin` takes for a finished file's.
+        temporary = self._store.shards / f"{self._split}-{shard:05d}.incomplete"
+        try:
+            try:
+                tfds.core.ExampleWriter(_FORMAT).write(str(temporary), examples)
+            except RuntimeError as error:  # what ArrayRecord raises when the disk is full
+                raise OSError(str(error)) from error
+            sync(temporary)
+            facts["bytes"] = temporary.stat().st_size
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        write_atomically(facts_path, json.dumps(facts))
+        return facts
+
+    def _encode(self, index: int) -> tuple[bytes, tuple[int, int, bool]] | str:
+        """Serialised example and its facts (in the order of `schema.FACTS`), or what is broken."""
+        try:
+            record = self._raw.read(index)
+            classes = self._store.builder.CLASSES.num_classes
+            record.segments.check(classes, record.where)
+            shape = decode_image(record.image, record.where).shape[:2]
+            if shape != record.panoptic.shape:
+                raise RecordError(
+                    f"{record.where}: the image has {shape[0]} x {shape[1]} pixels (height x "
+                    f"width), its annotation {record.panoptic.shape[0]} x "
+                    f"{record.panoptic.shape[1]}"
+                )
+        except RecordError as error:
+            return str(error)
+        example = schema.example(
+            record.image,
+            encode_dense(record.panoptic, record.segments),
+            record.segments,
+            image_id=record.image_id,
+            file_name=record.file_name,
+        )
+        if self._store.builder.INSTANCES:
+            example[schema.INSTANCES] = record.instances
+        return self._features.serialize_example(example), (*shape, record.has_things)
+
+
+class _Progress:
+    """Says now and then how far it is."""
+
+    def __init__(self, name: str, total: int, log: Log):
+        self.name = name
+        self._total, self._log, self._done = total, log, 0
+        self._start = self._last = time.monotonic()
+
+    def skip(self, records: int) -> None:
+        """Records that cost no time."""
+        self._total -= records
+
+    def step(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last > _PROGRESS_SECONDS:
+            self._last = now
+            rate = self._done / (now - self._start)
+            left = (self._total - self._done) / rate
+            self._log(
+                f"{self.name}: {self._done:,} of {self._total:,} records to do, {rate:.1f}/s, "
+                f"{left / 60:.0f} min left"
+            )
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Explains a failed write."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(target).free / 1e9
+        raise OSError(
+            f"cannot write to {target} ({error}); {free:.1f} GB are free there. Make room, or "
+            "choose another --data_dir. The same command goes on after the last finished file"
+        ) from error

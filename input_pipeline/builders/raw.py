@@ -1,0 +1,302 @@
+"""Datasets as they are downloaded: what a builder reads its records from.
+
+Each official dataset has a builder class, `PanopticBuilder`, that knows the folder tree of the
+download and turns a split of it into a `RawSplit`. `builders.preparation` does the rest.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from input_pipeline.builders import schema
+from input_pipeline.coco_format import CocoFolderSource
+from input_pipeline.datasets import DatasetInfo
+from input_pipeline.files import found_in, read_file
+from input_pipeline.records import RecordError, SegmentTable, decode_panoptic
+
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+
+
+@dataclasses.dataclass(frozen=True)
+class RawRecord:
+    """One annotated image, its panoptic map derived.
+
+    Attributes:
+      image: the image file's bytes.
+      where: path of the image, for messages.
+      panoptic: int32 [H, W] of segment ids, 0 = void.
+      segments: its segments; areas as the official annotation counts them.
+      image_id: id in the dataset.
+      file_name: name of the image file.
+      has_things: whether the training filter of the dataset keeps the image.
+      instances: JSON text of the original instance annotation, or empty.
+    """
+
+    image: bytes
+    where: str
+    panoptic: np.ndarray
+    segments: SegmentTable
+    image_id: str
+    file_name: str
+    has_things: bool
+    instances: str = ""
+
+
+class RawSplit(abc.ABC):
+    """The records of one split of a download, in a fixed order; safe to read from threads.
+
+    Attributes:
+      names: one name per record, for messages.
+      missing: record number -> which of its files are missing.
+      fingerprint: changes when the annotations or the list of files do.
+      notes: what a user should know about how the split is read.
+    """
+
+    names: Sequence[str]
+    missing: Mapping[int, str]
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abc.abstractmethod
+    def read(self, index: int) -> RawRecord:
+        """Reads record `index`; RecordError if it is broken."""
+
+
+class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
+    """A TFDS builder that starts from the files a dataset's own site gives out.
+
+    Its records (`schema.features`) are read with `sources.TfdsSource`, or with TFDS itself
+    (`as_data_source`). Neither needs TensorFlow.
+
+    Args:
+      source: folder of the download; only needed for `download_and_prepare`.
+      data_dir: folder below which the prepared files lie.
+
+    Attributes:
+      DATASET: name of the dataset in commands and configs.
+      CLASSES: its class table.
+      EXPECTED: number of records of each split.
+      RECORDS_PER_SHARD: records per file; what an interrupted preparation loses at most per thread.
+      FOLDER: usual name of the folder of the download; its parent may be given instead of it.
+      LAYOUT: the folder tree, for messages.
+      INSTANCES: whether the records carry the original instance annotation.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    DATASET: ClassVar[str]
+    CLASSES: ClassVar[DatasetInfo]
+    EXPECTED: ClassVar[dict[str, int]]
+    RECORDS_PER_SHARD: ClassVar[int]
+    FOLDER: ClassVar[str]
+    LAYOUT: ClassVar[str]
+    INSTANCES: ClassVar[bool] = False
+
+    def __init__(self, *, source: str | os.PathLike | None = None, **kwargs):
+        self.source = source
+        super().__init__(**kwargs)
+
+    @classmethod
+    @abc.abstractmethod
+    def required(cls, split: str) -> tuple[tuple[str, ...], ...]:
+        """Paths below the download that a split needs; of each tuple, one is enough."""
+
+    @classmethod
+    @abc.abstractmethod
+    def open_split(cls, root: Path, split: str) -> RawSplit:
+        """Opens a split of the download in `root`, which has all that `required` names.
+
+        Raises:
+          ValueError: an annotation file is not what it should be.
+        """
+
+    @classmethod
+    def find_root(cls, source: str | os.PathLike, splits: Sequence[str]) -> Path:
+        """The folder of the download: `source`, or the folder `FOLDER` in it.
+
+        Raises:
+          FileNotFoundError: neither has what the splits need; says what was expected and found.
+        """
+        source = Path(source).expanduser()
+        lacking = {}
+        for root in (source, source / cls.FOLDER):
+            lacking[root] = [
+                options
+                for split in splits
+                for options in cls.required(split)
+                if not any((root / option).exists() for option in options)
+            ]
+            if not lacking[root]:
+                return root
+        # The one that comes closer is the one that was meant.
+        root = min(lacking, key=lambda folder: len(lacking[folder]))
+        wanted = ", ".join(" or ".join(options) for options in lacking[root])
+        archives = sorted(
+            path.name
+            for options in lacking[root]
+            for option in options
+            for path in (Path(f"{root / option}{ending}") for ending in _ARCHIVES)
+            if path.is_file()
+        )
+        unpack = f" Unpack {', '.join(archives)} first." if archives else ""
+        raise FileNotFoundError(
+            f"{root} is not the {cls.DATASET} download: it lacks {wanted}.{unpack}\n"
+            f"Expected:\n{cls.LAYOUT}\nFound: {found_in(root)}\n"
+            "If only one split is there, name it with --split"
+        )
+
+    def download_and_prepare(self, **options) -> Path:
+        """TFDS's entry point; the options are those of `preparation.prepare_builder`."""
+        from input_pipeline.builders import preparation
+
+        return preparation.prepare_builder(self, **options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"{self.DATASET}: images with panoptic annotations.",
+            features=schema.features(dense=True, instances=self.INSTANCES),
+            metadata=schema.metadata(self.CLASSES),
+            disable_shuffling=True,
+        )
+
+    def _download_and_prepare(self, dl_manager, download_config=None):
+        raise NotImplementedError("download_and_prepare writes the records")
+
+    def _as_dataset(self, split, decoders=None, read_config=None, shuffle_files=False):
+        raise NotImplementedError("ArrayRecord files are read with as_data_source")
+
+
+def list_files(folder: Path, suffix: str) -> dict[str, Path]:
+    """Stem -> path of the files of `folder` that end in `suffix`, which the stem lacks."""
+    return {
+        name.removesuffix(suffix): folder / name
+        for name in os.listdir(folder)
+        if name.endswith(suffix) and not name.startswith(".")
+    }
+
+
+class LabelMapSplit(RawSplit):
+    """Images beside label maps that are found by their names.
+
+    A record is a name that any of the folders has; the folders that lack it make it `missing`.
+
+    Args:
+      files: kind of file -> {name -> path}; "image" is one of the kinds.
+      convert: (kind -> bytes of the maps, name -> panoptic map, segments); RecordError if broken.
+      classes: the class table.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, Mapping[str, Path]],
+        convert: Callable[[Mapping[str, bytes], str], tuple[np.ndarray, SegmentTable]],
+        classes: DatasetInfo,
+    ):
+        self._files, self._convert = files, convert
+        self._is_thing = np.array(classes.is_thing)
+        self.names = sorted(set().union(*files.values()))
+        self.missing = {}
+        for index, name in enumerate(self.names):
+            lacking = [kind for kind, paths in files.items() if name not in paths]
+            if lacking:
+                self.missing[index] = f"{name}: has no {' and no '.join(lacking)} file"
+        listing = "\n".join(self.names).encode()
+        self.fingerprint = hashlib.sha256(listing).hexdigest()
+
+    def read(self, index: int) -> RawRecord:
+        name = self.names[index]
+        image_path = self._files["image"][name]
+        maps = {k: read_file(paths[name]) for k, paths in self._files.items() if k != "image"}
+        panoptic, segments = self._convert(maps, name)
+        return RawRecord(
+            image=read_file(image_path),
+            where=str(image_path),
+            panoptic=panoptic,
+            segments=segments,
+            image_id=name,
+            file_name=image_path.name,
+            has_things=bool(self._is_thing[segments.categories[segments.crowd == 0]].any()),
+        )
+
+
+class PanopticJsonSplit(RawSplit):
+    """A COCO-panoptic JSON with its images and PNGs.
+
+    Args:
+      folder: the reader of the JSON.
+      folders: the folders of the images and of the PNGs.
+      fingerprint: of the JSON files.
+      with_instances: ids of the images that the training filter keeps; those with a non-crowd thing
+        in the panoptic annotation if None.
+      instances: image id -> JSON text of its original instances; None if there are none.
+      notes: see `RawSplit`.
+    """
+
+    def __init__(
+        self,
+        folder: CocoFolderSource,
+        folders: Sequence[Path],
+        fingerprint: str,
+        *,
+        with_instances: Collection[str] | None = None,
+        instances: Mapping[str, str] | None = None,
+        notes: tuple[str, ...] = (),
+    ):
+        self._folder, self._instances = folder, instances
+        self._with_instances = with_instances
+        self.fingerprint, self.notes = fingerprint, notes
+        self.names = [folder.image_id(index) for index in range(len(folder))]
+        self.missing = {}
+        present = {path: set(os.listdir(path)) for path in folders}
+        for index in range(len(folder)):
+            try:
+                paths = (folder.image_path(index), folder.panoptic_path(index))
+            except RecordError as error:
+                self.missing[index] = str(error)
+                continue
+            lacking = [
+                str(path)
+                for path in paths
+                # A name with a folder in it is not in the listing.
+                if path.name not in present.get(path.parent, ()) and not path.is_file()
+            ]
+            if lacking:
+                self.missing[index] = (
+                    f"{' and '.join(lacking)}: no such file, but the JSON lists it"
+                )
+
+    def read(self, index: int) -> RawRecord:
+        image_path, panoptic_path = (
+            self._folder.image_path(index),
+            self._folder.panoptic_path(index),
+        )
+        image_id, segments = self._folder.image_id(index), self._folder.segments(index)
+        if self._instances is not None and image_id not in self._instances:
+            raise RecordError(f"{image_path}: the JSON of the original instances lacks this image")
+        if self._with_instances is None:
+            has_things = self._folder.has_things(index)
+        else:
+            has_things = image_id in self._with_instances
+        return RawRecord(
+            image=read_file(image_path),
+            where=str(image_path),
+            panoptic=decode_panoptic(read_file(panoptic_path), segments, str(panoptic_path)),
+            segments=segments,
+            image_id=image_id,
+            file_name=image_path.name,
+            has_things=has_things,
+            instances=self._instances[image_id] if self._instances else "",
+        )

@@ -1,0 +1,75 @@
+"""Files on the host: what lies where, reading, and writing that leaves nothing half-done."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from input_pipeline.records import RecordError
+
+_SHOWN_NAMES = 8
+
+
+def found_in(path: Path) -> str:
+    """What lies at or near `path`, for error messages."""
+    folder = path
+    while not folder.is_dir():
+        folder = folder.parent
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    shown = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
+    return f"{folder} holds {shown or 'nothing'}"
+
+
+def read_file(path: Path) -> bytes:
+    """Content of a file that belongs to a record.
+
+    Raises:
+      RecordError: it is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until the content of a file is on the disk; until then it could be lost with power."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is there with all of its content, or not at all."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Lets one process at a time prepare below `folder`; the others call `waiting` and wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".prepare.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield  # closing the file releases the lock, also when the process dies
