@@ -1,0 +1,562 @@
+"""Preparing official datasets: wrong folders, broken files, kills and full disks."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import main
+from input_pipeline import sources
+from input_pipeline.builders import preparation
+from input_pipeline.files import exclusive
+from tests.input_pipeline import official
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A miniature download and its preparation."""
+    return Job(tmp_path, monkeypatch)
+
+
+class Job:
+    def __init__(self, tmp_path, monkeypatch):
+        self.data_dir = tmp_path / "data"
+        self.lines = []
+        self._tmp_path, self._monkeypatch = tmp_path, monkeypatch
+
+    def make(self, dataset, **expected):
+        self.dataset = dataset
+        self.root = official.make(dataset, self._tmp_path / "download")
+        official.shrink(self._monkeypatch, dataset, **expected)
+        builder = preparation.builder_class(dataset)
+        self.folder = self.data_dir / builder.name / str(builder.VERSION)
+        return self
+
+    def prepare(self, **options):
+        self.lines.clear()
+        return preparation.prepare(
+            self.dataset, self.root, self.data_dir, log=self.lines.append, **options
+        )
+
+    def fail(self, error=ValueError, **options):
+        """The message of a preparation that fails."""
+        with pytest.raises(error) as raised:
+            self.prepare(**options)
+        return str(raised.value)
+
+    def open(self, split="train", **options):
+        return sources.open_source(
+            self.dataset, data_dir=self.data_dir, split=split, options=options
+        )[0]
+
+    def report(self, split="train"):
+        return json.loads((self.folder / preparation.REPORT).read_text())["splits"][split]
+
+    def file(self, pattern):
+        """The first file of that name; "train" comes before "val"."""
+        return sorted(self.root.rglob(pattern))[0]
+
+    def records(self, split="train"):
+        """Everything that is written of a split."""
+        return {path.name: path.read_bytes() for path in self.folder.glob(f"*-{split}.array_*")}
+
+
+# ---------------------------------------------------------------------------- wrong folders
+
+
+@pytest.mark.parametrize("dataset", official.NAMES)
+def test_wrong_folder_says_what_was_expected_and_found(job, dataset):
+    job.make(dataset)
+    (job.root / "images" / "cats").mkdir(parents=True)
+    for name in ("train2017", "images/training", "leftImg8bit", "training"):
+        shutil.rmtree(job.root / name, ignore_errors=True)
+    message = job.fail(FileNotFoundError)
+    builder = preparation.builder_class(dataset)
+    missing = builder.required("train")[0][0]
+    assert message.startswith(f"{job.root} is not the {dataset} download: it lacks {missing}")
+    assert builder.LAYOUT in message
+    assert f"Found: {job.root} holds " in message and "images/" in message
+    assert not job.data_dir.exists()
+
+
+def test_wrong_folder_tells_what_to_unpack(job):
+    job.make("coco")
+    shutil.rmtree(job.root / "annotations/panoptic_val2017")
+    (job.root / "annotations/panoptic_val2017.zip").write_bytes(b"PK")
+    message = job.fail(FileNotFoundError)
+    assert "lacks annotations/panoptic_val2017 or panoptic_val2017. Unpack panoptic_val" in message
+
+
+def test_folder_that_is_not_there(job, tmp_path):
+    job.make("cityscapes").root = tmp_path / "no/such/folder"
+    message = job.fail(FileNotFoundError)
+    assert f"{job.root} is not the cityscapes download" in message
+    assert f"Found: {tmp_path} holds download/" in message
+
+
+def test_one_split_alone(job):
+    job.make("cityscapes")
+    shutil.rmtree(job.root / "leftImg8bit/train")
+    assert "name it with --split" in job.fail(FileNotFoundError)
+    job.prepare(splits=("validation",))
+    assert len(job.open("validation")) == 3
+    with pytest.raises(ValueError, match="has no split 'train'; it has validation"):
+        job.open()
+    before = job.records("validation")
+    shutil.rmtree(job.root)
+    official.cityscapes(job.root)
+    job.prepare(splits=("train",))
+    assert len(job.open()) == 5 and len(job.open("validation")) == 3
+    assert job.records("validation") == before
+    assert job.report("validation")["complete"] and job.report("train")["complete"]
+
+
+# ---------------------------------------------------------------------------- wrong JSON
+
+
+@pytest.mark.parametrize("dataset", ["coco", "mapillary"])
+def test_truncated_json(job, dataset):
+    path = job.make(dataset).file("panoptic_*.json")
+    path.write_bytes(path.read_bytes()[:200])
+    message = job.fail()
+    assert f"{path} is not valid JSON" in message and "truncated" in message
+    assert not job.data_dir.exists()
+
+
+def test_instance_json_in_place_of_the_panoptic_one(job):
+    path = job.make("coco").file("panoptic_train2017.json")
+    shutil.copy(job.root / "annotations/instances_train2017.json", path)
+    assert "looks like an instance JSON" in job.fail()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"images": [', "not valid JSON"),
+        ('{"images": []}', r"not an instance JSON of COCO \(KeyError\('annotations'\)"),
+        ('{"images": [], "annotations": [{"image_id": 1}]}', r"KeyError\('iscrowd'\)"),
+        ("[]", "not an instance JSON"),
+    ],
+)
+@pytest.mark.parametrize("year", ["train2017", "val2017"])
+def test_wrong_instance_json(job, year, content, message):
+    path = job.make("coco").root / f"annotations/instances_{year}.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        job.prepare()
+    assert str(path) in str(error.value)
+
+
+def test_original_instances_that_lack_an_image(job):
+    path = job.make("coco").root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    gone = content["images"].pop()["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != gone]
+    official.write(path, content)
+    job.fail()
+    (line,) = job.report("validation")["broken"]
+    assert "000000000202.jpg: the JSON of the original instances lacks this image" in line
+
+
+# ---------------------------------------------------------------------------- missing and broken
+
+
+@pytest.mark.parametrize(
+    ("dataset", "pattern", "line"),
+    [
+        ("coco", "000000000101.jpg", "000000000101.jpg: no such file, but the JSON lists it"),
+        ("coco", "000000000101.png", "000000000101.png: no such file, but the JSON lists it"),
+        ("mapillary", "training-1.jpg", "training-1.jpg: no such file"),
+        ("ade20k", "ADE_train_00000001.jpg", "ADE_train_00000001: has no image file"),
+        ("ade20k", "ADE_train_00000001.png", "ADE_train_00000001: has no annotations file"),
+        ("cityscapes", "*_000001_*_leftImg8bit.png", "zurich_000001_000019: has no image file"),
+        ("cityscapes", "*_000001_*_instanceIds.png", "has no instanceIds file"),
+    ],
+)
+def test_missing_files_are_told_before_anything_is_written(job, dataset, pattern, line):
+    path = job.make(dataset).file(pattern)
+    path.unlink()
+    message = job.fail()
+    assert "train (1), listed in" in message and "--skip_broken" in message
+    (told,) = job.report()["missing"]
+    assert line in told
+    assert any(line in text for text in job.lines)
+    assert not job.records() and not sources.is_prepared(job.folder)
+
+    job.prepare(skip_broken=True)
+    with pytest.raises(ValueError, match="without all of its train records"):
+        job.open()
+    source = job.open(skip_broken=True)
+    assert len(source) == 4 and source[3]["image"].shape == (20, 30, 3)
+    assert len(job.open("validation")) == 3  # the other split is whole
+
+
+def test_a_wrong_count_is_an_error(job):
+    job.make("ade20k", train=6)
+    message = job.fail()
+    assert "train (1)" in message and "validation" not in message
+    assert "    the download has 5 records, the dataset 6" in job.lines
+    job.prepare(skip_broken=True)
+    assert len(job.open(skip_broken=True)) == 5
+
+
+def test_real_counts_are_expected():
+    counts = {name: preparation.builder_class(name).EXPECTED for name in official.NAMES}
+    assert counts == {
+        "coco": {"train": 118_287, "validation": 5_000},
+        "ade20k": {"train": 20_210, "validation": 2_000},
+        "cityscapes": {"train": 2_975, "validation": 500},
+        "mapillary": {"train": 18_000, "validation": 2_000},
+    }
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BROKEN = {
+    "truncated_jpg": ("coco", "*101.jpg", _truncate, "101.jpg: cannot be decoded.*truncated"),
+    "truncated_png": ("coco", "*101.png", _truncate, "101.png: cannot be decoded.*truncated"),
+    "empty_image": ("ade20k", "*001.jpg", lambda p: p.write_bytes(b""), "001.jpg: cannot be dec"),
+    "no_image": ("mapillary", "*-1.jpg", lambda p: p.write_text("<html>"), "1.jpg: cannot be"),
+    "truncated_map": ("cityscapes", "zurich*Ids.png", _truncate, "zurich.*Ids.png: cannot be dec"),
+    "truncated_frame": ("cityscapes", "zurich*8bit.png", _truncate, "8bit.png: cannot be decoded"),
+    "other_size": (
+        "ade20k",
+        "*001.jpg",
+        lambda p: official.write(p, np.zeros((9, 30, 3), np.uint8)),
+        r"001.jpg: the image has 9 x 30 pixels \(height x width\), its annotation 20 x 30",
+    ),
+    "label_ids": (
+        "cityscapes",
+        "zurich*Ids.png",
+        lambda p: official.write(p, np.full((20, 30), 40, np.uint16)),
+        "label id 40",
+    ),
+    "grey_panoptic": (
+        "mapillary",
+        "*-1.png",
+        lambda p: official.write(p, np.zeros((20, 30), np.uint8)),
+        "must be 8-bit RGB",
+    ),
+    "unlisted_id": (
+        "coco",
+        "*101.png",
+        lambda p: official.write(p, np.full((20, 30, 3), 9, np.uint8)),
+        "1 segment id",
+    ),
+    "a_folder": ("ade20k", "*001.jpg", lambda p: (p.unlink(), p.mkdir()), "001.jpg: cannot be re"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_record_is_listed_the_rest_is_kept_and_repair_goes_on(job, case):
+    dataset, pattern, damage, line = BROKEN[case]
+    path = job.make(dataset).file(pattern)
+    backup = path.read_bytes()
+    damage(path)
+    message = job.fail()
+    assert "train (1)" in message
+    (told,) = job.report()["broken"]
+    assert told in "".join(job.lines)
+    assert re.search(line, told)
+    report = job.report()
+    assert (report["written"], report["complete"]) == (4, False)
+    assert job.report("validation")["complete"]
+    with pytest.raises(ValueError, match="no split 'train'"):
+        job.open(skip_broken=True)
+
+    done = {name: (job.folder / name).stat().st_mtime_ns for name in job.records()}
+    if path.is_dir():
+        path.rmdir()
+    path.write_bytes(backup)
+    job.prepare()
+    assert len(job.open()) == 5
+    rewritten = [n for n, t in done.items() if (job.folder / n).stat().st_mtime_ns != t]
+    assert len(done) == 3 and len(rewritten) == 1  # two records each, the last has one
+
+
+def test_all_records_broken_is_an_error_even_when_skipping(job):
+    for path in job.make("ade20k").root.glob("images/training/*"):
+        path.write_bytes(b"")
+    assert "none of the 5 records of train can be read" in job.fail(skip_broken=True)
+    assert len(job.report()["broken"]) == 5
+
+
+def test_a_file_whose_records_are_all_broken_may_be_skipped(job):
+    for path in sorted(job.make("ade20k").root.glob("images/training/*"))[:2]:
+        path.write_bytes(b"")
+    job.prepare(skip_broken=True)
+    source = job.open(skip_broken=True)
+    assert [source[i]["image_id"][-1] for i in range(3)] == ["2", "3", "4"]
+    assert len(source.left_out) == 2
+
+
+def test_long_lists_are_cut_in_the_text_and_whole_in_the_report(job, monkeypatch):
+    monkeypatch.setattr(preparation, "_SHOWN_MESSAGES", 2)
+    for path in job.make("ade20k").root.glob("images/training/*"):
+        path.unlink()
+    job.fail()
+    assert len(job.report()["missing"]) == 5
+    assert sum("has no image file" in line for line in job.lines) == 2
+    assert any("and 3 more, see prepare_report.json" in line for line in job.lines)
+
+
+# ---------------------------------------------------------------------------- again, and changed
+
+
+def test_second_preparation_reads_nothing(job, monkeypatch):
+    job.make("ade20k").prepare()
+    before, report = job.records(), job.report()
+
+    def refuse(*args):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(preparation, "decode_image", refuse)
+    job.prepare()
+    assert job.records() == before and job.report() == report
+    assert "ade20k train: complete already" in job.lines
+
+
+def test_lost_file_is_written_again(job):
+    job.make("ade20k").prepare()
+    before = job.records()
+    victim = job.folder / sorted(before)[1]
+    victim.unlink()
+    with pytest.raises(FileNotFoundError, match="has lost some of its files"):
+        job.open()
+    job.prepare()
+    assert job.records() == before
+    assert len(job.open()) == 5
+
+
+def test_another_download_is_not_mixed_in(job):
+    job.make("coco").prepare()
+    path = job.root / "annotations/panoptic_train2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"].reverse()
+    official.write(path, content)
+    before = job.records()
+    message = job.fail()
+    assert "was prepared from other annotations" in message and str(job.folder) in message
+    assert job.records() == before
+    assert job.open()[0]["image_id"] == "100"
+
+
+def test_unfinished_work_on_another_download_is_thrown_away(job):
+    path = job.make("coco").file("000000000104.jpg")
+    backup = path.read_bytes()
+    _truncate(path)
+    job.fail()
+    assert len(job.records()) == 3
+    path.write_bytes(backup)
+    json_path = job.root / "annotations/panoptic_train2017.json"
+    content = json.loads(json_path.read_text())
+    content["annotations"].reverse()
+    official.write(json_path, content)
+    job.prepare()
+    assert "coco train: the download has changed; starting anew" in job.lines
+    assert [job.open()[i]["image_id"] for i in range(5)] == ["104", "103", "102", "101", "100"]
+
+
+def test_two_processes_take_turns(job):
+    job.make("ade20k")
+    with exclusive(job.folder.parent):
+        thread = threading.Thread(target=job.prepare)
+        thread.start()
+        while not any("waiting" in line for line in job.lines):
+            time.sleep(0.01)
+        assert not job.folder.exists()
+    thread.join()
+    assert len(job.open()) == 5
+
+
+# ---------------------------------------------------------------------------- interrupted
+
+_PREPARE = """
+import sys
+from input_pipeline.builders import preparation
+dataset, source, data_dir, code = sys.argv[1:]
+builder = preparation.builder_class(dataset)
+builder.EXPECTED, builder.RECORDS_PER_SHARD = {"train": 5, "validation": 3}, 2
+exec(code)
+try:
+    preparation.prepare(dataset, source, data_dir)
+except OSError as error:
+    sys.exit(f"OSError: {error}")
+"""
+
+
+def _run(job, code="", **options):
+    return subprocess.run(
+        [sys.executable, "-c", _PREPARE, job.dataset, str(job.root), str(job.data_dir), code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+# The moments at which a kill leaves most behind: the function, and the how manieth call of it.
+_KILL = """
+import os, signal
+import input_pipeline.files
+owner, name, calls = {owner}, {name!r}, [0]
+original = getattr(owner, name)
+def kill(*args, **kwargs):
+    calls[0] += 1
+    if calls[0] == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(owner, name, kill)
+"""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "trains"),
+    [
+        ("preparation", "decode_image", 4, False),  # while records are read
+        ("preparation", "sync", 2, False),  # a file is written, but has no final name
+        ("preparation", "write_atomically", 3, False),  # it has, but its facts are not there
+        ("os", "replace", 10, False),  # the last step of the first split's description
+        ("preparation", "decode_image", 7, True),  # while the second split is read
+    ],
+)
+def test_killed_preparation_goes_on(job, owner, name, call, trains):
+    job.make("cityscapes")
+    killed = _run(job, _KILL.format(owner=owner, name=name, call=call))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sources.is_prepared(job.folder) == trains
+    if trains:
+        assert len(job.open()) == 5 and job.open()[4]["image"].shape == (20, 30, 3)
+    finished = {n: (job.folder / n).stat().st_mtime_ns for n in job.records()}
+    job.prepare()
+    kept = [n for n, t in finished.items() if (job.folder / n).stat().st_mtime_ns == t]
+    assert kept, "nothing was kept"
+    got = [repr(job.open(split)[i]) for split in official.COUNTS for i in range(3)]
+    shutil.rmtree(job.data_dir)
+    job.prepare()  # in one go
+    assert got == [repr(job.open(split)[i]) for split in official.COUNTS for i in range(3)]
+    assert not list(job.folder.rglob("*.incomplete"))
+
+
+def test_repaired_split_is_not_listed_while_it_is_rewritten(job, monkeypatch):
+    path = job.make("ade20k").file("ADE_train_00000003.jpg")
+    backup = path.read_bytes()
+    path.unlink()
+    job.prepare(skip_broken=True)
+    path.write_bytes(backup)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparation, "decode_image", interrupt)
+        job.prepare()
+    with pytest.raises(ValueError, match="no split 'train'; it has validation"):
+        job.open(skip_broken=True)
+    job.prepare()
+    assert len(job.open()) == 5
+
+
+def test_full_disk_is_explained_and_goes_on(job):
+    job.make("cityscapes")
+    limit = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    )
+    failed = _run(job, limit)  # every file of records is larger than that
+    assert failed.returncode == 1
+    assert f"OSError: cannot write to {job.folder} (" in failed.stderr
+    assert "File too large" in failed.stderr and "GB are free there" in failed.stderr
+    assert "goes on after the last finished file" in failed.stderr
+    assert not job.records() and not sources.is_prepared(job.folder)
+    assert not list(job.folder.rglob("*.incomplete"))
+    job.prepare()
+    assert len(job.open()) == 5
+
+
+def test_disk_that_fills_up_half_way_keeps_what_is_done(job, monkeypatch):
+    job.make("ade20k")
+    replace, calls = os.replace, []
+
+    def full(source, target):
+        calls.append(target)
+        if "00001-of-00003" in str(target):
+            raise OSError(28, "No space left on device")
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        message = job.fail(OSError)
+    assert "No space left on device" in message and "Make room" in message
+    (first,) = job.records()
+    time_before = (job.folder / first).stat().st_mtime_ns
+    assert job.report()["complete"] is False
+    job.prepare()
+    assert (job.folder / first).stat().st_mtime_ns == time_before
+    assert len(job.open()) == 5
+
+
+def test_interrupt_stops_at_once_and_goes_on(job, monkeypatch):
+    job.make("ade20k")
+    decode, calls = preparation.decode_image, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparation, "decode_image", interrupt)
+        job.prepare()
+    assert not sources.is_prepared(job.folder) and len(job.records()) == 1
+    job.prepare()
+    assert len(job.open()) == 5
+
+
+def test_progress_is_told(job, monkeypatch):
+    monkeypatch.setattr(preparation, "_PROGRESS_SECONDS", 0)
+    job.make("ade20k").prepare()
+    assert any("ade20k train: 5 of 5 records to do" in line for line in job.lines)
+    assert any("min left" in line for line in job.lines)
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def test_main_prepares_without_jax(job, capsys, monkeypatch):
+    job.make("cityscapes")
+    monkeypatch.setattr(main, "start_jax", lambda *args: pytest.fail("JAX was started"))
+    main.run_prepare("cityscapes", str(job.root), str(job.data_dir), ["validation", "validation"])
+    assert "validation: 3 of 3 records in 2 files" in capsys.readouterr().out
+    assert len(job.open("validation")) == 3
+
+
+def test_command_line(job):
+    job.make("ade20k")
+    result = subprocess.run(
+        [
+            sys.executable, "main.py", "--mode=prepare", "--dataset=ade20k",
+            f"--source={job.root}", f"--data_dir={job.data_dir}", "--skip_broken",
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "the download has 5 records, the dataset 20,210" in result.stdout
+    assert len(job.open(skip_broken=True)) == 5
