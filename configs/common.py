@@ -37,7 +37,8 @@ def get_base() -> ConfigDict:
     c.seed = 0  # of initialisation, data order, augmentation, dropout and loss points
 
     c.dataset = ConfigDict()
-    c.dataset.name = "coco_folder"  # "synthetic" or "coco_folder"
+    # "synthetic", "coco_folder"; prepared beforehand: "coco", "ade20k", "cityscapes", "mapillary".
+    c.dataset.name = "coco_folder"
     c.dataset.data_dir = ""  # where the dataset is read from, or (synthetic) prepared into
     c.dataset.train_split = "train"
     c.dataset.eval_split = "validation"

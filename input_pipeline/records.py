@@ -6,7 +6,9 @@ A record is a dict with
   segments: list of dicts with id (int), category (contiguous class id), iscrowd (bool) and area
     (int, as the annotation says);
   image_id: str;
-  file_name: str.
+  file_name: str;
+  semantic: uint8 [H, W], class ids and the ignore label; only where the semantic annotation is not
+    that of the segments (ADE20K).
 """
 
 from __future__ import annotations

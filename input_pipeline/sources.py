@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import logging
 import os
 import shutil
@@ -27,6 +26,7 @@ from input_pipeline.records import (
     checked_index,
     decode_dense,
     decode_image,
+    decode_labels,
     decode_panoptic,
     make_record,
 )
@@ -54,9 +54,6 @@ class TfdsSource:
     Args:
       builder_dir: the folder with dataset_info.json, or a prepared TFDS builder.
       split: name of a split.
-      original_instances: give records the key "instances", the original instance annotation: a list
-        of dicts with category (contiguous class id), iscrowd (bool), area (float) and segmentation
-        (polygons or run-length code in COCO's JSON form). Only COCO's validation split has it.
 
     Attributes:
       info: the class table.
@@ -64,16 +61,10 @@ class TfdsSource:
 
     Raises:
       FileNotFoundError: nothing is prepared there.
-      ValueError: unknown split, an empty split, another schema, or no original instances.
+      ValueError: unknown split, an empty split, or another schema.
     """
 
-    def __init__(
-        self,
-        builder_dir: str | os.PathLike | tfds.core.DatasetBuilder,
-        split: str,
-        *,
-        original_instances: bool = False,
-    ):
+    def __init__(self, builder_dir: str | os.PathLike | tfds.core.DatasetBuilder, split: str):
         from input_pipeline.builders import schema
 
         self._dir = str(getattr(builder_dir, "data_dir", builder_dir))
@@ -100,18 +91,9 @@ class TfdsSource:
         self._dense = schema.is_dense(info.features)
         self.info = schema.info_from_metadata(info.metadata)
         self.left_out = tuple(info.metadata.get("left_out", {}).get(split, ()))
-        self._original_instances = original_instances
         facts = info.metadata["records"][split]
         self._sizes = np.array([facts["height"], facts["width"]], np.int32).T
         self._has_things = np.array(facts["has_things"], bool)
-        if original_instances and not (
-            schema.INSTANCES in info.features and self._open()[0][schema.INSTANCES]
-        ):
-            raise ValueError(
-                f"{self._dir} has no original instances of its {split} split: only COCO's "
-                "validation split has, and only if instances_val2017.json was in annotations/ when "
-                "it was prepared"
-            )
 
     def __len__(self) -> int:
         return self._length
@@ -131,8 +113,9 @@ class TfdsSource:
         if self._data is None:
             from input_pipeline.builders import schema
 
-            self._data = self._builder().as_data_source(
-                split=self._split, decoders=schema.skip_decoding()
+            builder = self._builder()
+            self._data = builder.as_data_source(
+                split=self._split, decoders=schema.skip_decoding(builder.info.features)
             )
         return self._data
 
@@ -169,8 +152,9 @@ class TfdsSource:
             file_name=file_name,
             where=where,
         )
-        if self._original_instances:
-            record["instances"] = json.loads(example[schema.INSTANCES])
+        if schema.SEMANTIC in example:
+            semantic = decode_labels(example[schema.SEMANTIC], where)
+            record["semantic"] = np.where(semantic, semantic - 1, self.info.ignore_label)
         return record
 
 
@@ -234,7 +218,7 @@ _COCO_FOLDER_OPTIONS = {
 _OPTIONS = {
     "synthetic": _SYNTHETIC_OPTIONS,
     "coco_folder": _COCO_FOLDER_OPTIONS,
-    "coco": {"skip_broken": False, "instances": "panoptic"},
+    "coco": {"skip_broken": False},
     "ade20k": {"skip_broken": False},
     "cityscapes": {"skip_broken": False},
     "mapillary": {"skip_broken": False},
@@ -269,8 +253,6 @@ def open_source(
     Options of "coco", "ade20k", "cityscapes" and "mapillary", which `main.py --mode=prepare` has
     written into `data_dir` (see `builders.preparation`):
       skip_broken (False): accept a preparation that left records out.
-      instances ("panoptic"), coco only: "original" adds the instances of instances_val2017.json to
-        the records of the validation split (see `TfdsSource`).
 
     Args:
       name: "synthetic", "coco_folder", "coco", "ade20k", "cityscapes" or "mapillary".
@@ -334,11 +316,7 @@ def _open_official(name: str, data_dir: Path, split: str, options: dict) -> Tfds
             f"{folder} has lost some of its files; the same command as before writes them again:"
             f"\n  {command}"
         )
-    kinds = ("panoptic", "original")
-    instances = options.get("instances", "panoptic")
-    if instances not in kinds:
-        raise ValueError(f"unknown option instances={instances!r}{_nearest(instances, kinds)}")
-    source = TfdsSource(folder, split, original_instances=instances == "original")
+    source = TfdsSource(folder, split)
     if source.left_out and not options["skip_broken"]:
         raise ValueError(
             f"{folder} was prepared without all of its {split} records: {source.left_out[0]}.\nSet "

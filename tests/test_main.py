@@ -104,6 +104,8 @@ def test_tuples_keep_the_type_of_their_elements():
         ((CONFIG, "--mode=train"), 2, ("--mode=train needs --workdir",)),
         (("--mode=eval", "--workdir=w"), 2, ("--mode=eval needs --config",)),
         (("--mode=predict", "--workdir=w"), 2, ("--mode=predict needs --image",)),
+        (("--mode=prepare", "--dataset=coco"), 2, ("--mode=prepare needs --source",)),
+        (("--mode=prepare", "--dataset=coc"), 2, ("coc", "coco|ade20k|cityscapes|mapillary")),
         (("--workdir=w", "stray"), 2, ("'stray' is not a flag",)),
     ],
 )

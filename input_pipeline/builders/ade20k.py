@@ -18,12 +18,17 @@ _THINGS = np.flatnonzero(datasets.ADE20K.is_thing)
 
 
 class Ade20kPanoptic(raw.PanopticBuilder):
-    """Panoptic ADE20K, derived from the semantic and instance maps as the official script does."""
+    """Panoptic ADE20K, derived from the semantic and instance maps as the official script does.
+
+    The two annotations disagree here and there, and semantic scores are taken on the semantic one:
+    records carry it as well.
+    """
 
     DATASET = "ade20k"
     CLASSES = datasets.ADE20K
     EXPECTED: ClassVar[dict[str, int]] = {"train": 20_210, "validation": 2_000}
     RECORDS_PER_SHARD = 1000
+    SEMANTIC = True
     FOLDER = "ADEChallengeData2016"
     LAYOUT = """\
   DIR/ (ADEChallengeData2016, or the folder that holds it)
@@ -45,7 +50,7 @@ class Ade20kPanoptic(raw.PanopticBuilder):
             "annotations": raw.list_files(root / "annotations" / folder, ".png"),
             "annotations_instance": raw.list_files(root / "annotations_instance" / folder, ".png"),
         }
-        return raw.LabelMapSplit(files, _convert, cls.CLASSES)
+        return raw.LabelMapSplit(files, _convert, cls.CLASSES, semantic="annotations")
 
 
 def _convert(maps: Mapping[str, bytes], name: str) -> tuple[np.ndarray, SegmentTable]:

@@ -48,7 +48,9 @@ Log = Callable[[str], None]
 
 
 def builder_class(dataset: str) -> type[raw.PanopticBuilder]:
-    """The builder of "coco", "ade20k", "cityscapes" or "mapillary"."""
+    """The builder of "coco", "ade20k", "cityscapes" or "mapillary"; ValueError for others."""
+    if dataset not in BUILDERS:
+        raise ValueError(f"there is no builder of {dataset!r}, only of {', '.join(BUILDERS)}")
     module = importlib.import_module(f"{__package__}.{dataset}")
     return getattr(module, BUILDERS[dataset])
 
@@ -93,7 +95,7 @@ class SplitReport:
         """The report as text."""
         lines = [
             f"{split}: {self.written:,} of {self.expected:,} records in {self.files} files "
-            f"({self.bytes / 1e9:.2f} GB), {self.with_things:,} with things"
+            f"({tfds.core.units.Size(self.bytes)}), {self.with_things:,} with things"
             + ("" if self.complete else "; NOT COMPLETE")
         ]
         lines += [f"  note: {note}" for note in self.notes]
@@ -141,12 +143,15 @@ def prepare_builder(
 
     Raises:
       FileNotFoundError: the source has another layout.
-      ValueError: an annotation file is wrong; missing or broken records; or the folder was prepared
-        from another download.
+      ValueError: an annotation file is wrong; missing or broken records; the folder was prepared
+        from another download; or no source, no such split.
       OSError: the records cannot be written, e.g. because the disk is full.
     """
     if builder.source is None:
         raise ValueError(f"{builder.DATASET}: a builder that prepares needs source=FOLDER")
+    for split in splits:
+        if split not in builder.EXPECTED:
+            raise ValueError(f"unknown split {split!r}; known are {', '.join(builder.EXPECTED)}")
     root = builder.find_root(builder.source, splits)
     log(f"reading the lists of {root}")
     raw_splits = {split: builder.open_split(root, split) for split in splits}
@@ -447,9 +452,8 @@ class _SplitWork:
             record.segments,
             image_id=record.image_id,
             file_name=record.file_name,
+            semantic_png=record.semantic,
         )
-        if self._store.builder.INSTANCES:
-            example[schema.INSTANCES] = record.instances
         return self._features.serialize_example(example), (*shape, record.has_things)
 
 

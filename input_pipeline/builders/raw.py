@@ -38,7 +38,8 @@ class RawRecord:
       image_id: id in the dataset.
       file_name: name of the image file.
       has_things: whether the training filter of the dataset keeps the image.
-      instances: JSON text of the original instance annotation, or empty.
+      semantic: PNG of class id + 1, 0 unlabelled, if the dataset has a semantic annotation that is
+        not the panoptic one.
     """
 
     image: bytes
@@ -48,7 +49,7 @@ class RawRecord:
     image_id: str
     file_name: str
     has_things: bool
-    instances: str = ""
+    semantic: bytes | None = None
 
 
 class RawSplit(abc.ABC):
@@ -91,7 +92,7 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
       RECORDS_PER_SHARD: records per file; what an interrupted preparation loses at most per thread.
       FOLDER: usual name of the folder of the download; its parent may be given instead of it.
       LAYOUT: the folder tree, for messages.
-      INSTANCES: whether the records carry the original instance annotation.
+      SEMANTIC: whether the records carry a semantic map.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -102,7 +103,7 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
     RECORDS_PER_SHARD: ClassVar[int]
     FOLDER: ClassVar[str]
     LAYOUT: ClassVar[str]
-    INSTANCES: ClassVar[bool] = False
+    SEMANTIC: ClassVar[bool] = False
 
     def __init__(self, *, source: str | os.PathLike | None = None, **kwargs):
         self.source = source
@@ -167,7 +168,7 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             description=f"{self.DATASET}: images with panoptic annotations.",
-            features=schema.features(dense=True, instances=self.INSTANCES),
+            features=schema.features(dense=True, semantic=self.SEMANTIC),
             metadata=schema.metadata(self.CLASSES),
             disable_shuffling=True,
         )
@@ -197,6 +198,7 @@ class LabelMapSplit(RawSplit):
       files: kind of file -> {name -> path}; "image" is one of the kinds.
       convert: (kind -> bytes of the maps, name -> panoptic map, segments); RecordError if broken.
       classes: the class table.
+      semantic: kind of file that is the semantic annotation of its own, if there is one.
     """
 
     def __init__(
@@ -204,8 +206,9 @@ class LabelMapSplit(RawSplit):
         files: Mapping[str, Mapping[str, Path]],
         convert: Callable[[Mapping[str, bytes], str], tuple[np.ndarray, SegmentTable]],
         classes: DatasetInfo,
+        semantic: str | None = None,
     ):
-        self._files, self._convert = files, convert
+        self._files, self._convert, self._semantic = files, convert, semantic
         self._is_thing = np.array(classes.is_thing)
         self.names = sorted(set().union(*files.values()))
         self.missing = {}
@@ -229,6 +232,7 @@ class LabelMapSplit(RawSplit):
             image_id=name,
             file_name=image_path.name,
             has_things=bool(self._is_thing[segments.categories[segments.crowd == 0]].any()),
+            semantic=maps.get(self._semantic),
         )
 
 
@@ -241,7 +245,6 @@ class PanopticJsonSplit(RawSplit):
       fingerprint: of the JSON files.
       with_instances: ids of the images that the training filter keeps; those with a non-crowd thing
         in the panoptic annotation if None.
-      instances: image id -> JSON text of its original instances; None if there are none.
       notes: see `RawSplit`.
     """
 
@@ -252,11 +255,9 @@ class PanopticJsonSplit(RawSplit):
         fingerprint: str,
         *,
         with_instances: Collection[str] | None = None,
-        instances: Mapping[str, str] | None = None,
         notes: tuple[str, ...] = (),
     ):
-        self._folder, self._instances = folder, instances
-        self._with_instances = with_instances
+        self._folder, self._with_instances = folder, with_instances
         self.fingerprint, self.notes = fingerprint, notes
         self.names = [folder.image_id(index) for index in range(len(folder))]
         self.missing = {}
@@ -284,8 +285,6 @@ class PanopticJsonSplit(RawSplit):
             self._folder.panoptic_path(index),
         )
         image_id, segments = self._folder.image_id(index), self._folder.segments(index)
-        if self._instances is not None and image_id not in self._instances:
-            raise RecordError(f"{image_path}: the JSON of the original instances lacks this image")
         if self._with_instances is None:
             has_things = self._folder.has_things(index)
         else:
@@ -298,5 +297,4 @@ class PanopticJsonSplit(RawSplit):
             image_id=image_id,
             file_name=image_path.name,
             has_things=has_things,
-            instances=self._instances[image_id] if self._instances else "",
         )

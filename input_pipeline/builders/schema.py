@@ -20,15 +20,15 @@ from input_pipeline.datasets import DatasetInfo
 from input_pipeline.records import SegmentTable
 
 OBJECTS = "panoptic_objects"
-# JSON text of the original instances of an image; only in datasets that have them.
-INSTANCES = "instances"
+# PNG of class id + 1, 0 unlabelled; only in datasets whose semantic annotation is one of its own.
+SEMANTIC = "semantic_image"
 # What the metadata keeps about every record, besides the records themselves.
 FACTS = ("height", "width", "has_things")
 
 
-def features(*, dense: bool, instances: bool = False) -> tfds.features.FeaturesDict:
-    """The schema, with a dense or a COCO-form segment map, with or without original instances."""
-    extra = {INSTANCES: tfds.features.Text()} if instances else {}
+def features(*, dense: bool, semantic: bool = False) -> tfds.features.FeaturesDict:
+    """The schema, with a dense or a COCO-form segment map, with or without a semantic map."""
+    extra = {SEMANTIC: tfds.features.Image(shape=(None, None, 1))} if semantic else {}
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 3)),
@@ -53,16 +53,24 @@ def is_dense(feature_dict: Mapping) -> bool:
     return feature_dict["panoptic_image"].shape[-1] == 1
 
 
-def skip_decoding() -> dict:
-    """Decoders that leave both images compressed: OpenCV decodes them faster than TFDS would."""
-    return {"image": tfds.decode.SkipDecoding(), "panoptic_image": tfds.decode.SkipDecoding()}
+def skip_decoding(feature_dict: Mapping) -> dict:
+    """Decoders that leave all images compressed: OpenCV decodes them faster than TFDS would."""
+    keys = ("image", "panoptic_image", SEMANTIC)
+    return {key: tfds.decode.SkipDecoding() for key in keys if key in feature_dict}
 
 
 def example(
-    image: bytes, panoptic_png: bytes, segments: SegmentTable, *, image_id: str, file_name: str
+    image: bytes,
+    panoptic_png: bytes,
+    segments: SegmentTable,
+    *,
+    image_id: str,
+    file_name: str,
+    semantic_png: bytes | None = None,
 ) -> dict:
     """One example as `features` wants it."""
     return {
+        **({SEMANTIC: io.BytesIO(semantic_png)} if semantic_png else {}),
         "image": io.BytesIO(image),
         "image/filename": file_name,
         "image/id": image_id,

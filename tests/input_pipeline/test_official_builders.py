@@ -78,7 +78,9 @@ def test_maps_are_stored_dense_and_images_as_they_came(prepared, dataset):
 
     root, data_dir = prepared[dataset]
     builder = tfds.builder_from_directory(str(source_dir(data_dir, dataset)))
-    example = builder.as_data_source("train", decoders=schema.skip_decoding())[0]
+    example = builder.as_data_source("train", decoders=schema.skip_decoding(builder.info.features))[
+        0
+    ]
     stored = cv2.imdecode(np.frombuffer(example["panoptic_image"], np.uint8), -1)
     assert stored.dtype == np.uint8 and stored.ndim == 2
     original = next(root.rglob(example["image/filename"].decode()))
@@ -123,7 +125,7 @@ def test_coco_training_filter_goes_by_the_original_instances(prepared):
     assert [i for i in range(5) if source.has_things(i)] == [1, 2, 4]
 
 
-def test_coco_without_instances_goes_by_the_panoptic_annotation(prepared, tmp_path, monkeypatch):
+def test_coco_without_instances_goes_by_the_panoptic_annotation(tmp_path, monkeypatch):
     root = official.coco(tmp_path / "coco")
     for path in (root / "annotations").glob("instances_*"):
         path.unlink()
@@ -133,30 +135,6 @@ def test_coco_without_instances_goes_by_the_panoptic_annotation(prepared, tmp_pa
     source, _ = sources.open_source("coco", data_dir=tmp_path / "out", split="train")
     assert [i for i in range(5) if source.has_things(i)] == [0, 1, 3, 4]
     assert any("there is no" in line and "instances_train2017.json" in line for line in lines)
-    with pytest.raises(ValueError, match="no original instances of its validation split"):
-        _open({"coco": (root, tmp_path / "out")}, "coco", "validation", instances="original")
-
-
-def test_coco_original_instances(prepared):
-    source, info = _open(prepared, "coco", "validation", instances="original")
-    crowd, toothbrush, more = (source[i]["instances"] for i in range(3))
-    assert crowd == [
-        {
-            "category": 0,
-            "iscrowd": True,
-            "area": 24.0,
-            "segmentation": {"size": [20, 30], "counts": [600]},
-        }
-    ]
-    assert info.class_names[toothbrush[0]["category"]] == "toothbrush"
-    assert toothbrush[0]["area"] == 50.5 and not toothbrush[0]["iscrowd"]
-    assert toothbrush[0]["segmentation"] == [[5.0, 5.0, 15.0, 5.0, 15.0, 10.0, 5.0, 10.0]]
-    assert len(more) == 1
-    assert "instances" not in _open(prepared, "coco", "validation")[0][0]
-    with pytest.raises(ValueError, match="only COCO's validation split"):
-        _open(prepared, "coco", "train", instances="original")
-    with pytest.raises(ValueError, match="did you mean 'original'"):
-        _open(prepared, "coco", "validation", instances="orginal")
 
 
 def test_coco_pngs_may_lie_beside_the_annotations_folder(tmp_path, monkeypatch):
@@ -279,6 +257,10 @@ def test_ade20k_record(prepared):
     assert (record["panoptic"][15:, :4] == 0).all()  # the chair without an instance
     assert (record["panoptic"][:2] == 0).all()
     assert source.has_things(0)
+    semantic = record["semantic"]
+    assert semantic.dtype == np.uint8
+    assert (semantic[:2] == 255).all() and (semantic[15:, :4] == 19).all()
+    assert (semantic[5:10, 5:15] == 7).all() and (semantic[5:10, 4] == 0).all()
 
 
 def _official_ade20k(semantic, instance):

@@ -122,6 +122,16 @@ def test_one_split_alone(job):
     assert job.report("validation")["complete"] and job.report("train")["complete"]
 
 
+def test_wrong_arguments_are_named(job):
+    with pytest.raises(ValueError, match="no builder of 'coc', only of coco, ade20k, cityscapes"):
+        preparation.prepare("coc", job.data_dir, job.data_dir)
+    assert "unknown split 'val'; known are train, validation" in job.make("coco").fail(
+        splits=("val",)
+    )
+    with pytest.raises(ValueError, match="needs source=FOLDER"):
+        preparation.builder_class("coco")(data_dir=job.data_dir).download_and_prepare()
+
+
 # ---------------------------------------------------------------------------- wrong JSON
 
 
@@ -156,17 +166,6 @@ def test_wrong_instance_json(job, year, content, message):
     with pytest.raises(ValueError, match=message) as error:
         job.prepare()
     assert str(path) in str(error.value)
-
-
-def test_original_instances_that_lack_an_image(job):
-    path = job.make("coco").root / "annotations/instances_val2017.json"
-    content = json.loads(path.read_text())
-    gone = content["images"].pop()["id"]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != gone]
-    official.write(path, content)
-    job.fail()
-    (line,) = job.report("validation")["broken"]
-    assert "000000000202.jpg: the JSON of the original instances lacks this image" in line
 
 
 # ---------------------------------------------------------------------------- missing and broken
@@ -535,6 +534,19 @@ def test_progress_is_told(job, monkeypatch):
     job.make("ade20k").prepare()
     assert any("ade20k train: 5 of 5 records to do" in line for line in job.lines)
     assert any("min left" in line for line in job.lines)
+
+
+def test_builder_is_used_like_any_of_tfds(job):
+    job.make("ade20k")
+    builder = preparation.builder_class("ade20k")(source=job.root, data_dir=job.data_dir)
+    assert not builder.is_prepared()
+    builder.download_and_prepare(log=job.lines.append)
+    builder = type(builder)(data_dir=job.data_dir)
+    assert builder.is_prepared()
+    assert builder.info.splits["train"].num_examples == 5
+    example = builder.as_data_source("validation[1:]")[0]
+    assert example["image"].shape == (20, 30, 3) and example["panoptic_image"].max() == 2
+    assert example["image/filename"] == b"ADE_valid_00000001.jpg"
 
 
 # ---------------------------------------------------------------------------- the command
