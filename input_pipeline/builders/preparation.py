@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -296,12 +295,15 @@ class _Store:
         info.set_splits(tfds.core.SplitDict(list(self.splits.values())))
         info.metadata.clear()
         info.metadata.update(self.metadata)
-        with tempfile.TemporaryDirectory(dir=self.shards) as folder:
-            info.write_to_directory(folder)
-            written = [path for path in Path(folder).iterdir() if path.name != description.name]
-            for path in (*written, Path(folder, description.name)):  # what readers look for, last
-                sync(path)
-                os.replace(path, self.target / path.name)
+        folder = self.shards / "description"
+        shutil.rmtree(folder, ignore_errors=True)  # of a preparation that was killed
+        folder.mkdir()
+        info.write_to_directory(folder)
+        written = [path for path in folder.iterdir() if path.name != description.name]
+        for path in (*written, folder / description.name):  # what readers look for, last
+            sync(path)
+            os.replace(path, self.target / path.name)
+        folder.rmdir()
 
 
 class _SplitWork:
@@ -338,8 +340,9 @@ class _SplitWork:
             return
         with _disk_errors(store.target):
             store.remove(split)
+            report.complete = False
             self._begin()
-            facts = []
+            facts: list[dict] = []
             pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS))
             try:
                 for shard, indices in enumerate(self._shards):
@@ -349,10 +352,9 @@ class _SplitWork:
                     facts.append(finished or self._write_shard(shard, pool))
             finally:
                 pool.shutdown(cancel_futures=True)
-            report.complete = False
-            report.files, report.bytes = len(facts), sum(f["bytes"] for f in facts)
-            report.written = sum(len(f["height"]) for f in facts)
-            report.with_things = sum(sum(f["has_things"]) for f in facts)
+                report.files, report.bytes = len(facts), sum(f["bytes"] for f in facts)
+                report.written = sum(len(f["height"]) for f in facts)
+                report.with_things = sum(sum(f["has_things"]) for f in facts)
             if not report.written:
                 raise ValueError(
                     f"none of the {len(self._raw):,} records of {split} can be read; the first: "

@@ -449,7 +449,7 @@ def test_killed_preparation_goes_on(job, owner, name, call, trains):
     shutil.rmtree(job.data_dir)
     job.prepare()  # in one go
     assert got == [repr(job.open(split)[i]) for split in official.COUNTS for i in range(3)]
-    assert not list(job.folder.rglob("*.incomplete"))
+    assert {path.suffix for path in (job.folder / ".shards").iterdir()} == {".json"}
 
 
 def test_repaired_split_is_not_listed_while_it_is_rewritten(job, monkeypatch):
@@ -465,6 +465,7 @@ def test_repaired_split_is_not_listed_while_it_is_rewritten(job, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(preparation, "decode_image", interrupt)
         job.prepare()
+    assert job.report()["complete"] is False
     with pytest.raises(ValueError, match="no split 'train'; it has validation"):
         job.open(skip_broken=True)
     job.prepare()
@@ -505,7 +506,7 @@ def test_disk_that_fills_up_half_way_keeps_what_is_done(job, monkeypatch):
     assert "No space left on device" in message and "Make room" in message
     (first,) = job.records()
     time_before = (job.folder / first).stat().st_mtime_ns
-    assert job.report()["complete"] is False
+    assert (job.report()["complete"], job.report()["written"]) == (False, 2)
     job.prepare()
     assert (job.folder / first).stat().st_mtime_ns == time_before
     assert len(job.open()) == 5
