@@ -5,8 +5,9 @@ import pathlib
 
 import cv2
 import numpy as np
+import pytest
 
-from input_pipeline import datasets, records
+from input_pipeline import datasets, records, sources
 from input_pipeline.builders import preparation
 
 NAMES = tuple(preparation.BUILDERS)
@@ -160,3 +161,48 @@ def cityscapes(root):
             write(root / f"gtFine/{folder}/{city}/{name}_gtFine_instanceIds.png", ids)
             write(root / f"gtFine/{folder}/{city}/{name}_gtFine_polygons.json", {})
     return root
+
+
+class Job:
+    """A miniature download and its preparation, for a test."""
+
+    def __init__(self, tmp_path, monkeypatch):
+        self.data_dir = tmp_path / "data"
+        self.lines = []
+        self._tmp_path, self._monkeypatch = tmp_path, monkeypatch
+
+    def make(self, dataset, **expected):
+        self.dataset = dataset
+        self.root = make(dataset, self._tmp_path / "download")
+        shrink(self._monkeypatch, dataset, **expected)
+        builder = preparation.builder_class(dataset)
+        self.folder = self.data_dir / builder.name / str(builder.VERSION)
+        return self
+
+    def prepare(self, **options):
+        self.lines.clear()
+        return preparation.prepare(
+            self.dataset, self.root, self.data_dir, log=self.lines.append, **options
+        )
+
+    def fail(self, error=ValueError, **options):
+        """The message of a preparation that fails."""
+        with pytest.raises(error) as raised:
+            self.prepare(**options)
+        return str(raised.value)
+
+    def open(self, split="train", **options):
+        return sources.open_source(
+            self.dataset, data_dir=self.data_dir, split=split, options=options
+        )[0]
+
+    def report(self, split="train"):
+        return json.loads((self.folder / preparation.REPORT).read_text())["splits"][split]
+
+    def file(self, pattern):
+        """The first file of that name; "train" comes before "val"."""
+        return sorted(self.root.rglob(pattern))[0]
+
+    def records(self, split="train"):
+        """Everything that is written of a split."""
+        return {path.name: path.read_bytes() for path in self.folder.glob(f"*-{split}.array_*")}

@@ -1,11 +1,9 @@
-"""Preparing official datasets: wrong folders, broken files, kills and full disks."""
+"""Preparing official datasets: wrong folders, broken files, repairs, the command."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -26,50 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """A miniature download and its preparation."""
-    return Job(tmp_path, monkeypatch)
-
-
-class Job:
-    def __init__(self, tmp_path, monkeypatch):
-        self.data_dir = tmp_path / "data"
-        self.lines = []
-        self._tmp_path, self._monkeypatch = tmp_path, monkeypatch
-
-    def make(self, dataset, **expected):
-        self.dataset = dataset
-        self.root = official.make(dataset, self._tmp_path / "download")
-        official.shrink(self._monkeypatch, dataset, **expected)
-        builder = preparation.builder_class(dataset)
-        self.folder = self.data_dir / builder.name / str(builder.VERSION)
-        return self
-
-    def prepare(self, **options):
-        self.lines.clear()
-        return preparation.prepare(
-            self.dataset, self.root, self.data_dir, log=self.lines.append, **options
-        )
-
-    def fail(self, error=ValueError, **options):
-        """The message of a preparation that fails."""
-        with pytest.raises(error) as raised:
-            self.prepare(**options)
-        return str(raised.value)
-
-    def open(self, split="train", **options):
-        return sources.open_source(
-            self.dataset, data_dir=self.data_dir, split=split, options=options
-        )[0]
-
-    def report(self, split="train"):
-        return json.loads((self.folder / preparation.REPORT).read_text())["splits"][split]
-
-    def file(self, pattern):
-        """The first file of that name; "train" comes before "val"."""
-        return sorted(self.root.rglob(pattern))[0]
-
-    def records(self, split="train"):
-        """Everything that is written of a split."""
-        return {path.name: path.read_bytes() for path in self.folder.glob(f"*-{split}.array_*")}
+    return official.Job(tmp_path, monkeypatch)
 
 
 # ---------------------------------------------------------------------------- wrong folders
@@ -378,155 +333,6 @@ def test_two_processes_take_turns(job):
             time.sleep(0.01)
         assert not job.folder.exists()
     thread.join()
-    assert len(job.open()) == 5
-
-
-# ---------------------------------------------------------------------------- interrupted
-
-_PREPARE = """
-import sys
-from input_pipeline.builders import preparation
-dataset, source, data_dir, code = sys.argv[1:]
-builder = preparation.builder_class(dataset)
-builder.EXPECTED, builder.RECORDS_PER_SHARD = {"train": 5, "validation": 3}, 2
-exec(code)
-try:
-    preparation.prepare(dataset, source, data_dir)
-except OSError as error:
-    sys.exit(f"OSError: {error}")
-"""
-
-
-def _run(job, code="", **options):
-    return subprocess.run(
-        [sys.executable, "-c", _PREPARE, job.dataset, str(job.root), str(job.data_dir), code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **options,
-    )
-
-
-# The moments at which a kill leaves most behind: the function, and the how manieth call of it.
-_KILL = """
-import os, signal
-import input_pipeline.files
-owner, name, calls = {owner}, {name!r}, [0]
-original = getattr(owner, name)
-def kill(*args, **kwargs):
-    calls[0] += 1
-    if calls[0] == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-setattr(owner, name, kill)
-"""
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "call", "trains"),
-    [
-        ("preparation", "decode_image", 4, False),  # while records are read
-        ("preparation", "sync", 2, False),  # a file is written, but has no final name
-        ("preparation", "write_atomically", 3, False),  # it has, but its facts are not there
-        ("os", "replace", 10, False),  # the last step of the first split's description
-        ("preparation", "decode_image", 7, True),  # while the second split is read
-    ],
-)
-def test_killed_preparation_goes_on(job, owner, name, call, trains):
-    job.make("cityscapes")
-    killed = _run(job, _KILL.format(owner=owner, name=name, call=call))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert sources.is_prepared(job.folder) == trains
-    if trains:
-        assert len(job.open()) == 5 and job.open()[4]["image"].shape == (20, 30, 3)
-    finished = {n: (job.folder / n).stat().st_mtime_ns for n in job.records()}
-    job.prepare()
-    kept = [n for n, t in finished.items() if (job.folder / n).stat().st_mtime_ns == t]
-    assert kept, "nothing was kept"
-    got = [repr(job.open(split)[i]) for split in official.COUNTS for i in range(3)]
-    shutil.rmtree(job.data_dir)
-    job.prepare()  # in one go
-    assert got == [repr(job.open(split)[i]) for split in official.COUNTS for i in range(3)]
-    assert {path.suffix for path in (job.folder / ".shards").iterdir()} == {".json"}
-
-
-def test_repaired_split_is_not_listed_while_it_is_rewritten(job, monkeypatch):
-    path = job.make("ade20k").file("ADE_train_00000003.jpg")
-    backup = path.read_bytes()
-    path.unlink()
-    job.prepare(skip_broken=True)
-    path.write_bytes(backup)
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(preparation, "decode_image", interrupt)
-        job.prepare()
-    assert job.report()["complete"] is False
-    with pytest.raises(ValueError, match="no split 'train'; it has validation"):
-        job.open(skip_broken=True)
-    job.prepare()
-    assert len(job.open()) == 5
-
-
-def test_full_disk_is_explained_and_goes_on(job):
-    job.make("cityscapes")
-    limit = (
-        "import resource, signal\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-    )
-    failed = _run(job, limit)  # every file of records is larger than that
-    assert failed.returncode == 1
-    assert f"OSError: cannot write to {job.folder} (" in failed.stderr
-    assert "File too large" in failed.stderr and "GB are free there" in failed.stderr
-    assert "goes on after the last finished file" in failed.stderr
-    assert not job.records() and not sources.is_prepared(job.folder)
-    assert not list(job.folder.rglob("*.incomplete"))
-    job.prepare()
-    assert len(job.open()) == 5
-
-
-def test_disk_that_fills_up_half_way_keeps_what_is_done(job, monkeypatch):
-    job.make("ade20k")
-    replace, calls = os.replace, []
-
-    def full(source, target):
-        calls.append(target)
-        if "00001-of-00003" in str(target):
-            raise OSError(28, "No space left on device")
-        return replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        message = job.fail(OSError)
-    assert "No space left on device" in message and "Make room" in message
-    (first,) = job.records()
-    time_before = (job.folder / first).stat().st_mtime_ns
-    assert (job.report()["complete"], job.report()["written"]) == (False, 2)
-    job.prepare()
-    assert (job.folder / first).stat().st_mtime_ns == time_before
-    assert len(job.open()) == 5
-
-
-def test_interrupt_stops_at_once_and_goes_on(job, monkeypatch):
-    job.make("ade20k")
-    decode, calls = preparation.decode_image, []
-
-    def interrupt(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return decode(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(preparation, "decode_image", interrupt)
-        job.prepare()
-    assert not sources.is_prepared(job.folder) and len(job.records()) == 1
-    job.prepare()
     assert len(job.open()) == 5
 
 
