@@ -423,7 +423,8 @@ def main(argv: Sequence[str]) -> None:
         else:
             run_predict(_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on from the last checkpoint", 130)
+        saved = "finished file" if mode == "prepare" else "checkpoint"
+        fail(f"stopped; the same command goes on from the last {saved}", 130)
     except USER_ERRORS as error:
         if _DEBUG.value:
             raise

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,6 +61,30 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+class WriteError(OSError):
+    """Records cannot be written; says where, and what to do."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path, failure: type[Exception] = OSError) -> Iterator[None]:
+    """Turns a `failure` to write below `folder` into a WriteError.
+
+    Args:
+      folder: an existing folder.
+      failure: OSError, or RuntimeError, which ArrayRecord raises when the disk is full.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except failure as error:
+        free = shutil.disk_usage(folder).free / 1e9
+        raise WriteError(
+            f"cannot write to {folder} ({error}); {free:.1f} GB are free there. Make room, or "
+            "choose another folder. The same command goes on with what is not written"
+        ) from error
 
 
 @contextlib.contextmanager

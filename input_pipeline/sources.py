@@ -20,7 +20,7 @@ import numpy as np
 from input_pipeline import datasets
 from input_pipeline.coco_format import CocoFolderSource, load_coco_json
 from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import exclusive
+from input_pipeline.files import exclusive, writing
 from input_pipeline.records import (
     RecordError,
     checked_index,
@@ -180,6 +180,9 @@ def prepare(builder: tfds.core.DatasetBuilder) -> Path:
 
     Returns:
       The folder of the prepared files, for `TfdsSource`.
+
+    Raises:
+      OSError: the files cannot be written, e.g. because the disk is full.
     """
     import tensorflow_datasets as tfds
 
@@ -194,10 +197,11 @@ def prepare(builder: tfds.core.DatasetBuilder) -> Path:
                 logging.warning("removing the incomplete preparation %s", leftover)
                 shutil.rmtree(leftover)
         builder = copy.copy(builder)  # built anew, so that it remembers nothing of the leftovers
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-            file_format="array_record",
-        )
+        with writing(target.parent, RuntimeError):
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+                file_format="array_record",
+            )
     return target
 
 

@@ -13,7 +13,6 @@ are complete, and it is what readers go by. In the folder of the dataset lie
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -21,14 +20,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from input_pipeline.builders import raw, schema
-from input_pipeline.files import exclusive, sync, write_atomically
+from input_pipeline.files import exclusive, sync, write_atomically, writing
 from input_pipeline.records import RecordError, decode_image, encode_dense
 
 BUILDERS = {
@@ -338,7 +337,7 @@ class _SplitWork:
         if store.has(split) and not store.metadata["left_out"][split]:
             self._log(f"{self._progress.name}: complete already")
             return
-        with _disk_errors(store.target):
+        with writing(store.target):
             store.remove(split)
             report.complete = False
             self._begin()
@@ -421,10 +420,8 @@ class _SplitWork:
         # A name that neither TFDS nor `_begin` takes for a finished file's.
         temporary = self._store.shards / f"{self._split}-{shard:05d}.incomplete"
         try:
-            try:
+            with writing(path.parent, RuntimeError):
                 tfds.core.ExampleWriter(_FORMAT).write(str(temporary), examples)
-            except RuntimeError as error:  # what ArrayRecord raises when the disk is full
-                raise OSError(str(error)) from error
             sync(temporary)
             facts["bytes"] = temporary.stat().st_size
             os.replace(temporary, path)
@@ -482,16 +479,3 @@ class _Progress:
                 f"{self.name}: {self._done:,} of {self._total:,} records to do, {rate:.1f}/s, "
                 f"{left / 60:.0f} min left"
             )
-
-
-@contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    """Explains a failed write."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(target).free / 1e9
-        raise OSError(
-            f"cannot write to {target} ({error}); {free:.1f} GB are free there. Make room, or "
-            "choose another --data_dir. The same command goes on after the last finished file"
-        ) from error

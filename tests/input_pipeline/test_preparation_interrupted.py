@@ -111,18 +111,45 @@ def test_repaired_split_is_not_listed_while_it_is_rewritten(job, monkeypatch):
     assert len(job.open()) == 5
 
 
+# Every file of records is larger than that: the writer fails as on a full disk.
+_LIMIT = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+"""
+_SYNTHETIC = """
+import sys
+from input_pipeline import sources
+exec(sys.argv[2])
+options = dict(size=32, train_examples=40, validation_examples=1)
+try:
+    sources.open_source("synthetic", data_dir=sys.argv[1], split="train", options=options)
+except OSError as error:
+    sys.exit(f"OSError: {error}")
+"""
+
+
+def test_full_disk_while_other_datasets_are_prepared(tmp_path):
+    failed = subprocess.run(
+        [sys.executable, "-c", _SYNTHETIC, str(tmp_path), _LIMIT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert failed.returncode == 1
+    assert f"OSError: cannot write to {tmp_path}" in failed.stderr
+    assert not list(tmp_path.rglob("*.array_record*"))
+
+
 def test_full_disk_is_explained_and_goes_on(job):
     job.make("cityscapes")
-    limit = (
-        "import resource, signal\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-    )
-    failed = _run(job, limit)  # every file of records is larger than that
+    failed = _run(job, _LIMIT)
     assert failed.returncode == 1
     assert f"OSError: cannot write to {job.folder} (" in failed.stderr
     assert "File too large" in failed.stderr and "GB are free there" in failed.stderr
-    assert "goes on after the last finished file" in failed.stderr
+    assert "The same command goes on" in failed.stderr
     assert not job.records() and not sources.is_prepared(job.folder)
     assert not list(job.folder.rglob("*.incomplete"))
     job.prepare()
