@@ -41,7 +41,7 @@ class MapillaryPanoptic(raw.PanopticBuilder):
             path for path in (root / name for name in _panoptic_jsons(folder)) if path.exists()
         )
         content = load_coco_json(json_path)
-        check_categories(json_path, content["categories"])
+        notes = check_categories(json_path, content["categories"])
         # The names of the classes and images are not taken from the JSON: the official code has
         # its own class names, and finds an image by the name of its PNG.
         table = cls.CLASSES
@@ -56,24 +56,39 @@ class MapillaryPanoptic(raw.PanopticBuilder):
             for a in content["annotations"]
         ]
         reader = CocoFolderSource(images, json_path.parent, json_path, table, content)
-        return raw.PanopticJsonSplit(reader, (images, json_path.parent), sha256(json_path))
+        return raw.PanopticJsonSplit(
+            reader, (images, json_path.parent), sha256(json_path), notes=notes
+        )
 
 
 def _panoptic_jsons(folder: str) -> tuple[str, ...]:
     return (f"{folder}/panoptic/{_JSON}", f"{folder}/v1.2/panoptic/{_JSON}")
 
 
-def check_categories(json_path: Path, categories: list[dict]) -> None:
-    """Raises ValueError unless a JSON's categories are the 65 of v1.2, by id and kind.
+def check_categories(json_path: Path, categories: list[dict]) -> tuple[str, ...]:
+    """Compares a JSON's categories with the 65 of v1.2.
 
-    Categories beyond them (unlabelled pixels) may be listed; a segment of one is an error later.
+    More may be listed (unlabelled pixels); a segment of one is an error later. Names are not
+    compared, and whether a class is a thing is what the official code says, not the JSON.
+
+    Returns:
+      Notes on classes that the JSON has as the other kind.
+
+    Raises:
+      ValueError: an id is missing.
     """
     kinds = {c.get("id"): bool(c.get("isthing")) for c in categories}
     table = datasets.MAPILLARY
+    notes = []
     for id_, name, thing in zip(table.category_ids, table.class_names, table.is_thing, strict=True):
-        if kinds.get(id_) != thing:
-            found = "is missing" if id_ not in kinds else f"has isthing {int(kinds[id_])}"
+        if id_ not in kinds:
             raise ValueError(
-                f"{json_path}: category {id_} ({name}) {found}; these are not the 65 categories of "
-                "Mapillary Vistas v1.2 (v2.0 has others and is another dataset)"
+                f"{json_path}: category {id_} ({name}) is missing; these are not the 65 categories "
+                "of Mapillary Vistas v1.2"
             )
+        if kinds[id_] != thing:
+            notes.append(
+                f"{json_path} has isthing {int(kinds[id_])} for category {id_} ({name}); it is "
+                f"taken for {'a thing' if thing else 'stuff'}, as in the official code"
+            )
+    return tuple(notes)

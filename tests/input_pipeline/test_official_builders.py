@@ -167,22 +167,29 @@ def test_mapillary_of_the_package_with_both_versions(tmp_path, monkeypatch):
     assert len(_open({"mapillary": (root, tmp_path)}, "mapillary")[0]) == 5
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.pop(9), r"category 10 \(Curb Cut\) is missing.*v2\.0"),
-        (lambda c: c[0].update(isthing=0), r"category 1 \(Bird\) has isthing 0"),
-    ],
-)
-def test_mapillary_of_another_version_is_refused(tmp_path, change, message):
-    root = official.mapillary(tmp_path / "download")
+def _change_categories(root, change):
     path = root / "training/panoptic/panoptic_2018.json"
     content = json.loads(path.read_text())
     change(content["categories"])
     official.write(path, content)
-    with pytest.raises(ValueError, match=message):
+
+
+def test_mapillary_of_another_version_is_refused(tmp_path):
+    root = official.mapillary(tmp_path / "download")
+    _change_categories(root, lambda c: c.pop(9))
+    with pytest.raises(ValueError, match=r"category 10 \(Curb Cut\) is missing.*v1\.2"):
         preparation.prepare("mapillary", root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_mapillary_kind_of_a_class_is_the_tables(tmp_path, monkeypatch):
+    root = official.mapillary(tmp_path / "download")
+    _change_categories(root, lambda c: c[0].update(isthing=0))
+    official.shrink(monkeypatch, "mapillary")
+    lines = []
+    preparation.prepare("mapillary", root, tmp_path, log=lines.append)
+    assert sum("isthing 0 for category 1 (Bird); it is taken for a thing" in x for x in lines) == 1
+    assert _open({"mapillary": (root, tmp_path)}, "mapillary")[1] == datasets.MAPILLARY
 
 
 # ---------------------------------------------------------------------------- Cityscapes
