@@ -350,18 +350,27 @@ def task_probabilities(data: ConfigDict) -> tuple[float, float]:
     return float(data.only_task == "semantic"), float(data.only_task == "instance")
 
 
-def eval_batches(config: ConfigDict, source) -> Callable[[], Iterable[dict]]:
-    """Gives, at every call, one pass over the evaluation split."""
-    from input_pipeline import loader
+def eval_batches(config: ConfigDict, source) -> Callable[[int], Iterable[dict]]:
+    """Gives, at every call, one pass over an even sample of the evaluation split (0: all of it)."""
+    from input_pipeline import eval_loader
+    from oneformer_jax.train import evaluator
 
-    settings = loader.EvalLoaderConfig(
+    tta = evaluator.tta_config(config)
+    settings = eval_loader.EvalLoaderConfig(
         batch_size=config.eval.batch_size // process()[1],
         short_edge=config.eval.short_edge,
         max_size=config.eval.max_size,
         bucket_multiple=config.eval.bucket_multiple,
+        max_buckets=config.eval.max_buckets,
+        tta_short_edges=tta.short_edges if tta else (),
+        tta_max_size=tta.max_size if tta else 0,
         skip_broken=config.data.skip_broken,
     )
-    return functools.cache(lambda: loader.eval_loader(source, settings, *process()))
+    return functools.cache(
+        lambda limit: eval_loader.eval_loader(
+            source, dataclasses.replace(settings, limit=limit), *process()
+        )
+    )
 
 
 # ------------------------------------------------------------------------ start

@@ -165,7 +165,22 @@ def get_base() -> ConfigDict:
     # Images are padded to multiples of this; each padded size is one more compiled program. 32 is
     # the official padding, larger multiples show the model more of it.
     c.eval.bucket_multiple = 32
-    c.eval.limit = 0  # images evaluated while training; 0 is all
+    # Padded sizes at most; 0 is no limit. Rare sizes join larger ones, which shows the model more
+    # padding; common sizes keep the official one.
+    c.eval.max_buckets = 0
+    c.eval.limit = 0  # images evaluated while training, an even sample of the split; 0 is all
+    # Metrics: "coco", "ade20k", "cityscapes" or "mapillary"; "auto" goes by the dataset's name.
+    c.eval.protocol = "auto"
+    # Labels of instances while they are scored: "contiguous" or (official on ADE20K) "thing", their
+    # position among the things; "auto" goes by the protocol.
+    c.eval.instance_ids = "auto"
+    c.eval.instance_json = ""  # original instances_*.json as truth of AP; empty: the panoptic truth
+    # Test-time augmentation of the semantic task.
+    c.eval.tta = ConfigDict()
+    c.eval.tta.enabled = False
+    c.eval.tta.short_edges = ()  # empty: 0.5, 0.75, ... 1.75 times eval.short_edge
+    c.eval.tta.max_size = 0  # cap of the long edge; 0: 7 times eval.short_edge
+    c.eval.tta.flip = True  # each size mirrored as well
     c.eval.object_mask_threshold = 0.8
     c.eval.overlap_threshold = 0.8
     c.eval.topk = 150

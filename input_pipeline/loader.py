@@ -1,6 +1,6 @@
-"""Batches for training and evaluation, read with Grain.
+"""Batches for training, read with Grain; those for evaluation are in `eval_loader`.
 
-Training: which records make up the global batch of a step, and every random number drawn for them,
+Which records make up the global batch of a step, and every random number drawn for them,
 are a pure function of (seed, step). They do not depend on the number of processes, workers or
 threads, and nothing random needs a checkpoint: `train_loader(..., start_step=s)` starts at batch s
 at once.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import grain
@@ -34,7 +34,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message` unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -75,82 +76,42 @@ class LoaderConfig:
     require_things: bool = False
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.batch_size >= 1,
             f"data.batch_size leaves {self.batch_size} images per process; each needs at least 1",
         )
-        _require(
+        require(
             1 <= self.num_slots <= targets.MAX_SLOTS,
             f"data.num_slots is {self.num_slots}; it must be between 1 and {targets.MAX_SLOTS}, "
             "because the map of target slots is 8 bits deep",
         )
-        _require(
+        require(
             self.num_texts >= 0,
             f"model.num_queries - model.num_context is {self.num_texts}; it cannot be negative",
         )
-        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be in [0, 2**32)")
+        require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be in [0, 2**32)")
         for key in ("semantic_prob", "instance_prob"):
             value = getattr(self, key)
-            _require(0 <= value <= 1, f"data.{key} is {value}; it must be between 0 and 1")
+            require(0 <= value <= 1, f"data.{key} is {value}; it must be between 0 and 1")
         both = self.semantic_prob + self.instance_prob
-        _require(
+        require(
             both <= 1 + 1e-9,
             f"data.semantic_prob + data.instance_prob is {both}; together they must not exceed 1, "
             "the rest is the panoptic task",
         )
-        _require(self.num_workers >= 0, f"data.workers is {self.num_workers}; it must be >= 0")
-        _require(self.num_threads >= 1, f"num_threads is {self.num_threads}; it must be >= 1")
-        _require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be >= 1")
+        require(self.num_workers >= 0, f"data.workers is {self.num_workers}; it must be >= 0")
+        require(self.num_threads >= 1, f"num_threads is {self.num_threads}; it must be >= 1")
+        require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be >= 1")
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalLoaderConfig:
-    """Settings of the evaluation loader; ValueError names the config key of a bad value.
-
-    Attributes:
-      batch_size: images per process and batch.
-      short_edge: test-time length of the short side, in pixels.
-      max_size: cap of the long side, in pixels.
-      bucket_multiple: padded sides are multiples of this, itself a multiple of 32. 32 is the
-        official padding; a larger one compiles fewer programs, but the model sees the padding.
-      limit: evaluate the first `limit` records only; 0 is all.
-      num_threads: reading threads.
-      prefetch: batches kept ready.
-      skip_broken: leave out records that raise RecordError instead of raising.
-    """
-
-    batch_size: int
-    short_edge: int
-    max_size: int
-    bucket_multiple: int = 32
-    limit: int = 0
-    num_threads: int = 2
-    prefetch: int = 2
-    skip_broken: bool = False
-
-    def __post_init__(self) -> None:
-        _require(
-            self.batch_size >= 1,
-            f"eval.batch_size leaves {self.batch_size} images per process; each needs at least 1",
-        )
-        for key in ("short_edge", "max_size", "num_threads", "prefetch"):
-            value = getattr(self, key)
-            _require(value >= 1, f"eval.{key} is {value}; it must be >= 1")
-        _require(
-            self.bucket_multiple >= 32 and self.bucket_multiple % 32 == 0,
-            f"eval.bucket_multiple is {self.bucket_multiple}; it must be a multiple of 32",
-        )
-        _require(self.limit >= 0, f"eval.limit is {self.limit}; it must be >= 0 (0 is all)")
-
-
-def _check_processes(process_index: int, process_count: int) -> None:
-    _require(
+def check_processes(process_index: int, process_count: int) -> None:
+    require(
         0 <= process_index < process_count,
         f"process_index {process_index} is not in [0, process_count = {process_count})",
     )
 
 
-def _read_options(num_threads: int, prefetch: int) -> grain.ReadOptions:
+def read_options(num_threads: int, prefetch: int) -> grain.ReadOptions:
     # Grain's defaults (16 threads, 500 elements) would hold gigabytes of batches.
     return grain.ReadOptions(num_threads=min(num_threads, prefetch), prefetch_buffer_size=prefetch)
 
@@ -245,7 +206,7 @@ class TrainIterator(Iterator[Batch]):
         batch, report = next(self._batches[0])
         self.position += 1
         self.dropped_segments += report["dropped"]
-        _note_broken(self.broken, report["broken"])
+        note_broken(self.broken, report["broken"])
         return batch
 
     def close(self) -> None:
@@ -257,7 +218,7 @@ def _close_and_drop(batches: list[grain.DatasetIterator]) -> None:
     batches.pop().close()
 
 
-def _note_broken(known: dict[int, str], found: Mapping[int, str]) -> None:
+def note_broken(known: dict[int, str], found: Mapping[int, str]) -> None:
     for index in sorted(found.keys() - known.keys()):
         known[index] = found[index]
         logging.warning("skipped broken record %d: %s", index, found[index])
@@ -303,15 +264,15 @@ def train_loader(
       ValueError: an empty dataset, or `require_things` with a source that cannot tell.
       RecordError: (while iterating) a broken record, unless `config.skip_broken`.
     """
-    _check_processes(process_index, process_count)
-    _require(start_step >= 0, f"start_step is {start_step}; it must be >= 0")
+    check_processes(process_index, process_count)
+    require(start_step >= 0, f"start_step is {start_step}; it must be >= 0")
     count = len(source)
-    _require(
+    require(
         count > 0,
         "the training dataset is empty; check dataset.data_dir and dataset.train_split",
     )
     kept = _with_things(source, count) if config.require_things else np.arange(count)
-    _require(
+    require(
         len(kept) > 0,
         f"none of the {count} training images has a non-crowd thing; set data.require_things=False",
     )
@@ -333,171 +294,5 @@ def train_loader(
             grain.MultiprocessingOptions(config.num_workers, max(config.prefetch // 2, 1))
         )
     else:
-        batches = batches.to_iter_dataset(_read_options(config.num_threads, config.prefetch))
+        batches = batches.to_iter_dataset(read_options(config.num_threads, config.prefetch))
     return TrainIterator(iter(batches), start_step)
-
-
-@dataclasses.dataclass(frozen=True)
-class _EvalStep:
-    """One batch of one process: padded size (height, width) and up to batch_size records."""
-
-    bucket: tuple[int, int]
-    indices: tuple[int, ...]
-
-
-def _bucket(size: tuple[int, int], config: EvalLoaderConfig) -> tuple[int, int]:
-    """Padded size of an image of original size (height, width)."""
-    multiple = config.bucket_multiple
-    resized = transforms.shortest_edge_size(size, config.short_edge, config.max_size)
-    return tuple(-(-side // multiple) * multiple for side in resized)
-
-
-@dataclasses.dataclass(frozen=True)
-class _LoadEvalBatch:
-    """Maps a planned step to its batch and the broken records met."""
-
-    source: Source
-    config: EvalLoaderConfig
-
-    def __call__(self, step: _EvalStep) -> tuple[Batch, dict[int, str]]:
-        size = self.config.batch_size
-        batch = {
-            "image": np.zeros((size, *step.bucket, 3), np.uint8),
-            "image_size": np.tile(np.array(step.bucket, np.int32), (size, 1)),
-            "original_size": np.tile(np.array(step.bucket, np.int32), (size, 1)),
-            "valid": np.zeros(size, bool),
-            "index": np.full(size, -1, np.int32),
-            "records": [None] * size,
-        }
-        broken: dict[int, str] = {}
-        for row, index in enumerate(step.indices):
-            try:
-                record = self._read(index, step.bucket)
-            except RecordError as error:
-                if not self.config.skip_broken:
-                    raise
-                broken[index] = str(error)
-                continue
-            image = transforms.resize_for_test(
-                record["image"], self.config.short_edge, self.config.max_size
-            )
-            height, width = image.shape[:2]
-            batch["image"][row, :height, :width] = image
-            batch["image_size"][row] = height, width
-            batch["original_size"][row] = record["image"].shape[:2]
-            batch["valid"][row] = True
-            batch["index"][row] = index
-            batch["records"][row] = record
-        return batch, broken
-
-    def _read(self, index: int, bucket: tuple[int, int]) -> Mapping[str, Any]:
-        record = self.source[index]
-        shape = record["image"].shape[:2]
-        if _bucket(shape, self.config) != bucket:
-            raise RecordError(
-                f"{record['file_name']}: the image has {shape[0]} x {shape[1]} pixels, not the "
-                "size that its dataset gave; correct the size in the annotation file"
-            )
-        return record
-
-
-class EvalLoader:
-    """Evaluation batches of one process; every `iter()` is a new pass over all of them.
-
-    Attributes:
-      buckets: padded sizes (height, width) that occur, largest first: one compiled program each.
-      broken: source position -> error, of the broken records left out so far.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        config: EvalLoaderConfig,
-        steps: Sequence[_EvalStep],
-        broken: dict[int, str],
-    ):
-        self._source = source
-        self._config = config
-        self._steps = steps
-        self.buckets = tuple(dict.fromkeys(step.bucket for step in steps))
-        self.broken = broken
-
-    def __len__(self) -> int:
-        """Number of batches, equal on all processes."""
-        return len(self._steps)
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = (
-            grain.MapDataset.source(self._steps)
-            .map(_LoadEvalBatch(self._source, self._config))
-            .to_iter_dataset(_read_options(self._config.num_threads, self._config.prefetch))
-        )
-        iterator = iter(batches)
-        try:
-            for batch, broken in iterator:
-                _note_broken(self.broken, broken)
-                yield batch
-        finally:
-            iterator.close()
-
-
-def eval_loader(
-    source: Source,
-    config: EvalLoaderConfig,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> EvalLoader:
-    """Every record once over all processes, at its test-time size, in batches of one padded size.
-
-    Images are resized to `short_edge` / `max_size` and padded with zeros on the right and at the
-    bottom to a multiple of `bucket_multiple`. Images of the same padded size (bucket) are batched
-    together, the largest bucket first, so that a run that does not fit into memory fails at once.
-    All processes get the same number of batches and the same bucket at the same step; what a
-    bucket's last batches lack is filled with rows whose `valid` is False. The sizes come from
-    `source.image_size(i)` where the source has it, else every image is decoded once beforehand.
-
-    Args:
-      source: the records.
-      config: settings; `config.batch_size` is per process.
-      process_index: of this process among the `process_count` that share the records.
-
-    Returns:
-      An iterable, with a length, of dicts: image uint8 [B, Hb, Wb, 3]; image_size int32 [B, 2]
-      after the resize; original_size int32 [B, 2]; valid bool [B]; index int32 [B], position in
-      `source` (-1 in fillers); records: list of B records as `source` gave them (None in fillers).
-
-    Raises:
-      ValueError: an empty dataset.
-      RecordError: a broken record (here or while iterating), unless `config.skip_broken`.
-    """
-    _check_processes(process_index, process_count)
-    count = len(source)
-    _require(
-        count > 0,
-        "the evaluation dataset is empty; check dataset.data_dir and dataset.eval_split",
-    )
-    if config.limit:
-        count = min(count, config.limit)
-    known_sizes = hasattr(source, "image_size")
-    if not known_sizes:
-        logging.info("decoding %d images to learn their sizes", count)
-    broken: dict[int, str] = {}
-    buckets: dict[tuple[int, int], list[int]] = {}
-    for index in range(count):
-        try:
-            size = source.image_size(index) if known_sizes else source[index]["image"].shape[:2]
-        except RecordError as error:
-            if not config.skip_broken:
-                raise
-            _note_broken(broken, {index: str(error)})
-            continue
-        buckets.setdefault(_bucket(size, config), []).append(index)
-
-    steps = []
-    size = config.batch_size
-    for bucket in sorted(buckets, key=lambda b: (-b[0] * b[1], b)):
-        indices = buckets[bucket]
-        for first in range(0, len(indices), size * process_count):
-            start = first + process_index * size
-            steps.append(_EvalStep(bucket, tuple(indices[start : start + size])))
-    return EvalLoader(source, config, steps, broken)

@@ -55,10 +55,10 @@ def load(
         "ade20k:dinat_large,res=1280", where the tensors alone do not tell.
       metadata: not for workdirs: the classes, or the name of a dataset.
       mesh: devices to run on, see `Segmenter`.
-      **overrides: `short_edge`, `max_size` and fields of `PostprocessConfig` (such as
-        `object_mask_threshold`) that replace the run's or the published ones; not for workdirs,
-        fields of `OneFormerConfig` that tensors do not show (such as `num_heads`, or
-        `backbone={"dilations": ...}`).
+      **overrides: `short_edge`, `max_size`, `tta` (a dict, see `TtaConfig.from_settings`) and
+        fields of `PostprocessConfig` (such as `object_mask_threshold`) that replace the run's or
+        the published ones; not for workdirs, fields of `OneFormerConfig` that tensors do not show
+        (such as `num_heads`, or `backbone={"dilations": ...}`).
 
     Raises:
       ValueError: no trained model at `path`, a damaged one or one that does not fit, an unknown

@@ -175,7 +175,7 @@ def test_train_gets_data_that_fits_the_model(config, monkeypatch):
         third = [next(first) for _ in range(3)][2]
         for key in batch:
             np.testing.assert_array_equal(batch[key], third[key])
-        passes = [list(eval_batches()) for _ in range(2)]
+        passes = [list(eval_batches(0)) for _ in range(2)]
         assert [len(p) for p in passes] == [2, 2]
         assert sorted(np.concatenate([b["index"] for b in passes[0]])) == [-1, 0, 1, 2]
         calls.append("train")
@@ -242,7 +242,7 @@ def test_eval_gets_the_validation_split(config, monkeypatch):
     def evaluate_workdir(given, workdir, *, metadata, eval_batches, checkpoint_step):
         assert (given, workdir, checkpoint_step) == (config, "run", 7)
         assert metadata.dataset == "synthetic"
-        assert sum(int(b["valid"].sum()) for b in eval_batches()) == 3
+        assert sum(int(b["valid"].sum()) for b in eval_batches(0)) == 3
         calls.append("eval")
 
     calls = []

@@ -14,22 +14,23 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from oneformer_jax.eval.metrics import Metric, make_metric
-from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
+from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_images
+from oneformer_jax.eval.protocol import Metric, Protocol
+from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.types import TASKS, Metadata, task_id
 
 # (batch, task) -> class logits [B, Q, K+1] and mask logits [B, Q, h, w] of this process's batch.
 PredictFn = Callable[[Mapping[str, Any], str], tuple[jax.Array, jax.Array]]
 
 # Columns of the table of classes on the screen; the file has the counts of matches too.
-_CLASS_COLUMNS = ("PQ", "SQ", "RQ", "AP", "IoU", "ACC")
+_CLASS_COLUMNS = ("PQ", "SQ", "RQ", "AP", "IoU", "ACC", "iIoU")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,8 @@ def evaluate(
     postprocess: PostprocessConfig,
     outputs: Sequence[str] = TASKS,
     token: str | None = None,
-    limit: int | None = None,
+    protocol: Protocol | None = None,
+    tta: TtaConfig | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> EvalResult:
     """Scores `predict_fn` on `batches`; with several processes, each passes its own share.
@@ -94,87 +96,111 @@ def evaluate(
       predict_fn: gets a batch and the name of a task token.
       batches: evaluation batches with `image` uint8 [B, Hb, Wb, 3], `image_size`, `original_size`
         int [B, 2], `valid` bool [B] (False: filler) and `records` (B ground truths; see metrics).
-        A finite iterable, unless `limit` is given.
+        With `tta` also `views`: B-row batches of the same images, each with `image` and
+        `image_size`, at the sizes of `tta.short_edges`.
       metadata: the classes, those of the model and of the records.
-      postprocess: thresholds. For AP, labels are always contiguous ids of things, whatever
-        `ade_instance_remap` and `things_only_instances` say; they shape exported results only.
+      postprocess: thresholds. `ade_instance_remap` and `things_only_instances` shape exported
+        results only; here the protocol decides.
       outputs: which of panoptic (PQ), instance (AP) and semantic (mIoU) to score.
       token: give the model this one task token for all outputs, and run it once per batch; None:
         each output has a run under its own token.
-      limit: stop after this many rows of batches in all (rounded up to a multiple of the number of
-        processes), and score the images among them. Fillers count, so that all processes stop at
-        the same batch.
+      protocol: the metrics; None is COCO's.
+      tta: score semantic maps from these views instead of the plain images. With a `token` it is
+        not used, since the one prediction serves all outputs.
       progress: called after every batch with the images scored by this process and the seconds
         since the start.
 
     Raises:
-      ValueError: unknown task or token, no output, no image, or predictions and ground truth that
-        do not fit each other.
+      ValueError: unknown task or token, no output, an output that the protocol does not score, no
+        image, or predictions and ground truth that do not fit each other.
     """
     outputs = tuple(dict.fromkeys(outputs))
     for task in (*outputs, *([] if token is None else [token])):
         task_id(task)
     if not outputs:
         raise ValueError(f"evaluate got no outputs; use some of {', '.join(TASKS)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"evaluate limit is {limit}; use a positive number, or None for all")
     runs = {task: (task,) for task in outputs} if token is None else {token: outputs}
+    protocol = protocol or Protocol()
     postprocess = dataclasses.replace(
-        postprocess, ade_instance_remap=False, things_only_instances=True
+        postprocess,
+        ade_instance_remap=protocol.instance_ids == "thing",
+        things_only_instances=True,
     )
-    metrics = {task: make_metric(task, metadata) for task in outputs}
+    metrics = {task: protocol.make_metric(task, metadata) for task in outputs}
 
-    share = None if limit is None else -(-limit // jax.process_count())
     clock = _Clock()
-    slots = images = 0
+    images = 0
     for batch in batches:
         clock.lap("data")
-        valid = np.array(batch["valid"], bool)
-        if share is not None:
-            valid &= np.arange(slots, slots + len(valid)) < share
         for model_token, tasks in runs.items():
+            if tta is not None and token is None and tasks == ("semantic",):
+                segmented = _semantic_tta(predict_fn, batch, tta, metadata, clock)
+                _score(metrics["semantic"], segmented, batch, clock)
+                continue
             logits = jax.block_until_ready(predict_fn(batch, model_token))
             clock.lap("predict")
-            for task in tasks:
-                _score(metrics[task], task, logits, batch, valid, postprocess, metadata, clock)
-        slots += len(valid)
-        images += int(valid.sum())
+            # Fillers alone are predicted, which all hosts do together, but not segmented.
+            for task in tasks if np.any(batch["valid"]) else ():
+                segmented = segment_images(
+                    *logits,
+                    *_sizes(batch, batch),
+                    batch["image"].shape[1:3],
+                    task=task,
+                    config=postprocess,
+                    metadata=metadata,
+                )
+                _score(metrics[task], segmented, batch, clock)
+        images += int(np.sum(batch["valid"]))
         if progress is not None:
             progress(images, clock.seconds()["total"])
-        if share is not None and slots >= share:
-            break
     metrics = {task: merge_hosts(metric) for task, metric in metrics.items()}
     return _result(metrics, metadata, token, clock)
 
 
-def _score(
-    metric: Metric,
-    task: str,
-    logits: tuple[jax.Array, jax.Array],
+def _sizes(view: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Image sizes of a view of a batch and original sizes, int [B, 2] each.
+
+    Fillers have no size of their own: they take that of a real image, which keeps the shapes.
+    """
+    valid = np.asarray(batch["valid"], bool)
+    source = np.where(valid, np.arange(len(valid)), valid.argmax())
+    return np.asarray(view["image_size"])[source], np.asarray(batch["original_size"])[source]
+
+
+def _semantic_tta(
+    predict_fn: PredictFn,
     batch: Mapping[str, Any],
-    valid: np.ndarray,
-    postprocess: PostprocessConfig,
+    tta: TtaConfig,
     metadata: Metadata,
     clock: _Clock,
+) -> Iterator[Segmentation]:
+    views = batch.get("views", ())
+    if len(views) != len(tta.short_edges):
+        raise ValueError(
+            f"test-time augmentation needs {len(tta.short_edges)} views of each batch, it has "
+            f"{len(views)}; give the loader the same short edges"
+        )
+    scores = SemanticScores(_sizes(batch, batch)[1], metadata)
+    for view, flip in with_mirrored(views, tta.flip):
+        clock.lap("data")
+        logits = jax.block_until_ready(predict_fn({**batch, **view}, "semantic"))
+        clock.lap("predict")
+        if np.any(batch["valid"]):
+            scores.add(*logits, _sizes(view, batch)[0], view["image"].shape[1:3], flip=flip)
+    return scores.result() if np.any(batch["valid"]) else iter(())
+
+
+def _score(
+    metric: Metric, segmented: Iterable[Segmentation], batch: Mapping[str, Any], clock: _Clock
 ) -> None:
-    rows = np.flatnonzero(valid)
-    if not rows.size:
-        return
-    # Fillers have no size of their own: they take that of a real image, which keeps the shapes.
-    source = np.where(valid, np.arange(len(valid)), rows[0])
-    segmentations = segment_batch(
-        *logits,
-        np.asarray(batch["image_size"])[source],
-        np.asarray(batch["original_size"])[source],
-        batch["image"].shape[1:3],
-        task=task,
-        config=postprocess,
-        metadata=metadata,
-    )
-    clock.lap("postprocess")
-    for row in rows:
-        metric.update(segmentations[row], batch["records"][row])
-    clock.lap("metrics")
+    # Not strict: a batch of fillers has no segmentations.
+    for segmentation, record, valid in zip(
+        segmented, batch["records"], batch["valid"], strict=False
+    ):
+        clock.lap("postprocess")
+        if valid:
+            metric.update(segmentation, record)
+            clock.lap("metrics")
 
 
 def merge_hosts(metric: Metric) -> Metric:

@@ -1,4 +1,4 @@
-"""Panoptic quality, mean intersection over union and COCO average precision as mergeable states.
+"""Panoptic quality and mean intersection over union as mergeable states.
 
 Each metric lives on the host, in NumPy, and has the same seven methods:
 
@@ -22,23 +22,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from oneformer_jax.eval.metrics_ap import CocoAP
 from oneformer_jax.eval.metrics_truth import (
     Record,
+    Segments,
     check_classes,
     check_mergeable,
     check_size,
-    dense_segments,
+    count_pairs,
     mean,
-    read_truth,
-    semantic_truth,
+    read_segments,
+    runs,
+    segment_numbers,
 )
 
 if typing.TYPE_CHECKING:
     from oneformer_jax.eval.postprocess import Segmentation
-    from oneformer_jax.types import Metadata
-
-__all__ = ["CocoAP", "MeanIoU", "Metric", "PanopticQuality", "make_metric", "semantic_truth"]
 
 
 class PanopticQuality:
@@ -74,23 +72,23 @@ class PanopticQuality:
         """
         num_classes = len(self.is_thing)
         where = f"prediction for image {record['image_id']}"
-        truth = read_truth(record, num_classes)
-        check_size(segmentation.segments.shape, truth.index.shape, record)
+        truth = read_segments(record, num_classes)
+        check_size(segmentation.segments.shape, record)
         info = segmentation.segments_info
         classes = np.array([s["category_id"] for s in info], np.int64)
         check_classes(classes, num_classes, where)
-        predicted, pixels = dense_segments(
-            segmentation.segments, np.array([s["id"] for s in info], np.int64), where
-        )
-        areas = pixels[1:]
-        if (areas == 0).any():
-            raise ValueError(f"{where}: segment {info[int(areas.argmin())]['id']} has no pixel")
 
         # pairs[g, p]: pixels of true segment g (0 = void) under predicted segment p (0 = nothing).
-        width = len(areas) + 1
-        codes = truth.index.astype(np.int64) * width + predicted
-        height = len(truth.classes) + 1
-        pairs = np.bincount(codes.ravel(), minlength=height * width).reshape(height, width)
+        true_ids, predicted_ids, lengths = runs(record["panoptic"], segmentation.segments)
+        pairs = count_pairs(
+            segment_numbers(true_ids, truth.ids, truth.where),
+            segment_numbers(predicted_ids, np.array([s["id"] for s in info], np.int64), where),
+            lengths,
+            (len(truth.ids) + 1, len(info) + 1),
+        )
+        areas = pairs.sum(axis=0)[1:]
+        if (areas == 0).any():
+            raise ValueError(f"{where}: segment {info[int(areas.argmin())]['id']} has no pixel")
         on_void = pairs[0, 1:]
         overlap = pairs[1:, 1:]
 
@@ -104,7 +102,7 @@ class PanopticQuality:
             raise ValueError(
                 f"image {record['image_id']}: the annotation gives segment "
                 f"{record['segments'][g]['id']} the area {truth.areas[g]}, but it has "
-                f"{truth.pixels[g + 1]} pixels; correct its area"
+                f"{pairs[g + 1].sum()} pixels; correct its area"
             )
         truth_of_match, _ = np.nonzero(matched)
         match_classes = truth.classes[truth_of_match]
@@ -213,13 +211,7 @@ class MeanIoU:
     the classes of the ground truth.
     """
 
-    def __init__(self, num_classes: int, ignore_label: int = 255):
-        if 0 <= ignore_label < num_classes:
-            raise ValueError(
-                f"ignore_label {ignore_label} is also one of the {num_classes} class ids; "
-                "choose a value outside of them in the metadata"
-            )
-        self.ignore_label = ignore_label
+    def __init__(self, num_classes: int):
         self.confusion = np.zeros((num_classes, num_classes), np.int64)
         self.images = 0
 
@@ -229,38 +221,39 @@ class MeanIoU:
         Raises:
           ValueError: sizes differ or a class id is out of range.
         """
+        truth = read_segments(record, len(self.confusion))
+        self._add(truth.classes, self._pixels(segmentation.class_map, truth, record))
+
+    def _pixels(self, class_map: np.ndarray, truth: Segments, record: Record) -> np.ndarray:
+        """int64 [G, K]: the pixels of each true segment that are predicted as each class."""
         num_classes = len(self.confusion)
-        truth = semantic_truth(record, num_classes, self.ignore_label)
-        check_size(segmentation.class_map.shape, truth.shape, record)
-        scored = truth != self.ignore_label
-        predicted = segmentation.class_map[scored].astype(np.int64)
+        check_size(class_map.shape, record)
+        true_ids, predicted, lengths = runs(record["panoptic"], class_map)
+        numbers = segment_numbers(true_ids, truth.ids, truth.where)
+        scored = numbers > 0
+        predicted = predicted[scored]
         check_classes(predicted, num_classes, f"prediction for image {record['image_id']}")
-        codes = truth[scored] * num_classes + predicted
-        self.confusion += np.bincount(codes, minlength=self.confusion.size).reshape(
-            self.confusion.shape
-        )
+        shape = (len(truth.ids), num_classes)
+        return count_pairs(numbers[scored] - 1, predicted, lengths[scored], shape)
+
+    def _add(self, classes: np.ndarray, pixels: np.ndarray) -> None:
+        np.add.at(self.confusion, classes, pixels)
         self.images += 1
 
     def merge(self, other: MeanIoU) -> None:
         """Adds the images that `other` has seen."""
-        check_mergeable("MeanIoU", np.array(self._kind()), np.array(other._kind()))
+        sizes = (np.array(len(metric.confusion)) for metric in (self, other))
+        check_mergeable("MeanIoU", *sizes)
         self.confusion += other.confusion
         self.images += other.images
 
-    def _kind(self) -> tuple[int, int]:
-        return len(self.confusion), self.ignore_label
-
     def state(self) -> dict[str, np.ndarray]:
-        """`confusion` int64 [K, K] (row: truth, column: prediction) and two scalars."""
-        return {
-            "confusion": self.confusion,
-            "ignore_label": np.array(self.ignore_label, np.int64),
-            "images": np.array(self.images, np.int64),
-        }
+        """`confusion` int64 [K, K] (row: truth, column: prediction) and a scalar."""
+        return {"confusion": self.confusion, "images": np.array(self.images, np.int64)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> MeanIoU:
-        metric = cls(len(state["confusion"]), int(state["ignore_label"]))
+        metric = cls(len(state["confusion"]))
         metric.confusion = np.array(state["confusion"])
         metric.images = int(state["images"])
         return metric
@@ -307,17 +300,3 @@ class MeanIoU:
             "semantic/classes": int((self.confusion.sum(axis=1) > 0).sum()),
             "semantic/pixels": int(self.confusion.sum()),
         }
-
-
-Metric = PanopticQuality | MeanIoU | CocoAP
-
-
-def make_metric(task: str, metadata: Metadata) -> Metric:
-    """An empty state of the metric that the official evaluation reports for a task."""
-    if task == "panoptic":
-        return PanopticQuality(metadata.is_thing)
-    if task == "instance":
-        return CocoAP(metadata.is_thing)
-    if task == "semantic":
-        return MeanIoU(metadata.num_classes, metadata.ignore_label)
-    raise ValueError(f"no metric for task {task!r}; use panoptic, instance or semantic")

@@ -12,13 +12,16 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from oneformer_jax.eval.instance_json import InstanceAnnotations, Masks, encode
 from oneformer_jax.eval.metrics_truth import (
     Record,
     check_classes,
     check_mergeable,
+    check_new_images,
     check_size,
     mean,
-    read_truth,
+    read_segments,
+    segment_numbers,
 )
 
 if typing.TYPE_CHECKING:
@@ -35,37 +38,13 @@ _STATISTICS = {
 }
 
 
-class _Masks(typing.NamedTuple):
-    """The masks of one image.
-
-    Attributes:
-      classes: int64 [N].
-      values: float64 [N], the scores of detections or the annotated areas of the ground truth.
-      crowd: bool [N], False for detections.
-      counts: N compressed run-length codes.
-    """
-
-    classes: np.ndarray
-    values: np.ndarray
-    crowd: np.ndarray
-    counts: list[bytes]
-
-
 class _Image(typing.NamedTuple):
     size: tuple[int, int]
-    truth: _Masks
-    detected: _Masks
+    truth: Masks
+    detected: Masks
 
 
-def _encode(masks: np.ndarray) -> list[bytes]:
-    """Compressed run-length codes of bool [N, H, W]."""
-    if not len(masks):
-        return []
-    columns_first = np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8)
-    return [code["counts"] for code in coco_mask.encode(columns_first)]
-
-
-def _pack(masks: Sequence[_Masks], prefix: str) -> dict[str, np.ndarray]:
+def _pack(masks: Sequence[Masks], prefix: str) -> dict[str, np.ndarray]:
     counts = [code for m in masks for code in m.counts]
     return {
         f"{prefix}_number": np.array([len(m.classes) for m in masks], np.int64),
@@ -77,7 +56,7 @@ def _pack(masks: Sequence[_Masks], prefix: str) -> dict[str, np.ndarray]:
     }
 
 
-def _unpack(state: Mapping[str, np.ndarray], prefix: str) -> list[_Masks]:
+def _unpack(state: Mapping[str, np.ndarray], prefix: str) -> list[Masks]:
     ends = np.cumsum(state[f"{prefix}_code_length"])
     codes = state[f"{prefix}_codes"].tobytes()
     counts = [
@@ -88,7 +67,7 @@ def _unpack(state: Mapping[str, np.ndarray], prefix: str) -> list[_Masks]:
     for n in state[f"{prefix}_number"]:
         part = slice(start, start + int(n))
         masks.append(
-            _Masks(
+            Masks(
                 classes=state[f"{prefix}_classes"][part],
                 values=state[f"{prefix}_values"][part],
                 crowd=state[f"{prefix}_crowd"][part],
@@ -99,17 +78,64 @@ def _unpack(state: Mapping[str, np.ndarray], prefix: str) -> list[_Masks]:
     return masks
 
 
-class CocoAP:
-    """COCO average precision of masks on the thing segments of a panoptic ground truth.
+def checked_instances(
+    segmentation: Segmentation, record: Record, is_thing: np.ndarray, thing_labels: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Contiguous class ids int64 [N] and scores float64 [N] of the instances of a segmentation.
 
-    The ground truth equals the official conversion of COCO panoptic annotations to instances:
-    each thing segment is one instance, keeps its crowd flag, and belongs to a size range by the
-    area that the annotation file gives. COCOeval takes the best 100 detections of each image and
-    class. Masks are kept run-length encoded, so memory grows with the outlines, not the pixels.
+    With `thing_labels` the labels of `segmentation` are positions among the things.
+
+    Raises:
+      ValueError: sizes differ, a label is out of range or names a stuff class, or a score is not
+        finite.
+    """
+    where = f"prediction for image {record['image_id']}"
+    labels = np.asarray(segmentation.labels, np.int64)
+    scores = np.asarray(segmentation.scores, np.float64)
+    check_size(segmentation.masks.shape[1:], record)
+    if not len(segmentation.masks) == len(labels) == len(scores):
+        raise ValueError(
+            f"{where}: {len(segmentation.masks)} masks, {len(labels)} labels and {len(scores)} "
+            "scores"
+        )
+    if thing_labels:
+        things = np.flatnonzero(is_thing)
+        check_classes(labels, len(things), where)
+        labels = things[labels]
+    check_classes(labels, len(is_thing), where)
+    if not is_thing[labels].all():
+        stuff = labels[~is_thing[labels]][0]
+        raise ValueError(f"{where}: class {stuff} is stuff; instances are of thing classes")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{where}: a score is not finite; check the weights of the model")
+    return labels, scores
+
+
+class CocoAP:
+    """COCO average precision of masks on the instances of a panoptic or an instance annotation.
+
+    By default the ground truth equals the official conversion of COCO panoptic annotations to
+    instances: each thing segment is one instance, keeps its crowd flag, and belongs to a size range
+    by the area that the annotation file gives. COCOeval takes the best 100 detections of each image
+    and class. Masks are kept run-length encoded, so memory grows with the outlines, not the pixels.
+
+    Args:
+      is_thing: K flags.
+      thing_labels: the labels of the segmentations are positions among the things, not contiguous
+        class ids.
+      annotations: the ground truth of an original instance file instead.
     """
 
-    def __init__(self, is_thing: Sequence[bool]):
+    def __init__(
+        self,
+        is_thing: Sequence[bool],
+        *,
+        thing_labels: bool = False,
+        annotations: InstanceAnnotations | None = None,
+    ):
         self.is_thing = np.array(is_thing, bool)
+        self._thing_labels = thing_labels
+        self._annotations = annotations
         self._images: dict[str, _Image] = {}
         self._result: tuple[dict[str, float], np.ndarray] | None = None
 
@@ -117,48 +143,38 @@ class CocoAP:
         """Adds one image.
 
         Args:
-          segmentation: `masks` bool [N, H, W], `scores` float [N], `labels` int [N] (contiguous
-            ids of thing classes).
-          record: the ground truth.
+          segmentation: `masks` bool [N, H, W], `scores` float [N], `labels` int [N].
+          record: the ground truth; of an original instance file only its `image_id` and size.
 
         Raises:
           ValueError: sizes differ, a label is out of range or names a stuff class, a score is not
             finite, or the image was already added.
         """
         image_id = str(record["image_id"])
-        where = f"prediction for image {image_id}"
-        truth = read_truth(record, len(self.is_thing))
-        masks = np.asarray(segmentation.masks)
-        labels = np.asarray(segmentation.labels, np.int64)
-        scores = np.asarray(segmentation.scores, np.float64)
-        check_size(masks.shape[1:], truth.index.shape, record)
-        if not len(masks) == len(labels) == len(scores):
-            raise ValueError(
-                f"{where}: {len(masks)} masks, {len(labels)} labels and {len(scores)} scores"
-            )
-        check_classes(labels, len(self.is_thing), where)
-        if not self.is_thing[labels].all():
-            stuff = labels[~self.is_thing[labels]][0]
-            raise ValueError(f"{where}: class {stuff} is stuff; instances are of thing classes")
-        if not np.isfinite(scores).all():
-            raise ValueError(f"{where}: a score is not finite; check the weights of the model")
-        things = np.flatnonzero(self.is_thing[truth.classes])
-        image = _Image(
-            size=truth.index.shape,
-            truth=_Masks(
-                classes=truth.classes[things],
-                values=truth.areas[things].astype(np.float64),
-                crowd=truth.crowd[things],
-                counts=_encode(truth.index[None] == (things + 1)[:, None, None]),
-            ),
-            detected=_Masks(
-                classes=labels,
-                values=scores,
-                crowd=np.zeros(len(labels), bool),
-                counts=_encode(masks),
-            ),
+        labels, scores = checked_instances(segmentation, record, self.is_thing, self._thing_labels)
+        size = record["panoptic"].shape
+        if self._annotations is None:
+            truth = self._thing_segments(record)
+        else:
+            truth = self._annotations.masks(image_id, size)
+        detected = Masks(
+            classes=labels,
+            values=scores,
+            crowd=np.zeros(len(labels), bool),
+            counts=[encode(mask) for mask in segmentation.masks],
         )
-        self._add({image_id: image})
+        self._add({image_id: _Image(size, truth, detected)})
+
+    def _thing_segments(self, record: Record) -> Masks:
+        truth = read_segments(record, len(self.is_thing))
+        numbers = segment_numbers(record["panoptic"], truth.ids, truth.where)
+        things = np.flatnonzero(self.is_thing[truth.classes])
+        return Masks(
+            classes=truth.classes[things],
+            values=truth.areas[things].astype(np.float64),
+            crowd=truth.crowd[things],
+            counts=[encode(numbers == g + 1) for g in things],
+        )
 
     @property
     def images(self) -> int:
@@ -166,12 +182,7 @@ class CocoAP:
         return len(self._images)
 
     def _add(self, images: Mapping[str, _Image]) -> None:
-        twice = sorted(self._images.keys() & images.keys())
-        if twice:
-            raise ValueError(
-                f"image {twice[0]} was scored twice; every image of the dataset needs its own "
-                "image_id, and belongs to one process only"
-            )
+        check_new_images(self._images.keys(), images.keys())
         self._images.update(images)
         self._result = None
 
@@ -210,7 +221,7 @@ class CocoAP:
         for number, (_, image) in enumerate(ordered, start=1):
             height, width = image.size
             images.append({"id": number, "height": height, "width": width})
-            masks: _Masks = getattr(image, field)
+            masks: Masks = getattr(image, field)
             for c, value, crowd, counts in zip(*masks, strict=True):
                 code = {"size": [height, width], "counts": counts}
                 annotations.append(

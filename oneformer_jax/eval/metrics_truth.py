@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -15,34 +15,45 @@ Record = Mapping[str, Any]
 _MAX_SEGMENT_ID = 256**3 - 1
 
 
-class Truth(typing.NamedTuple):
-    """Ground truth with dense segment numbers.
+class Segments(typing.NamedTuple):
+    """The list of segments of a record.
 
     Attributes:
-      index: int32 [H, W]; 0 is void, i + 1 is segment i of the record.
-      classes, crowd, areas: int64, bool, int64 [G]; `areas` are those of the annotation file.
-      pixels: int64 [G + 1], pixel counts; the first is void.
+      ids, classes, areas: int64 [G]; `areas` are those of the annotation file.
+      crowd: bool [G].
+      where: what messages call the record.
     """
 
-    index: np.ndarray
+    ids: np.ndarray
     classes: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
-    pixels: np.ndarray
+    where: str
 
 
-def dense_segments(
-    segment_map: np.ndarray, ids: np.ndarray, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Dense numbers (0 = void, i + 1 = ids[i]) of a segment map, and the pixels of each number.
+def read_segments(record: Record, num_classes: int) -> Segments:
+    """The checked segments of a record; ValueError for a class id out of range."""
+    segments = record["segments"]
+    where = f"ground truth of image {record['image_id']}"
+    classes = np.array([s["category"] for s in segments], np.int64)
+    check_classes(classes, num_classes, where)
+    return Segments(
+        ids=np.array([s["id"] for s in segments], np.int64),
+        classes=classes,
+        crowd=np.array([s["iscrowd"] for s in segments], bool),
+        areas=np.array([s["area"] for s in segments], np.int64),
+        where=where,
+    )
 
-    Raises ValueError for a repeated id, an id out of range, and a pixel whose id is not listed.
+
+def segment_numbers(segment_ids: np.ndarray, ids: np.ndarray, where: str) -> np.ndarray:
+    """Dense numbers (0 = void, i + 1 = ids[i]) of segment ids of any shape, int32.
+
+    Raises ValueError for a repeated id, an id out of range, and one that is not listed in `ids`.
     """
-    if segment_map.ndim != 2:
-        raise ValueError(f"{where}: the segment map has shape {segment_map.shape}, not [H, W]")
     if len(np.unique(ids)) != len(ids):
         raise ValueError(f"{where}: a segment id is listed more than once: {sorted(ids.tolist())}")
-    everything = np.concatenate([ids, [segment_map.min(), segment_map.max()]])
+    everything = np.concatenate([ids, [segment_ids.min(), segment_ids.max()]])
     if everything.min() < 0 or everything.max() > _MAX_SEGMENT_ID or (ids == 0).any():
         raise ValueError(
             f"{where}: segment ids must be in 1..{_MAX_SEGMENT_ID} (0 is void), found "
@@ -52,32 +63,42 @@ def dense_segments(
     # cost no memory, however large the ids are.
     table = np.zeros(int(everything.max()) + 1, np.int32)
     table[ids] = np.arange(1, len(ids) + 1)
-    index = table[segment_map]
-    pixels = np.bincount(index.ravel(), minlength=len(ids) + 1)
-    if pixels[0] != np.count_nonzero(segment_map == 0):
-        unlisted = np.unique(segment_map[(index == 0) & (segment_map != 0)])
+    numbers = table[segment_ids]
+    unlisted = (numbers == 0) & (segment_ids != 0)
+    if unlisted.any():
         raise ValueError(
             f"{where}: the segment map has ids that the list of segments lacks: "
-            f"{unlisted[:10].tolist()}"
+            f"{np.unique(segment_ids[unlisted])[:10].tolist()}"
         )
-    return index, pixels
+    return numbers
 
 
-def read_truth(record: Record, num_classes: int) -> Truth:
-    segments = record["segments"]
-    where = f"ground truth of image {record['image_id']}"
-    classes = np.array([s["category"] for s in segments], np.int64)
-    check_classes(classes, num_classes, where)
-    index, pixels = dense_segments(
-        record["panoptic"], np.array([s["id"] for s in segments], np.int64), where
-    )
-    return Truth(
-        index=index,
-        classes=classes,
-        crowd=np.array([s["iscrowd"] for s in segments], bool),
-        areas=np.array([s["area"] for s in segments], np.int64),
-        pixels=pixels,
-    )
+def runs(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two maps of one size as runs of equal pairs of values, row by row.
+
+    Segments are far larger than a pixel, so an image has some thousand runs: what is done for
+    each of them costs little beside the one comparison of neighbouring pixels.
+
+    Args:
+      truth, predicted: int [H, W].
+
+    Returns:
+      The value of either map in each of R runs, and int64 [R] the pixels of the runs.
+    """
+    truth, predicted = truth.ravel(), predicted.ravel()
+    changes = (truth[1:] != truth[:-1]) | (predicted[1:] != predicted[:-1])
+    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    return truth[starts], predicted[starts], np.diff(starts, append=truth.size)
+
+
+def count_pairs(
+    rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """int64 table of `shape`: the sum of `weights` for each pair of a row and a column."""
+    codes = rows.astype(np.int64) * shape[1] + columns
+    # bincount adds in float64, which is exact for the pixels of any image.
+    counts = np.bincount(codes, weights, minlength=shape[0] * shape[1])
+    return counts.astype(np.int64).reshape(shape)
 
 
 def check_classes(classes: np.ndarray, num_classes: int, where: str) -> None:
@@ -89,7 +110,14 @@ def check_classes(classes: np.ndarray, num_classes: int, where: str) -> None:
         )
 
 
-def check_size(predicted: tuple[int, ...], truth: tuple[int, ...], record: Record) -> None:
+def check_size(predicted: tuple[int, ...], record: Record) -> None:
+    """ValueError unless a prediction has the size of the record's segment map."""
+    truth = record["panoptic"].shape
+    if len(truth) != 2:
+        raise ValueError(
+            f"ground truth of image {record['image_id']}: the segment map has shape {truth}, not "
+            "[H, W]"
+        )
     if predicted != truth:
         raise ValueError(
             f"image {record['image_id']}: the prediction has size {predicted}, the ground truth "
@@ -102,14 +130,14 @@ def check_mergeable(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
         raise ValueError(f"cannot merge two {name} states made for different classes")
 
 
-def semantic_truth(record: Record, num_classes: int, ignore_label: int = 255) -> np.ndarray:
-    """Semantic map of a panoptic ground truth, int32 [H, W].
-
-    As in the conversion that the official evaluation on COCO uses, every segment, crowd or not,
-    takes the class of its segment; void pixels become `ignore_label`.
-    """
-    truth = read_truth(record, num_classes)
-    return np.append(ignore_label, truth.classes).astype(np.int32)[truth.index]
+def check_new_images(ours: Set[str], theirs: Set[str]) -> None:
+    """ValueError if an image is in both of two sets of ids."""
+    twice = sorted(ours & theirs)
+    if twice:
+        raise ValueError(
+            f"image {twice[0]} was scored twice; every image of the dataset needs its own "
+            "image_id, and belongs to one process only"
+        )
 
 
 def mean(values: np.ndarray) -> float:

@@ -1,38 +1,28 @@
 """From class and mask logits to panoptic, instance and semantic segmentations.
 
 The rules are those of the official evaluation (arXiv 2211.06220 and its repository): mask logits
-are enlarged to the padded input, cropped to the image, resized to the original size, and only then
-thresholded. Both resizes are bilinear, hence linear and separable, so they are one matrix per axis,
-built on the device from traced sizes. Shapes therefore depend only on the padded input and on a
-*canvas*: the largest original size of the batch, each side rounded up to `CANVAS_MULTIPLE`. A data
-set with many image sizes compiles a handful of programs.
-
-Pixels are worked off in strips of `STRIP_ROWS` rows, one image at a time, so the largest array on
-the device is [Q, STRIP_ROWS, canvas width] whatever the batch and the image height (the semantic
-head also holds [K, STRIP_ROWS, canvas width], the instance head one bit per query and pixel). What
-depends on the order of the queries (merging stuff, numbering segments) happens on the host, on [Q]
-tables.
+are brought to the original size (see `strips`), and only then thresholded. No array on the device
+has the size of all queries times the image, but for the instance head's one bit per query and
+pixel; the largest is [Q, strip rows, canvas width] (the semantic head also holds [K, strip rows,
+canvas width]). What depends on the order of the queries (merging stuff, numbering segments) happens
+on the host, on [Q] tables.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from oneformer_jax.eval.strips import canvas_size, mask_strips, this_host
 from oneformer_jax.types import Metadata, task_id
-
-# Sides of the canvas are multiples of this many pixels: few programs, at most 127 unused pixels.
-CANVAS_MULTIPLE = 128
-# Rows of the canvas that are held for all queries at once; divides CANVAS_MULTIPLE.
-STRIP_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +151,7 @@ class Segmentation:
         )
 
 
-def segment_batch(
+def segment_images(
     class_logits: jax.Array,
     mask_logits: jax.Array,
     image_size: np.ndarray,
@@ -172,8 +162,11 @@ def segment_batch(
     config: PostprocessConfig,
     metadata: Metadata,
     images: Sequence[np.ndarray | None] | None = None,
-) -> list[Segmentation]:
-    """Segment a batch of images.
+) -> Iterator[Segmentation]:
+    """Segments a batch of images; the results are finished on the host one at a time.
+
+    An image's instance masks may take hundreds of megabytes: a caller that is done with one image
+    before it takes the next holds those of one only.
 
     The logits may be arrays of NumPy or JAX, on one device or sharded over a mesh along the batch:
     each device then segments its own images, nothing is gathered. With several hosts every host
@@ -191,7 +184,7 @@ def segment_batch(
       images: B uint8 [H, W, 3] original images (or None) to keep in the results.
 
     Returns:
-      B segmentations, in order.
+      An iterator over B segmentations, in order.
 
     Raises:
       ValueError: unknown task, or shapes that do not fit each other.
@@ -205,7 +198,7 @@ def segment_batch(
             f"{metadata.num_classes} classes and one 'no object': model and data set do not belong "
             "together"
         )
-    class_logits, mask_logits, mesh = _this_host(class_logits, mask_logits)
+    class_logits, mask_logits, mesh = this_host(class_logits, mask_logits)
     batch = class_logits.shape[0]
     for name, array in (("image_size", image_size), ("original_size", original_size)):
         if array.shape != (batch, 2):
@@ -215,7 +208,6 @@ def segment_batch(
     if images is not None and len(images) != batch:
         raise ValueError(f"{len(images)} images for a batch of {batch}")
 
-    height, width = original_size.max(0)
     tables = _run(
         class_logits,
         mask_logits,
@@ -224,14 +216,14 @@ def segment_batch(
         config.object_mask_threshold,
         task=task,
         padded_size=tuple(int(s) for s in padded_size),
-        canvas=(_round_up(height), _round_up(width)),
+        canvas=canvas_size(original_size),
         topk=min(config.topk, class_logits.shape[1] * metadata.num_classes),
         mesh=mesh,
     )
     # What the device returns is small (a map, or one bit per mask pixel), so it is fetched at once.
     tables = jax.device_get(tables)
     finish = {"panoptic": _panoptic, "instance": _instance, "semantic": _semantic}[task]
-    return [
+    return (
         finish(
             {name: values[b] for name, values in tables.items()},
             tuple(original_size[b]),
@@ -240,48 +232,17 @@ def segment_batch(
             None if images is None else images[b],
         )
         for b in range(batch)
-    ]
+    )
 
 
-def _round_up(side: int) -> int:
-    return max(1, -(-int(side) // CANVAS_MULTIPLE)) * CANVAS_MULTIPLE
+def segment_batch(*args: Any, **options: Any) -> list[Segmentation]:
+    """The results of `segment_images`, which has the same arguments, in a list."""
+    return list(segment_images(*args, **options))
 
 
-def _this_host(*arrays: jax.Array) -> tuple[Any, ...]:
-    """The rows of batch-sharded arrays that this host holds, and a mesh of this host's devices.
-
-    Hosts see images of different sizes and so run different programs: a program over the whole mesh
-    would need them to agree. The returned arrays share one sharding over the "data" axis of the
-    mesh; the mesh is None where one device holds all rows.
-    """
-    found = []
-    for array in arrays:
-        if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
-            found.append([array])
-            continue
-        pieces = {}  # keyed by first row: replicas of a row are taken once
-        for shard in array.addressable_shards:
-            if shard.data.shape[1:] != array.shape[1:]:
-                raise ValueError(
-                    f"logits of shape {array.shape} are sharded over more than the batch axis "
-                    f"({array.sharding}); shard the first axis only"
-                )
-            pieces.setdefault(shard.index[0].start or 0, shard.data)
-        found.append([pieces[row] for row in sorted(pieces)])
-    most = max(found, key=len)
-    if len(most) == 1:
-        return *(pieces[0] for pieces in found), None
-    devices = [piece.devices().pop() for piece in most]
-    mesh = Mesh(np.array(devices), ("data",))
-    sharding = NamedSharding(mesh, P("data"))
-    joined = []
-    for pieces in found:
-        if [d for p in pieces if isinstance(p, jax.Array) for d in p.devices()] == devices:
-            shape = (sum(p.shape[0] for p in pieces), *pieces[0].shape[1:])
-            joined.append(jax.make_array_from_single_device_arrays(shape, sharding, pieces))
-        else:
-            joined.append(jax.device_put(np.concatenate(jax.device_get(pieces)), sharding))
-    return *joined, mesh
+def program_count() -> int:
+    """Number of programs that this process has compiled for post-processing."""
+    return _run._cache_size()
 
 
 @functools.partial(jax.jit, static_argnames=("task", "padded_size", "canvas", "topk", "mesh"))
@@ -303,28 +264,12 @@ def _run(
     def image(threshold, row):
         class_logits, mask_logits, image_size, original_size = row
         probabilities = jax.nn.softmax(class_logits.astype(jnp.float32), axis=-1)
-        weights_y, weights_x = (
-            _axis_weights(
-                canvas[a], mask_logits.shape[1 + a], padded_size[a], image_size[a], original_size[a]
-            )
-            for a in (0, 1)
+        strips = mask_strips(
+            mask_logits, image_size, original_size, padded_size=padded_size, canvas=canvas
         )
-        strips = weights_y.reshape(-1, STRIP_ROWS, weights_y.shape[1])
-        rows = jnp.arange(canvas[0]).reshape(-1, STRIP_ROWS)
 
         def per_strip(head):
-            def strip(args):
-                weights, rows = args
-                half = jnp.einsum(
-                    "sy,qyx->qsx", weights, mask_logits.astype(jnp.float32), precision="highest"
-                )
-                masks = jnp.einsum("qsx,wx->qsw", half, weights_x, precision="highest")
-                inside_image = (rows < original_size[0])[:, None] & (
-                    jnp.arange(canvas[1]) < original_size[1]
-                )
-                return head(masks, inside_image)
-
-            return jax.lax.map(strip, (strips, rows))
+            return jax.lax.map(lambda s: head(*strips.masks(s)), jnp.arange(strips.count))
 
         if task == "panoptic":
             return _panoptic_tables(probabilities, per_strip, canvas, threshold)
@@ -338,30 +283,6 @@ def _run(
     if mesh is not None:
         batch = jax.shard_map(batch, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
     return batch(threshold, (class_logits, mask_logits, image_size, original_size))
-
-
-def _axis_weights(canvas: int, source: int, padded: int, crop, original) -> jax.Array:
-    """float32 [canvas, source]: resize source -> padded, crop, resize crop -> original.
-
-    Rows from `original` on are zero. `crop` and `original` may be traced.
-    """
-
-    def taps(out_size, in_size, count):
-        scale = jnp.asarray(in_size, jnp.float32) / jnp.maximum(out_size, 1)
-        position = jnp.maximum((jnp.arange(count) + 0.5) * scale - 0.5, 0.0)
-        low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, in_size - 1)
-        return low, jnp.minimum(low + 1, in_size - 1), position - low
-
-    low, high, fraction = taps(padded, source, padded)
-    fraction = fraction[:, None]
-    enlarge = jax.nn.one_hot(low, source) * (1 - fraction)
-    enlarge += jax.nn.one_hot(high, source) * fraction
-    low, high, fraction = taps(original, crop, canvas)
-    fraction = fraction[:, None]
-    # Positions beyond the original reach beyond the crop: bring them back, then blank them.
-    fraction = jnp.clip(fraction, 0.0, 1.0)
-    weights = enlarge[low] * (1 - fraction) + enlarge[high] * fraction
-    return jnp.where((jnp.arange(canvas) < original)[:, None], weights, 0.0)
 
 
 def _panoptic_tables(probabilities, per_strip, canvas, threshold) -> dict[str, jax.Array]:

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image, ImageOps
 
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
+from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.eval.write import write_prediction
 from oneformer_jax.models.layers import ParamKeys
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
@@ -77,6 +78,7 @@ class Segmenter:
         *,
         postprocess: PostprocessConfig | None = None,
         test_size: tuple[int, int] = (800, 1333),
+        tta: TtaConfig | None = None,
         mesh: Mesh | None = None,
     ):
         """Copies the parameters to the devices.
@@ -89,6 +91,8 @@ class Segmenter:
           postprocess: thresholds; None takes the defaults.
           test_size: shorter side in pixels that images are resized to, and the most pixels that
             the longer side may then have.
+          tta: views of the test-time augmentation, for calls that ask for it; None takes the
+            official ones of `test_size`.
           mesh: devices that hold the parameters. Arrays not yet on devices are copied to each;
             `raw` shares a batch among them. None is the default device.
 
@@ -107,6 +111,7 @@ class Segmenter:
         self.metadata = metadata
         self.postprocess = postprocess or PostprocessConfig()
         self.test_size = (int(short), int(long))
+        self.tta = tta or TtaConfig.from_settings({}, self.test_size[0])
         self.mesh = mesh
 
         model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=False))
@@ -157,8 +162,8 @@ class Segmenter:
           params: see `Segmenter`.
           stats: see `Segmenter`.
           metadata: the K classes.
-          settings: `short_edge`, `max_size` and fields of `PostprocessConfig`; what concerns the
-            evaluation only (its batch size, its tasks) is not read.
+          settings: `short_edge`, `max_size`, `tta` and fields of `PostprocessConfig`; what concerns
+            the evaluation only (its batch size, its tasks) is not read.
           mesh: see `Segmenter`.
           **overrides: by the same names.
 
@@ -166,33 +171,39 @@ class Segmenter:
           ValueError: an override that is none of these names.
         """
         fields = [f.name for f in dataclasses.fields(PostprocessConfig)]
-        known = ["short_edge", "max_size", *fields]
+        known = ["short_edge", "max_size", "tta", *fields]
         for name in overrides:
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}; use some of {', '.join(known)}")
         settings = {name: settings[name] for name in known if name in settings} | overrides
+        short_edge = settings.get("short_edge", 800)
         return cls(
             config,
             params,
             stats,
             metadata,
             postprocess=PostprocessConfig(**{n: settings[n] for n in fields if n in settings}),
-            test_size=(settings.get("short_edge", 800), settings.get("max_size", 1333)),
+            test_size=(short_edge, settings.get("max_size", 1333)),
+            tta=TtaConfig.from_settings(settings.get("tta", {}), short_edge),
             mesh=mesh,
         )
 
-    def __call__(self, image: np.ndarray, task: str = "panoptic") -> Segmentation:
+    def __call__(
+        self, image: np.ndarray, task: str = "panoptic", *, tta: bool = False
+    ) -> Segmentation:
         """Segments one image.
 
         Args:
           image: uint8 [H, W, 3], RGB.
           task: one of `TASKS`.
+          tta: semantic task only: average over the views of the test-time augmentation; the
+            official ones have 17 times the pixels.
 
         Returns:
           The segmentation at the size of `image`, which it keeps.
 
         Raises:
-          ValueError: unknown task, or not such an image.
+          ValueError: unknown task, `tta` for another task than semantic, or not such an image.
         """
         token = self.task_tokens(task)
         image = np.asarray(image)
@@ -200,25 +211,37 @@ class Segmenter:
             raise ValueError(
                 f"image is {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3] in RGB"
             )
+        if tta and task != "semantic":
+            raise ValueError(f"tta is for the semantic task only, not for {task!r}")
         resized = resize_shortest_edge(image, *self.test_size)
-        size = resized.shape[:2]
-        padded_size = tuple(-(-side // STRIDE) * STRIDE for side in size)
-        padded = np.zeros((1, *padded_size, 3), np.uint8)
-        padded[0, : size[0], : size[1]] = resized
-        image_size = np.array([size], np.int32)
-        arrays = self._place(padded, image_size, token[None])
-        logits = self._predict(self._params, self._stats, *arrays)
-        (segmentation,) = segment_batch(
-            *logits,
-            image_size,
-            np.array([image.shape[:2]]),
-            padded_size,
-            task=task,
-            config=self.postprocess,
-            metadata=self.metadata,
-            images=[image],
+        original_size = np.array([image.shape[:2]])
+        if not tta:
+            view = _padded(resized)
+            (segmentation,) = segment_batch(
+                *self._logits(view, token),
+                view["image_size"],
+                original_size,
+                view["image"].shape[1:3],
+                task=task,
+                config=self.postprocess,
+                metadata=self.metadata,
+                images=[image],
+            )
+            return segmentation
+        views = (
+            _padded(resize_shortest_edge(resized, edge, self.tta.max_size))
+            for edge in self.tta.short_edges
         )
+        scores = SemanticScores(original_size, self.metadata)
+        for view, flip in with_mirrored(views, self.tta.flip):
+            logits = self._logits(view, token)
+            scores.add(*logits, view["image_size"], view["image"].shape[1:3], flip=flip)
+        (segmentation,) = scores.result([image])
         return segmentation
+
+    def _logits(self, view: Mapping[str, Any], token: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        arrays = self._place(view["image"], view["image_size"], token[None])
+        return self._predict(self._params, self._stats, *arrays)
 
     def raw(self, images: jax.Array, task_tokens: jax.Array) -> Outputs:
         """The model's outputs before any post-processing, all predictions included.
@@ -264,6 +287,14 @@ class Segmenter:
         return jax.tree.map(
             lambda x: x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x), target), tree
         )
+
+
+def _padded(image: np.ndarray) -> dict[str, np.ndarray]:
+    """A batch of one image, padded with zeros: `image` uint8 [1, H, W, 3], `image_size` [1, 2]."""
+    size = image.shape[:2]
+    padded = np.zeros((1, *(-(-side // STRIDE) * STRIDE for side in size), 3), np.uint8)
+    padded[0, : size[0], : size[1]] = image
+    return {"image": padded, "image_size": np.array([size], np.int32)}
 
 
 def _matching(values: Any, expected: Any, path: str = "") -> Any:

@@ -12,10 +12,10 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from oneformer_jax.eval import visualize
+from oneformer_jax.eval import postprocess, tta, visualize
 from oneformer_jax.eval.evaluate import EvalResult, evaluate, format_results, write_results
-from oneformer_jax.eval.metrics import make_metric
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
+from oneformer_jax.eval.protocol import Protocol, choose_protocol
 from oneformer_jax.eval.write import write_png
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import checkpoint, sharding
@@ -23,7 +23,8 @@ from oneformer_jax.train import state as states
 from oneformer_jax.train.tensorboard import metric_writers
 from oneformer_jax.types import TASK_TOKENS, TASKS, Metadata, task_id
 
-Batches = Callable[[], Iterable[Mapping[str, Any]]]
+# One pass over this host's evaluation batches: of an even sample of so many images, 0 is all.
+Batches = Callable[[int], Iterable[Mapping[str, Any]]]
 
 # Columns of the table of task tokens, as in the paper.
 TOKEN_COLUMNS = (
@@ -53,7 +54,10 @@ class Evaluator:
         self._metadata = metadata
         self._mesh = mesh
         self._postprocess = postprocess_config(config)
-        metric_names(config, metadata)  # of wrong tasks, now and not at the first evaluation
+        # What is wrong with them is said now and not at the first evaluation.
+        self._protocol = protocol_of(config, metadata)
+        self._tasks = scored_tasks(config, self._protocol)
+        self._tta = tta_config(config)
         if config.eval.limit < 0:
             raise ValueError(f"eval.limit is {config.eval.limit}; use a number of images, 0 is all")
         predict_step = states.make_predict_step(model)
@@ -73,36 +77,41 @@ class Evaluator:
         eval_batches: Batches,
         writer: metric_writers.MetricWriter,
         *,
-        limit: int | None = None,
+        limit: int = 0,
     ) -> dict[str, float | None]:
         """Scores each task under its own token and draws the fixed images.
 
         Args:
           state: of training, or just {params, stats}; averaged parameters are used if it has them.
           step: of the state; it names the files.
-          eval_batches: gives one pass over this host's evaluation batches.
+          eval_batches: gives one pass over this host's evaluation batches of an even sample of the
+            images, of the size it is called with; 0 is all.
           writer: gets the metrics and the pictures.
-          limit: images to score; None is all.
+          limit: images to score; 0 is all.
 
         Returns:
           Metric name -> percent, None where it is not defined.
         """
-        logging.info("Evaluating step %d", step)
+        batches = eval_batches(limit)
+        sizes = getattr(batches, "buckets", None)
+        shapes = "" if sizes is None else f", {len(sizes)} padded sizes"
+        logging.info("Evaluating step %d (protocol %s%s)", step, self._protocol.name, shapes)
         predict = self._predictor(state)
         result = evaluate(
             predict,
-            eval_batches(),
+            batches,
             metadata=self._metadata,
             postprocess=self._postprocess,
-            outputs=self._config.eval.tasks,
-            limit=limit,
+            outputs=self._tasks,
+            protocol=self._protocol,
+            tta=self._tta,
             progress=_progress_log(),
         )
         scores = {name: value for name, value in result.metrics.items() if value is not None}
         writer.write_scalars(step, scores)
         if jax.process_index() == 0:
             write_results(self._results_path(step), result)
-        self._draw(predict, step, eval_batches, writer)
+        self._draw(predict, step, eval_batches(limit), writer)
         writer.flush()
         shown = ", ".join(f"{name} {scores[name]:.1f}" for name in TOKEN_COLUMNS if name in scores)
         logging.info(
@@ -111,6 +120,11 @@ class Evaluator:
             result.images,
             result.seconds["total"],
             shown,
+        )
+        logging.info(
+            "Programs compiled for evaluation so far: %d for the model, %d for post-processing",
+            self._predict._cache_size(),
+            postprocess.program_count() + tta.program_count(),
         )
         self._last = result
         return result.metrics
@@ -151,13 +165,15 @@ class Evaluator:
             logging.info("Evaluating every output under the task token %r", token)
             result = evaluate(
                 predict,
-                eval_batches(),
+                eval_batches(0),
                 metadata=self._metadata,
                 postprocess=self._postprocess,
+                outputs=self._protocol.tasks,
                 token=token,
+                protocol=self._protocol,
                 progress=_progress_log(),
             )
-            table[token] = {name: result.metrics[name] for name in TOKEN_COLUMNS}
+            table[token] = {name: result.metrics.get(name) for name in TOKEN_COLUMNS}
         if jax.process_index() == 0:
             checkpoint.write_json(self._table_path(step), table)
         return table
@@ -190,14 +206,14 @@ class Evaluator:
 
         return predict
 
-    def _draw(self, predict, step: int, eval_batches: Batches, writer) -> None:
+    def _draw(self, predict, step: int, batches: Iterable, writer) -> None:
         """One sheet of the first held-out images: a row each of image, truth and three tasks.
 
         Every host predicts, since the program spans all devices; the first one draws.
         """
         missing = self._config.train.pictures
         pictures, titles = [], []
-        for batch in eval_batches() if missing > 0 else ():
+        for batch in batches if missing > 0 else ():
             valid = np.flatnonzero(batch["valid"])
             # Fillers take the size of a real image, as in the evaluation: the shapes stay.
             rows = np.where(batch["valid"], np.arange(len(batch["valid"])), [*valid, 0][0])
@@ -240,12 +256,49 @@ class Evaluator:
         return self._workdir / "pictures" / f"step_{step:07d}.png"
 
 
-def metric_names(config: ConfigDict, metadata: Metadata) -> tuple[str, ...]:
-    """Names of the metrics of `config.eval.tasks`; ValueError if those are no tasks."""
+def protocol_of(config: ConfigDict, metadata: Metadata) -> Protocol:
+    """The protocol that `config.eval` describes; see `choose_protocol`."""
+    return choose_protocol(
+        metadata,
+        name=config.eval.protocol,
+        instance_ids=config.eval.instance_ids,
+        instance_json=config.eval.instance_json,
+    )
+
+
+def scored_tasks(config: ConfigDict, protocol: Protocol) -> tuple[str, ...]:
+    """`config.eval.tasks` less those that the protocol does not score.
+
+    Raises:
+      ValueError: one is no task, or none is left.
+    """
     tasks = tuple(config.eval.tasks)
     if not tasks or set(tasks) - set(TASKS):
         raise ValueError(f"eval.tasks is {tasks}; use one or more of {', '.join(TASKS)}")
-    return tuple(name for task in tasks for name in make_metric(task, metadata).compute())
+    scored = tuple(task for task in tasks if task in protocol.tasks)
+    if not scored:
+        raise ValueError(
+            f"eval.tasks is {tasks}, but the protocol {protocol.name} scores only "
+            f"{', '.join(protocol.tasks)}"
+        )
+    return scored
+
+
+def metric_names(config: ConfigDict, metadata: Metadata) -> tuple[str, ...]:
+    """Names of the metrics of an evaluation; ValueError for wrong settings."""
+    protocol = choose_protocol(metadata, name=config.eval.protocol)  # names need no file
+    return tuple(
+        name
+        for task in scored_tasks(config, protocol)
+        for name in protocol.make_metric(task, metadata).compute()
+    )
+
+
+def tta_config(config: ConfigDict) -> tta.TtaConfig | None:
+    """The views of `config.eval.tta`, or None if it is off."""
+    if not config.eval.tta.enabled:
+        return None
+    return tta.TtaConfig.from_settings(config.eval.tta, config.eval.short_edge)
 
 
 def _progress_log(every: float = 30.0) -> Callable[[int, float], None]:

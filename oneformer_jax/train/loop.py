@@ -33,7 +33,7 @@ def train(
     metadata: Metadata,
     text_table: np.ndarray,
     train_batches: Callable[[int], Iterator[Batch]],
-    eval_batches: Callable[[], Iterable[Batch]],
+    eval_batches: Callable[[int], Iterable[Batch]],
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float | None]:
     """Trains to `config.train.steps`, resuming whatever `workdir` holds; returns the last metrics.
@@ -45,7 +45,8 @@ def train(
       text_table: int32 [K+3, T], token ids of the dataset's distinct texts.
       train_batches: gives this host's batches from a step on: batch s does not depend on where the
         iteration began.
-      eval_batches: gives this host's share of the evaluation batches, from the first on.
+      eval_batches: gives this host's share of the evaluation batches, of an even sample of as many
+        images as it is called with (0: all).
       mesh: devices; None makes the mesh of `config.mesh`.
 
     Raises:
@@ -176,7 +177,7 @@ def train(
                 logging.info("%s", chrono.line(scalars))
             with chrono.pause():
                 if eval_now:
-                    limit = None if last else config.eval.limit or None
+                    limit = 0 if last else config.eval.limit
                     results = evaluator.run(state, step, eval_batches, writer, limit=limit)
                 if save_now:
                     position = {"step": step, "chrono": chrono.state()}
@@ -250,7 +251,7 @@ def evaluate_workdir(
     workdir: str,
     *,
     metadata: Metadata,
-    eval_batches: Callable[[], Iterable[Batch]],
+    eval_batches: Callable[[int], Iterable[Batch]],
     checkpoint_step: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from oneformer_jax.types import Metadata
 IS_THING = (True, True, False, False)
 METADATA = Metadata(
     dataset="four",
-    class_names=("a", "b", "c", "d"),
+    class_names=("car", "person", "road", "sky"),  # of Cityscapes, whose metrics know their names
     is_thing=IS_THING,
     colors=((0, 0, 0),) * 4,
     category_ids=(1, 2, 3, 4),

@@ -15,6 +15,7 @@ import pytest
 from oneformer_jax.eval import evaluate as evaluate_module
 from oneformer_jax.eval.evaluate import EvalResult, evaluate, format_results, write_results
 from oneformer_jax.eval.postprocess import PostprocessConfig
+from oneformer_jax.eval.protocol import Protocol
 from oneformer_jax.types import TASKS, Metadata
 
 METADATA = Metadata(
@@ -198,39 +199,31 @@ def test_thresholds_reach_the_post_processing():
     assert found == pytest.approx([100, 0])
 
 
-def test_ap_does_not_depend_on_the_numbering_of_exports():
+@pytest.mark.parametrize("instance_ids", ["contiguous", "thing"])
+@pytest.mark.parametrize("exported", [False, True])
+def test_ap_does_not_depend_on_the_numbering(instance_ids, exported):
     metadata = dataclasses.replace(METADATA, is_thing=(False, True, False, True))
-    config = PostprocessConfig(topk=12, ade_instance_remap=True)
     result = evaluate(
         Oracle(),
         make_batches(range(2)),
         metadata=metadata,
-        postprocess=config,
+        postprocess=PostprocessConfig(topk=12, ade_instance_remap=exported),
         outputs=("instance",),
+        protocol=Protocol("ade20k", instance_ids),
     )
     assert result.metrics["instance/AP"] == pytest.approx(100)
     assert [row["instance/AP"] for row in result.per_class] == [None, 100, None, 100]
 
 
-def test_limit_takes_the_first_images_and_stops():
-    taken = []
-
-    def batches():
-        for batch in make_batches(range(6)):
-            taken.append(batch)
-            yield batch
-
+def test_progress_is_told_after_every_batch():
     calls = []
-    result = evaluate(
+    evaluate(
         Oracle(),
-        batches(),
+        make_batches(range(3)),
         outputs=("semantic",),
-        limit=3,
         progress=lambda images, seconds: calls.append((images, seconds)),
         **SETTINGS,
     )
-    assert result.images == 3
-    assert len(taken) == 2
     assert [images for images, _ in calls] == [2, 3]
     assert 0 < calls[0][1] < calls[1][1]
 
@@ -252,7 +245,7 @@ def test_a_batch_of_fillers_only_is_run_but_not_scored():
         (dict(outputs=("depth",)), "unknown task 'depth'"),
         (dict(token="depth"), "unknown task 'depth'"),
         (dict(outputs=()), "no outputs"),
-        (dict(limit=0), "limit is 0"),
+        (dict(protocol=Protocol("mapillary")), "mapillary has no metric for the task 'instance'"),
         (dict(), "saw no image of blocks"),
     ],
 )
@@ -346,11 +339,12 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
 import numpy as np
 from oneformer_jax.eval.evaluate import merge_hosts
-from oneformer_jax.eval.metrics import make_metric
+from oneformer_jax.eval.protocol import Protocol
 from tests.eval.metric_cases import random_updates, METADATA
 found = {}
-for task in ("panoptic", "instance", "semantic"):
-    metric = make_metric(task, METADATA)
+protocol = Protocol("cityscapes")
+for task in protocol.tasks:
+    metric = protocol.make_metric(task, METADATA)
     for i, update in enumerate(random_updates(task, 5)):
         if i % 2 == process:
             metric.update(*update)
@@ -364,7 +358,6 @@ print("RESULT", json.dumps(found))
 
 def test_two_processes_agree_on_the_whole():
     """Real processes: unequal shares (3 and 2 images), counts beyond 32 bits."""
-    from oneformer_jax.eval.metrics import make_metric
     from tests.eval.metric_cases import METADATA as cases
     from tests.eval.metric_cases import random_updates
 
@@ -398,7 +391,7 @@ def test_two_processes_agree_on_the_whole():
     ]
     assert results[0] == results[1]
     for task in TASKS:
-        whole = make_metric(task, cases)
+        whole = Protocol("cityscapes").make_metric(task, cases)
         for update in random_updates(task, 5):
             whole.update(*update)
         if task == "semantic":

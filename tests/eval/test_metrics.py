@@ -1,18 +1,12 @@
 """PQ and mIoU on cases worked out by hand and against a slow loop; merging of all metrics."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from oneformer_jax.eval.metrics import (
-    CocoAP,
-    MeanIoU,
-    PanopticQuality,
-    make_metric,
-    semantic_truth,
-)
-from oneformer_jax.types import TASKS
+from oneformer_jax.eval.metrics import MeanIoU, PanopticQuality
+from oneformer_jax.eval.metrics_ap import CocoAP
+from oneformer_jax.eval.metrics_cityscapes import CityscapesAP, CityscapesIoU
+from oneformer_jax.eval.protocol import PROTOCOLS, Protocol
 from tests.eval.metric_cases import (
     IS_THING,
     METADATA,
@@ -274,16 +268,18 @@ def test_pq_equals_a_loop_over_segments():
 # ------------------------------------------------------------------------------ semantic IoU
 
 
-def miou(record, prediction, **options):
-    metric = MeanIoU(4, **options)
+def miou(record, prediction):
+    metric = MeanIoU(4)
     metric.update(prediction, record)
     return metric
 
 
-def test_semantic_truth_takes_crowds_and_ignores_void():
+def test_miou_takes_crowds_and_ignores_void():
+    # Void, two columns of class 1, a crowd of class 0 and class 2, all predicted as class 1.
     record = truth([0, 5, 5, 6, 8], {5: 1, 6: 0, 8: 2}, crowd={6})
-    np.testing.assert_array_equal(semantic_truth(record, 4)[0], [255, 1, 1, 0, 2])
-    np.testing.assert_array_equal(semantic_truth(record, 4, ignore_label=-1)[0], [-1, 1, 1, 0, 2])
+    expected = np.zeros((4, 4), int)
+    expected[[1, 0, 2], 1] = (8, 4, 4)
+    np.testing.assert_array_equal(miou(record, semantic([1] * 5)).confusion, expected)
 
 
 def test_miou_perfect():
@@ -328,20 +324,33 @@ def test_miou_bad_input():
         miou(truth([1] * 10, {1: 0}), semantic([255] * 10))
     with pytest.raises(ValueError, match="original size"):
         miou(truth([1] * 10, {1: 0}), semantic([0] * 9))
-    with pytest.raises(ValueError, match="ignore_label 2"):
-        MeanIoU(4, ignore_label=2)
+
+
+def test_miou_equals_a_count_of_pixels():
+    metric = MeanIoU(4)
+    expected = np.zeros((4, 4), int)
+    for prediction, record in random_updates("semantic", 20):
+        metric.update(prediction, record)
+        for s in record["segments"]:
+            for c in range(4):
+                hits = (record["panoptic"] == s["id"]) & (prediction.class_map == c)
+                expected[s["category"], c] += hits.sum()
+    np.testing.assert_array_equal(metric.confusion, expected)
 
 
 # ------------------------------------------------------------------------------------ merging
 
+METRICS = [(name, task) for name in PROTOCOLS for task in Protocol(name).tasks]
+merging = pytest.mark.parametrize(("name", "task"), METRICS)
 
-@pytest.mark.parametrize("task", TASKS)
-def test_two_halves_merge_to_the_whole(task):
-    whole, first, second = (
-        make_metric(task, METADATA),
-        make_metric(task, METADATA),
-        make_metric(task, METADATA),
-    )
+
+def empty(name, task):
+    return Protocol(name).make_metric(task, METADATA)
+
+
+@merging
+def test_two_halves_merge_to_the_whole(name, task):
+    whole, first, second = (empty(name, task) for _ in range(3))
     for i, update in enumerate(random_updates(task)):
         whole.update(*update)
         (first if i % 3 == 0 else second).update(*update)
@@ -359,45 +368,45 @@ def test_two_halves_merge_to_the_whole(task):
         list(restored.compute().values()), list(expected.values()), rtol=1e-12
     )
     assert np.isfinite(next(iter(expected.values())))
-    for name, column in whole.per_class().items():
-        np.testing.assert_allclose(restored.per_class()[name], column, rtol=1e-12)
+    for column, values in whole.per_class().items():
+        np.testing.assert_allclose(restored.per_class()[column], values, rtol=1e-12)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_merging_an_empty_state_changes_nothing(task):
-    metric = make_metric(task, METADATA)
+@merging
+def test_merging_an_empty_state_changes_nothing(name, task):
+    metric = empty(name, task)
     for update in random_updates(task, 2):
         metric.update(*update)
-    before = metric.counts()
-    metric.merge(type(metric).from_state(make_metric(task, METADATA).state()))
-    assert metric.counts() == before
+    before = metric.counts(), metric.compute()
+    metric.merge(type(metric).from_state(empty(name, task).state()))
+    np.testing.assert_equal((metric.counts(), metric.compute()), before)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_state_is_plain_arrays(task, tmp_path):
-    metric = make_metric(task, METADATA)
+@merging
+def test_state_is_plain_arrays(name, task, tmp_path):
+    metric = empty(name, task)
     for update in random_updates(task, 2):
         metric.update(*update)
     np.savez(tmp_path / "state.npz", **metric.state())
     with np.load(tmp_path / "state.npz", allow_pickle=False) as state:
-        assert type(metric).from_state(state).counts() == metric.counts()
+        restored = type(metric).from_state(state)
+    np.testing.assert_equal(restored.compute(), metric.compute())
+
+
+@merging
+def test_every_undefined_value_has_a_reason(name, task):
+    metric = empty(name, task)
+    missing = {name for name, value in metric.compute().items() if np.isnan(value)}
+    assert missing == set(metric.compute()) == set(metric.undefined())
 
 
 def test_states_of_other_classes_do_not_merge():
     for ours, theirs in (
         (PanopticQuality(IS_THING), PanopticQuality((True, False, False, False))),
         (MeanIoU(4), MeanIoU(5)),
-        (MeanIoU(4), MeanIoU(4, ignore_label=-1)),
         (CocoAP(IS_THING), CocoAP((True,))),
+        (CityscapesAP(IS_THING), CityscapesAP((True,))),
+        (CityscapesIoU(("car", "sky"), (1, 0)), CityscapesIoU(("car", "road"), (1, 0))),
     ):
         with pytest.raises(ValueError, match="cannot merge"):
             ours.merge(theirs)
-
-
-def test_make_metric():
-    metadata = dataclasses.replace(METADATA, ignore_label=-1)
-    assert isinstance(make_metric("panoptic", metadata), PanopticQuality)
-    assert isinstance(make_metric("instance", metadata), CocoAP)
-    assert make_metric("semantic", metadata).ignore_label == -1
-    with pytest.raises(ValueError, match="depth"):
-        make_metric("depth", metadata)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from oneformer_jax.eval import postprocess
+from oneformer_jax.eval import postprocess, strips
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
 from oneformer_jax.types import Metadata
 
@@ -225,7 +225,7 @@ def test_semantic_follows_the_official_rules():
 )
 def test_axis_weights_are_two_bilinear_resizes(sizes):
     source, padded, crop, original = sizes
-    weights = jax.jit(postprocess._axis_weights, static_argnums=(0, 1, 2))
+    weights = jax.jit(strips.axis_weights, static_argnums=(0, 1, 2))
     weights = np.asarray(weights(256, source, padded, crop, original))
     values = np.random.default_rng(0).normal(size=(source, 1)).astype(np.float32)
     once = cv2.resize(values, (1, padded), interpolation=cv2.INTER_LINEAR)[:crop].reshape(crop, 1)

@@ -8,7 +8,7 @@ import pytest
 
 from input_pipeline import loader, transforms
 from input_pipeline.datasets import DatasetInfo
-from input_pipeline.loader import EvalLoaderConfig, LoaderConfig
+from input_pipeline.loader import LoaderConfig
 from input_pipeline.records import RecordError
 
 INFO = DatasetInfo(
@@ -306,99 +306,3 @@ def test_bad_arguments():
         take(make_source(), make_config(), 1, process_index=2, process_count=2)
     with pytest.raises(ValueError, match="start_step"):
         take(make_source(), make_config(), 1, start_step=-1)
-
-
-# -------------------------------------------------------------------------------------- evaluation
-
-EVAL_SIZES = [(40, 60), (60, 40), (64, 64), (20, 30), (50, 200), (44, 61), (40, 60)]
-EVAL = EvalLoaderConfig(batch_size=2, short_edge=40, max_size=90)
-
-
-@pytest.mark.parametrize("kind", [ListSource, RichSource])
-@pytest.mark.parametrize("process_count", [1, 2, 3])
-def test_eval_covers_every_record_once(process_count, kind):
-    source = kind(EVAL_SIZES)
-    loaders = [loader.eval_loader(source, EVAL, p, process_count) for p in range(process_count)]
-    assert len({len(x) for x in loaders}) == 1
-    assert len({x.buckets for x in loaders}) == 1
-    seen = []
-    for batches in zip(*loaders, strict=True):
-        # One program for all processes at every step.
-        assert len({b["image"].shape for b in batches}) == 1
-        for batch in batches:
-            assert batch["image"].dtype == np.uint8 and batch["valid"].dtype == bool
-            assert batch["image"].shape[1] % 32 == 0 and batch["image"].shape[2] % 32 == 0
-            for row in range(2):
-                if not batch["valid"][row]:
-                    assert batch["records"][row] is None and batch["index"][row] == -1
-                    assert not batch["image"][row].any()
-                    continue
-                index = int(batch["index"][row])
-                seen.append(index)
-                record = batch["records"][row]
-                assert record["file_name"] == f"image_{index}.jpg"
-                height, width = batch["image_size"][row]
-                np.testing.assert_array_equal(batch["original_size"][row], EVAL_SIZES[index])
-                assert record["panoptic"].shape == EVAL_SIZES[index]
-                expected = transforms.resize_for_test(record["image"], 40, 90)
-                assert expected.shape == (height, width, 3)
-                np.testing.assert_array_equal(batch["image"][row, :height, :width], expected)
-                assert not batch["image"][row, height:].any()
-                assert not batch["image"][row, :, width:].any()
-    assert sorted(seen) == list(range(len(EVAL_SIZES)))
-
-
-def test_eval_buckets_and_second_pass():
-    batches = loader.eval_loader(RichSource(EVAL_SIZES), EVAL)
-    # 40x60 and 20x30 -> 40x60; 44x61 -> 40x55; 50x200 is capped: 23x90.
-    assert batches.buckets == ((64, 64), (32, 96)) and len(batches) == 4
-    passes = [[list(b["index"]) for b in batches] for _ in range(2)]
-    assert passes[0] == passes[1] == [[0, 1], [2, 3], [5, 6], [4, -1]]
-    coarse = dataclasses.replace(EVAL, bucket_multiple=96)
-    assert loader.eval_loader(RichSource(EVAL_SIZES), coarse).buckets == ((96, 96),)
-
-
-def test_eval_limit():
-    limited = loader.eval_loader(
-        RichSource(EVAL_SIZES), dataclasses.replace(EVAL, limit=3), process_count=2
-    )
-    assert len(limited) == 1
-    assert list(next(iter(limited))["index"]) == [0, 1]
-
-
-@pytest.mark.parametrize("kind", [ListSource, RichSource])
-def test_eval_broken_record(kind):
-    source = kind(EVAL_SIZES, broken=(2,))
-    with pytest.raises(RecordError, match=r"image_2\.jpg"):
-        list(loader.eval_loader(source, EVAL))
-    batches = loader.eval_loader(source, dataclasses.replace(EVAL, skip_broken=True))
-    seen = sorted(int(i) for b in batches for i in b["index"][b["valid"]])
-    assert seen == [0, 1, 3, 4, 5, 6]
-    assert list(batches.broken) == [2]
-
-
-def test_eval_image_of_another_size_than_announced():
-    source = RichSource(EVAL_SIZES)
-    source.image_size = lambda i: (40, 200)
-    with pytest.raises(RecordError, match=r"image_0\.jpg.*40 x 60"):
-        list(loader.eval_loader(source, EVAL))
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ({"batch_size": 0}, r"eval\.batch_size"),
-        ({"short_edge": 0}, r"eval\.short_edge"),
-        ({"max_size": 0}, r"eval\.max_size"),
-        ({"bucket_multiple": 48}, r"eval\.bucket_multiple"),
-        ({"limit": -1}, r"eval\.limit"),
-    ],
-)
-def test_bad_eval_settings_name_their_key(change, key):
-    with pytest.raises(ValueError, match=key):
-        dataclasses.replace(EVAL, **change)
-
-
-def test_eval_of_an_empty_dataset():
-    with pytest.raises(ValueError, match=r"empty.*dataset\.eval_split"):
-        loader.eval_loader(ListSource([]), EVAL)

@@ -38,8 +38,9 @@ def image(classes: np.ndarray) -> np.ndarray:
     return np.stack([40 * classes, 255 - 30 * classes, 0 * classes + 90], -1).astype(np.uint8)
 
 
-def batches(count: int = 3, size: int = 2) -> list[dict]:
-    """One pass over `count` scenes; the last batch is filled up."""
+def batches(limit: int = 0, count: int = 3, size: int = 2) -> list[dict]:
+    """One pass over the first `limit` (0: all) of `count` scenes; the last batch is filled up."""
+    count = min(limit or count, count)
     found = []
     for first in range(0, count, size):
         records = [record(i) if i < count else None for i in range(first, first + size)]

@@ -114,8 +114,10 @@ def test_more_pictures_than_images(make, writer, tmp_path):
 
 
 def test_a_batch_over_devices_scores_the_same(make, writer):
-    one = make().run(GOOD, 1, lambda: eval_scenes.batches(5, 4), writer)
-    assert make(devices=4).run(GOOD, 2, lambda: eval_scenes.batches(5, 4), writer) == one
+    one = make().run(GOOD, 1, lambda limit: eval_scenes.batches(limit, 5, 4), writer)
+    assert (
+        make(devices=4).run(GOOD, 2, lambda limit: eval_scenes.batches(limit, 5, 4), writer) == one
+    )
 
 
 def test_a_subset_of_the_tasks(make, writer, tmp_path, capsys):
@@ -130,18 +132,18 @@ def test_a_subset_of_the_tasks(make, writer, tmp_path, capsys):
 
 def test_undefined_scores_are_no_scalars(make, writer, tmp_path, capsys):
     """A data set without things: AP and the scores of things have no value."""
-    batches = eval_scenes.batches(1, 1)
+    batches = eval_scenes.batches(0, 1, 1)
     record = batches[0]["records"][0]
     record["segments"] = [s for s in record["segments"] if s["category"] >= 3]
     record["panoptic"][record["panoptic"] < 4] = 0
     evaluator = make()
-    metrics = evaluator.run(GOOD, 5, lambda: batches, writer)
+    metrics = evaluator.run(GOOD, 5, lambda limit: batches, writer)
     assert metrics["instance/AP"] is None
     assert metrics["panoptic/PQ_stuff"] > 90
     (line,) = read_lines(tmp_path)
     assert "instance/AP" not in line
     assert line["panoptic/PQ_stuff"] == metrics["panoptic/PQ_stuff"]
-    assert evaluator.token_table(GOOD, 5, lambda: batches)["instance"]["instance/AP"] is None
+    assert evaluator.token_table(GOOD, 5, lambda limit: batches)["instance"]["instance/AP"] is None
     evaluator.report(5)
     assert "instance/AP is not defined" in capsys.readouterr().out
 

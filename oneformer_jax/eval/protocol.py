@@ -1,0 +1,100 @@
+"""Which metrics score a dataset: the evaluation protocols of the official repository."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from oneformer_jax.eval.instance_json import InstanceAnnotations
+from oneformer_jax.eval.metrics import MeanIoU, PanopticQuality
+from oneformer_jax.eval.metrics_ap import CocoAP
+from oneformer_jax.eval.metrics_cityscapes import CityscapesAP, CityscapesIoU
+from oneformer_jax.types import TASKS, Metadata, task_id
+
+Metric = PanopticQuality | MeanIoU | CocoAP | CityscapesAP | CityscapesIoU
+
+PROTOCOLS = ("coco", "ade20k", "cityscapes", "mapillary")
+INSTANCE_IDS = ("contiguous", "thing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How the outputs of a dataset are scored.
+
+    PQ is panopticapi's everywhere, mIoU Detectron2's. "coco" (and "ade20k") score instances with
+    pycocotools, "cityscapes" scores instances and semantic maps as the Cityscapes scripts do,
+    "mapillary" scores no instances.
+
+    Attributes:
+      name: one of `PROTOCOLS`.
+      instance_ids: the labels that the post-processing gives instances while they are scored:
+        "contiguous" class ids, or "thing": positions among the things, as the official evaluation
+        of ADE20K does. The scores are the same.
+      annotations: an original instance file as ground truth of AP instead of the panoptic one.
+    """
+
+    name: str = "coco"
+    instance_ids: str = "contiguous"
+    annotations: InstanceAnnotations | None = None
+
+    def __post_init__(self):
+        if self.name not in PROTOCOLS:
+            raise ValueError(f"eval.protocol is {self.name!r}; use auto or {', '.join(PROTOCOLS)}")
+        if self.instance_ids not in INSTANCE_IDS:
+            raise ValueError(
+                f"eval.instance_ids is {self.instance_ids!r}; use auto or {', '.join(INSTANCE_IDS)}"
+            )
+        if self.annotations is not None and self.name not in ("coco", "ade20k"):
+            raise ValueError(
+                f"eval.instance_json is set, but the protocol {self.name} does not score instances "
+                "against such a file; leave it empty, or set eval.protocol=coco"
+            )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that have a metric."""
+        return tuple(t for t in TASKS if (self.name, t) != ("mapillary", "instance"))
+
+    def make_metric(self, task: str, metadata: Metadata) -> Metric:
+        """An empty state of the metric of a task; ValueError if it has none."""
+        task_id(task)
+        if task not in self.tasks:
+            raise ValueError(
+                f"the official evaluation of {self.name} has no metric for the task {task!r}; "
+                f"leave it out of eval.tasks, or set eval.protocol=coco"
+            )
+        if task == "panoptic":
+            return PanopticQuality(metadata.is_thing)
+        thing_labels = self.instance_ids == "thing"
+        if self.name == "cityscapes":
+            if task == "instance":
+                return CityscapesAP(metadata.is_thing, thing_labels=thing_labels)
+            return CityscapesIoU(metadata.class_names, metadata.is_thing)
+        if task == "instance":
+            return CocoAP(
+                metadata.is_thing, thing_labels=thing_labels, annotations=self.annotations
+            )
+        return MeanIoU(metadata.num_classes)
+
+
+def choose_protocol(
+    metadata: Metadata, *, name: str = "auto", instance_ids: str = "auto", instance_json: str = ""
+) -> Protocol:
+    """The protocol of a dataset.
+
+    Args:
+      metadata: the classes; its `dataset` decides where the rest is "auto". Datasets without a
+        protocol of their own are scored as COCO.
+      name: one of `PROTOCOLS`, or "auto".
+      instance_ids: one of `INSTANCE_IDS`, or "auto": "thing" for ade20k only.
+      instance_json: a COCO instance file whose instances are the ground truth of AP, or "".
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: unknown names, or a file that does not fit.
+    """
+    if name == "auto":
+        name = metadata.dataset if metadata.dataset in PROTOCOLS else "coco"
+    if instance_ids == "auto":
+        instance_ids = "thing" if name == "ade20k" else "contiguous"
+    annotations = InstanceAnnotations(instance_json, metadata) if instance_json else None
+    return Protocol(name, instance_ids, annotations)

@@ -1,0 +1,210 @@
+"""Test-time augmentation of the semantic task: several sizes, mirrored too, averaged.
+
+As in the official code, the sizes are made from the image that was already resized for the test,
+every view is segmented at the original size, and the class scores are averaged with equal weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from oneformer_jax.eval.postprocess import Segmentation
+from oneformer_jax.eval.strips import canvas_size, mask_strips, strip_rows, this_host
+from oneformer_jax.types import Metadata
+
+# The official sizes, in quarters of the short edge of the test.
+_QUARTERS = (2, 3, 4, 5, 6, 7)
+# The official cap of the long edge on ADE20K, in short edges of the test.
+_MAX_SIZE_FACTOR = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class TtaConfig:
+    """The views of an image.
+
+    Attributes:
+      short_edges: shorter side of each view, in pixels.
+      max_size: cap of the longer side, in pixels.
+      flip: whether each view is also segmented mirrored.
+    """
+
+    short_edges: tuple[int, ...]
+    max_size: int
+    flip: bool = True
+
+    def __post_init__(self):
+        if not self.short_edges or min(self.short_edges) < 1:
+            raise ValueError(
+                f"eval.tta.short_edges is {self.short_edges}; use sizes of at least 1 pixel"
+            )
+        if self.max_size < max(self.short_edges):
+            raise ValueError(
+                f"eval.tta.max_size is {self.max_size}; it must be at least the largest of "
+                f"eval.tta.short_edges, {max(self.short_edges)} (0: {_MAX_SIZE_FACTOR} times "
+                "eval.short_edge)"
+            )
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], short_edge: int) -> TtaConfig:
+        """The views of `eval.tta`.
+
+        Args:
+          settings: may have `short_edges` (none: 0.5, 0.75, ... 1.75 times `short_edge`),
+            `max_size` (0: 7 times `short_edge`) and `flip`.
+          short_edge: shorter side of the test.
+        """
+        edges = tuple(settings.get("short_edges") or (short_edge * q // 4 for q in _QUARTERS))
+        return cls(
+            short_edges=edges,
+            max_size=settings.get("max_size") or _MAX_SIZE_FACTOR * short_edge,
+            flip=settings.get("flip", True),
+        )
+
+
+def with_mirrored(
+    views: Iterable[Mapping[str, Any]], flip: bool
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Each view {image uint8 [B, H, W, 3], image_size [B, 2]}, and mirrored if `flip` says so.
+
+    Yields the view and whether it is the mirrored one. An image is mirrored within its own size:
+    padding stays at the right.
+    """
+    for view in views:
+        yield dict(view), False
+        if flip:
+            image = np.zeros_like(view["image"])
+            for row, (height, width) in enumerate(view["image_size"]):
+                image[row, :height, :width] = view["image"][row, :height, :width][:, ::-1]
+            yield {**view, "image": image}, True
+
+
+class SemanticScores:
+    """Sums the class scores of the views of a batch, on the devices that hold their logits.
+
+    They take K numbers per pixel of the canvas (see `strips`): 160 MB for an image of Cityscapes.
+
+    Args:
+      original_size: int [B, 2].
+      metadata: the K classes.
+    """
+
+    def __init__(self, original_size: np.ndarray, metadata: Metadata):
+        self._original_size = np.asarray(original_size, np.int32)
+        self._metadata = metadata
+        self._total: jax.Array | None = None
+
+    def add(
+        self,
+        class_logits: jax.Array,
+        mask_logits: jax.Array,
+        image_size: np.ndarray,
+        padded_size: tuple[int, int],
+        *,
+        flip: bool,
+    ) -> None:
+        """Adds a view; for the arguments see `postprocess.segment_images`.
+
+        `flip` says that it is mirrored.
+        """
+        class_logits, mask_logits, mesh = this_host(class_logits, mask_logits)
+        canvas = canvas_size(self._original_size)
+        if self._total is None:
+            rows = strip_rows(canvas)
+            shape = (
+                *(len(class_logits), canvas[0] // rows),
+                *(self._metadata.num_classes, rows, canvas[1]),
+            )
+            device = None if mesh is None else NamedSharding(mesh, P("data"))
+            self._total = jnp.zeros(shape, jnp.float32, device=device)
+        self._total = _add(
+            self._total,
+            class_logits,
+            mask_logits,
+            np.asarray(image_size, np.int32),
+            self._original_size,
+            np.array(flip),
+            padded_size=tuple(int(s) for s in padded_size),
+            canvas=canvas,
+            mesh=mesh,
+        )
+
+    def result(self, images: Sequence[np.ndarray | None] | None = None) -> Iterator[Segmentation]:
+        """The segmentations of the batch: the class with the highest sum at each pixel.
+
+        `images` are kept in the results.
+        """
+        best = jax.device_get(_best(self._total))
+        for b, (height, width) in enumerate(self._original_size):
+            yield Segmentation(
+                "semantic",
+                self._metadata,
+                class_map=best[b, :height, :width].astype(np.int32),
+                image=None if images is None else images[b],
+            )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("padded_size", "canvas", "mesh"), donate_argnames="total"
+)
+def _add(
+    total,
+    class_logits,
+    mask_logits,
+    image_size,
+    original_size,
+    flip,
+    *,
+    padded_size: tuple[int, int],
+    canvas: tuple[int, int],
+    mesh: Mesh | None,
+) -> jax.Array:
+    """`total` float32 [B, strips, K, rows, W] plus the scores of a view, in place."""
+
+    def batch(flip, total, *rows):
+        def image(b, total):
+            class_logits, mask_logits, image_size, original_size = (x[b] for x in rows)
+            probabilities = jax.nn.softmax(class_logits.astype(jnp.float32), axis=-1)[:, :-1]
+            strips = mask_strips(
+                mask_logits,
+                image_size,
+                original_size,
+                padded_size=padded_size,
+                canvas=canvas,
+                flip=flip,
+            )
+
+            def strip(s, total):
+                masks = jax.nn.sigmoid(strips.masks(s)[0])
+                scores = jnp.einsum("qc,qsw->csw", probabilities, masks, precision="highest")
+                return total.at[b, s].add(scores)
+
+            return jax.lax.fori_loop(0, strips.count, strip, total)
+
+        return jax.lax.fori_loop(0, len(total), image, total)
+
+    if mesh is not None:
+        batch = jax.shard_map(
+            batch, mesh=mesh, in_specs=(P(), *[P("data")] * 5), out_specs=P("data")
+        )
+    return batch(flip, total, class_logits, mask_logits, image_size, original_size)
+
+
+@jax.jit
+def _best(total: jax.Array) -> jax.Array:
+    """int16 [B, Hc, Wc] of float32 [B, strips, K, rows, W]."""
+    best = total.argmax(2).astype(jnp.int16)
+    return best.reshape(len(best), -1, best.shape[-1])
+
+
+def program_count() -> int:
+    """Number of programs that this process has compiled to add views."""
+    return _add._cache_size()
