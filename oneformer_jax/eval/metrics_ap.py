@@ -21,7 +21,7 @@ from oneformer_jax.eval.metrics_truth import (
     check_size,
     mean,
     read_segments,
-    segment_numbers,
+    segment_map,
 )
 
 if typing.TYPE_CHECKING:
@@ -167,7 +167,7 @@ class CocoAP:
 
     def _thing_segments(self, record: Record) -> Masks:
         truth = read_segments(record, len(self.is_thing))
-        numbers = segment_numbers(record["panoptic"], truth.ids, truth.where)
+        numbers = segment_map(record, truth)
         things = np.flatnonzero(self.is_thing[truth.classes])
         return Masks(
             classes=truth.classes[things],

@@ -20,7 +20,7 @@ from oneformer_jax.eval.metrics_truth import (
     check_new_images,
     mean,
     read_segments,
-    segment_numbers,
+    segment_map,
 )
 
 if typing.TYPE_CHECKING:
@@ -89,7 +89,7 @@ class CityscapesAP:
         """
         labels, scores = checked_instances(segmentation, record, self.is_thing, self._thing_labels)
         truth = read_segments(record, len(self.is_thing))
-        numbers = segment_numbers(record["panoptic"], truth.ids, truth.where)
+        numbers = segment_map(record, truth)
         pixels = np.bincount(numbers.ravel(), minlength=len(truth.ids) + 1)
         # Segments without a pixel do not exist for the scripts, which read pictures.
         things = np.flatnonzero(self.is_thing[truth.classes] & (pixels[1:] > 0))

@@ -59,12 +59,14 @@ def segment_numbers(segment_ids: np.ndarray, ids: np.ndarray, where: str) -> np.
             f"{where}: segment ids must be in 1..{_MAX_SEGMENT_ID} (0 is void), found "
             f"{everything.min()}..{everything.max()}"
         )
-    # A lookup table is ten times faster than np.unique with its inverse; its untouched pages
-    # cost no memory, however large the ids are.
-    table = np.zeros(int(everything.max()) + 1, np.int32)
-    table[ids] = np.arange(1, len(ids) + 1)
-    numbers = table[segment_ids]
-    unlisted = (numbers == 0) & (segment_ids != 0)
+    if not len(ids):
+        ids = np.zeros(1, np.int64)  # lets every pixel be void
+    order = np.argsort(ids)
+    known = ids[order].astype(segment_ids.dtype)
+    place = np.minimum(np.searchsorted(known, segment_ids), len(known) - 1)
+    listed = (known[place] == segment_ids) & (segment_ids != 0)
+    numbers = np.where(listed, order[place] + 1, 0).astype(np.int32)
+    unlisted = ~listed & (segment_ids != 0)
     if unlisted.any():
         raise ValueError(
             f"{where}: the segment map has ids that the list of segments lacks: "
@@ -89,6 +91,14 @@ def runs(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarr
     changes = (truth[1:] != truth[:-1]) | (predicted[1:] != predicted[:-1])
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
     return truth[starts], predicted[starts], np.diff(starts, append=truth.size)
+
+
+def segment_map(record: Record, truth: Segments) -> np.ndarray:
+    """int32 [H, W]: the dense numbers of a record's segments, see `segment_numbers`."""
+    panoptic = record["panoptic"]
+    ids, _, lengths = runs(panoptic, panoptic)
+    numbers = segment_numbers(ids, truth.ids, truth.where)
+    return np.repeat(numbers, lengths).reshape(panoptic.shape)
 
 
 def count_pairs(

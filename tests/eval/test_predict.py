@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 
 from oneformer_jax.eval import predict, write
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation
+from oneformer_jax.eval.tta import TtaConfig
 from oneformer_jax.models.oneformer import OneFormer
 from oneformer_jax.types import TASK_TOKENS, TASKS
 from tests import tiny
@@ -112,6 +113,39 @@ def test_segmenter_prepares_the_image_as_the_official_evaluation_does(monkeypatc
     np.testing.assert_allclose(seen["mask_logits"][0], raw.mask_logits[row], atol=1e-3)
 
 
+def test_segmenter_averages_views_of_the_resized_image(monkeypatch):
+    """The sizes are made from the 64 x 93 image of the test, and each is mirrored too."""
+    image = picture()
+    resized = predict.resize_shortest_edge(image, *SIZE)
+    seen = []
+
+    def spy(view, token):
+        np.testing.assert_array_equal(token, TASK_TOKENS[2])
+        seen.append(view)
+        return segmenter()._predict(*arguments, view["image"], view["image_size"], token[None])
+
+    arguments = (segmenter()._params, segmenter()._stats)
+    views = TtaConfig((32, 64), 80)
+    model = predict.Segmenter(CONFIG, *state(), METADATA, test_size=SIZE, tta=views)
+    monkeypatch.setattr(model, "_logits", spy)
+    result = model(image, "semantic", tta=True)
+    assert result.class_map.shape == image.shape[:2] and result.image is image
+    sizes = [(32, 47), (32, 47), (55, 80), (55, 80)]  # the longer side is capped
+    padded = [(32, 64), (32, 64), (64, 96), (64, 96)]
+    assert [tuple(v["image_size"][0]) for v in seen] == sizes
+    assert [v["image"].shape[1:3] for v in seen] == padded
+    for view, mirrored in zip(seen, (False, True, False, True), strict=True):
+        height, width = view["image_size"][0]
+        expected = np.asarray(
+            Image.fromarray(resized).resize((width, height), Image.Resampling.BILINEAR)
+        )
+        expected = expected[:, ::-1] if mirrored else expected
+        np.testing.assert_array_equal(view["image"][0, :height, :width], expected)
+        assert not view["image"][0, height:].any() and not view["image"][0, :, width:].any()
+    with pytest.raises(ValueError, match="semantic task only, not for 'panoptic'"):
+        model(image, tta=True)
+
+
 def test_raw_outputs_have_every_prediction(raw):
     queries, classes, layers = CONFIG.num_queries, CONFIG.num_classes, CONFIG.decoder_layers
     assert raw.class_logits.shape == (8, queries, classes + 1)
@@ -197,6 +231,9 @@ def test_settings_of_a_run_and_overrides():
     build = functools.partial(predict.Segmenter.from_settings, CONFIG, *state(), METADATA, settings)
     made = build(topk=9, overlap_threshold=0.5)
     assert made.test_size == (64, 96)
+    assert made.tta == TtaConfig((32, 48, 64, 80, 96, 112), 448)
+    made = build(tta=dict(short_edges=(9,), max_size=0, flip=False))
+    assert made.tta == TtaConfig((9,), 448, flip=False)
     assert made.postprocess == PostprocessConfig(topk=9, overlap_threshold=0.5)
     with pytest.raises(ValueError, match=r"unknown setting 'top_k'.*topk"):
         build(top_k=9)

@@ -70,9 +70,9 @@ METADATA = Metadata(
 )
 
 
-def annotation_file(folder, categories=(24, 26, 30), **changes):
+def annotation_file(folder, ids=(24, 26, 30), **changes):
     """Two images of 10 x 4 pixels; the first has a car, a crowd of cars and a person."""
-    person, car, _ = categories
+    person, car, _ = ids
 
     def rle(start, stop):
         code = coco_mask.encode(np.asfortranarray(columns_mask(start, stop), np.uint8))
@@ -97,17 +97,17 @@ def annotation_file(folder, categories=(24, 26, 30), **changes):
                 id=3, image_id=7, category_id=person, area=2000, iscrowd=0, segmentation=rle(6, 10)
             ),
         ],
-        "categories": [dict(id=c) for c in categories],
+        "categories": [dict(id=c) for c in ids],
     } | changes  # fmt: skip
     path = folder / "instances.json"
     path.write_text(json.dumps(content))
     return path
 
 
-@pytest.mark.parametrize("categories", [(24, 26, 30), (0, 1, 2)])
-def test_instances_of_a_file(tmp_path, categories):
+@pytest.mark.parametrize("ids", [(24, 26, 30), (0, 1, 2)])
+def test_instances_of_a_file(tmp_path, ids):
     """Numbered as in the dataset, or by the position among the things."""
-    found = InstanceAnnotations(annotation_file(tmp_path, categories), METADATA)
+    found = InstanceAnnotations(annotation_file(tmp_path, ids), METADATA)
     for image_id in ("7", "0007"):  # by the id, or by the name of the file
         masks = found.masks(image_id, (4, 10))
         assert masks.classes.tolist() == [3, 3, 1]
