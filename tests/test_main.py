@@ -236,6 +236,17 @@ def test_bad_tasks_and_templates_are_refused(config, key, value, message):
         main.train_loader_config(config)
 
 
+def test_evaluation_batches_are_sampled_and_have_views(config):
+    with config.unlocked():
+        config.eval.tta.enabled = True
+        config.eval.tta.short_edges = (32, 96)
+    source, _ = main.open_split(config, "validation")
+    batches = main.eval_batches(config, source)
+    found = [batch for limit in (0, 2) for batch in batches(limit)]
+    assert [b["index"].tolist() for b in found] == [[0, 1], [2, -1], [0, 1]]
+    assert [v["image"].shape[1:3] for v in found[0]["views"]] == [(32, 32), (96, 96)]
+
+
 def test_eval_gets_the_validation_split(config, monkeypatch):
     from oneformer_jax.train import loop
 

@@ -79,10 +79,12 @@ def official_panoptic(class_logits, masks, mask_threshold, overlap_threshold):
         if not METADATA.is_thing[label]:
             if label in stuff:
                 result[mask] = stuff[label]
+                info = infos[stuff[label] - 1]
+                info[3] = max(info[3], scores[query])  # ours: the official rule gives no score
                 continue
             stuff[label] = len(infos) + 1
         result[mask] = len(infos) + 1
-        infos.append((len(infos) + 1, label, METADATA.is_thing[label]))
+        infos.append([len(infos) + 1, label, METADATA.is_thing[label], scores[query]])
     return result, infos
 
 
@@ -123,11 +125,12 @@ def test_panoptic_follows_the_official_rules(mask_threshold, overlap):
             )
             assert result.segments.dtype == np.int32
             np.testing.assert_array_equal(result.segments, segments)
-            found = [(i["id"], i["category_id"], i["isthing"]) for i in result.segments_info]
-            assert found == infos
+            found = [[i["id"], i["category_id"], i["isthing"]] for i in result.segments_info]
+            assert found == [info[:3] for info in infos]
+            scores = [i["score"] for i in result.segments_info]
+            np.testing.assert_allclose(scores, [info[3] for info in infos], atol=1e-5)
             areas = np.unique(segments[segments > 0], return_counts=True)[1]
             assert [i["area"] for i in result.segments_info] == areas.tolist()
-            assert all(mask_threshold < i["score"] <= 1 for i in result.segments_info)
             labels = softmax(classes[b]).argmax(-1)
             sure = (labels != CLASSES) & (softmax(classes[b]).max(-1) > mask_threshold)
             fewer_segments_than_queries += sure.sum() > len(infos)
@@ -156,6 +159,39 @@ def test_stuff_of_a_class_is_one_segment_and_things_are_not():
         # The masks' edges fade to nothing where the four corners meet.
         assert np.count_nonzero(result.segments == 0) <= 4
         assert sum(i["area"] for i in result.segments_info) == np.count_nonzero(result.segments)
+
+
+@pytest.mark.parametrize(("taken", "stays"), [(1, True), (2, True), (3, False), (10, False)])
+def test_a_segment_stays_at_the_overlap_threshold_exactly(taken, stays):
+    """Of the 10 columns of a car a surer dog takes some: 0.8 of it are not less than 0.8."""
+    masks = np.full((4, QUERIES, *PADDED), -20, np.float32)
+    masks[:, 0, :, :10] = masks[:, 1, :, 10 - taken : 20] = 20
+    masks[:, 2, :, 20:] = 20
+    logits = np.zeros((4, QUERIES, CLASSES + 1), np.float32)
+    logits[..., CLASSES] = 20
+    for query, (label, value) in enumerate([(3, 25), (4, 26), (0, 25)]):
+        logits[:, query, label] = value
+    sizes = np.array([PADDED] * 4)
+    result = segment((logits, masks), "panoptic", sizes=(sizes, sizes))[0]
+    found = {i["category_id"]: i["area"] // PADDED[0] for i in result.segments_info}
+    car = {3: 10 - taken} if stays else {}
+    assert found == {4: 10 + taken, 0: 76} | car
+    # What a dropped segment had won stays unassigned.
+    assert (result.segments[:, 0] == 0).all() == (not stays and taken < 10)
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_query_needs_more_than_the_mask_threshold(above):
+    logits = np.zeros((4, QUERIES, CLASSES + 1), np.float32)  # probability 1/6 each
+    logits[..., CLASSES] = 9
+    logits[:, 0] = 0
+    logits[:, 0, 3] = np.log(5) + (0.01 if above else -0.01)  # a half, nearly
+    masks = np.full((4, QUERIES, 16, 24), 9, np.float32)
+    result = segment((logits, masks), "panoptic", object_mask_threshold=0.5)[0]
+    assert len(result.segments_info) == above
+    # "No object" may be the likeliest and above the threshold: it is never a segment.
+    logits[:, 0, 3], logits[:, 0, CLASSES] = 0, 9
+    assert not segment((logits, masks), "panoptic", object_mask_threshold=0.5)[0].segments_info
 
 
 @pytest.mark.parametrize(
@@ -257,23 +293,41 @@ def test_programs_do_not_depend_on_image_sizes_or_thresholds():
     assert postprocess._run._cache_size() == before
 
 
-def test_device_memory_is_bounded_by_a_strip():
-    """A Cityscapes image with 250 queries: no [Q, 1024, 2048] array (2 GB) in the program."""
-    f32 = np.float32
-    spec = jax.ShapeDtypeStruct
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+@pytest.mark.parametrize("canvas", [(1024, 2048), (3072, 4096)])
+def test_device_memory_is_bounded_by_a_strip(task, canvas):
+    """250 queries: no array of them at the size of a Cityscapes or Mapillary image (2.1, 12.6 GB).
+
+    The instance head returns a bit per query and pixel, and holds them twice while it orders them.
+    """
+    f32, spec = np.float32, jax.ShapeDtypeStruct
     compiled = postprocess._run.lower(
         spec((1, 250, 20), f32),
         spec((1, 250, 256, 512), f32),
         spec((1, 2), np.int32),
         spec((1, 2), np.int32),
         spec((), f32),
-        task="panoptic",
+        task=task,
         padded_size=(1024, 2048),
-        canvas=(1024, 2048),
-        topk=1,
+        canvas=canvas,
+        topk=250,
         mesh=None,
     ).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 700e6
+    bits = 250 * canvas[0] * canvas[1] // 8 if task == "instance" else 0
+    assert compiled.memory_analysis().temp_size_in_bytes < 500e6 + 2 * bits
+
+
+def test_results_are_finished_one_at_a_time():
+    """An image's instance masks are unpacked when it is its turn."""
+    logits = random_logits(5)
+    sizes = (IMAGE_SIZE, ORIGINAL_SIZE, PADDED)
+    options = dict(task="instance", config=PostprocessConfig(), metadata=METADATA)
+    results = postprocess.segment_images(*logits, *sizes, **options)
+    assert iter(results) is results
+    for result, size in zip(results, ORIGINAL_SIZE, strict=True):
+        assert result.size == tuple(size)
+    with pytest.raises(ValueError, match="5 classes"):  # now, not at the first result
+        postprocess.segment_images(logits[0][..., :3], logits[1], *sizes, **options)
 
 
 def test_errors_name_the_way_out():

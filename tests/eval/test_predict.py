@@ -232,8 +232,8 @@ def test_settings_of_a_run_and_overrides():
     made = build(topk=9, overlap_threshold=0.5)
     assert made.test_size == (64, 96)
     assert made.tta == TtaConfig((32, 48, 64, 80, 96, 112), 448)
-    made = build(tta=dict(short_edges=(9,), max_size=0, flip=False))
-    assert made.tta == TtaConfig((9,), 448, flip=False)
+    other = build(tta=dict(short_edges=(9,), max_size=0, flip=False))
+    assert other.tta == TtaConfig((9,), 448, flip=False)
     assert made.postprocess == PostprocessConfig(topk=9, overlap_threshold=0.5)
     with pytest.raises(ValueError, match=r"unknown setting 'top_k'.*topk"):
         build(top_k=9)

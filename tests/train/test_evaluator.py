@@ -1,5 +1,6 @@
 """Scores, pictures and the token table, with a stand-in that reads the class from the colour."""
 
+import dataclasses
 import json
 import types
 
@@ -46,11 +47,12 @@ BAD = {"params": {"sign": np.float32(-1)}, "stats": {}}
 def make(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluators.states, "make_predict_step", colour_model)
 
-    def make(devices=1, **settings):
+    def make(devices=1, dataset="tiny", **settings):
         config = common.get_base()
         config.update_from_flattened_dict(settings)
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-        return evaluators.Evaluator(config, tmp_path, tiny.metadata(), None, mesh)
+        metadata = dataclasses.replace(tiny.metadata(), dataset=dataset)
+        return evaluators.Evaluator(config, tmp_path, metadata, None, mesh)
 
     return make
 
@@ -130,6 +132,66 @@ def test_a_subset_of_the_tasks(make, writer, tmp_path, capsys):
     assert make().finished(5) is None  # this one wants all tasks: they are yet to be scored
 
 
+def test_a_task_without_metric_is_left_out(make, writer, tmp_path):
+    """The official evaluation of Mapillary Vistas scores no instances."""
+    evaluator = make(dataset="mapillary")
+    metrics = evaluator.run(GOOD, 5, eval_scenes.batches, writer)
+    assert {name.split("/")[0] for name in metrics} == {"panoptic", "semantic"}
+    assert make(dataset="mapillary").finished(5) == metrics
+    table = evaluator.token_table(GOOD, 5, eval_scenes.batches)
+    assert table["panoptic"]["instance/AP"] is None
+    assert table["panoptic"]["panoptic/PQ"] == metrics["panoptic/PQ"]
+    scored = make(dataset="mapillary", **{"eval.protocol": "coco"})
+    assert scored.run(GOOD, 6, eval_scenes.batches, writer)["instance/AP"] > 90
+
+
+def test_instance_file_and_thing_numbers(make, writer, tmp_path):
+    """AP against an instance file that lists one thing of each scene, numbered by position."""
+    height = eval_scenes.SIDE
+    images, annotations = [], []
+    for number in range(3):
+        cells = eval_scenes.class_map(number) == 2  # the third of the three things
+        top, left = (np.flatnonzero(cells.any(axis)).tolist() for axis in (1, 0))
+        corners = [left[0], top[0], left[-1] + 1, top[0], left[-1] + 1, top[-1] + 1]
+        annotations.append(
+            dict(
+                id=number + 1,
+                image_id=f"scene {number}",
+                category_id=2,
+                area=float(cells.sum()),
+                segmentation=[[*corners, left[0], top[-1] + 1]],
+            )
+        )
+        images.append(dict(id=f"scene {number}", height=height, width=height))
+    path = tmp_path / "instances.json"
+    categories = [dict(id=i) for i in range(3)]
+    path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    settings = {"eval.instance_json": str(path), "eval.instance_ids": "thing"}
+    settings["eval.tasks"] = ("instance",)
+    make(**settings).run(GOOD, 5, eval_scenes.batches, writer)
+    saved = json.loads((tmp_path / "eval" / "5" / "results.json").read_text())
+    assert saved["counts"]["instance/ground_truth"] == 3
+    found = {row["class"]: row["instance/AP"] for row in saved["per_class"]}
+    assert found["car"] > 90 and [found[c] for c in ("cat", "dog", "sky")] == [None] * 3
+
+
+def test_views_of_the_semantic_task(make, writer, tmp_path, caplog):
+    def batches(limit):
+        for batch in eval_scenes.batches(limit):
+            view = {name: batch[name] for name in ("image", "image_size")}
+            yield {**batch, "views": [view]}
+
+    settings = {"eval.tta.enabled": True, "eval.tta.short_edges": (64,)}
+    settings |= {"eval.tasks": ("semantic",), "train.pictures": 0}
+    with caplog.at_level("INFO", logger="absl"):
+        metrics = make(**settings).run(GOOD, 5, batches, writer)
+    assert metrics["semantic/mIoU"] > 90
+    # All views have the shape of the plain images: one program.
+    assert "1 for the model" in caplog.text
+    with pytest.raises(ValueError, match="needs 1 views"):
+        make(**settings).run(GOOD, 5, eval_scenes.batches, writer)
+
+
 def test_undefined_scores_are_no_scalars(make, writer, tmp_path, capsys):
     """A data set without things: AP and the scores of things have no value."""
     batches = eval_scenes.batches(0, 1, 1)
@@ -188,13 +250,23 @@ def test_format_token_table():
         ("eval.tasks", ("panoptic", "depth"), ("eval.tasks", "depth", "semantic")),
         ("eval.tasks", (), ("eval.tasks", "semantic")),
         ("eval.limit", -1, ("eval.limit is -1",)),
+        ("eval.protocol", "lvis", ("eval.protocol is 'lvis'", "cityscapes")),
+        ("eval.instance_ids", "own", ("eval.instance_ids is 'own'", "thing")),
+        ("eval.instance_json", "gone.json", ("eval.instance_json=gone.json", "no such file")),
     ],
 )
 def test_wrong_settings_are_found_before_any_evaluation(make, setting, value, parts):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
         make(**{setting: value})
     for part in parts:
         assert part in str(error.value)
+
+
+def test_tasks_and_views_that_cannot_be_scored_are_found_at_once(make):
+    with pytest.raises(ValueError, match=r"eval\.tasks.*mapillary scores only panoptic, semantic"):
+        make(dataset="mapillary", **{"eval.tasks": ("instance",)})
+    with pytest.raises(ValueError, match=r"eval\.tta\.max_size is 5"):
+        make(**{"eval.tta.enabled": True, "eval.tta.max_size": 5})
 
 
 def test_damaged_results_are_named(make, tmp_path):
