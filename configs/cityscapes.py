@@ -58,5 +58,6 @@ def get_config(variant: str = "swin_large"):
     c.train.steps = 90_000
     c.eval.short_edge = 1024
     c.eval.max_size = 2048
+    c.eval.tta.max_size = 4096
     c.eval.topk = row["queries"]
     return c

@@ -61,5 +61,7 @@ def get_config(variant: str = "swin_large"):
     c.eval.tasks = ("panoptic", "semantic")
     c.eval.short_edge = 2048
     c.eval.max_size = 2048
+    c.eval.tta.short_edges = (512, 768, 1024, 1280, 1536, 1792)
+    c.eval.tta.max_size = 4096
     c.eval.topk = row["queries"]
     return c
