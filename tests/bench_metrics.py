@@ -1,7 +1,8 @@
-"""Benchmark: PQ and mIoU beside plain ways to compute them, with the same numbers.
+"""Benchmark: PQ and mIoU beside plain ways to compute them; memory of the post-processing.
 
 python -m tests.bench_metrics              # 100 images of 640 x 480
 python -m tests.bench_metrics --images=20 --height=1024 --width=2048
+python -m tests.bench_metrics --memory     # of the compiled programs; runs nothing
 """
 
 import argparse
@@ -12,9 +13,12 @@ import types
 from collections.abc import Callable, Iterable
 
 import cv2
+import jax
 import numpy as np
 
+from oneformer_jax.eval import postprocess
 from oneformer_jax.eval.metrics import MeanIoU, PanopticQuality
+from oneformer_jax.types import TASKS
 
 CLASSES = 133
 THINGS = 80
@@ -182,13 +186,45 @@ def seconds(function: Callable, images: Iterable, repeats: int) -> tuple[float, 
     return min(times), result
 
 
+def print_memory(queries: int = 250) -> None:
+    """MB of temporary memory of the post-processing of one image, by task and size."""
+    sizes = (  # classes, padded input, canvas
+        ("Cityscapes", 19, (1024, 2048), (1024, 2048)),
+        ("Mapillary Vistas", 65, (2048, 2048), (3072, 4096)),
+    )
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {queries} queries; MB")
+    for name, classes, padded, canvas in sizes:
+        found = {}
+        spec = jax.ShapeDtypeStruct
+        for task in TASKS:
+            program = postprocess._run.lower(
+                spec((1, queries, classes + 1), np.float32),
+                spec((1, queries, padded[0] // 4, padded[1] // 4), np.float32),
+                spec((1, 2), np.int32),
+                spec((1, 2), np.int32),
+                spec((), np.float32),
+                task=task,
+                padded_size=padded,
+                canvas=canvas,
+                topk=queries,
+                mesh=None,
+            ).compile()
+            found[task] = program.memory_analysis().temp_size_in_bytes
+        found["[Q, H, W] float32"] = 4 * queries * canvas[0] * canvas[1]
+        shown = ", ".join(f"{what} {size / 1e6:.0f}" for what, size in found.items())
+        print(f"{name}, {canvas[1]} x {canvas[0]}: {shown}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    if options.memory:
+        return print_memory()
     images = make_images(options.images, options.height, options.width)
     segments = np.mean([len(record["segments"]) for *_, record in images])
     print(

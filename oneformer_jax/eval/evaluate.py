@@ -46,6 +46,8 @@ class EvalResult:
       per_class: K rows in order of class id: `class`, `isthing`, and name -> percent, or None.
       counts: name -> number of images, segments, instances, pixels.
       seconds: wall time of this process: `data`, `predict`, `postprocess`, `metrics`, `total`.
+      protocol: name of the protocol.
+      tta: whether the semantic scores are of test-time augmentation.
     """
 
     dataset: str
@@ -56,6 +58,8 @@ class EvalResult:
     per_class: list[dict[str, Any]]
     counts: dict[str, int]
     seconds: dict[str, float]
+    protocol: str = "coco"
+    tta: bool = False
 
 
 class _Clock:
@@ -154,7 +158,9 @@ def evaluate(
         if progress is not None:
             progress(images, clock.seconds()["total"])
     metrics = {task: merge_hosts(metric) for task, metric in metrics.items()}
-    return _result(metrics, metadata, token, clock)
+    augmented = tta is not None and token is None and "semantic" in outputs
+    result = _result(metrics, metadata, token, clock)
+    return dataclasses.replace(result, protocol=protocol.name, tta=augmented)
 
 
 def _sizes(view: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -293,7 +299,13 @@ def format_results(result: EvalResult, metadata: Metadata) -> str:
         )
     given = "each output its own" if result.token is None else result.token
     found = result.metrics
-    blocks = [[f"{result.dataset}: {result.images} images, task token: {given}"]]
+    views = ", semantic with test-time augmentation" if result.tta else ""
+    blocks = [
+        [
+            f"{result.dataset}: {result.images} images, protocol {result.protocol}, task token: "
+            f"{given}{views}"
+        ]
+    ]
     if "panoptic/PQ" in found:
         groups = (("all", ""), ("things", "_things"), ("stuff", "_stuff"))
         blocks.append(

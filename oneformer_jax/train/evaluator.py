@@ -130,7 +130,7 @@ class Evaluator:
         return result.metrics
 
     def finished(self, step: int) -> dict[str, float | None] | None:
-        """The metrics that an earlier start wrote for `step`; None if any of this config's lacks.
+        """The metrics that an earlier start wrote for `step`; None if this config's are others.
 
         Raises:
           CheckpointError: the file is damaged.
@@ -146,7 +146,10 @@ class Evaluator:
                 f"{path} holds no results of an evaluation ({error}); remove it, and the next "
                 "start makes it again"
             ) from error
+        asked = (self._protocol.name, self._tta is not None and "semantic" in self._tasks)
         if set(result.metrics) != set(metric_names(self._config, self._metadata)):
+            return None
+        if (result.protocol, result.tta) != asked:
             return None
         self._last = result
         return result.metrics

@@ -284,7 +284,7 @@ def small_result(**changes):
 
 def test_format_results(perfect):
     lines = format_results(perfect[1], METADATA).splitlines()
-    assert lines[0] == "blocks: 5 images, task token: each output its own"
+    assert lines[0] == "blocks: 5 images, protocol coco, task token: each output its own"
     cells = [line.split() for line in lines]
     assert ["panoptic", "PQ", "SQ", "RQ"] in cells
     assert ["things", "100.0", "100.0", "100.0"] in cells

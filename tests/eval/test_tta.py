@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import common
 from oneformer_jax.eval import tta
-from oneformer_jax.eval.evaluate import evaluate
+from oneformer_jax.eval.evaluate import evaluate, format_results
 from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from tests.eval.test_evaluate import METADATA as BLOCKS
@@ -152,7 +152,8 @@ def test_evaluation_scores_the_views():
     config = TtaConfig((64, 65), 100, flip=False)
     result = evaluate(model, batches_with_views(), tta=config, **settings)
     assert result.metrics["semantic/mIoU"] == pytest.approx(100)
-    assert result.images == 3
+    assert result.images == 3 and result.tta
+    assert "semantic with test-time augmentation" in format_results(result, BLOCKS)
     # Two batches: the other tasks see the plain image, the semantic one both views.
     once = [("panoptic", 0), ("instance", 0), ("semantic", 0), ("semantic", 1)]
     assert seen == once * 2
@@ -167,10 +168,12 @@ def test_evaluation_scores_the_views():
 def test_with_a_token_for_all_outputs_there_are_no_views():
     settings = dict(metadata=BLOCKS, postprocess=PostprocessConfig(topk=12))
     model = Oracle()
-    evaluate(model, make_batches(range(2)), token="semantic", tta=TtaConfig((64,), 64), **settings)
+    config = TtaConfig((64,), 64)
+    result = evaluate(model, make_batches(range(2)), token="semantic", tta=config, **settings)
+    assert not result.tta
     assert model.tokens == ["semantic"]
     with pytest.raises(ValueError, match="needs 1 views of each batch, it has 0"):
-        evaluate(model, make_batches(range(2)), tta=TtaConfig((64,), 64), **settings)
+        evaluate(model, make_batches(range(2)), tta=config, **settings)
 
 
 def test_a_batch_of_fillers_only_is_run_but_not_scored():

@@ -186,6 +186,9 @@ def test_views_of_the_semantic_task(make, writer, tmp_path, caplog):
     with caplog.at_level("INFO", logger="absl"):
         metrics = make(**settings).run(GOOD, 5, batches, writer)
     assert metrics["semantic/mIoU"] > 90
+    assert make(**settings).finished(5) == metrics
+    plain = make(**{"eval.tasks": ("semantic",)})
+    assert plain.finished(5) is None  # its scores are yet to be made
     # All views have the shape of the plain images: one program.
     assert "1 for the model" in caplog.text
     with pytest.raises(ValueError, match="needs 1 views"):
