@@ -140,15 +140,18 @@ def test_ap_against_an_instance_file(tmp_path, name, thing_labels):
     assert metric.counts()["instance/crowds"] == 1
 
 
-def test_ade20k_file_numbers_100_things_by_position(tmp_path):
+@pytest.mark.parametrize("by_position", [False, True])
+def test_ade20k_file_numbers_its_100_things_in_either_way(tmp_path, by_position):
     metadata = table("ade20k")
+    things = np.flatnonzero(metadata.is_thing).tolist()
+    numbers = list(range(100)) if by_position else things
     path = tmp_path / "ade20k_instance_val.json"
-    categories = [dict(id=i) for i in range(100)]
+    categories = [dict(id=i) for i in numbers]
     image = dict(id="ADE_val_00000001", height=4, width=10, file_name="ADE_val_00000001.jpg")
     box = [[0, 0, 2, 0, 2, 4, 0, 4]]
     annotations = [
-        dict(id=i + 1, image_id="ADE_val_00000001", category_id=c, area=8, segmentation=box)
-        for i, c in enumerate((0, 3, 99))
+        dict(id=1, image_id=image["id"], category_id=numbers[i], area=8, segmentation=box)
+        for i in (0, 3, 99)
     ]
     path.write_text(
         json.dumps(dict(images=[image], annotations=annotations, categories=categories))
