@@ -12,7 +12,8 @@ Each metric lives on the host, in NumPy, and has the same seven methods:
 A `record` is the ground truth of one image: `panoptic` int32 [H, W] segment ids (0 = void),
 `segments` (list of dicts with `id`, `category` = contiguous class id, `iscrowd`, `area` as the
 annotation file says) and `image_id`. Every metric reads its truth from there: instances are the
-thing segments, and the semantic map gives every segment, crowds included, its class.
+thing segments, and the semantic map gives every segment, crowds included, its class. Where the
+dataset has a semantic annotation of its own (ADE20K), `semantic` is that map, [H, W].
 """
 
 from __future__ import annotations
@@ -211,7 +212,13 @@ class MeanIoU:
     the classes of the ground truth.
     """
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, ignore_label: int = 255):
+        if 0 <= ignore_label < num_classes:
+            raise ValueError(
+                f"ignore_label {ignore_label} is also one of the {num_classes} class ids; "
+                "choose a value outside of them in the metadata"
+            )
+        self.ignore_label = ignore_label  # of `semantic`, a map of its own
         self.confusion = np.zeros((num_classes, num_classes), np.int64)
         self.images = 0
 
@@ -221,8 +228,20 @@ class MeanIoU:
         Raises:
           ValueError: sizes differ or a class id is out of range.
         """
-        truth = read_segments(record, len(self.confusion))
-        self._add(truth.classes, self._pixels(segmentation.class_map, truth, record))
+        if "semantic" not in record:
+            truth = read_segments(record, len(self.confusion))
+            self._add(truth.classes, self._pixels(segmentation.class_map, truth, record))
+            return
+        check_size(segmentation.class_map.shape, record)
+        check_size(record["semantic"].shape, record)
+        truth, predicted, lengths = runs(record["semantic"], segmentation.class_map)
+        scored = truth != self.ignore_label
+        truth, predicted = truth[scored], predicted[scored]
+        num_classes = len(self.confusion)
+        check_classes(truth, num_classes, f"semantic map of image {record['image_id']}")
+        check_classes(predicted, num_classes, f"prediction for image {record['image_id']}")
+        self.confusion += count_pairs(truth, predicted, lengths[scored], self.confusion.shape)
+        self.images += 1
 
     def _pixels(self, class_map: np.ndarray, truth: Segments, record: Record) -> np.ndarray:
         """int64 [G, K]: the pixels of each true segment that are predicted as each class."""
@@ -242,18 +261,22 @@ class MeanIoU:
 
     def merge(self, other: MeanIoU) -> None:
         """Adds the images that `other` has seen."""
-        sizes = (np.array(len(metric.confusion)) for metric in (self, other))
-        check_mergeable("MeanIoU", *sizes)
+        kinds = (np.array([len(m.confusion), m.ignore_label]) for m in (self, other))
+        check_mergeable("MeanIoU", *kinds)
         self.confusion += other.confusion
         self.images += other.images
 
     def state(self) -> dict[str, np.ndarray]:
-        """`confusion` int64 [K, K] (row: truth, column: prediction) and a scalar."""
-        return {"confusion": self.confusion, "images": np.array(self.images, np.int64)}
+        """`confusion` int64 [K, K] (row: truth, column: prediction) and two scalars."""
+        return {
+            "confusion": self.confusion,
+            "ignore_label": np.array(self.ignore_label, np.int64),
+            "images": np.array(self.images, np.int64),
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> MeanIoU:
-        metric = cls(len(state["confusion"]))
+        metric = cls(len(state["confusion"]), int(state["ignore_label"]))
         metric.confusion = np.array(state["confusion"])
         metric.images = int(state["images"])
         return metric

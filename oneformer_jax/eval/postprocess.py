@@ -114,7 +114,8 @@ class Segmentation:
     def from_record(cls, record: Mapping[str, Any], metadata: Metadata, task: str) -> Segmentation:
         """The ground truth of a record (image, panoptic, segments) as a Segmentation of `task`.
 
-        Crowd segments count as segments of the panoptic and semantic truth, not as instances.
+        Crowd segments count as segments of the panoptic and semantic truth, not as instances. The
+        semantic truth is the record's `semantic`, if it has one.
         """
         task_id(task)
         panoptic = np.asarray(record["panoptic"])
@@ -132,6 +133,8 @@ class Segmentation:
                 for s in segments
             ]
             return cls(**common, segments=panoptic.astype(np.int32), segments_info=infos)
+        if task == "semantic" and "semantic" in record:
+            return cls(**common, class_map=record["semantic"].astype(np.int32))
         if task == "semantic":
             classes = np.full(panoptic.shape, metadata.ignore_label, np.int32)
             for s in segments:

@@ -73,7 +73,7 @@ class Protocol:
             return CocoAP(
                 metadata.is_thing, thing_labels=thing_labels, annotations=self.annotations
             )
-        return MeanIoU(metadata.num_classes)
+        return MeanIoU(metadata.num_classes, metadata.ignore_label)
 
 
 def choose_protocol(

@@ -326,6 +326,22 @@ def test_miou_bad_input():
         miou(truth([1] * 10, {1: 0}), semantic([0] * 9))
 
 
+def test_miou_on_a_semantic_annotation_of_its_own():
+    """The panoptic annotation calls the columns otherwise: it does not count."""
+    record = truth([1] * 6, {1: 0}) | {"semantic": semantic([2, 2, 2, 3, 255, 255]).class_map}
+    metric = miou(record, semantic([2, 2, 3, 3, 0, 1]))
+    expected = np.zeros((4, 4), int)
+    expected[2, 2], expected[2, 3], expected[3, 3] = 8, 4, 4
+    np.testing.assert_array_equal(metric.confusion, expected)
+    metric = MeanIoU(4, ignore_label=-1)
+    with pytest.raises(ValueError, match=r"semantic map of image 7: class id 255"):
+        metric.update(semantic([2] * 6), record)
+    with pytest.raises(ValueError, match="original size"):
+        miou(record | {"semantic": semantic([2] * 5).class_map}, semantic([2] * 6))
+    with pytest.raises(ValueError, match="ignore_label 2"):
+        MeanIoU(4, ignore_label=2)
+
+
 def test_miou_equals_a_count_of_pixels():
     metric = MeanIoU(4)
     expected = np.zeros((4, 4), int)
@@ -404,6 +420,7 @@ def test_states_of_other_classes_do_not_merge():
     for ours, theirs in (
         (PanopticQuality(IS_THING), PanopticQuality((True, False, False, False))),
         (MeanIoU(4), MeanIoU(5)),
+        (MeanIoU(4), MeanIoU(4, ignore_label=-1)),
         (CocoAP(IS_THING), CocoAP((True,))),
         (CityscapesAP(IS_THING), CityscapesAP((True,))),
         (CityscapesIoU(("car", "sky"), (1, 0)), CityscapesIoU(("car", "road"), (1, 0))),

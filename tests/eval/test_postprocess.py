@@ -368,6 +368,10 @@ def test_ground_truth_of_a_record():
     np.testing.assert_array_equal(truth.segments, panoptic)
     semantic = Segmentation.from_record(record, METADATA, "semantic")
     np.testing.assert_array_equal(semantic.class_map, [[255, 1, 1], [2, 2, 3]])
+    own = record | {"semantic": np.array([[0, 0, 0], [1, 1, 255]], np.uint8)}
+    semantic = Segmentation.from_record(own, METADATA, "semantic")
+    np.testing.assert_array_equal(semantic.class_map, own["semantic"])
+    assert semantic.class_map.dtype == np.int32
     instance = Segmentation.from_record(record, METADATA, "instance")
     np.testing.assert_array_equal(instance.masks, [panoptic == 5])
     assert instance.labels.tolist() == [1] and instance.size == (2, 3)

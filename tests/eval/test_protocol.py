@@ -36,7 +36,8 @@ def test_metrics_of_each_dataset(dataset, instance, semantic, ids):
     protocol = choose_protocol(metadata)
     assert protocol.instance_ids == ids
     assert type(protocol.make_metric("panoptic", metadata)) is PanopticQuality
-    assert type(protocol.make_metric("semantic", metadata)) is semantic
+    made = protocol.make_metric("semantic", metadata)
+    assert type(made) is semantic and made.ignore_label == metadata.ignore_label
     assert ("instance" in protocol.tasks) == (instance is not None)
     if instance:
         assert type(protocol.make_metric("instance", metadata)) is instance
