@@ -19,14 +19,21 @@ run here: no number of ours stands beside them yet.
   dinat_large,res=1280  51.5  37.1  58.3  58.7  8 x A6000      2
   dinat_large,res=1280,pretrain=coco
                         53.4  40.2  58.4  58.8  8 x A6000      3
+  internimage_huge      54.5  40.2  60.4  60.8  not known      4
+  internimage_huge,head=1024,pretrain=coco
+                        55.5  44.2  60.7  60.7  not known      5
 
   1  swin_large_patch4_window12_384_22kto1k
   2  dinat_large_in22k_in1k_384_11x11
   3  model of configs/coco.py:dinat_large, as --config.init.checkpoint=FILE
+  4  internimage_h_jointto22k_384
+  5  model of configs/coco.py:internimage_huge,head=1024, as --config.init.checkpoint=FILE
 
 Without an option the first row of a backbone is taken: swin_large is swin_large,res=640. swin_tiny
 has a config, but no published score; those of resnet50 stand in the paper only. Users who trained
 swin_large,res=640 anew with the official code report a PQ of 45.6 to 46.5 (its issues 14 and 26).
+internimage_huge is from a branch of the official code, with crops of 896; "head=1024" is a head of
+four times the width.
 """
 
 from configs import common
@@ -54,6 +61,14 @@ VARIANTS = {
         "queries": 150,
         "dtype": "float32",
     },
+    "internimage_huge": {"res": 896, "queries": 250},
+    "internimage_huge,head=1024,pretrain=coco": {
+        "res": 896,
+        "queries": 250,
+        "dtype": "float32",
+        "wide": True,
+        "lr": 4e-5,
+    },
 }
 
 
@@ -70,6 +85,11 @@ def get_config(variant: str = "swin_large"):
     c.model.backbone.name = row.get("backbone", backbone)
     c.model.num_queries = row["queries"]
     c.model.dtype = row.get("dtype", "bfloat16")
+    if backbone == "internimage_huge":
+        c.model.remat = True
+    if row.get("wide"):
+        common.widen_head(c)
+    c.optim.lr = row.get("lr", 1e-4)
     c.optim.schedule = "poly"
     c.train.steps = 160_000
     c.eval.short_edge = res

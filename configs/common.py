@@ -31,6 +31,18 @@ def select(file: str, variant: str, rows: Mapping[str, Any]) -> tuple[str, Any]:
     raise ValueError(f"{file} has no variant {variant!r}; it has {' | '.join(rows)}")
 
 
+def widen_head(c: ConfigDict) -> None:
+    """The head of width 1024 of some of the InternImage-H models."""
+    c.model.hidden_dim = 1024
+    c.model.mask_dim = 1024
+    c.model.num_heads = 32
+    c.model.encoder_ffn = 4096
+    c.model.query_init_ffn = 4096
+    c.model.decoder_ffn = 4096
+    c.model.text_width = 1024
+    c.model.text_heads = 16
+
+
 def get_base() -> ConfigDict:
     """The base config: the COCO recipe of the official R-50 model, without a dataset."""
     c = ConfigDict()

@@ -13,15 +13,19 @@ since the official evaluation has none here. Not run here: no number of ours sta
   convnext_large,for=cityscapes    -     -     -     8 x A6000      2
   convnext_xlarge,for=cityscapes   -     -     -     8 x A100 80GB  3
   dinat_large                      47.8  64.0  64.9  8 x A6000      4
+  internimage_huge,head=1024       52.9  67.3  67.5  not known      5
 
   1  swin_large_patch4_window12_384_22kto1k
   2  convnext_large_22k_1k_384
   3  convnext_xlarge_22k_1k_384_ema
   4  dinat_large_in22k_in1k_384_11x11
+  5  internimage_h_jointto22k_384
 
 The published configs never train the instance task: half of the images are semantic, half panoptic.
 Only with for=cityscapes (official name cityscapes_pretrain), whose models are what
 configs/cityscapes.py:convnext_large,pretrain=mapillary starts from, are all three trained alike.
+internimage_huge is from a branch of the official code; "head=1024" is a head of four times the
+width.
 """
 
 from configs import common
@@ -33,6 +37,7 @@ VARIANTS = {
     "convnext_large,for=cityscapes": {"queries": 250, "instance_task": True},
     "convnext_xlarge,for=cityscapes": {"queries": 250, "instance_task": True},
     "dinat_large": {"queries": 250, "dtype": "float32"},
+    "internimage_huge,head=1024": {"queries": 250, "wide": True, "lr": 2e-5},
 }
 
 
@@ -55,6 +60,11 @@ def get_config(variant: str = "swin_large"):
         c.model.backbone.overrides = {"norm": "batch"}
     c.model.num_queries = row["queries"]
     c.model.dtype = row.get("dtype", "bfloat16")
+    if backbone == "internimage_huge":
+        c.model.remat = True
+    if row.get("wide"):
+        common.widen_head(c)
+    c.optim.lr = row.get("lr", 1e-4)
     c.optim.schedule = "poly"
     c.train.steps = 300_000
     c.train.eval_every = 30_000

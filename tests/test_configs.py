@@ -41,7 +41,8 @@ def test_every_published_model_has_a_recipe_and_the_other_way_round():
 @every_variant
 def test_recipe_and_table_of_published_models_agree(dataset, variant):
     (row,) = [m for m in published.MODELS if (m.dataset, m.variant) == (dataset, variant)]
-    assert dataclasses.replace(model(dataset, variant), dtype="float32") == row.model
+    found = dataclasses.replace(model(dataset, variant), dtype="float32", remat=False)
+    assert found == row.model
     settings = recipe(dataset, variant).eval
     for name in ("short_edge", "max_size", "object_mask_threshold", "overlap_threshold", "topk"):
         assert settings[name] == getattr(row, name), name
@@ -93,13 +94,20 @@ def test_published_values(dataset, variant):
     """Spec of the official configs: what differs from row to row."""
     config, backbone = recipe(dataset, variant), variant.split(",")[0]
     pretrained = dataset == "ade20k" and "pretrain=coco" in variant
-    small_queries = dataset == "coco" or backbone in SMALL or pretrained
+    internimage = backbone == "internimage_huge"
+    small_queries = (dataset == "coco" or backbone in SMALL or pretrained) and not internimage
     assert config.model.num_queries == (150 if small_queries else 250)
     exact = backbone == "dinat_large" or (dataset, backbone) == ("coco", "swin_large")
+    exact |= internimage and (dataset == "coco" or pretrained)
+    assert config.model.hidden_dim == (1024 if "head=1024" in variant else 256)
+    assert config.model.remat == internimage
     assert config.model.dtype == ("float32" if exact else "bfloat16")
     assert config.model.num_context == 16
     optim = config.optim
-    assert (optim.lr, optim.backbone_multiplier, optim.weight_decay) == (1e-4, 0.1, 0.05)
+    lr = 1e-4
+    if "head=1024" in variant:
+        lr = 2e-5 if dataset == "mapillary" else 4e-5
+    assert (optim.lr, optim.backbone_multiplier, optim.weight_decay) == (lr, 0.1, 0.05)
     assert (optim.clip_norm, optim.warmup_steps, optim.ema_decay) == (0, 0, 0)
     assert optim.schedule == ("step" if dataset == "coco" else "poly")
     assert config.data.augment.kind == ("lsj" if dataset == "coco" else "unified")
@@ -110,8 +118,8 @@ def test_published_values(dataset, variant):
         trained = dataset in ("cityscapes", "mapillary")
         assert model(dataset, variant).backbone.norm == ("batch" if trained else "frozen")
     else:
-        rate = {"swin": 0.3, "convnext": 0.4, "dinat": 0.3}[backbone.split("_")[0]]
-        assert model(dataset, variant).backbone.drop_path_rate == rate
+        rates = {"swin": 0.3, "convnext": 0.4, "dinat": 0.3, "internimage": 0.5}
+        assert model(dataset, variant).backbone.drop_path_rate == rates[backbone.split("_")[0]]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +129,7 @@ def test_published_values(dataset, variant):
         ("coco", "swin_tiny", 368_750, (327_778, 355_092)),
         ("coco", "swin_large", 737_500, (655_556, 735_184)),
         ("coco", "dinat_large", 737_500, (655_556, 710_184)),
+        ("coco", "internimage_huge", 737_500, (655_556, 735_184)),
         ("ade20k", "swin_large", 160_000, None),
         ("cityscapes", "swin_large", 90_000, None),
         ("mapillary", "swin_large", 300_000, None),
@@ -155,6 +164,12 @@ def test_length_and_steps(dataset, variant, steps, boundaries):
         ),
         (
             "ade20k:swin_large,res=896",
+            (896, 896),
+            "448 537 627 716 806 896 985 1075 1164 1254 1344 1433 1523 1612 1702 1792",
+            3584,
+        ),
+        (
+            "cityscapes:internimage_huge,head=1024",
             (896, 896),
             "448 537 627 716 806 896 985 1075 1164 1254 1344 1433 1523 1612 1702 1792",
             3584,
@@ -233,6 +248,8 @@ TOTALS = {
     "ade20k:convnext_xlarge": (389.550, 372.007),
     "ade20k:dinat_large": (240.763, 223.220),
     "cityscapes:dinat_large": (240.528, 222.985),
+    "cityscapes:internimage_huge": (1114.733, 1097.190),
+    "coco:internimage_huge,head=1024": (1477.467, 1349.100),
 }
 
 
@@ -247,7 +264,9 @@ def test_every_recipe_builds_with_the_total_of_its_backbone(dataset, variant):
     """Models of one backbone differ by classes, queries and a trained norm alone."""
     config, backbone = model(dataset, variant), variant.split(",")[0]
     exact = f"{dataset}:{variant}"
-    name = exact if exact in TOTALS else next(n for n in TOTALS if n.endswith(f":{backbone}"))
+    wide = "head=1024" in variant
+    same = [n for n in TOTALS if f":{backbone}" in n and ("head=1024" in n) == wide]
+    name = exact if exact in TOTALS else same[0]
     other = model(*name.split(":"))
     expected = TOTALS[name][0]
     expected += 1e-6 * (config.num_classes - other.num_classes) * (config.hidden_dim + 1)

@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any
 
 from oneformer_jax.models import backbones
-from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormerConfig
+from oneformer_jax.models.oneformer import NUM_CLASSES, WIDE_HEAD, OneFormerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +55,16 @@ def _published(
     *,
     backbone: str | None = None,
     norm: str | None = None,
-    **model: Any,
+    wide: bool = False,
 ) -> Published:
+    head = WIDE_HEAD if wide else {}
     options = {"norm": norm} if norm else {}
     config = backbones.backbone_config(backbone or variant.split(",")[0], **options)
     return Published(
         dataset=dataset,
         variant=variant,
         model=OneFormerConfig(
-            NUM_CLASSES[dataset], config, **({"num_queries": num_queries} | model)
+            NUM_CLASSES[dataset], config, **({"num_queries": num_queries} | head)
         ),
         short_edge=short_edge,
         max_size=max_size,
@@ -114,10 +115,24 @@ MODELS = (
         "coco_pretrain_1280x1280_150_16_dinat_l_oneformer_ade20k_160k",
         backbone="dinat_large_wide",
     ),
+    _ade20k("internimage_huge", 250, 896, "896x896_250_16_intern_image_h_oneformer_ade20k_160k"),
+    _ade20k(
+        "internimage_huge,head=1024,pretrain=coco",
+        250,
+        896,
+        "coco_pretrain_896x896_250_16_intern_image_h_oneformer_ade20k_160k",
+        wide=True,
+    ),
     _coco("resnet50", 150),
     _coco("swin_tiny", 150),
     _coco("swin_large", 150, "150_16_swin_l_oneformer_coco_100ep"),
     _coco("dinat_large", 150, "150_16_dinat_l_oneformer_coco_100ep"),
+    _coco(
+        "internimage_huge,head=1024",
+        250,
+        "250_16_intern_image_h_oneformer_coco_100ep_1024",
+        wide=True,
+    ),
     _cityscapes("resnet50", 150, norm="batch"),
     _cityscapes("swin_large", 250, "250_16_swin_l_oneformer_cityscapes_90k"),
     _cityscapes("convnext_large", 250, "250_16_convnext_l_oneformer_cityscapes_90k"),
@@ -138,6 +153,10 @@ MODELS = (
         "250_16_dinat_l_oneformer_cityscapes_90k",
         backbone="dinat_large_7x7",
     ),
+    _cityscapes("internimage_huge", 250, "250_16_intern_image_h_oneformer_cityscapes_90k"),
+    _published(
+        "cityscapes", "internimage_huge,head=1024,pretrain=mapillary", 250, 896, 3584, wide=True
+    ),
     _mapillary("resnet50", 150, norm="batch"),
     _mapillary("swin_large", 250, "250_16_swin_l_oneformer_mapillary_300k"),
     _mapillary("convnext_large", 250, "250_16_convnext_l_oneformer_mapillary_300k"),
@@ -152,6 +171,12 @@ MODELS = (
         "mapillary_pretrain_250_16_convnext_xl_oneformer_mapillary_300k",
     ),
     _mapillary("dinat_large", 250, "250_16_dinat_l_oneformer_mapillary_300k"),
+    _mapillary(
+        "internimage_huge,head=1024",
+        250,
+        "250_16_intern_image_h_oneformer_mapillary_300k_1024",
+        wide=True,
+    ),
 )
 
 # What does not show in the tensors, or (the text branch) may be missing from them.
