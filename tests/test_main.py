@@ -96,6 +96,8 @@ def test_tuples_keep_the_type_of_their_elements():
         ((CONFIG, "--config.train.steps=many"), 2, ("--config.train.steps=many",)),
         ((CONFIG, "--config.data.crop_size=big"), 2, ("data.crop_size", "int")),
         ((CONFIG + ":large",), 2, ("configs/synthetic.py:large", "get_config")),
+        (("--config=configs/coco.py:swin_huge",), 2, ("has no variant 'swin_huge'", "swin_large")),
+        (("--config=configs/ade20k.py:swin_large,res=896",), 2, ("--mode=train needs --workdir",)),
         (("--config=configs/nothing.py",), 2, ("configs/nothing.py", "configs/synthetic.py")),
         (("--config.optim.lr=1",), 2, ("--config=FILE",)),
         (("--wrkdir=x",), 2, ("wrkdir", "workdir")),
