@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from input_pipeline import datasets, records, sources
+from input_pipeline import datasets, eval_loader, loader, records, sources, transforms
 from input_pipeline.builders import ade20k, cityscapes, preparation
 from input_pipeline.records import RecordError
 from tests.input_pipeline import official
@@ -104,6 +104,27 @@ def test_unprepared_dataset_names_the_command(tmp_path, dataset):
     )
     with pytest.raises(ValueError, match="unknown option 'size' of"):
         sources.open_source(dataset, data_dir=tmp_path, split="train", options={"size": 3})
+
+
+@pytest.mark.parametrize("dataset", official.NAMES)
+def test_training_and_evaluation_read_it(prepared, dataset):
+    source, info = _open(prepared, dataset)
+    config = loader.LoaderConfig(
+        batch_size=4,
+        num_slots=8,
+        num_texts=10,
+        augment=transforms.AugmentConfig(crop_size=(32, 32), kind="none"),
+        require_things=True,
+    )
+    batches = loader.train_loader(source, config, info)
+    kept = set(np.concatenate([next(batches)["index"] for _ in range(4)]).tolist())
+    batches.close()
+    assert kept == {i for i in range(5) if source.has_things(i)}
+    held_out, _ = _open(prepared, dataset, "validation")
+    settings = eval_loader.EvalLoaderConfig(batch_size=2, short_edge=20, max_size=40)
+    records = [r for b in eval_loader.eval_loader(held_out, settings) for r in b["records"] if r]
+    assert len(records) == 3
+    assert all(("semantic" in r) == (dataset == "ade20k") for r in records)
 
 
 # ---------------------------------------------------------------------------- COCO
