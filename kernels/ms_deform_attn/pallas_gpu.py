@@ -1,0 +1,352 @@
+"""Multi-scale deformable attention on NVIDIA GPUs ("pallas_gpu"): which kernel, and the layout.
+
+Two sets of Pallas kernels do the work:
+
+| backend | GPUs (compute capability) | jax | design |
+|---|---|---|---|
+| "mosaic" | Hopper 9.0, Blackwell 10.x | 0.11, 0.12 | quad rows, `pallas_mosaic_gpu.py` |
+| "triton" | Ampere 8.0 and newer | 0.10 to 0.12 | gathers by pointers, `pallas_triton.py` |
+
+"mosaic" is taken where it can be, else "triton". The Mosaic compiler aborts the whole process
+for GPUs older than Hopper, and cannot compile for 12.x, so that the choice stands before any call
+of it. On GPUs older than Ampere, on other makers' GPUs and on other platforms there is no kernel
+here: plain JAX ("xla") works there.
+
+None of this has yet run on a GPU. It has been compiled for sm_80, sm_89, sm_90a and sm_100a
+(`gpu_aot.py`) and run in Pallas's interpreters. `tests/kernels/test_pallas_gpu.py -k on_device` is
+the check to run first on a machine with a GPU.
+
+The gradient of the values is a sum over all points that read a pixel. By default the kernels form
+it by atomic adds, whose order, and so whose last bits, change from run to run. With
+`deterministic=True` the points are sorted by the pixels that they read (`sorted_points`), and one
+block adds a pixel's points in order: equal bits in every run. Points without weight are left out;
+a pixel that very many points read is then slow, for its sum is not divided.
+
+Letters: B batch, Q queries, S pixels, N heads, L levels, P points, D head width; K = L * P points
+of a query, M = B * N * Q queries of all images and heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels.ms_deform_attn.reference import SpatialShapes, cell_coordinates, split_levels
+
+Backend = Literal["mosaic", "triton"]
+
+MAX_WIDTH = 128
+OLDEST_CAPABILITY = 8.0  # Ampere: the oldest that Pallas:Triton compiles for
+_MOSAIC_GENERATIONS = (9, 10)
+_MOSAIC_JAX = (0, 11)
+
+
+def backend_for(compute_capability: str | None, jax_version: str = jax.__version__) -> Backend:
+    """The kernels for a GPU.
+
+    Args:
+      compute_capability: "9.0" and the like; None for a device that has none.
+      jax_version: the version of jax.
+
+    Raises:
+      NotImplementedError: no kernel here runs on such a device.
+    """
+    try:
+        capability = float(compute_capability)
+    except (TypeError, ValueError):
+        capability = None
+    if capability is None or capability < OLDEST_CAPABILITY:
+        raise NotImplementedError(
+            "ms_deform_attn: pallas_gpu needs an NVIDIA GPU of compute capability "
+            f"{OLDEST_CAPABILITY} or newer, not {compute_capability!r}; use implementation='xla'"
+        )
+    version = tuple(int(part) for part in jax_version.split(".")[:2])
+    if int(capability) in _MOSAIC_GENERATIONS and version >= _MOSAIC_JAX:
+        return "mosaic"
+    return "triton"
+
+
+def compute_capability_of(device: jax.Device) -> str | None:
+    """ "9.0" for an H100 or H200; None for what is not an NVIDIA GPU."""
+    return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+
+
+def supports(device: jax.Device | None = None) -> bool:
+    """Whether `ms_deform_attn` runs on a device, by default the first one."""
+    try:
+        backend_for(compute_capability_of(device or jax.devices()[0]))
+    except NotImplementedError:
+        return False
+    return True
+
+
+class _Call(NamedTuple):
+    """What of a call is static."""
+
+    spatial_shapes: SpatialShapes
+    backend: Backend
+    deterministic: bool
+    interpret: bool
+
+
+def ms_deform_attn(
+    value: jax.Array,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: jax.Array,
+    attention_weights: jax.Array,
+    *,
+    deterministic: bool = False,
+    backend: Backend | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `api.ms_deform_attn`, whose checks have been passed, on an NVIDIA GPU.
+
+    Under `jax.vmap` the new axis joins the batch. A sharded jit cannot partition the kernels: call
+    inside `jax.shard_map`.
+
+    Args:
+      value: float32 or bfloat16 [B, S, N, D], D of at most 128.
+      spatial_shapes: L static pairs (h, w).
+      sampling_locations: float32 [B, Q, N, L, P, 2].
+      attention_weights: float32 or bfloat16 [B, Q, N, L, P].
+      deterministic: gradients of equal bits in every run; costs a sort of all points.
+      backend: None for that of the first device; a name when compiling for a GPU that is not
+        there (see `backend_for`).
+      interpret: run the kernels in Pallas's interpreter, on any device; needs `backend`.
+
+    Returns:
+      [B, Q, N * D] in the dtype of `value`. Sums, and the sums of the gradients, are float32.
+
+    Raises:
+      NotImplementedError: the device, the head width, the dtype or the size is not supported.
+    """
+    if backend is None:
+        if interpret:
+            raise ValueError("ms_deform_attn: interpret=True needs backend='mosaic' or 'triton'")
+        backend = backend_for(compute_capability_of(jax.devices()[0]))
+    shapes = tuple(spatial_shapes)
+    _check_limits(value, shapes, sampling_locations)
+    call = _Call(shapes, backend, deterministic, interpret)
+    out = _attend(call, value, sampling_locations, attention_weights)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def _check_limits(value, shapes, locations):
+    batch, _, heads, width = value.shape
+    if not 1 <= width <= MAX_WIDTH:
+        raise NotImplementedError(
+            f"ms_deform_attn: pallas_gpu takes a head width of 1 to {MAX_WIDTH}, not {width} "
+            f"(value {value.shape}); use implementation='xla'"
+        )
+    if value.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(
+            f"ms_deform_attn: pallas_gpu takes values of float32 or bfloat16, not {value.dtype}; "
+            "use implementation='xla'"
+        )
+    # Rows, points and the numbers of an argument are counted in int32.
+    largest = max(value.size, locations.size, batch * heads * _rows(shapes))
+    if largest >= 2**31:
+        raise NotImplementedError(
+            f"ms_deform_attn: pallas_gpu takes arguments of less than 2**31 numbers, not {largest} "
+            f"(value {value.shape}, sampling_locations {locations.shape}); split the batch"
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, value, locations, weights) -> jax.Array:
+    """[B, Q, N, D]."""
+    return _with_mapped_axes_in_batch(functools.partial(_forward, call))(value, locations, weights)
+
+
+def _attend_forward(call, value, locations, weights):
+    # Tables and points are formed again for the gradient: they are several times the arguments.
+    return _attend(call, value, locations, weights), (value, locations, weights)
+
+
+def _attend_backward(call, arguments, gradient):
+    backward = _with_mapped_axes_in_batch(functools.partial(_backward, call))
+    gradients = backward(*arguments, gradient)
+    return tuple(g.astype(x.dtype) for g, x in zip(gradients, arguments, strict=True))
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _with_mapped_axes_in_batch(function):
+    """`function` of arrays [B, ...], which under `jax.vmap` sees the mapped axis as part of B."""
+    mapped = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
+    def merge(axis_size, is_mapped, *arguments):
+        arguments = [
+            x if m else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, m in zip(arguments, is_mapped, strict=True)
+        ]
+        merged = [x.reshape(-1, *x.shape[2:]) for x in arguments]
+        out = _with_mapped_axes_in_batch(function)(*merged)
+        out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return mapped
+
+
+def _forward(call: _Call, value, locations, weights):
+    """[B, Q, N, D] in the dtype of `value`."""
+    kernels = _kernels(call.backend)
+    if call.backend == "triton":
+        return kernels.forward(
+            value, call.spatial_shapes, locations, weights, interpret=call.interpret
+        )
+    factor, index = quad_points(locations, weights, call.spatial_shapes)
+    table = quad_table(value, call.spatial_shapes)
+    out = kernels.quad_sum(index, factor, table, interpret=call.interpret)
+    batch, queries, heads = weights.shape[:3]
+    return jnp.swapaxes(out.reshape(batch, heads, queries, -1), 1, 2)
+
+
+def _backward(call: _Call, value, locations, weights, gradient):
+    """Gradients in value (float32), locations and weights."""
+    kernels = _kernels(call.backend)
+    points = functools.partial(quad_points, spatial_shapes=call.spatial_shapes)
+    rows_gradient = jnp.swapaxes(gradient, 1, 2).reshape(-1, gradient.shape[-1])
+    if call.backend == "triton":
+        d_value, d_locations, d_weights = kernels.backward(
+            value,
+            call.spatial_shapes,
+            locations,
+            weights,
+            gradient,
+            scatter=not call.deterministic,
+            interpret=call.interpret,
+        )
+        if d_value is not None:
+            return d_value, d_locations, d_weights
+        factor, index = points(locations, weights)
+    else:
+        factor, pull_back, index = jax.vjp(points, locations, weights, has_aux=True)
+        d_factor, d_table = kernels.quad_sum_gradients(
+            index,
+            factor,
+            quad_table(value, call.spatial_shapes),
+            rows_gradient,
+            scatter=not call.deterministic,
+            interpret=call.interpret,
+        )
+        d_locations, d_weights = pull_back(d_factor)
+    if call.deterministic:
+        rows = value.shape[0] * value.shape[2] * _rows(call.spatial_shapes)
+        d_table = kernels.segment_sum(
+            *sorted_points(index, factor, rows), rows_gradient, interpret=call.interpret
+        )
+    # The table is linear in the values.
+    to_value = jax.linear_transpose(
+        functools.partial(quad_table, spatial_shapes=call.spatial_shapes),
+        jax.ShapeDtypeStruct(value.shape, jnp.float32),
+    )
+    return *to_value(d_table), d_locations, d_weights
+
+
+def _kernels(backend: Backend):
+    # Not at the top: both are APIs that upstream may move, and a CPU needs neither.
+    if backend == "triton":
+        from kernels.ms_deform_attn import pallas_triton as kernels
+    else:
+        from kernels.ms_deform_attn import pallas_mosaic_gpu as kernels
+    return kernels
+
+
+def _rows(spatial_shapes: SpatialShapes) -> int:
+    """Quad rows of one image and head: a cell between pixels, or between a pixel and the border."""
+    return sum((h + 1) * (w + 1) for h, w in spatial_shapes)
+
+
+def quad_table(value: jax.Array, spatial_shapes: SpatialShapes) -> jax.Array:
+    """The map as quad rows: row (y, x) of a level holds the pixels (y, x) to (y + 1, x + 1).
+
+    y is -1..h-1 and x is -1..w-1; pixels outside are zero, and so zero padding needs no masks.
+
+    Args:
+      value: [B, S, N, D].
+      spatial_shapes: L pairs (h, w).
+
+    Returns:
+      [B * N * rows, 4, D] in the dtype of `value`; the corners are (y, x), (y, x + 1), (y + 1, x),
+      (y + 1, x + 1). Images are outermost, then heads, levels, y and x.
+    """
+    batch, _, heads, width = value.shape
+    levels = []
+    for (h, w), pixels in zip(spatial_shapes, split_levels(value, spatial_shapes), strict=True):
+        pixels = jnp.moveaxis(pixels.reshape(batch, h, w, heads, width), 3, 1)
+        pixels = jnp.pad(pixels, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+        quads = [
+            pixels[:, :, y : y + h + 1, x : x + w + 1] for y, x in ((0, 0), (0, 1), (1, 0), (1, 1))
+        ]
+        levels.append(jnp.stack(quads, axis=4).reshape(batch, heads, -1, 4, width))
+    return jnp.concatenate(levels, axis=2).reshape(-1, 4, width)
+
+
+def quad_points(
+    locations: jax.Array, weights: jax.Array, spatial_shapes: SpatialShapes
+) -> tuple[jax.Array, jax.Array]:
+    """The quad row that each point reads, and the shares of its corners in the result.
+
+    Args:
+      locations: float32 [B, Q, N, L, P, 2].
+      weights: float32 or bfloat16 [B, Q, N, L, P].
+      spatial_shapes: L pairs (h, w).
+
+    Returns:
+      factor float32 [M, 4, K], 0 for points outside, and index int32 [M, K], a row of
+      `quad_table` whatever the location is.
+    """
+    batch, _, heads = weights.shape[:3]
+    locations, weights = jnp.swapaxes(locations, 1, 2), jnp.swapaxes(weights, 1, 2)
+    start = _rows(spatial_shapes) * jnp.arange(batch * heads, dtype=jnp.int32)
+    start = start.reshape(batch, heads, 1, 1)
+    factors, indices = [], []
+    for level, (h, w) in enumerate(spatial_shapes):
+        at = locations[:, :, :, level]
+        cell, fraction, weight = cell_coordinates(
+            at, weights[:, :, :, level].astype(jnp.float32), (h, w)
+        )
+        # Points outside go to the nearest row, not all to one: they add zeros to its gradient, and
+        # additions to one row wait for each other.
+        size = jnp.array([w, h], jnp.float32)
+        pixel = jnp.nan_to_num(lax.stop_gradient(at)) * size - 0.5
+        nearest = jnp.clip(pixel, -1, size - 1).astype(jnp.int32)
+        outside = jnp.any((pixel <= -1) | (pixel >= size), axis=-1, keepdims=True)
+        x, y = jnp.moveaxis(jnp.where(outside, nearest, cell), -1, 0)
+        indices.append(start + (y + 1) * (w + 1) + (x + 1))
+        start += (h + 1) * (w + 1)
+        along_x, along_y = ((1 - f, f) for f in jnp.moveaxis(fraction, -1, 0))
+        factors.append(
+            jnp.stack([weight * share_y * share_x for share_y in along_y for share_x in along_x], 3)
+        )
+    index, factor = jnp.concatenate(indices, axis=3), jnp.concatenate(factors, axis=4)
+    return factor.reshape(-1, 4, index.shape[-1]), index.reshape(-1, index.shape[-1])
+
+
+def sorted_points(
+    index: jax.Array, factor: jax.Array, rows: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All points in the order of the rows that they read, those of a row in a fixed order.
+
+    Args:
+      index: int32 [M, K], in 0..rows-1.
+      factor: float32 [M, 4, K]. Points whose factors are all zero are left out.
+      rows: rows of the table.
+
+    Returns:
+      query int32 [M * K] and factor float32 [M * K, 4] of each point, and starts int32 [rows + 1],
+      where each row's points start; the points left out are at the end.
+    """
+    points = index.shape[1]
+    row = jnp.where(jnp.any(factor != 0, axis=1), index, rows).reshape(-1)
+    row, order = lax.sort((row, lax.iota(jnp.int32, row.size)), num_keys=1, is_stable=True)
+    starts = jnp.searchsorted(row, jnp.arange(rows + 1, dtype=jnp.int32)).astype(jnp.int32)
+    factor = jnp.swapaxes(factor, 1, 2).reshape(-1, 4)
+    return order // points, factor.at[order].get(mode="promise_in_bounds"), starts
