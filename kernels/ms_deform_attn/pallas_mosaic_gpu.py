@@ -144,10 +144,12 @@ def quad_sum_gradients(
                 steps = [i * step + k for k in range(step)]
                 rows = [index_ref[m, k] for k in steps]
                 # All loads stand before the first store, which they may not be moved across.
+                # Adding 0 rounds the products: else the compiler fuses them with the first step of
+                # the sum over lanes, which then differs from lane to lane, and all lanes store it.
                 products = [
-                    jnp.sum(_load(table_ref.at[r], _QUAD).astype(jnp.float32) * channels, axis=1)
-                    for r in rows
+                    _load(table_ref.at[r], _QUAD).astype(jnp.float32) * channels + 0.0 for r in rows
                 ]
+                products = [jnp.sum(product, axis=1) for product in products]
                 if scatter:
                     shares = [_load(factor_ref.at[m, :, k], _CORNERS) for k in steps]
                 for k, product in zip(steps, products, strict=True):
