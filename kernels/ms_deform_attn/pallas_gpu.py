@@ -9,9 +9,12 @@ Two sets of Pallas kernels do the work:
 
 "mosaic" is taken where it can be, else "triton", which upstream calls deprecated. The Mosaic
 compiler aborts the whole process for GPUs older than Hopper, and fails for 12.x, so that the choice
-stands before any call of it. Which of the two is faster on Hopper is open: "triton" reads the values
-as they are, where "mosaic" builds tables of 4 times their size, and issues fewer instructions. On GPUs older than Ampere, on other makers' GPUs and on other platforms there is no kernel
-here: plain JAX ("xla") works there.
+stands before any call of it. Which of the two is faster on Hopper is not known. "mosaic" reads
+whole quad rows, but builds tables of 4 times the size of the values; "triton" reads the values as
+they are, and with fewer instructions. `backend` names one of them, for a comparison.
+
+On GPUs older than Ampere, on other makers' GPUs and on other platforms there is no kernel here:
+plain JAX ("xla") works there.
 
 None of this has yet run on a GPU. It has been compiled for sm_80, sm_89, sm_90a and sm_100a
 (`gpu_aot.py`) and run in Pallas's interpreters. `tests/kernels/test_pallas_gpu.py -k on_device` is
