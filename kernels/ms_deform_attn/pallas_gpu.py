@@ -68,10 +68,13 @@ def backend_for(compute_capability: str | None, jax_version: str = jax.__version
             "ms_deform_attn: pallas_gpu needs an NVIDIA GPU of compute capability "
             f"{OLDEST_CAPABILITY} or newer, not {compute_capability!r}; use implementation='xla'"
         )
-    version = tuple(int(part) for part in jax_version.split(".")[:2])
-    if int(capability) in _MOSAIC_GENERATIONS and version >= _MOSAIC_JAX:
+    if int(capability) in _MOSAIC_GENERATIONS and _has_mosaic(jax_version):
         return "mosaic"
     return "triton"
+
+
+def _has_mosaic(jax_version: str) -> bool:
+    return tuple(int(part) for part in jax_version.split(".")[:2]) >= _MOSAIC_JAX
 
 
 def compute_capability_of(device: jax.Device) -> str | None:
@@ -126,17 +129,37 @@ def ms_deform_attn(
       [B, Q, N * D] in the dtype of `value`. Sums, and the sums of the gradients, are float32.
 
     Raises:
-      NotImplementedError: the device, the head width, the dtype or the size is not supported.
+      NotImplementedError: the device, the version of jax, the head width, the dtype or the size is
+        not supported.
+      ValueError: an unknown backend, or none for the interpreter.
     """
-    if backend is None:
-        if interpret:
-            raise ValueError("ms_deform_attn: interpret=True needs backend='mosaic' or 'triton'")
-        backend = backend_for(compute_capability_of(jax.devices()[0]))
     shapes = tuple(spatial_shapes)
     _check_limits(value, shapes, sampling_locations)
-    call = _Call(shapes, backend, deterministic, interpret)
+    call = _Call(shapes, _checked_backend(backend, interpret), deterministic, interpret)
     out = _attend(call, value, sampling_locations, attention_weights)
     return out.reshape(*out.shape[:2], -1)
+
+
+def _checked_backend(backend: Backend | None, interpret: bool) -> Backend:
+    if backend not in (None, "mosaic", "triton"):
+        raise ValueError(f"ms_deform_attn: unknown backend {backend!r}; use 'mosaic' or 'triton'")
+    if interpret and backend is None:
+        raise ValueError("ms_deform_attn: interpret=True needs backend='mosaic' or 'triton'")
+    if backend == "mosaic" and not _has_mosaic(jax.__version__):
+        raise NotImplementedError(
+            "ms_deform_attn: backend='mosaic' needs jax 0.11 or newer, not "
+            f"{jax.__version__}; use backend='triton'"
+        )
+    device = jax.devices()[0]
+    if interpret or (backend is not None and device.platform != "gpu"):
+        return backend  # nothing that is here will be asked to run it
+    best = backend_for(compute_capability_of(device))
+    if backend == "mosaic" != best:
+        raise NotImplementedError(
+            "ms_deform_attn: backend='mosaic' needs a GPU of compute capability 9.0 or 10.x, not "
+            f"{compute_capability_of(device)}; use backend='triton'"
+        )
+    return backend or best
 
 
 def _check_limits(value, shapes, locations):
@@ -151,11 +174,13 @@ def _check_limits(value, shapes, locations):
             f"ms_deform_attn: pallas_gpu takes values of float32 or bfloat16, not {value.dtype}; "
             "use implementation='xla'"
         )
-    # Rows, points and the numbers of an argument are counted in int32.
-    largest = max(value.size, locations.size, batch * heads * _rows(shapes))
+    # Kernels count the numbers of an array in int32. The largest arrays are the quad rows, the
+    # corners' shares and the output.
+    quads = 4 * width * batch * heads * _rows(shapes)
+    largest = max(quads, 2 * locations.size, locations.shape[1] * batch * heads * width)
     if largest >= 2**31:
         raise NotImplementedError(
-            f"ms_deform_attn: pallas_gpu takes arguments of less than 2**31 numbers, not {largest} "
+            f"ms_deform_attn: pallas_gpu takes arrays of less than 2**31 numbers, not {largest} "
             f"(value {value.shape}, sampling_locations {locations.shape}); split the batch"
         )
 

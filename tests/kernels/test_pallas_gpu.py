@@ -7,6 +7,7 @@ On a machine with an NVIDIA GPU, this compares every kernel with the float64 loo
 
 import functools
 import importlib.util
+import types
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,18 @@ class TestGuards:
         with pytest.raises(NotImplementedError, match=rf"8\.0 or newer, not {capability!r}.*'xla'"):
             pallas_gpu.backend_for(capability)
 
+    def test_mosaic_is_refused_where_it_would_abort(self, monkeypatch):
+        a100 = types.SimpleNamespace(platform="gpu", compute_capability="8.0")
+        monkeypatch.setattr(jax, "devices", lambda: [a100])
+        monkeypatch.setattr(jax, "__version__", "0.12.0")
+        assert pallas_gpu.supports()
+        value, *points = shared.make_inputs(SHAPES)
+        with pytest.raises(NotImplementedError, match=r"'mosaic' needs a GPU .* 9\.0.*not 8\.0"):
+            pallas_gpu.ms_deform_attn(value, SHAPES, *points, backend="mosaic")
+        monkeypatch.setattr(jax, "__version__", "0.10.2")
+        with pytest.raises(NotImplementedError, match=r"'mosaic' needs jax 0\.11.*not 0\.10\.2"):
+            pallas_gpu.ms_deform_attn(value, SHAPES, *points, backend="mosaic", interpret=True)
+
     def test_a_cpu_is_refused(self, monkeypatch):
         cpu = jax.devices("cpu")[0]
         assert not pallas_gpu.supports(cpu)
@@ -228,10 +241,12 @@ class TestGuards:
                 *(value, locations, points),
             )
 
-    def test_interpreting_needs_a_backend(self):
+    def test_unknown_backend(self):
         value, *points = shared.make_inputs(SHAPES)
         with pytest.raises(ValueError, match=r"interpret=True needs backend"):
             pallas_gpu.ms_deform_attn(value, SHAPES, *points, interpret=True)
+        with pytest.raises(ValueError, match=r"unknown backend 'cuda'"):
+            pallas_gpu.ms_deform_attn(value, SHAPES, *points, backend="cuda")
 
 
 class TestAheadOfTime:
