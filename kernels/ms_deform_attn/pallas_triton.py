@@ -5,7 +5,8 @@ pointers: 16 bytes a thread, neighbouring threads along the channels. The value 
 is, so nothing is built before. Points outside, NaN among them, are masked out of every access.
 
 Upstream calls Pallas:Triton deprecated since jax 0.11; jax 0.10, 0.11 and 0.12 all compile these
-kernels, for sm_80, sm_89 and sm_90a. They have run in interpret mode; none has yet run on a GPU.
+kernels for sm_90a, and 0.12 for sm_80, sm_89 and sm_100a too. They have run in interpret mode; none
+has yet run on a GPU.
 
 Letters: B batch, Q queries, S pixels, N heads, L levels, P points, D head width.
 """
