@@ -12,6 +12,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PARITY := $(VENV)/.parity
 
 .PHONY: help setup train test test-all lint format clean
 .DEFAULT_GOAL := help
@@ -42,13 +43,19 @@ $(READY): requirements.txt pyproject.toml
 	  $(BIN)/python -m pip install -r requirements.txt --group dev; fi
 	@touch $@
 
+$(PARITY): $(READY)
+	@if test -x $(BIN)/uv && $(BIN)/uv pip install --python $(BIN)/python --group parity; then :; \
+	  else $(BIN)/python -m pip install --group parity; fi
+	@touch $@
+
 train: setup
 	$(BIN)/python main.py --config=$(CONFIG) --workdir=$(WORKDIR) --mode=train $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
-test-all: setup
+# Also PyTorch and transformers, which the parity tests compare with.
+test-all: $(PARITY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup

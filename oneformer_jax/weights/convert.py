@@ -176,7 +176,7 @@ def write_model(
     arrays = dict(names.flatten(params)) | dict(names.flatten(stats))
     text = "text_encoder" in params
     kind = backbones.kind_of(config.backbone)
-    trees = _trees(config, text)
+    trees = abstract_trees(config, text)
     expected = dict(names.flatten(trees[0])) | dict(names.flatten(trees[1]))
     if missing := [name for name in expected if name not in arrays]:
         raise ValueError(f"parameters of another model: it lacks {listing(missing)}")
@@ -267,7 +267,7 @@ def _frozen_norm(tensors: Mapping[str, Any], shapes: Mapping[str, Any], form: st
     return classes not in (NUM_CLASSES["cityscapes"], NUM_CLASSES["mapillary"])
 
 
-def _trees(config: OneFormerConfig, text: bool) -> tuple[dict, dict]:
+def abstract_trees(config: OneFormerConfig, text: bool) -> tuple[dict, dict]:
     """Parameters and statistics of a model as shapes."""
     model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=text))
     _, params, stats = nnx.split(model, nnx.Param, ...)
@@ -282,8 +282,8 @@ def _read(
     text: bool,
 ) -> tuple[dict, dict, dict[str, str]]:
     """Parameters, statistics and what is left out; one FileError about all that is wrong."""
-    trees = _trees(config, text)
-    expected = dict(_leaves(trees))
+    trees = abstract_trees(config, text)
+    expected = dict(leaves(trees))
     arrays, problems = read_arrays(tensors, form, expected, backbones.kind_of(config.backbone))
     left_out, surplus = {}, []
     for name in tensors:
@@ -315,7 +315,7 @@ def _read(
     return params, stats, left_out
 
 
-def _leaves(trees: Iterable[Mapping]) -> Iterable[tuple[str, Any]]:
+def leaves(trees: Iterable[Mapping]) -> Iterable[tuple[str, Any]]:
     for tree in trees:
         yield from names.flatten(tree)
 

@@ -55,7 +55,7 @@ def random_weights(config: OneFormerConfig, *, text: bool = True, seed: int = 0)
     rng = np.random.default_rng(seed)
     return tuple(
         jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), tree)
-        for tree in convert._trees(config, text)
+        for tree in convert.abstract_trees(config, text)
     )
 
 
@@ -191,7 +191,7 @@ COUNTS = {  # tensors with text branch and criterion (spec 2)
 @functools.cache
 def abstract_arrays(config):
     """Shapes of a model's arrays by name; models of a dataset share them."""
-    return dict(convert._leaves(convert._trees(config, True)))
+    return dict(convert.leaves(convert.abstract_trees(config, True)))
 
 
 @pytest.mark.parametrize("form", names.FORMATS)

@@ -30,7 +30,7 @@ BACKBONES = {
 
 
 def shapes_of(config):
-    return convert._trees(config, True)
+    return convert.abstract_trees(config, True)
 
 
 def make(kind: str, **fields):
@@ -42,7 +42,7 @@ def make(kind: str, **fields):
 def random_tensors(config, seed: int = 0) -> dict[str, np.ndarray]:
     """An official state dict of normal numbers."""
     rng = np.random.default_rng(seed)
-    expected = dict(convert._leaves(shapes_of(config)))
+    expected = dict(convert.leaves(shapes_of(config)))
     kind = backbones.kind_of(config.backbone)
     tensors = {}
     for name, leaf in expected.items():
@@ -105,7 +105,7 @@ def test_a_pretrained_backbone(tmp_path, kind):
     # DiNAT's and torchvision's files have no level above the state dict.
     path = write(tmp_path, imagenet(kind, tensors), "model" if kind != "dinat" else "")
     found = start.read_start(settings(backbone=path), params, stats, kind)
-    expected = dict(convert._leaves((params, stats)))
+    expected = dict(convert.leaves((params, stats)))
     wanted = [name for name in expected if name.startswith("backbone.")]
     fresh = [name for name in wanted if name.split(".")[1] in ("norm0", "norm1", "norm2", "norm3")]
     assert sorted(found.fresh) == sorted(fresh)
@@ -163,7 +163,7 @@ def test_a_model_of_other_classes(tmp_path):
         "predictor.class_embed.kernel": "there [32, 4], here [32, 6]",
         "predictor.class_embed.bias": "there [4], here [6]",
     }
-    total = len(dict(convert._leaves((params, stats))))
+    total = len(dict(convert.leaves((params, stats))))
     assert len(found.arrays) == total - 2
 
 
