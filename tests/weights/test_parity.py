@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch_reference as reference
 from flax import nnx
 
+import oneformer_jax
 from oneformer_jax.models.layers import ParamKeys
 from oneformer_jax.models.losses import LossConfig, compute_losses
-from oneformer_jax.models.oneformer import OneFormer
+from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD, OneFormer
 from oneformer_jax.weights import convert, names
 
 # float32 rounding through the whole model, relative to the largest value.
@@ -103,6 +105,71 @@ def test_every_prediction_agrees(kind, height, width, fields, tmp_path):
     errors = compare(found, theirs, given)
     show(f"{kind} {height} x {width}", errors)
     assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("kind", ["swin", "convnext", "resnet", "dinat"])
+def test_backbones_agree_on_sizes_that_are_no_multiples_of_32(kind, tmp_path):
+    model = reference.make(reference.backbone_config(kind), training=False)
+    found = load(model, tmp_path)
+    structure = graph(found.config, False)
+    errors = {}
+    for height, width in ((70, 101), (101, 70)):
+        image = reference.inputs(height, width)["image"]
+        pixels = reference.torch.from_numpy(image).permute(0, 3, 1, 2)
+        with reference.torch.no_grad():
+            theirs = model.model.pixel_level_module.encoder(pixels).feature_maps
+        features = jax.jit(lambda p, s, x: nnx.merge(structure, p, s).backbone(x))(
+            found.params, found.stats, image
+        )
+        for i, (a, b) in enumerate(zip(features, theirs, strict=True), 2):
+            expected = b.permute(0, 2, 3, 1).numpy()
+            errors[f"res{i} of {height} x {width}"] = reference.relative_error(a, expected)
+    show(kind, errors)
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_a_whole_image_is_segmented_alike(tmp_path):
+    """From pixels to classes, with the padding and the two resizes of logits (spec 5)."""
+    torch = reference.torch
+    model = reference.make(reference.backbone_config("swin"), training=False, seed=3)
+    with torch.no_grad():  # queries of different classes and masks
+        decoder = model.model.transformer_module.decoder
+        decoder.class_embed.weight.mul_(30)
+        model.model.transformer_module.queries_embedder.weight.mul_(30)
+        list(decoder.mask_embed.parameters())[-2].mul_(10)  # the last weight
+    model.save_pretrained(tmp_path)
+    height, width = 70, 101
+    segmenter = oneformer_jax.load(
+        tmp_path, metadata=tiny.metadata(), short_edge=height, max_size=width
+    )
+    image = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    ours = segmenter(image, task="semantic")
+
+    pixels = (image - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
+    padded = np.zeros((96, 128, 3), np.float32)
+    padded[:height, :width] = pixels
+    task = torch.from_numpy(segmenter.task_tokens("semantic")[None]).float()
+    with torch.no_grad():
+        outputs = model(pixel_values=torch.from_numpy(padded)[None].permute(0, 3, 1, 2),
+                        task_inputs=task)  # fmt: skip
+        resize = torch.nn.functional.interpolate
+        masks = resize(outputs.masks_queries_logits, (96, 128), mode="bilinear")
+        masks = resize(masks[..., :height, :width], (height, width), mode="bilinear")[0].sigmoid()
+        classes = outputs.class_queries_logits[0].softmax(-1)[:, :-1]
+        scores = torch.einsum("qc,qhw->hwc", classes, masks).numpy()
+    given = segmenter.raw(padded[None], segmenter.task_tokens("semantic")[None])
+    errors = {
+        "class_logits": reference.relative_error(given.class_logits, outputs.class_queries_logits),
+        "mask_logits": reference.relative_error(given.mask_logits, outputs.masks_queries_logits),
+    }
+    show("segmenter", errors)
+    assert max(errors.values()) < TOLERANCE
+    # Where two classes are as good as equal, rounding may decide.
+    best = np.sort(scores, -1)
+    clear = best[..., -1] - best[..., -2] > 1e-4 * best.max()
+    assert clear.mean() > 0.95
+    np.testing.assert_array_equal(ours.class_map[clear], scores.argmax(-1)[clear])
+    assert len(np.unique(ours.class_map)) > 1
 
 
 LOSSES = LossConfig(num_points=64, point_sampling="per_mask")
