@@ -14,12 +14,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PARITY := $(VENV)/.parity
 
-.PHONY: help setup train test test-all lint format clean
+.PHONY: help setup train test test-all bench-input lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train     train, evaluate and draw the embedded synthetic job (in $(WORKDIR))"
 	@echo "make test      the test suite; make test-all adds the tests that take minutes"
+	@echo "make bench-input  samples/s of the input pipeline against the plain way"
 	@echo "make lint      ruff check and ruff format --check; make format applies both"
 	@echo "make setup     only the virtual environment ($(VENV)); the targets above do it themselves"
 	@echo "make clean     removes $(VENV) and caches; runs/ and data/ stay"
@@ -57,6 +58,9 @@ test: setup
 # Also PyTorch and transformers, which the parity tests compare with.
 test-all: $(PARITY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+bench-input: setup
+	$(BIN)/python -m tests.bench_input $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from input_pipeline.records import (
     checked_index,
     decode_image,
     decode_panoptic,
+    decode_panoptic_compact,
     make_record,
     read_image_size,
 )
@@ -215,14 +216,22 @@ class CocoFolderSource:
           RecordError: the record is broken.
           IndexError: no such index.
         """
+        return self._record(index, compact=False)
+
+    def compact(self, index: int) -> dict:
+        """As `source[index]`, but a compact record (see `records`)."""
+        return self._record(index, compact=True)
+
+    def _record(self, index: int, *, compact: bool) -> dict:
         index = checked_index(index, len(self))
         image_path = self.image_path(index)
         panoptic_path = self.panoptic_path(index)
         segments = self.segments(index)
+        decode = decode_panoptic_compact if compact else decode_panoptic
         return make_record(
             decode_image(self._read(image_path), str(image_path)),
-            decode_panoptic(self._read(panoptic_path), segments, str(panoptic_path)),
-            segments,
+            decode(self._read(panoptic_path), segments, str(panoptic_path)),
+            segments.numbered() if compact else segments,
             image_id=self._image_ids[index],
             file_name=self._image_names[index],
             where=f"{image_path} with {panoptic_path}",

@@ -25,9 +25,11 @@ from input_pipeline.records import (
     RecordError,
     checked_index,
     decode_dense,
+    decode_dense_compact,
     decode_image,
     decode_labels,
     decode_panoptic,
+    decode_panoptic_compact,
     make_record,
 )
 
@@ -46,6 +48,14 @@ if TYPE_CHECKING:
     from input_pipeline.builders.coco_folder import FolderSplit
 
 SPLITS = ("train", "validation")
+
+# (map stored in the dense form, compact record wanted) -> decoder of the map.
+_DECODERS = {
+    (False, False): decode_panoptic,
+    (False, True): decode_panoptic_compact,
+    (True, False): decode_dense,
+    (True, True): decode_dense_compact,
+}
 
 
 class TfdsSource:
@@ -135,6 +145,13 @@ class TfdsSource:
           RecordError: the record is broken.
           IndexError: no such index.
         """
+        return self._record(index, compact=False)
+
+    def compact(self, index: int) -> dict:
+        """As `source[index]`, but a compact record (see `records`)."""
+        return self._record(index, compact=True)
+
+    def _record(self, index: int, *, compact: bool) -> dict:
         from input_pipeline.builders import schema
 
         index = checked_index(index, len(self))
@@ -143,16 +160,16 @@ class TfdsSource:
         where = f"{self._dir}, {self._split} record {index} ({file_name})"
         segments = schema.segment_table(example[schema.OBJECTS])
         segments.check(self.info.num_classes, where)
-        decode = decode_dense if self._dense else decode_panoptic
+        decode = _DECODERS[self._dense, compact]
         record = make_record(
             decode_image(example["image"], where),
             decode(example["panoptic_image"], segments, where),
-            segments,
+            segments.numbered() if compact else segments,
             image_id=image_id,
             file_name=file_name,
             where=where,
         )
-        if schema.SEMANTIC in example:
+        if schema.SEMANTIC in example and not compact:
             semantic = decode_labels(example[schema.SEMANTIC], where)
             record["semantic"] = np.where(semantic, semantic - 1, self.info.ignore_label)
         return record

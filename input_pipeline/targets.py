@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from input_pipeline.datasets import TASKS
@@ -56,7 +57,7 @@ def make_targets(
     thing segment; panoptic: one per segment. Of more than `num_slots`, the largest are kept.
 
     Args:
-      panoptic: int32 [H, W] segment ids, 0 = void.
+      panoptic: int32, uint16 or (fastest) uint8 [H, W] segment ids, 0 = void.
       segments: dicts with `id`, `category` (contiguous class id) and `iscrowd`.
       task: index into TASKS.
       num_slots: M, 1 to 255.
@@ -68,17 +69,10 @@ def make_targets(
     candidates = [s for s in segments if not s["iscrowd"] and s["id"] > 0]
     if task == INSTANCE:
         candidates = [s for s in candidates if is_thing[s["category"]]]
+    numbers, counts, keys = _count_pixels(panoptic, [s["id"] for s in candidates])
+    areas = counts[keys]
 
-    # One pass over the pixels: segment id -> position in `candidates` + 1, through a table that is
-    # one longer than the largest id, so that clipping sends larger (unknown) and negative ids to 0.
-    top = max((s["id"] for s in candidates), default=0)
-    table = np.zeros(top + 2, np.uint8 if len(candidates) < 256 else np.uint16)
-    for position, segment in enumerate(candidates, start=1):
-        table[segment["id"]] = position
-    dense = table.take(panoptic, mode="clip")
-    areas = np.bincount(dense.reshape(-1), minlength=len(candidates) + 1)[1:]
-
-    # Group the segments with pixels into targets: [class, area, positions].
+    # Group the segments with pixels into targets.
     groups: dict[int, list[int]] = {}
     for position, (segment, area) in enumerate(zip(candidates, areas, strict=True)):
         if area:
@@ -93,16 +87,32 @@ def make_targets(
 
     classes = np.zeros(num_slots, np.int32)
     valid = np.zeros(num_slots, bool)
-    slots = np.zeros(len(candidates) + 1, np.uint8)
+    slots = np.zeros(len(counts), np.uint8)
     for slot, positions in enumerate(members):
         classes[slot] = candidates[positions[0]]["category"]
         valid[slot] = True
-        slots[np.array(positions) + 1] = slot + 1
-    if np.array_equal(slots, np.arange(len(slots))):
-        segment_map = dense.astype(np.uint8, copy=False)
-    else:
-        segment_map = slots.take(dense)
+        slots[keys[positions]] = slot + 1
+    segment_map = cv2.LUT(numbers, slots) if numbers.dtype == np.uint8 else slots.take(numbers)
     return Targets(segment_map, classes, valid, dropped)
+
+
+def _count_pixels(
+    panoptic: np.ndarray, ids: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A map of small numbers, the pixels of each number, and the number of each of `ids`.
+
+    A uint8 map is its own map of numbers, with 256 of them, and OpenCV counts them fast.
+    """
+    if panoptic.dtype == np.uint8:
+        counts = cv2.calcHist([panoptic], [0], None, [256], [0, 256]).reshape(-1)
+        return panoptic, counts, np.array(ids, np.intp)
+    # One pass over the pixels: id -> position in `ids` + 1, through a table that is one longer than
+    # the largest id, so that clipping sends larger (unknown) and negative ids to 0.
+    table = np.zeros(max(ids, default=0) + 2, np.uint16)
+    keys = np.arange(1, len(ids) + 1)
+    table[np.array(ids, np.intp)] = keys
+    numbers = table.take(panoptic, mode="clip")
+    return numbers, np.bincount(numbers.reshape(-1), minlength=len(ids) + 1), keys
 
 
 def text_ids(

@@ -242,6 +242,12 @@ def test_damaged_prepared_map_is_a_record_error():
         records.decode_dense(data, table, "here")
 
 
+def test_an_id_without_a_segment_is_not_encoded():
+    table = records.SegmentTable.from_lists([5, 9], [0, 0], [0, 0], [1, 1])
+    with pytest.raises(RecordError, match=r"1 segment id\(s\).*\(7\)"):
+        records.encode_dense(np.array([[0, 5], [7, 9]]), table)
+
+
 def test_class_out_of_the_table_is_a_record_error():
     table = records.SegmentTable.from_lists([5], [7], [0], [1])
     with pytest.raises(RecordError, match="here: segment 5 has class 7, but the dataset has 3"):
