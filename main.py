@@ -332,6 +332,7 @@ def train_loader_config(config: ConfigDict):
         instance_prob=instance,
         text_types=tokenizer.names_type(data.text_template),
         num_workers=data.workers,
+        num_threads=data.threads,
         prefetch=data.prefetch,
         skip_broken=data.skip_broken,
         require_things=data.require_things,

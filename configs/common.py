@@ -62,7 +62,8 @@ def get_base() -> ConfigDict:
     c.data.crop_size = (1024, 1024)  # (height, width) of a training image
     c.data.num_slots = 100  # target slots per image; the largest segments are kept
     c.data.workers = 4  # loader processes per host; 0 reads in threads of the main process
-    c.data.prefetch = 4  # batches that a worker keeps ready
+    c.data.threads = 4  # reading threads where there are no workers
+    c.data.prefetch = 4  # batches that a worker, or the threads together, keep ready
     c.data.semantic_prob = 0.33  # share of images trained with the semantic task
     c.data.instance_prob = 0.33  # share with the instance task; the rest is panoptic
     c.data.only_task = ""  # trains this one of the three tasks alone, whatever the shares above
@@ -77,7 +78,11 @@ def get_base() -> ConfigDict:
     c.data.augment.short_edge = 640  # unified: base of the short edge
     c.data.augment.scale = (0.5, 2.0)  # unified: 16 steps between these multiples of the base
     c.data.augment.max_size = 2560  # unified: cap of the long edge
-    c.data.augment.color = True  # unified: colour jitter as in SSD
+    c.data.augment.color = True  # unified: colour jitter as in SSD, within these bounds:
+    c.data.augment.brightness = 32.0  # largest offset in grey levels
+    c.data.augment.contrast = (0.5, 1.5)  # range of the factor
+    c.data.augment.saturation = (0.5, 1.5)
+    c.data.augment.hue = 18  # largest shift in steps of 2 degrees
     c.data.augment.flip_prob = 0.5
 
     c.model = ConfigDict()

@@ -28,6 +28,8 @@ from input_pipeline.records import RecordError
 
 Batch = dict[str, Any]
 
+_STRIDE = 32  # images that enter the model have sides that are multiples of this
+
 
 class Source(Protocol):
     def __len__(self) -> int: ...
@@ -49,7 +51,7 @@ class LoaderConfig:
       batch_size: images per process and step (global batch / number of processes).
       num_slots: M, target slots per image, at most 255.
       num_texts: texts per image: number of queries less the learned context embeddings.
-      augment: augmentation, with the size of the training images.
+      augment: augmentation, with the size of the training images, multiples of 32.
       seed: of data order, augmentation and task choice, 0 <= seed < 2**32.
       semantic_prob: probability of the semantic task.
       instance_prob: probability of the instance task; the rest is panoptic.
@@ -77,6 +79,13 @@ class LoaderConfig:
     require_things: bool = False
 
     def __post_init__(self) -> None:
+        crop = tuple(self.augment.crop_size)
+        rounded = tuple(-(-side // _STRIDE) * _STRIDE for side in crop)
+        require(
+            crop == rounded,
+            f"data.crop_size is {crop}; both sides must be multiples of {_STRIDE}, the coarsest "
+            f"stride of the backbones: use {rounded}",
+        )
         require(
             self.batch_size >= 1,
             f"data.batch_size leaves {self.batch_size} images per process; each needs at least 1",
@@ -101,7 +110,7 @@ class LoaderConfig:
             "the rest is the panoptic task",
         )
         require(self.num_workers >= 0, f"data.workers is {self.num_workers}; it must be >= 0")
-        require(self.num_threads >= 1, f"num_threads is {self.num_threads}; it must be >= 1")
+        require(self.num_threads >= 1, f"data.threads is {self.num_threads}; it must be >= 1")
         require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be >= 1")
 
 

@@ -79,7 +79,10 @@ class AugmentConfig:
         for key in ("short_edge", "max_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"data.augment.{key} is {getattr(self, key)}; it must be >= 1")
-        for key in ("scale", "lsj_scale"):
+        for key in ("brightness", "hue"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"data.augment.{key} is {getattr(self, key)}; it must be >= 0")
+        for key in ("scale", "lsj_scale", "contrast", "saturation"):
             low, high = getattr(self, key)
             if not 0.0 < low <= high:
                 raise ValueError(

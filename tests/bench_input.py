@@ -228,34 +228,50 @@ def memory_mib(pid: int) -> tuple[float, float]:
     return found["Pss"], found["Private_Clean"] + found["Private_Dirty"]
 
 
-def scale(source, workers: list[int], steps: int) -> None:
+def processor_seconds(pids: Iterable[int]) -> float:
+    """Processor time that the processes have used so far."""
+    ticks = 0
+    for pid in pids:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user and system
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def scale(source, kind: str, counts: list[int], steps: int) -> None:
+    """Wall-clock rate with so many "workers" (processes) or "threads" of this process."""
     cores = len(os.sched_getaffinity(0))
     print(
-        f"\nworker processes (records prepared, batches of {BATCH}, wall clock, {cores} cores, "
-        f"load {os.getloadavg()[0]:.1f} at the start)\n{'workers':>7}{'first batch s':>15}"
-        f"{'samples/s':>11}{'of linear':>11}{'MiB/worker, shared split':>26}{'private':>9}"
+        f"\n{kind}, wall clock, load {os.getloadavg()[0]:.1f} before\n"
+        f"{'':>48}{'processor ms/sample':>18}{'MiB per worker':>21}\n"
+        f"{'':>7}{'1st batch':>14}{'samples/s':>13}{'of linear':>13}{'workers':>12}{'main':>8}"
+        f"{'shared split':>13}{'private':>8}"
     )
     base = 0.0
-    for count in workers:
+    for count in counts:
         if count > cores:
-            print(f"{count:>7}  not measured: {cores} cores")
+            print(f"{count:>7}  not measured: this machine has {cores} cores")
             continue
         start = time.perf_counter()
-        batches = loader.train_loader(source, settings(num_workers=count, prefetch=2), source.info)
+        changes = {f"num_{kind}": count, "prefetch": max(2, count)}
+        batches = loader.train_loader(source, settings(**changes), source.info)
         next(batches)
         first = time.perf_counter() - start
         for _ in range(2 * count):  # what was ready before the measurement
             next(batches)
-        start = time.perf_counter()
+        pids = [process.pid for process in multiprocessing.active_children()]
+        start = np.array([time.perf_counter(), processor_seconds(pids), time.process_time()])
         for _ in range(steps * count):
             next(batches)
-        rate = steps * count * BATCH / (time.perf_counter() - start)
-        memory = np.array([memory_mib(p.pid) for p in multiprocessing.active_children()]).mean(0)
+        end = np.array([time.perf_counter(), processor_seconds(pids), time.process_time()])
+        seconds, worker, own = (end - start) / (steps * count * BATCH)
+        memory = "".join(
+            f"{mib:>10.0f}" for mib in np.mean([memory_mib(pid) for pid in pids] or [()], 0)
+        )
         batches.close()
-        base = base or rate / count
+        base = base or 1 / (seconds * count)
         print(
-            f"{count:>7}{first:>15.1f}{rate:>11.0f}{rate / (count * base):>11.2f}"
-            f"{memory[0]:>26.0f}{memory[1]:>9.0f}",
+            f"{count:>7}{first:>12.1f} s{1 / seconds:>13.0f}{1 / (seconds * count * base):>13.2f}"
+            f"{1e3 * worker:>12.2f}{1e3 * own:>8.2f}{memory}",
             flush=True,
         )
 
@@ -265,7 +281,7 @@ def main() -> None:
     parser.add_argument("--folder", help="a COCO-panoptic folder instead of images of its own")
     parser.add_argument("--images", type=int, default=64, help="number of own images")
     parser.add_argument("--rounds", type=int, default=16, help=f"batches of {BATCH} timed per way")
-    parser.add_argument("--workers", default="1,2,4,8", help="numbers of processes, or empty")
+    parser.add_argument("--workers", default="1,2,4,8", help="numbers of them, or nothing")
     parser.add_argument("--steps", type=int, default=20, help="batches timed per worker")
     options = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # Grain passes them on to its workers
@@ -283,7 +299,10 @@ def main() -> None:
         compare(folder, opened, options.rounds)
         show_stages(opened, 8 * BATCH)
         if options.workers:
-            scale(opened["prepared"], [int(n) for n in options.workers.split(",")], options.steps)
+            counts = [int(number) for number in options.workers.split(",")]
+            print(f"\nprepared records, batches of {BATCH}, {len(os.sched_getaffinity(0))} cores")
+            for kind in ("workers", "threads"):
+                scale(opened["prepared"], kind, counts, options.steps)
 
 
 if __name__ == "__main__":

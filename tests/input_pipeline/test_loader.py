@@ -18,11 +18,11 @@ INFO = DatasetInfo(
     colors=((0, 0, 1), (0, 1, 0), (1, 0, 0)),
     category_ids=(1, 2, 3),
 )
-AUGMENT = transforms.AugmentConfig("unified", crop_size=(16, 20), short_edge=16, max_size=64)
+AUGMENT = transforms.AugmentConfig("unified", crop_size=(32, 64), short_edge=32, max_size=96)
 KEYS = {
-    "image": (np.uint8, (16, 20, 3)),
+    "image": (np.uint8, (32, 64, 3)),
     "image_size": (np.int32, (2,)),
-    "segment_map": (np.uint8, (16, 20)),
+    "segment_map": (np.uint8, (32, 64)),
     "classes": (np.int32, (5,)),
     "valid": (np.bool_, (5,)),
     "text_ids": (np.int32, (7,)),
@@ -111,7 +111,7 @@ def test_batch_format():
         assert batch.keys() == KEYS.keys()
         for key, (dtype, shape) in KEYS.items():
             assert batch[key].dtype == dtype and batch[key].shape == (4, *shape), key
-        assert (batch["image_size"] == (16, 20)).all()
+        assert (batch["image_size"] == (32, 64)).all()
         for row in range(4):
             slots = np.unique(batch["segment_map"][row])
             valid = batch["valid"][row]
@@ -143,7 +143,7 @@ def test_an_epoch_sees_every_record_once_and_the_next_is_reshuffled():
 
 
 def test_augmentation_differs_between_epochs():
-    augment = transforms.AugmentConfig("unified", crop_size=(16, 20), short_edge=16)
+    augment = dataclasses.replace(AUGMENT, max_size=1000)
     first, second = take(make_source(4), make_config(augment=augment), 2)
     for index in range(4):
         a = first["image"][list(first["index"]).index(index)]
@@ -216,7 +216,7 @@ def test_resume_starts_at_the_step_without_reading_what_came_before():
         next(batches)
     assert len(source.reads) <= 4 * 4  # two batches, one ahead, one in the making
     far = take(make_source(), make_config(), 1, start_step=10_000_000)
-    assert far[0]["image"].shape == (4, 16, 20, 3)
+    assert far[0]["image"].shape == (4, 32, 64, 3)
 
 
 def test_seed_changes_order_and_augmentation():
@@ -290,7 +290,11 @@ def test_require_things():
         ({"instance_prob": -0.1}, r"data\.instance_prob"),
         ({"semantic_prob": 0.6, "instance_prob": 0.6}, r"data\.semantic_prob"),
         ({"num_workers": -1}, r"data\.workers"),
-        ({"num_threads": 0}, "num_threads"),
+        ({"num_threads": 0}, r"data\.threads"),
+        (
+            {"augment": transforms.AugmentConfig(crop_size=(512, 1000))},
+            r"data\.crop_size is \(512, 1000\).*use \(512, 1024\)",
+        ),
         ({"prefetch": 0}, r"data\.prefetch"),
     ],
 )

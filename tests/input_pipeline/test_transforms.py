@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import common
 from input_pipeline import transforms
 from input_pipeline.transforms import AugmentConfig
 
@@ -302,6 +303,14 @@ def test_chains_have_the_official_order():
     )
 
 
+def test_every_constant_is_a_key_of_the_config():
+    augment = common.get_base().data.augment.to_dict()
+    fields = {field.name: field.default for field in dataclasses.fields(AugmentConfig)}
+    assert augment.keys() == fields.keys() - {"crop_size"}
+    for key in fields.keys() - {"crop_size", "kind"}:
+        assert augment[key] == fields[key], key
+
+
 def test_unified_resize_draws_every_short_edge():
     config = AugmentConfig(short_edge=10, crop_size=(99, 99), max_size=1000)
     rng = np.random.default_rng(0)
@@ -323,6 +332,10 @@ def test_unified_resize_draws_every_short_edge():
         ({"max_size": 0}, r"data\.augment\.max_size"),
         ({"scale": (2.0, 1.0)}, r"data\.augment\.scale"),
         ({"lsj_scale": (0.0, 1.0)}, r"data\.augment\.lsj_scale"),
+        ({"brightness": -1.0}, r"data\.augment\.brightness"),
+        ({"contrast": (1.5, 0.5)}, r"data\.augment\.contrast"),
+        ({"saturation": (-1.0, 0.5)}, r"data\.augment\.saturation"),
+        ({"hue": -1}, r"data\.augment\.hue"),
     ],
 )
 def test_bad_settings_name_their_key(change, key):
