@@ -160,17 +160,19 @@ def test_every_task_occurs_with_its_probability():
     assert all((b["task"] == 1).all() for b in only)
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_the_global_batch_does_not_depend_on_the_number_of_processes(process_count):
-    source = make_source()  # 10 records: the global batch of 4 crosses epochs
-    whole = take(source, make_config(), 7)
+@pytest.mark.parametrize(("process_count", "start_step"), [(2, 0), (4, 0), (8, 0), (8, 3), (2, 5)])
+def test_the_global_batch_does_not_depend_on_the_number_of_processes(process_count, start_step):
+    # Also where a run goes on with other processes than it began with.
+    source = make_source()  # 10 records: the global batch of 8 crosses epochs
+    whole = take(source, make_config(batch_size=8), 7)[start_step:]
     shards = [
         take(
             source,
-            make_config(batch_size=4 // process_count),
-            7,
+            make_config(batch_size=8 // process_count),
+            7 - start_step,
             process_index=p,
             process_count=process_count,
+            start_step=start_step,
         )
         for p in range(process_count)
     ]
@@ -181,16 +183,19 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(process_cou
     assert_all_same(joined, whole)
 
 
-def test_worker_processes_give_the_same_batches_and_resume():
-    config = make_config(skip_broken=True)
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_worker_processes_give_the_same_batches_and_resume(num_workers):
+    # The second of two processes, from step 2 on, with records missing.
+    config = make_config(batch_size=2, skip_broken=True)
     source = make_source(broken=(2, 3))
-    expected = take(source, config, 7)
+    place = dict(process_index=1, process_count=2)
+    expected = take(source, config, 9, **place)
     batches = loader.train_loader(
-        source, dataclasses.replace(config, num_workers=2), INFO, start_step=2
+        source, dataclasses.replace(config, num_workers=num_workers), INFO, **place, start_step=2
     )
     try:
-        assert_all_same(list(itertools.islice(batches, 5)), expected[2:])
-        assert batches.position == 7
+        assert_all_same(list(itertools.islice(batches, 7)), expected[2:])
+        assert batches.position == 9
         assert batches.broken == {i: f"image_{i}.jpg is truncated; replace it" for i in (2, 3)}
     finally:
         batches.close()
