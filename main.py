@@ -5,6 +5,7 @@
   python main.py --workdir=runs/synthetic --mode=predict --image=FILE_OR_FOLDER --task=all
   python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
   python main.py --mode=prepare --dataset=coco --source=DIR
+  python main.py --config=configs/synthetic.py --mode=inspect
 
 Any value of the config is overridden with --config.KEY=VALUE, as in --config.optim.lr=3e-4.
 Running the same command again resumes, or skips what is done.
@@ -39,7 +40,10 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "predict", "convert", "prepare"], "What to do."
+    "mode",
+    "train",
+    ["train", "eval", "predict", "convert", "prepare", "inspect"],
+    "What to do.",
 )
 _CHECKPOINT = flags.DEFINE_integer(
     "checkpoint", None, "eval, predict: step of the checkpoint; the newest when not given.", 0
@@ -49,7 +53,8 @@ _TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "predict: folder of the results, WORKDIR/predictions when not given. convert: what is written.",
+    "predict, inspect: folder of the results; WORKDIR/predictions or runs/inspection when not "
+    "given. convert: what is written.",
 )
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -288,6 +293,29 @@ def run_prepare(
     )
 
 
+def run_inspect(config: ConfigDict, output: str | None = None, count: int = 12) -> None:
+    """Draws the first `count` training samples and counts what the training split holds."""
+    from input_pipeline import loader, statistics, tokenizer
+    from oneformer_jax.eval import inspection
+
+    output = output or os.path.join("runs", "inspection")
+    source, info = open_split(config, config.dataset.train_split)
+    settings = dataclasses.replace(train_loader_config(config), num_workers=0)
+    texts = tokenizer.detokenize(tokenizer.text_table(info.class_names))
+    batches, samples = loader.train_loader(source, settings, info), []
+    while len(samples) < count:
+        batch = next(batches)
+        for i, index in enumerate(batch["index"]):
+            parts = {key: batch[key][i] for key in inspection.BATCH_KEYS}
+            parts["texts"] = [texts[t] for t in batch["text_ids"][i]]
+            samples.append(inspection.Sample(**parts, name=source[index]["file_name"]))
+    batches.close()
+    path = inspection.write(samples[:count], metadata_of(info), output)
+    found = statistics.collect(source, info)
+    print(statistics.report(found, info, settings.num_slots, settings.num_texts))
+    print(f"\nThe first {count} training samples are drawn in {path}")
+
+
 # ------------------------------------------------------------------------ from config to data
 
 
@@ -415,6 +443,8 @@ def main(argv: Sequence[str]) -> None:
         require_flags(source=_SOURCE.value, output=_OUTPUT.value)
     elif mode == "prepare":
         require_flags(dataset=_DATASET.value, source=_SOURCE.value)
+    elif mode == "inspect":
+        require_flags(config=config)
     else:
         require_flags(workdir=_WORKDIR.value)
         require_flags(**({"image": _IMAGE.value} if mode == "predict" else {"config": config}))
@@ -430,6 +460,8 @@ def main(argv: Sequence[str]) -> None:
             run_eval(config, _WORKDIR.value, _CHECKPOINT.value)
         elif mode == "convert":
             run_convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value)
+        elif mode == "inspect":
+            run_inspect(config, _OUTPUT.value)
         else:
             run_predict(_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
     except KeyboardInterrupt:

@@ -104,3 +104,15 @@ def text_table(class_names: Sequence[str], template: str = TEXT_TEMPLATE) -> np.
 def task_tokens() -> np.ndarray:
     """int32 [3, 77]: ids of "The task is {task}" in the order of TASKS."""
     return tokenize([f"The task is {task}" for task in TASKS])
+
+
+def detokenize(ids: np.ndarray) -> list[str]:
+    """The texts of rows of token ids, int [n, T], without start and end token and padding.
+
+    In lower case, as the encoding is; a blank may stand before a comma.
+    """
+    tokenizer = _tokenizer()
+    start, end = tokenizer.start_of_text(), tokenizer.end_of_text()
+    return [
+        tokenizer.decode([int(i) for i in row if i not in (0, start, end)]).strip() for row in ids
+    ]

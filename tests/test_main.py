@@ -101,13 +101,14 @@ def test_tuples_keep_the_type_of_their_elements():
         (("--config=configs/nothing.py",), 2, ("configs/nothing.py", "configs/synthetic.py")),
         (("--config.optim.lr=1",), 2, ("--config=FILE",)),
         (("--wrkdir=x",), 2, ("wrkdir", "workdir")),
-        (("--mode=trian",), 2, ("trian", "train|eval|predict")),
+        (("--mode=trian",), 2, ("trian", "train|eval|predict|convert|prepare|inspect")),
         (("--mode=predict", "--task=panoptik"), 2, ("panoptik", "panoptic|instance|semantic|all")),
         ((CONFIG, "--mode=train"), 2, ("--mode=train needs --workdir",)),
         (("--mode=eval", "--workdir=w"), 2, ("--mode=eval needs --config",)),
         (("--mode=predict", "--workdir=w"), 2, ("--mode=predict needs --image",)),
         (("--mode=prepare", "--dataset=coco"), 2, ("--mode=prepare needs --source",)),
         (("--mode=prepare", "--dataset=coc"), 2, ("coc", "coco|ade20k|cityscapes|mapillary")),
+        (("--mode=inspect",), 2, ("--mode=inspect needs --config",)),
         (("--workdir=w", "stray"), 2, ("'stray' is not a flag",)),
     ],
 )
@@ -262,6 +263,15 @@ def test_eval_gets_the_validation_split(config, monkeypatch):
     monkeypatch.setattr(loop, "evaluate_workdir", evaluate_workdir)
     main.run_eval(config, "run", step=7)
     assert calls == ["eval"]
+
+
+def test_inspect_draws_and_counts(config, tmp_path, capsys):
+    main.run_inspect(config, str(tmp_path / "sheet"), count=3)
+    with Image.open(tmp_path / "sheet" / "samples.png") as picture:
+        assert picture.height > picture.width / 2  # two rows of two
+    printed = capsys.readouterr().out
+    assert "6 images" in printed and "13 classes (7 things)" in printed
+    assert str(tmp_path / "sheet" / "samples.png") in printed
 
 
 def test_skip_broken_reaches_the_preparation_of_a_folder(config, monkeypatch):

@@ -105,3 +105,14 @@ def test_bad_templates(template):
 def test_text_table_is_never_longer_than_the_context():
     table = tokenizer.text_table(["photo " * 100])
     assert table.shape == (4, 77) and table[0, -1] == END
+
+
+def test_detokenize_gives_the_texts_back():
+    names = ["road, route", "traffic light", "TV"]
+    texts = tokenizer.detokenize(tokenizer.text_table(names))
+    assert texts[:3] == [
+        "a photo with a road , route",
+        "a photo with a traffic light",
+        "a photo with a tv",
+    ]
+    assert texts[3:] == ["a panoptic photo", "an instance photo", "a semantic photo"]

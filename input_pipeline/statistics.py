@@ -1,0 +1,154 @@
+"""What a dataset holds, counted from its annotations: segments, slots needed, crowd and void."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from input_pipeline import targets
+from input_pipeline.datasets import TASKS, DatasetInfo
+from input_pipeline.loader import Source
+from input_pipeline.records import RecordError
+
+_SHOWN = 12  # classes and broken records that a report lists
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
+    """Counts of N images before augmentation, which adds no segment.
+
+    Attributes:
+      total: number of images in the source, N of which were read.
+      sizes: int [N, 2], height and width.
+      slots: task -> int [N], target slots that the image needs.
+      crowd, void: int [N], pixels of crowd segments, and of no segment.
+      class_images: int [K], images with a segment of the class (no crowd).
+      class_segments: int [K], such segments.
+      broken: position in the source -> error of the records that could not be read.
+    """
+
+    total: int
+    sizes: np.ndarray
+    slots: dict[str, np.ndarray]
+    crowd: np.ndarray
+    void: np.ndarray
+    class_images: np.ndarray
+    class_segments: np.ndarray
+    broken: dict[int, str]
+
+
+def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int = 4) -> Statistics:
+    """Counts over at most `limit` images, spread evenly over the source.
+
+    Raises:
+      ValueError: no image can be read.
+    """
+    indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))
+    read = getattr(source, "compact", source.__getitem__)
+
+    def count(index: int):
+        try:
+            record = read(int(index))
+        except RecordError as error:
+            return str(error)
+        return _count(record, info)
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(count, indices))
+    rows = [row for row in found if not isinstance(row, str)]
+    broken = {int(i): row for i, row in zip(indices, found, strict=True) if isinstance(row, str)}
+    if not rows:
+        raise ValueError(f"none of {len(indices)} images can be read, the first: {found[0]}")
+    sizes, slots, crowd, void, classes = (np.array(column) for column in zip(*rows, strict=True))
+    return Statistics(
+        total=len(source),
+        sizes=sizes,
+        slots={task: slots[:, i] for i, task in enumerate(TASKS)},
+        crowd=crowd,
+        void=void,
+        class_images=(classes > 0).sum(0),
+        class_segments=classes.sum(0),
+        broken=broken,
+    )
+
+
+def _count(record, info: DatasetInfo):
+    """Size, slots by task, crowd and void pixels, segments by class of one record."""
+    panoptic, segments = record["panoptic"], record["segments"]
+    crowd = [s["id"] for s in segments if s["iscrowd"]]
+    classes = np.zeros(info.num_classes, int)
+    slots = []
+    for task in range(len(TASKS)):
+        target = targets.make_targets(panoptic, segments, task, targets.MAX_SLOTS, info.is_thing)
+        slots.append(int(target.valid.sum()) + target.dropped)
+        if task == targets.PANOPTIC:
+            np.add.at(classes, target.classes[target.valid], 1)
+    return (
+        panoptic.shape,
+        slots,
+        int(np.isin(panoptic, crowd).sum()) if crowd else 0,
+        int(np.count_nonzero(panoptic == 0)),
+        classes,
+    )
+
+
+def report(statistics: Statistics, info: DatasetInfo, num_slots: int, num_texts: int) -> str:
+    """Lines for the reader, with what to change where the settings do not fit the data."""
+    found = statistics
+    count, pixels = len(found.sizes), found.sizes.prod(1).sum()
+    void, crowd = (f"{part.sum() / pixels:.1%}" for part in (found.void, found.crowd))
+    sampled = "" if count + len(found.broken) == found.total else f", {count} of them read"
+    edges = [f"{v.min()} to {v.max()}" for v in (found.sizes.min(1), found.sizes.max(1))]
+    seen = np.flatnonzero(found.class_images)
+    lines = [
+        f"{found.total} images{sampled}; short side {edges[0]}, long side {edges[1]} pixels",
+        f"{info.num_classes} classes ({sum(info.is_thing)} things), {len(seen)} of them seen",
+        f"void {void} of the pixels; crowd {crowd}, in {np.count_nonzero(found.crowd)} images",
+        "",
+        f"{'slots needed per image':<24}{'mean':>8}{'median':>8}{'95 %':>8}{'most':>8}"
+        f"{f'above {num_slots}':>14}",
+    ]
+    for task, slots in found.slots.items():
+        above = np.count_nonzero(slots > num_slots)
+        lines.append(
+            f"  {task:<22}{slots.mean():>8.1f}{np.median(slots):>8.0f}"
+            f"{np.percentile(slots, 95):>8.0f}{slots.max():>8}{above:>7} images"
+        )
+    most = max(int(slots.max()) for slots in found.slots.values())
+    if most > num_slots:
+        enough = min(most, targets.MAX_SLOTS)
+        lines.append(
+            f"data.num_slots is {num_slots}: of fuller images the largest segments are kept; "
+            f"--config.data.num_slots={enough} would keep {'all' if enough == most else 'more'}"
+        )
+    else:
+        lines.append(f"data.num_slots is {num_slots}: enough for every image")
+    if most > num_texts:
+        lines.append(
+            f"an image needs {most} texts, but model.num_queries - model.num_context leaves "
+            f"{num_texts}: raise model.num_queries"
+        )
+    order = seen[np.argsort(-found.class_segments[seen], kind="stable")]
+    frequent = _listing(
+        f"{info.class_names[k].strip()} {found.class_segments[k]} in {found.class_images[k]}"
+        for k in order
+    )
+    lines += ["", f"segments by class, in so many images: {frequent}"]
+    unseen = [
+        n for n, images in zip(info.class_names, found.class_images, strict=True) if not images
+    ]
+    if unseen:
+        lines.append(f"never seen: {_listing(name.strip() for name in unseen)}")
+    if found.broken:
+        lines += ["", f"{len(found.broken)} broken records:"]
+        lines += [f"  {message}" for message in list(found.broken.values())[:_SHOWN]]
+    return "\n".join(lines)
+
+
+def _listing(words: Iterable[str]) -> str:
+    words = list(words)
+    more = f", and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return ", ".join(words[:_SHOWN]) + more
