@@ -324,7 +324,7 @@ def open_split(config: ConfigDict, split: str):
     from input_pipeline import sources
 
     dataset, options = config.dataset, dict(config.dataset.options)
-    if dataset.name != "synthetic":  # one switch for preparation and loading
+    if "skip_broken" in sources.OPTIONS.get(dataset.name, {}):  # one switch, also of preparation
         options.setdefault("skip_broken", config.data.skip_broken)
     return sources.open_source(
         dataset.name, data_dir=dataset.data_dir, split=split, options=options

@@ -1,27 +1,30 @@
-"""Your own data: a folder in COCO's panoptic format. See docs/custom_dataset.md.
+"""Your own data: panoptic, instance or semantic annotations. See docs/custom_dataset.md.
 
   python main.py --config=configs/custom.py --workdir=runs/mine --config.dataset.data_dir=DIR
+  python main.py --config=configs/custom.py:swin_tiny,data=semantic --workdir=runs/mine ...
 
-Variants, given as configs/custom.py:VARIANT:
+Models, the first part of the variant:
 
   small       (default) 9 M parameters without texts, trained from scratch at 320 x 320: fits a few
               dozen images in minutes on one GPU; a first check that data and classes are right.
   resnet50, swin_tiny, swin_large   the published sizes at 512 x 512.
 
-Starting from published weights is not there yet, so the larger variants train from scratch too.
+Annotations, after a comma:
+
+  data=panoptic   (default) a COCO-panoptic folder; trains all three tasks.
+  data=instances  a COCO instance JSON; trains the instance task alone.
+  data=semantic   a PNG of class values per image; trains the semantic task alone.
+
+Training starts from random parameters and sets its learning rates for that. To fine-tune add
+--config.init.checkpoint=FILE and see the page.
 """
 
 from configs import common
 
-VARIANTS = ("small", "resnet50", "swin_tiny", "swin_large")
-
-
-def get_config(variant: str = "small"):
-    if variant not in VARIANTS:
-        raise ValueError(f"configs/custom.py has no variant {variant!r}: {', '.join(VARIANTS)}")
-    c = common.get_base()
-    c.dataset.name = "coco_folder"
-    c.dataset.options = {  # see input_pipeline.sources.open_source
+MODELS = ("small", "resnet50", "swin_tiny", "swin_large")
+# Options of the dataset, see input_pipeline.sources.open_source; paths are relative to data_dir.
+DATA = {
+    "panoptic": {
         "root": "",  # folder of the dataset if it is not data_dir
         "train_images": "images",
         "train_panoptic": "panoptic",
@@ -30,7 +33,47 @@ def get_config(variant: str = "small"):
         "validation_panoptic": "panoptic",
         "validation_json": "panoptic_val.json",
         "prepare": False,  # True writes TFDS records into data_dir, which are read faster
-    }
+    },
+    "instances": {
+        "root": "",
+        "train_images": "images",
+        "train_json": "instances_train.json",
+        "validation_images": "images",
+        "validation_json": "instances_val.json",
+    },
+    "semantic": {
+        "root": "",
+        "train_images": "images/train",
+        "train_labels": "labels/train",
+        "validation_images": "images/validation",
+        "validation_labels": "labels/validation",
+        "classes": "classes.txt",  # a line for each class: its pixel value, then its name
+        "ignore_label": 255,  # value of unlabelled pixels
+        "label_suffix": ".png",  # end of a map's name in the place of the image's ".jpg"
+    },
+}
+VARIANTS = {f"{model},data={data}": (model, data) for model in MODELS for data in DATA}
+
+
+def get_config(variant: str = "small"):
+    _, (variant, data) = common.select("configs/custom.py", variant, VARIANTS)
+    c = common.get_base()
+    c.dataset.options = DATA[data]
+    if data == "panoptic":
+        c.dataset.name = "coco_folder"
+    elif data == "instances":
+        c.dataset.name = "coco_instances"
+        c.data.semantic_prob = 0.0
+        c.data.instance_prob = 1.0
+        c.data.require_things = True  # images without instances teach nothing but "no object"
+        c.eval.tasks = ("instance",)
+        c.eval.best_metric = "instance/AP"
+    else:
+        c.dataset.name = "semantic_folder"
+        c.data.semantic_prob = 1.0
+        c.data.instance_prob = 0.0
+        c.eval.tasks = ("semantic",)
+        c.eval.best_metric = "semantic/mIoU"
     c.data.batch_size = 16
     c.data.workers = 2
     # No large-scale jitter down to a tenth: without pretraining it costs more than it gives.

@@ -56,7 +56,8 @@ def load_coco_json(path: str | os.PathLike) -> dict:
         ]
         if missing:
             hint = (
-                " (this looks like an instance JSON, which has one annotation per object)"
+                " (this looks like an instance JSON, which has one annotation per object: "
+                'dataset.name="coco_instances" reads those)'
                 if "segmentation" in annotation
                 else ""
             )

@@ -155,7 +155,7 @@ def from_coco_categories(dataset: str, categories: Sequence[dict]) -> DatasetInf
             raise ValueError(
                 f"dataset {dataset!r}: category {category} lacks {', '.join(missing)}; a "
                 "COCO-panoptic category has id, name and isthing (instance-only JSON files "
-                'have no "isthing")'
+                'have no "isthing": dataset.name="coco_instances" reads those)'
             )
     ordered = sorted(categories, key=lambda category: not category["isthing"])
     colors = None

@@ -9,9 +9,8 @@ A record is a dict with
   file_name: str;
   semantic: uint8 [H, W], class ids and the ignore label; only where the semantic annotation is not
     that of the segments (ADE20K).
-A *compact* record numbers its segments 1, 2, ... in the order of `segments`, and its map has the
-smallest type that holds them: uint8, or uint16 above 255 segments. It lacks `semantic`. Training
-reads these.
+A *compact* record has other ids, small enough for a uint8 map, or uint16 above 255 segments, and no
+`semantic`. Training reads these.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class SegmentTable:
             )
 
     def numbered(self) -> SegmentTable:
-        """The same segments with the ids 1, 2, ... of a compact record."""
+        """The same segments with the ids 1, 2, ..., for a compact record."""
         return dataclasses.replace(self, ids=np.arange(1, len(self) + 1))
 
     def to_dicts(self) -> list[dict]:

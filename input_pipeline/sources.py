@@ -1,4 +1,4 @@
-"""Random-access sources of records: a COCO-panoptic-format folder, or a prepared TFDS dataset.
+"""Random-access sources of records, opened by name: prepared TFDS datasets and folders.
 
 `source[i]` is a record (see `records`), `len(source)` their number. Sources can be pickled and open
 their files where they are used, so loader workers may share one.
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
     from input_pipeline.builders.coco_folder import FolderSplit
+    from input_pipeline.coco_instances import CocoInstanceSource
+    from input_pipeline.loader import Source
+    from input_pipeline.semantic_folder import SemanticFolderSource
 
 SPLITS = ("train", "validation")
 
@@ -236,9 +239,31 @@ _COCO_FOLDER_OPTIONS = {
     "prepare": True,
     "skip_broken": False,
 }
-_OPTIONS = {
+_COCO_INSTANCES_OPTIONS = {
+    "root": "",
+    "train_images": "images",
+    "train_json": "instances_train.json",
+    "validation_images": "images",
+    "validation_json": "instances_val.json",
+    "table": "",
+}
+_SEMANTIC_FOLDER_OPTIONS = {
+    "root": "",
+    "train_images": "images/train",
+    "train_labels": "labels/train",
+    "validation_images": "images/validation",
+    "validation_labels": "labels/validation",
+    "classes": "classes.txt",
+    "ignore_label": 255,
+    "label_suffix": ".png",
+    "table": "",
+}
+# Options of every source with their defaults; see `open_source`.
+OPTIONS = {
     "synthetic": _SYNTHETIC_OPTIONS,
     "coco_folder": _COCO_FOLDER_OPTIONS,
+    "coco_instances": _COCO_INSTANCES_OPTIONS,
+    "semantic_folder": _SEMANTIC_FOLDER_OPTIONS,
     "coco": {"skip_broken": False},
     "ade20k": {"skip_broken": False},
     "cityscapes": {"skip_broken": False},
@@ -248,7 +273,7 @@ _OPTIONS = {
 
 def open_source(
     name: str, *, data_dir: str | os.PathLike, split: str, options: Mapping | None = None
-) -> tuple[TfdsSource | CocoFolderSource, DatasetInfo]:
+) -> tuple[Source, DatasetInfo]:
     """Opens a dataset by name; "synthetic" and "coco_folder" are prepared first if need be.
 
     Options of "synthetic" (defaults in parentheses):
@@ -275,8 +300,24 @@ def open_source(
     written into `data_dir` (see `builders.preparation`):
       skip_broken (False): accept a preparation that left records out.
 
+    Options of "coco_instances" (records: see `coco_instances.CocoInstanceSource`):
+      root (data_dir): as above.
+      train_images (images), train_json (instances_train.json), validation_images (images),
+        validation_json (instances_val.json): as above, with instance JSON files.
+      table (empty): as above.
+
+    Options of "semantic_folder" (records: see `semantic_folder.SemanticFolderSource`):
+      root (data_dir): as above.
+      train_images (images/train), train_labels (labels/train), validation_images
+        (images/validation), validation_labels (labels/validation): folders of images and maps; with
+        empty validation_images there is no such split.
+      classes (classes.txt): text file of the classes, VALUE NAME a line.
+      ignore_label (255): value of unlabelled pixels; -1: there are none.
+      label_suffix (.png): end of a map's name in the place of the image's ".jpg".
+      table (empty): name of a table to use instead of `classes`; its own ids are the pixel values.
+
     Args:
-      name: "synthetic", "coco_folder", "coco", "ade20k", "cityscapes" or "mapillary".
+      name: a key of OPTIONS.
       data_dir: local or mounted folder where prepared files are written and looked for.
       split: "train" or "validation".
       options: see above.
@@ -288,20 +329,24 @@ def open_source(
       ValueError: unknown name, split or option, or bad data.
       FileNotFoundError: missing folders or files.
     """
-    if name not in _OPTIONS:
-        raise ValueError(f"unknown dataset source {name!r}{_nearest(name, _OPTIONS)}")
+    if name not in OPTIONS:
+        raise ValueError(f"unknown dataset source {name!r}{_nearest(name, OPTIONS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}{_nearest(split, SPLITS)}")
     options = dict(options or {})
     for key in options:
-        if key not in _OPTIONS[name]:
-            raise ValueError(f"unknown option {key!r} of {name}{_nearest(key, _OPTIONS[name])}")
-    options = {**_OPTIONS[name], **options}
+        if key not in OPTIONS[name]:
+            raise ValueError(f"unknown option {key!r} of {name}{_nearest(key, OPTIONS[name])}")
+    options = {**OPTIONS[name], **options}
     data_dir = Path(data_dir).expanduser()
     if name == "synthetic":
         source = _open_synthetic(data_dir, split, options)
     elif name == "coco_folder":
         source = _open_coco_folder(data_dir, split, options)
+    elif name == "coco_instances":
+        source = _open_coco_instances(data_dir, split, options)
+    elif name == "semantic_folder":
+        source = _open_semantic_folder(data_dir, split, options)
     else:
         source = _open_official(name, data_dir, split, options)
     return source, source.info
@@ -383,6 +428,43 @@ def _open_coco_folder(
         folder.panoptic_dir,
         folder.json_path,
         _coco_folder_info(name, table, folders),
+    )
+
+
+def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInstanceSource:
+    from input_pipeline.coco_instances import (
+        CocoInstanceSource,
+        instance_info,
+        load_instance_json,
+    )
+
+    root = Path(options["root"] or data_dir).expanduser()
+    files = {key: root / options[f"{key}_json"] for key in SPLITS if options[f"{key}_json"]}
+    if split not in files:
+        raise ValueError(f"{root} has no {split} split: the option {split}_json is empty")
+    if options["table"]:
+        info = datasets.dataset_info(options["table"])
+    else:  # those of the training split, if there is one
+        content = load_instance_json(next(iter(files.values())))
+        info = instance_info(root.resolve().name, content["categories"])
+    return CocoInstanceSource(root / options[f"{split}_images"], files[split], info)
+
+
+def _open_semantic_folder(data_dir: Path, split: str, options: dict) -> SemanticFolderSource:
+    from input_pipeline.semantic_folder import SemanticFolderSource, read_classes
+
+    root = Path(options["root"] or data_dir).expanduser()
+    if not options[f"{split}_images"]:
+        raise ValueError(f"{root} has no {split} split: the option {split}_images is empty")
+    if options["table"]:
+        info = datasets.dataset_info(options["table"])
+    else:
+        info = read_classes(root / options["classes"], options["ignore_label"])
+    return SemanticFolderSource(
+        root / options[f"{split}_images"],
+        root / options[f"{split}_labels"],
+        info,
+        options["label_suffix"],
     )
 
 

@@ -51,7 +51,7 @@ RULES = {
     "input_pipeline": (
         "input_pipeline input_pipeline.datasets",
         "absl array_record cv2 etils grain importlib_resources instant_clip_tokenizer numpy PIL"
-        " tensorflow_datasets",
+        " pycocotools tensorflow_datasets",
     ),
     "configs": ("configs.common", "ml_collections"),
     "configs.common": ("", "ml_collections"),
