@@ -53,7 +53,10 @@ def config_keys() -> frozenset[str]:
 
     files = [path.stem for path in (ROOT / "configs").glob("[!_]*.py") if path.stem != "common"]
     modules = [importlib.import_module(f"configs.{name}") for name in files]
-    configs = [common.get_base(), *(module.get_config() for module in modules)]
+    configs = [common.get_base()]
+    for module in modules:
+        for variant in getattr(module, "VARIANTS", [None]):
+            configs.append(module.get_config(variant) if variant else module.get_config())
     return frozenset(key for config in configs for key in walk(config, ""))
 
 
