@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -117,10 +116,7 @@ def _with_caption(picture: np.ndarray, sample: Sample) -> np.ndarray:
     font = ImageFont.load_default(_FONT)
     counts = Counter(sample.texts)
     words = [f"{count} x “{text}”" if count > 1 else f"“{text}”" for text, count in counts.items()]
-    words = [word.replace(" ", "\N{NO-BREAK SPACE}") for word in words]  # lines end between texts
-    text = f"{len(sample.texts)} texts: " + ", ".join(words)
-    letters = int(0.96 * picture.shape[1] * len(text) / font.getlength(text))
-    lines = textwrap.wrap(text, letters, break_on_hyphens=False)
+    lines = _wrap(f"{len(sample.texts)} texts:", words, font, picture.shape[1])
     height, width = picture.shape[:2]
     result = Image.new("RGB", (width, height + _GAP + _LINE * len(lines)), (255, 255, 255))
     result.paste(Image.fromarray(picture))
@@ -129,3 +125,16 @@ def _with_caption(picture: np.ndarray, sample: Sample) -> np.ndarray:
         position = (0, height + _GAP + _LINE * number)
         draw.text(position, line, font=font, fill=_INK)
     return np.asarray(result)
+
+
+def _wrap(start: str, words: Sequence[str], font: ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels, if a word alone is not wider, that end between words."""
+    lines = [start]
+    for i, word in enumerate(words):
+        word += "," * (i < len(words) - 1)
+        longer = f"{lines[-1]} {word}"
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

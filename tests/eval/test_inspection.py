@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from oneformer_jax.eval import inspection
 from oneformer_jax.types import Metadata
@@ -59,6 +59,15 @@ def test_longer_lists_take_more_lines():
     texts = [f"a photo with a thing number {i}" for i in range(40)]
     long = inspection._card(make_sample(texts=texts), METADATA)
     assert long.shape[0] > short.shape[0] + 5 * inspection._LINE
+
+
+def test_lines_end_between_texts_and_fit():
+    font = ImageFont.load_default(16)
+    words = [f"{i} x “a photo with a traffic light”" for i in range(9)]
+    lines = inspection._wrap("9 texts:", words, font, 600)
+    assert " ".join(lines) == "9 texts: " + ", ".join(words)
+    assert len(lines) > 2 and all(font.getlength(line) <= 600 for line in lines)
+    assert all(line.endswith("”,") for line in lines[:-1])
 
 
 def test_sheet_is_written_with_cards_of_any_height(tmp_path):
