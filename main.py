@@ -301,7 +301,8 @@ def run_inspect(config: ConfigDict, output: str | None = None, count: int = 12) 
     output = output or os.path.join("runs", "inspection")
     source, info = open_split(config, config.dataset.train_split)
     settings = dataclasses.replace(train_loader_config(config), num_workers=0)
-    texts = tokenizer.detokenize(tokenizer.text_table(info.class_names))
+    table = tokenizer.text_table(info.class_names, config.data.text_template)
+    texts = tokenizer.detokenize(table)
     batches, samples = loader.train_loader(source, settings, info), []
     while len(samples) < count:
         batch = next(batches)

@@ -16,7 +16,7 @@ Annotations, after a comma:
   data=semantic   a PNG of class values per image; trains the semantic task alone.
 
 Training starts from random parameters and sets its learning rates for that. To fine-tune add
---config.init.checkpoint=FILE and see the page.
+--config.init.checkpoint=PATH and see the page.
 """
 
 from configs import common
@@ -63,15 +63,13 @@ def get_config(variant: str = "small"):
         c.dataset.name = "coco_folder"
     elif data == "instances":
         c.dataset.name = "coco_instances"
-        c.data.semantic_prob = 0.0
-        c.data.instance_prob = 1.0
+        c.data.only_task = "instance"
         c.data.require_things = True  # images without instances teach nothing but "no object"
         c.eval.tasks = ("instance",)
         c.eval.best_metric = "instance/AP"
     else:
         c.dataset.name = "semantic_folder"
-        c.data.semantic_prob = 1.0
-        c.data.instance_prob = 0.0
+        c.data.only_task = "semantic"
         c.eval.tasks = ("semantic",)
         c.eval.best_metric = "semantic/mIoU"
     c.data.batch_size = 16

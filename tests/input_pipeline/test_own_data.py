@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+import main
 from configs import common, custom
-from input_pipeline import loader, sources, targets, transforms
+from input_pipeline import loader, sources, targets
 from input_pipeline.coco_instances import CocoInstanceSource
 from input_pipeline.records import RecordError
 from input_pipeline.semantic_folder import SemanticFolderSource, read_classes
@@ -143,15 +144,9 @@ def test_sources_can_be_pickled_and_train(instances, semantics):
     ):
         copy = pickle.loads(pickle.dumps(source))
         np.testing.assert_array_equal(copy[0]["panoptic"], source[0]["panoptic"])
-        settings = loader.LoaderConfig(
-            batch_size=2,
-            num_slots=8,
-            num_texts=10,
-            augment=transforms.AugmentConfig("lsj", crop_size=(32, 64)),
-            semantic_prob=config.data.semantic_prob,
-            instance_prob=config.data.instance_prob,
-            require_things=config.data.require_things,
-        )
+        config.data.batch_size, config.data.workers = 2, 0
+        config.data.crop_size = (32, 64)
+        settings = main.train_loader_config(config)
         batches = loader.train_loader(copy, settings, copy.info)
         found = list(itertools.islice(batches, 4))
         batches.close()
