@@ -11,7 +11,7 @@ both ways take turns. The scaling over worker processes is in wall-clock time an
 
 import argparse
 import cProfile
-import itertools
+import functools
 import json
 import multiprocessing
 import os
@@ -133,36 +133,29 @@ def settings(**changes) -> loader.LoaderConfig:
 # ------------------------------------------------------------------------ one core
 
 
-def plain_batches(folder: plain.PlainFolder):
-    """Endless batches of the plain way: images stacked, masks and tokens as lists."""
-    step = 0
-    while True:
-        samples = []
-        for offset in range(BATCH):
-            epoch, index = divmod(step * BATCH + offset, len(folder.annotations))
-            rng = np.random.default_rng((0, epoch, index))
-            samples.append(plain.lsj_sample(folder, index, rng, CROP, NUM_TEXTS))
-        step += 1
-        yield {
-            "image": np.stack([s["image"] for s in samples]),
-            "masks": [s["masks"] for s in samples],
-            "tokens": np.stack([s["tokens"] for s in samples]),
-        }
+def make_plain_samples(folder: plain.PlainFolder, numbers: Iterable[int]) -> None:
+    """Samples of these numbers, in batches, the plain way: masks are not stacked over images."""
+    samples = []
+    for number in numbers:
+        rng = np.random.default_rng((0, number))
+        index = number % len(folder.annotations)
+        samples.append(plain.lsj_sample(folder, index, rng, CROP, NUM_TEXTS))
+        if len(samples) == BATCH:
+            for key in ("image", "tokens"):
+                np.stack([sample[key] for sample in samples])
+            samples = []
 
 
 def compare(folder: plain.PlainFolder, opened: dict, rounds: int) -> None:
-    slow = plain_batches(folder)
-    ways = {"plain": lambda: next(slow)}
+    ways = {"plain": functools.partial(make_plain_samples, folder)}
     for kind, source in opened.items():
-        numbers = itertools.count()
-        ways[kind] = lambda source=source, numbers=numbers: make_samples(
-            source, itertools.islice(numbers, BATCH)
-        )
+        ways[kind] = functools.partial(make_samples, source)
     times = {name: [] for name in ways}
     for round_ in range(1 + rounds):
-        for name, call in ways.items():
+        numbers = range(round_ * BATCH, (round_ + 1) * BATCH)  # of the same random draws
+        for name, make in ways.items():
             start = time.process_time()
-            call()
+            make(numbers)
             if round_:  # the first opens files and fills tables
                 times[name].append(time.process_time() - start)
     print(f"\n{'one core':<12}{'ms/sample':>10}{'samples/s':>11}{'ratio':>7}")
@@ -176,9 +169,9 @@ def make_samples(source, numbers: Iterable[int]) -> None:
     """Samples of these numbers, in batches: what a loader does, step by step in this thread."""
     config = settings()
     samples = []
-    for index in numbers:
-        rng = np.random.default_rng((0, index))
-        record = transforms.augment(rng, source.compact(index % len(source)), config.augment)
+    for number in numbers:
+        rng = np.random.default_rng((0, number))
+        record = transforms.augment(rng, source.compact(number % len(source)), config.augment)
         task = targets.sample_task(rng, config.semantic_prob, config.instance_prob)
         target = targets.make_targets(
             record["panoptic"], record["segments"], task, NUM_SLOTS, source.info.is_thing
