@@ -17,6 +17,7 @@ from input_pipeline import loader, sources, targets
 from input_pipeline.coco_instances import CocoInstanceSource
 from input_pipeline.records import RecordError
 from input_pipeline.semantic_folder import SemanticFolderSource, read_classes
+from oneformer_jax.eval.instance_json import InstanceAnnotations
 
 
 def box(x, y, width, height):
@@ -99,6 +100,19 @@ def test_instances_become_a_record(instances):
     assert compact["panoptic"].dtype == np.uint8
     np.testing.assert_array_equal(compact["panoptic"], expected)
     assert source.image_size(0) == (32, 48)
+
+
+def test_the_evaluation_finds_the_overlapping_originals(instances):
+    for annotation in instances.content["annotations"]:
+        annotation["area"] = 1
+    instances.write()
+    source = instances.open()
+    path = instances.root / "instances_val.json"
+    originals = InstanceAnnotations(path, main.metadata_of(source.info))
+    masks = originals.masks(source[0]["image_id"], (32, 48))
+    assert masks.classes.tolist() == [s["category"] for s in source[0]["segments"]]
+    pixels = [coco_mask.area({"size": [32, 48], "counts": code}) for code in masks.counts]
+    assert pixels == [30, 16 * 12, 64, 32 * 24, 32]
 
 
 def test_an_image_without_annotations_is_a_record_without_segments(instances):
