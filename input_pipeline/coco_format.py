@@ -67,7 +67,7 @@ def load_coco_json(path: str | os.PathLike) -> dict:
     return content
 
 
-def _check_categories(path: Path, categories: list[dict], info: DatasetInfo) -> None:
+def check_categories(path: Path, categories: list[dict], info: DatasetInfo) -> None:
     """Raises ValueError unless all categories of a JSON stand in the class table."""
     own = datasets.from_coco_categories(path.stem, categories)
     index = info.contiguous_ids()
@@ -123,7 +123,7 @@ class CocoFolderSource:
         if info is None:
             info = datasets.from_coco_categories(self._json_path.stem, content["categories"])
         else:
-            _check_categories(self._json_path, content["categories"], info)
+            check_categories(self._json_path, content["categories"], info)
         self.info = info
         self._contiguous = info.contiguous_ids()
 

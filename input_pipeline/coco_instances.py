@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from input_pipeline import datasets
-from input_pipeline.coco_format import _check_categories
+from input_pipeline.coco_format import check_categories
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.files import found_in
 from input_pipeline.records import (
@@ -101,7 +101,7 @@ class CocoInstanceSource:
             info = instance_info(self._json_path.stem, content["categories"])
         else:
             things = [{**category, "isthing": 1} for category in content["categories"]]
-            _check_categories(self._json_path, things, info)
+            check_categories(self._json_path, things, info)
         self.info = info
         self._contiguous = info.contiguous_ids()
 
