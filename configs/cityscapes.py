@@ -77,4 +77,6 @@ def get_config(variant: str = "swin_large"):
         c.data.crop_size = (896, 896)
         c.data.augment.short_edge = c.eval.short_edge = 896
         c.data.augment.max_size = c.eval.max_size = 3584
+        c.eval.tta.short_edges = (448, 678, 896, 1120, 1344, 1568)  # 678 as in configs/ade20k.py
+        c.eval.tta.max_size = 6272
     return c

@@ -10,6 +10,7 @@ from flax import nnx
 
 from configs import common
 from input_pipeline import datasets, loader, transforms
+from oneformer_jax.eval.tta import TtaConfig
 from oneformer_jax.models import published
 from oneformer_jax.models.layers import ParamKeys
 from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormer, OneFormerConfig
@@ -200,6 +201,25 @@ def test_sizes_of_training_images(name, crop, edges, max_size):
     assert tuple(augment.crop_size) == crop
     assert augment.short_edges() == tuple(int(edge) for edge in edges.split())
     assert augment.max_size == max_size
+
+
+@pytest.mark.parametrize(
+    ("name", "edges", "max_size"),
+    [
+        ("ade20k:resnet50", "256 384 512 640 768 896", 3584),
+        ("ade20k:swin_large", "320 480 640 800 960 1120", 4480),
+        ("ade20k:dinat_large,res=896", "448 678 896 1120 1344 1568", 6272),
+        ("ade20k:dinat_large,res=1280", "640 960 1280 1600 1920 2240", 8960),
+        ("cityscapes:swin_large", "512 768 1024 1280 1536 1792", 4096),
+        ("cityscapes:internimage_huge,head=1024", "448 678 896 1120 1344 1568", 6272),
+        ("mapillary:swin_large", "512 768 1024 1280 1536 1792", 4096),
+    ],
+)
+def test_sizes_of_test_time_augmentation(name, edges, max_size):
+    settings = recipe(*name.split(":")).eval
+    assert TtaConfig.from_settings(settings.tta, settings.short_edge) == TtaConfig(
+        tuple(int(edge) for edge in edges.split()), max_size
+    )
 
 
 def test_variants_are_named_freely_but_must_exist():
