@@ -1,0 +1,300 @@
+"""Multi-scale deformable attention on TPUs ("pallas_tpu"): tables, indices, and their gradients.
+
+XLA builds what the kernels of `quad_rows` read: a table per level with one row per cell between 4
+pixels (a border of zeros makes cells at the edge of the map like all others), the row of every
+sampling point, and its position within the cell. Where the tables of a head do not fit the memory
+of the chip they are taken in several passes, by levels and, for a level too large by itself, by
+bands of rows.
+
+Letters: B batch, Q queries, S all pixels of all levels, N heads, L levels, P points, D head width,
+G groups of 32 channels of a head, K samples (levels times points).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.ms_deform_attn import quad_rows
+from kernels.ms_deform_attn.reference import SpatialShapes, cell_coordinates, split_levels
+
+MIB = 2**20
+INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """The rows of cells `start` to `stop` - 1 of a level; a map of height h has h + 1 of them."""
+
+    level: int
+    start: int
+    stop: int
+
+
+Pass = tuple[Band, ...]  # tables that are in memory together
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    spatial_shapes: SpatialShapes
+    vmem_bytes: int
+    interpret: object  # hashable: False, True or pltpu.InterpretParams
+
+
+def ms_deform_attn(
+    value: jax.Array,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: jax.Array,
+    attention_weights: jax.Array,
+    *,
+    interpret=False,
+    vmem_bytes: int | None = None,
+) -> jax.Array:
+    """As `api.ms_deform_attn`, whose checks have been passed.
+
+    Args:
+      value, spatial_shapes, sampling_locations, attention_weights: as of the api.
+      interpret: True or `pltpu.InterpretParams()` runs the kernels on any device, slowly.
+      vmem_bytes: vector memory to plan for; by default that of the chip compiled for.
+
+    Raises:
+      NotImplementedError: the device is no TPU, or a row of cells exceeds its memory.
+    """
+    if vmem_bytes is None:
+        vmem_bytes = INTERPRETED_VMEM if interpret else _vmem_of_this_chip()
+    settings = Settings(spatial_shapes, vmem_bytes, interpret)
+    points = sampling_locations.shape[4]
+    out = 0
+    for first in range(0, points, quad_rows.MAX_SAMPLES):
+        part = slice(first, first + quad_rows.MAX_SAMPLES)
+        out += _attend(
+            settings, value, sampling_locations[..., part, :], attention_weights[..., part]
+        )
+    return out.astype(value.dtype)
+
+
+def _vmem_of_this_chip() -> int:
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError as error:
+        raise NotImplementedError(
+            f"ms_deform_attn: 'pallas_tpu' runs on TPUs, and this program is for {error}"
+        ) from error
+
+
+def plan(shapes: SpatialShapes, points: int, vmem_bytes: int, copies: int) -> list[Pass]:
+    """Splits the tables into passes that fit.
+
+    Args:
+      shapes: (h, w) per level.
+      points: sampling points per level.
+      vmem_bytes: vector memory of the chip.
+      copies: how many arrays of a table's size are in memory: 1 forward, 2 backward.
+
+    Raises:
+      NotImplementedError: one row of cells is too large.
+    """
+    budget = (vmem_bytes - quad_rows.VMEM_RESERVE) // (copies * quad_rows.ROW_BYTES)
+    passes, current, used = [], [], 0
+    for level, (h, w) in enumerate(shapes):
+        rows = _padded_rows(h + 1, w)
+        fits = rows <= budget
+        full = used + rows > budget or (len(current) + 1) * points > quad_rows.MAX_SAMPLES
+        if current and (full or not fits):
+            passes.append(tuple(current))
+            current, used = [], 0
+        if fits:
+            current.append(Band(level, 0, h + 1))
+            used += rows
+            continue
+        most = max((n for n in range(1, h + 1) if _padded_rows(n, w) <= budget), default=0)
+        if not most:
+            raise NotImplementedError(
+                f"ms_deform_attn: 'pallas_tpu' needs {copies * quad_rows.ROW_BYTES * (w + 9)} "
+                f"bytes for one row of level {level} of spatial_shapes {shapes}, and "
+                f"{budget * copies * quad_rows.ROW_BYTES} of {vmem_bytes} bytes of vector memory "
+                "are free for it; use 'xla'"
+            )
+        count = -(-(h + 1) // most)
+        height = -(-(h + 1) // count)
+        passes += [
+            (Band(level, start, min(start + height, h + 1)),) for start in range(0, h + 1, height)
+        ]
+    if current:
+        passes.append(tuple(current))
+    return passes
+
+
+def _padded_rows(height: int, w: int) -> int:
+    """Table rows of `height` rows of cells, one of zeros at least, and a multiple of 8."""
+    return -(-(height * (w + 1) + 1) // quad_rows.SUBLANES) * quad_rows.SUBLANES
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings: Settings, value, locations, weights) -> jax.Array:
+    """float32 [B, Q, N * D]."""
+    batch, _, heads, width = value.shape
+    queries = locations.shape[1]
+    tile = quad_rows.tile_size(queries)
+    cells, points = _samples(settings.spatial_shapes, tile, locations, weights)
+    out = 0
+    passes = plan(settings.spatial_shapes, locations.shape[4], settings.vmem_bytes, copies=1)
+    for bands in passes:
+        tables = _tables(settings.spatial_shapes, bands, value)
+        out += _forward(
+            settings, tile, *_select(settings.spatial_shapes, bands, cells, points), tables
+        )
+    # [B * N * G, 32, Q] -> [B, Q, N * D]
+    out = out.reshape(batch, heads, -1, out.shape[-1])[:, :, :width, :queries]
+    return out.transpose(0, 3, 1, 2).reshape(batch, queries, heads * width)
+
+
+def _attend_forward(settings, value, locations, weights):
+    # The tables are 4 times the values: they are built anew rather than kept.
+    return _attend(settings, value, locations, weights), (value, locations, weights)
+
+
+def _attend_backward(settings, residuals, gradient):
+    value, locations, weights = residuals
+    batch, _, heads, width = value.shape
+    queries = locations.shape[1]
+    shapes = settings.spatial_shapes
+    tile = quad_rows.tile_size(queries)
+    cells, points = _samples(shapes, tile, locations, weights)
+
+    # [B, Q, N * D] -> [B * N * G, 32, Q], padded with zeros
+    gradient = gradient.reshape(batch, queries, heads, width).transpose(0, 2, 3, 1)
+    padding = (_padded_width(width) - width, points.shape[-1] - queries)
+    gradient = jnp.pad(gradient, ((0, 0), (0, 0), *((0, n) for n in padding)))
+    gradient = gradient.reshape(-1, quad_rows.CHANNELS, gradient.shape[-1])
+
+    value = value.astype(jnp.float32)  # so that its gradient is summed in float32
+    d_value, d_levels = 0, {}
+    for bands in plan(shapes, locations.shape[4], settings.vmem_bytes, copies=2):
+        tables, pull_back = jax.vjp(functools.partial(_tables, shapes, bands), value)
+        d_chosen, d_tables = _backward(
+            settings, tile, *_select(shapes, bands, cells, points), tables, gradient
+        )
+        d_value += pull_back(d_tables)[0]
+        d_chosen = d_chosen.reshape(points.shape[0], -1, *d_chosen.shape[1:]).sum(1)
+        d_levels[bands[0].level] = d_levels.get(bands[0].level, 0) + d_chosen
+    d_points = jnp.concatenate(list(d_levels.values()), axis=2)  # passes follow the levels
+    _, pull_back = jax.vjp(
+        lambda locations, weights: _samples(shapes, tile, locations, weights)[1], locations, weights
+    )
+    return d_value.astype(residuals[0].dtype), *pull_back(d_points)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _samples(shapes: SpatialShapes, tile: int, locations, weights) -> tuple[jax.Array, jax.Array]:
+    """The table row of every sampling point, and where in its cell the point lies.
+
+    Returns:
+      int32 [B * N, K, Q] in 0..(h+1)*(w+1)-1 whatever the locations are, and float32
+      [B * N, 3, K, Q]: fraction along x, along y, weight. Q is padded to whole tiles with points
+      of weight 0.
+    """
+    batch, queries, heads, levels, points = weights.shape
+    padding = ((0, 0),) * 4 + ((0, -queries % tile),)
+    # Queries last: they fill the lanes.
+    locations = jnp.pad(jnp.moveaxis(locations, 1, -2), (*padding, (0, 0)))
+    weights = jnp.pad(jnp.moveaxis(weights, 1, -1).astype(jnp.float32), padding)
+    rows, places = [], []
+    for level, (h, w) in enumerate(shapes):
+        cell, fraction, weight = cell_coordinates(
+            locations[:, :, level], weights[:, :, level], (h, w)
+        )
+        rows.append((cell[..., 1] + 1) * (w + 1) + cell[..., 0] + 1)
+        places.append(jnp.stack([fraction[..., 0], fraction[..., 1], weight], axis=2))
+    rows = jnp.concatenate(rows, axis=2).reshape(batch * heads, levels * points, -1)
+    places = jnp.concatenate(places, axis=3).reshape(batch * heads, 3, levels * points, -1)
+    return rows, places
+
+
+def _select(shapes: SpatialShapes, bands: Pass, cells, points) -> tuple[jax.Array, jax.Array]:
+    """The samples of a pass; those outside of a band are sent to its row of zeros."""
+    count = cells.shape[1] // len(shapes)
+    chosen = slice(bands[0].level * count, (bands[-1].level + 1) * count)
+    cells, points = cells[:, chosen], points[:, :, chosen]
+    if len(bands) == 1:
+        (band,) = bands
+        w = shapes[band.level][1]
+        size = (band.stop - band.start) * (w + 1)
+        cells -= band.start * (w + 1)
+        cells = jnp.where((cells >= 0) & (cells < size), cells, size)
+    return cells, points
+
+
+def _tables(shapes: SpatialShapes, bands: Pass, value) -> list[jax.Array]:
+    """[B, S, N, D] -> float32 [B * N * G, R, 128] per band; at least the last row is zero."""
+    batch, _, heads, width = value.shape
+    levels = split_levels(value.astype(jnp.float32), shapes)
+    tables = []
+    for band in bands:
+        h, w = shapes[band.level]
+        x = levels[band.level].transpose(0, 2, 1, 3)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, _padded_width(width) - width)))
+        x = x.reshape(batch * heads, h, w, -1, quad_rows.CHANNELS).transpose(0, 3, 1, 2, 4)
+        x = x.reshape(-1, h, w, quad_rows.CHANNELS)
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))[:, band.start : band.stop + 1]
+        height = band.stop - band.start
+        x = jnp.concatenate(
+            [x[:, dy : dy + height, dx : dx + w + 1] for dy, dx in quad_rows.CORNERS], axis=-1
+        )
+        rows = height * (w + 1)
+        x = x.reshape(-1, rows, quad_rows.LANES)
+        tables.append(jnp.pad(x, ((0, 0), (0, _padded_rows(height, w) - rows), (0, 0))))
+    return tables
+
+
+def _padded_width(width: int) -> int:
+    return -(-width // quad_rows.CHANNELS) * quad_rows.CHANNELS
+
+
+def _forward(settings: Settings, tile: int, cells, points, tables) -> jax.Array:
+    return _over_leading_axes(
+        functools.partial(
+            quad_rows.forward,
+            tile=tile,
+            vmem_bytes=settings.vmem_bytes,
+            interpret=settings.interpret,
+        )
+    )(cells, points, tables)
+
+
+def _backward(settings: Settings, tile: int, cells, points, tables, gradient):
+    return _over_leading_axes(
+        functools.partial(
+            quad_rows.backward,
+            tile=tile,
+            vmem_bytes=settings.vmem_bytes,
+            interpret=settings.interpret,
+        )
+    )(cells, points, tables, gradient)
+
+
+def _over_leading_axes(call):
+    """`call` for vmap: a mapped axis is merged with the leading axis of every array.
+
+    The kernels count their grid steps and move memory by hand, which JAX cannot batch for them.
+    """
+    mapped = custom_vmap(call)
+
+    @mapped.def_vmap
+    def rule(size, batched, *arguments):
+        def merge(x, is_batched):
+            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        out = mapped(*jax.tree.map(merge, arguments, tuple(batched)))
+        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return mapped
