@@ -1,12 +1,15 @@
-"""The one door to multi-scale deformable attention: checks, and the choice of implementation."""
+"""The one door to multi-scale deformable attention: checks, choice of implementation, sharding."""
 
 from __future__ import annotations
 
+import importlib
+import math
 import operator
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from kernels.ms_deform_attn.dense import ms_deform_attn_dense
 from kernels.ms_deform_attn.reference import SpatialShapes, ms_deform_attn_gather
@@ -17,18 +20,31 @@ from kernels.ms_deform_attn.reference import SpatialShapes, ms_deform_attn_gathe
 DENSE_MAX_ROW_BYTES = 4096
 
 
-def _xla(value, spatial_shapes, sampling_locations, attention_weights):
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
+
+# The fastest implementation by a recorded benchmark (docs/kernels.md), by platform. No kernel has
+# been timed on its device yet, so everything runs on XLA until `bench` says better.
+FASTEST_MEASURED = {"cpu": "xla"}
+
+
+def xla(value, spatial_shapes, sampling_locations, attention_weights):
+    """Plain JAX: matrix products for small maps, else gathers."""
     row_bytes = 4 * sum(h * w for h, w in spatial_shapes)
     run = ms_deform_attn_dense if row_bytes <= DENSE_MAX_ROW_BYTES else ms_deform_attn_gather
     return run(value, spatial_shapes, sampling_locations, attention_weights)
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "xla": _xla,
-    "xla_gather": ms_deform_attn_gather,
-    "xla_dense": ms_deform_attn_dense,
-}
-IMPLEMENTATIONS = tuple(_IMPLEMENTATIONS)
+def load(implementation: str) -> Callable[..., jax.Array]:
+    """The function of an implementation; a kernel's module is imported when it is first used."""
+    if implementation == "xla":
+        return xla
+    try:
+        module = importlib.import_module(f"kernels.ms_deform_attn.{implementation}")
+    except ImportError as error:
+        raise NotImplementedError(
+            f"ms_deform_attn: {implementation!r} cannot be loaded here: {error}"
+        ) from error
+    return module.ms_deform_attn
 
 
 def ms_deform_attn(
@@ -38,6 +54,7 @@ def ms_deform_attn(
     attention_weights: jax.Array,
     *,
     implementation: str | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Weighted sum of bilinear samples from several maps (Deformable DETR, arXiv 2010.04159).
 
@@ -55,25 +72,63 @@ def ms_deform_attn(
       sampling_locations: float32 [B, Q, N, L, P, 2], (x, y) over the map of its level: 0 is the
         left or upper edge, 1 the right or lower edge.
       attention_weights: float32 or bfloat16 [B, Q, N, L, P].
-      implementation: "xla_gather" (reads 4 rows per point), "xla_dense" (matrix products, for small
-        maps), "xla" (the dense one if a query's row of the matrix fits `DENSE_MAX_ROW_BYTES`, else
-        the gathering one), or None for the default of this backend, which is "xla". A named
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or None for the
+        fastest that a recorded benchmark supports on this device, else "xla". A named
         implementation is never replaced by another one.
+      mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
+        images, without communication. The compiler splits "xla" by itself, but not the kernels:
+        under a sharded `jit` they need the mesh, here or set by `jax.set_mesh`. Axes that are
+        already manual, as within a `shard_map` of the caller, are left alone.
 
     Returns:
       [B, Q, N * D] in the dtype of `value`.
 
     Raises:
-      ValueError: shapes that do not fit together, a wrong dtype or an unknown implementation.
+      ValueError: shapes that do not fit together, a wrong dtype, an unknown implementation, or a
+        batch that the mesh does not divide.
+      NotImplementedError: the named implementation does not take this case; says which limit.
     """
-    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"ms_deform_attn: unknown implementation {implementation!r}; "
             f"use one of {', '.join(IMPLEMENTATIONS)}, or None for the default"
         )
     shapes = _check(value, spatial_shapes, sampling_locations, attention_weights)
-    run = _IMPLEMENTATIONS[implementation or "xla"]
-    return run(value, shapes, sampling_locations, attention_weights)
+    if implementation is None:
+        implementation = FASTEST_MEASURED.get(jax.default_backend(), "xla")
+    run = load(implementation)
+
+    def call(value, locations, weights):
+        return run(value, shapes, locations, weights)
+
+    if mesh is not None or implementation != "xla":
+        call = _split_batch(call, mesh, value.shape[0])
+    return call(value, sampling_locations, attention_weights)
+
+
+def _split_batch(call, mesh: Mesh | None, batch: int):
+    """`call` under a shard_map over all axes of the mesh that are not manual yet."""
+    ambient = jax.sharding.get_abstract_mesh()
+    manual = set(ambient.manual_axes)
+    mesh = ambient if mesh is None else mesh
+    axes = tuple(name for name in mesh.axis_names if name not in manual)
+    count = math.prod(mesh.shape[name] for name in axes)
+    if count == 1:
+        return call
+    if batch % count:
+        raise ValueError(
+            f"ms_deform_attn: value has a batch of {batch} (axis 0), which cannot be split over "
+            f"{count} devices (mesh axes {', '.join(axes)}); make it a multiple of {count}"
+        )
+    spec = PartitionSpec(axes)
+    return jax.shard_map(
+        call,
+        mesh=None if manual else mesh,
+        in_specs=(spec, spec, spec),
+        out_specs=spec,
+        axis_names=set(axes),
+        check_vma=False,  # the kernels do not say how their results vary over the mesh
+    )
 
 
 def _check(value, spatial_shapes, sampling_locations, attention_weights) -> SpatialShapes:

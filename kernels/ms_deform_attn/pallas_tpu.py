@@ -102,37 +102,33 @@ def plan(shapes: SpatialShapes, points: int, vmem_bytes: int, copies: int) -> li
     budget = (vmem_bytes - quad_rows.VMEM_RESERVE) // (copies * quad_rows.ROW_BYTES)
     passes, current, used = [], [], 0
     for level, (h, w) in enumerate(shapes):
-        rows = _padded_rows(h + 1, w)
-        fits = rows <= budget
-        full = used + rows > budget or (len(current) + 1) * points > quad_rows.MAX_SAMPLES
+        most = (budget // quad_rows.SUBLANES * quad_rows.SUBLANES - 1) // (w + 1)  # rows of cells
+        if most < 1:
+            raise NotImplementedError(
+                f"ms_deform_attn: 'pallas_tpu' needs {copies * quad_rows.ROW_BYTES * (w + 9)} "
+                f"bytes for one row of level {level} of spatial_shapes {shapes}, and "
+                f"{max(budget, 0) * copies * quad_rows.ROW_BYTES} of {vmem_bytes} bytes of vector "
+                "memory are free for it; use 'xla'"
+            )
+        whole = Band(level, 0, h + 1)
+        rows = _rows(shapes, whole)
+        fits = h + 1 <= most
+        full = _padded(used + rows) > budget or (len(current) + 1) * points > quad_rows.MAX_SAMPLES
         if current and (full or not fits):
             passes.append(tuple(current))
             current, used = [], 0
         if fits:
-            current.append(Band(level, 0, h + 1))
+            current.append(whole)
             used += rows
-            continue
-        most = max((n for n in range(1, h + 1) if _padded_rows(n, w) <= budget), default=0)
-        if not most:
-            raise NotImplementedError(
-                f"ms_deform_attn: 'pallas_tpu' needs {copies * quad_rows.ROW_BYTES * (w + 9)} "
-                f"bytes for one row of level {level} of spatial_shapes {shapes}, and "
-                f"{budget * copies * quad_rows.ROW_BYTES} of {vmem_bytes} bytes of vector memory "
-                "are free for it; use 'xla'"
-            )
-        count = -(-(h + 1) // most)
-        height = -(-(h + 1) // count)
-        passes += [
-            (Band(level, start, min(start + height, h + 1)),) for start in range(0, h + 1, height)
-        ]
+        else:
+            height = -(-(h + 1) // -(-(h + 1) // most))  # bands of about the same height
+            passes += [
+                (Band(level, start, min(start + height, h + 1)),)
+                for start in range(0, h + 1, height)
+            ]
     if current:
         passes.append(tuple(current))
     return passes
-
-
-def _padded_rows(height: int, w: int) -> int:
-    """Table rows of `height` rows of cells, one of zeros at least, and a multiple of 8."""
-    return -(-(height * (w + 1) + 1) // quad_rows.SUBLANES) * quad_rows.SUBLANES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -140,14 +136,17 @@ def _attend(settings: Settings, value, locations, weights) -> jax.Array:
     """float32 [B, Q, N * D]."""
     batch, _, heads, width = value.shape
     queries = locations.shape[1]
-    tile = quad_rows.tile_size(queries)
+    tile = _tile(locations)
     cells, points = _samples(settings.spatial_shapes, tile, locations, weights)
     out = 0
     passes = plan(settings.spatial_shapes, locations.shape[4], settings.vmem_bytes, copies=1)
     for bands in passes:
-        tables = _tables(settings.spatial_shapes, bands, value)
         out += _forward(
-            settings, tile, *_select(settings.spatial_shapes, bands, cells, points), tables
+            settings,
+            tile,
+            len(bands),
+            *_select(settings.spatial_shapes, bands, cells, points),
+            _table(settings.spatial_shapes, bands, value),
         )
     # [B * N * G, 32, Q] -> [B, Q, N * D]
     out = out.reshape(batch, heads, -1, out.shape[-1])[:, :, :width, :queries]
@@ -164,7 +163,7 @@ def _attend_backward(settings, residuals, gradient):
     batch, _, heads, width = value.shape
     queries = locations.shape[1]
     shapes = settings.spatial_shapes
-    tile = quad_rows.tile_size(queries)
+    tile = _tile(locations)
     cells, points = _samples(shapes, tile, locations, weights)
 
     # [B, Q, N * D] -> [B * N * G, 32, Q], padded with zeros
@@ -176,11 +175,11 @@ def _attend_backward(settings, residuals, gradient):
     value = value.astype(jnp.float32)  # so that its gradient is summed in float32
     d_value, d_levels = 0, {}
     for bands in plan(shapes, locations.shape[4], settings.vmem_bytes, copies=2):
-        tables, pull_back = jax.vjp(functools.partial(_tables, shapes, bands), value)
-        d_chosen, d_tables = _backward(
-            settings, tile, *_select(shapes, bands, cells, points), tables, gradient
+        table, pull_back = jax.vjp(functools.partial(_table, shapes, bands), value)
+        d_chosen, d_table = _backward(
+            settings, tile, len(bands), *_select(shapes, bands, cells, points), table, gradient
         )
-        d_value += pull_back(d_tables)[0]
+        d_value += pull_back(d_table)[0]
         d_chosen = d_chosen.reshape(points.shape[0], -1, *d_chosen.shape[1:]).sum(1)
         d_levels[bands[0].level] = d_levels.get(bands[0].level, 0) + d_chosen
     d_points = jnp.concatenate(list(d_levels.values()), axis=2)  # passes follow the levels
@@ -219,21 +218,24 @@ def _samples(shapes: SpatialShapes, tile: int, locations, weights) -> tuple[jax.
 
 
 def _select(shapes: SpatialShapes, bands: Pass, cells, points) -> tuple[jax.Array, jax.Array]:
-    """The samples of a pass; those outside of a band are sent to its row of zeros."""
+    """The samples of a pass, with rows of its table; those outside of a band get a row of zeros."""
     count = cells.shape[1] // len(shapes)
-    chosen = slice(bands[0].level * count, (bands[-1].level + 1) * count)
-    cells, points = cells[:, chosen], points[:, :, chosen]
-    if len(bands) == 1:
-        (band,) = bands
+    chosen = []
+    first = 0
+    for band in bands:
         w = shapes[band.level][1]
-        size = (band.stop - band.start) * (w + 1)
-        cells -= band.start * (w + 1)
-        cells = jnp.where((cells >= 0) & (cells < size), cells, size)
-    return cells, points
+        rows = cells[:, band.level * count : (band.level + 1) * count] - band.start * (w + 1)
+        size = _rows(shapes, band)
+        if size < (shapes[band.level][0] + 1) * (w + 1):  # then the band is the whole pass
+            rows = jnp.where((rows >= 0) & (rows < size), rows, size)
+        chosen.append(rows + first)
+        first += size
+    levels = slice(bands[0].level * count, (bands[-1].level + 1) * count)
+    return jnp.concatenate(chosen, axis=1), points[:, :, levels]
 
 
-def _tables(shapes: SpatialShapes, bands: Pass, value) -> list[jax.Array]:
-    """[B, S, N, D] -> float32 [B * N * G, R, 128] per band; at least the last row is zero."""
+def _table(shapes: SpatialShapes, bands: Pass, value) -> jax.Array:
+    """[B, S, N, D] -> float32 [B * N * G, R, 128]; at least the last row is zero."""
     batch, _, heads, width = value.shape
     levels = split_levels(value.astype(jnp.float32), shapes)
     tables = []
@@ -248,36 +250,53 @@ def _tables(shapes: SpatialShapes, bands: Pass, value) -> list[jax.Array]:
         x = jnp.concatenate(
             [x[:, dy : dy + height, dx : dx + w + 1] for dy, dx in quad_rows.CORNERS], axis=-1
         )
-        rows = height * (w + 1)
-        x = x.reshape(-1, rows, quad_rows.LANES)
-        tables.append(jnp.pad(x, ((0, 0), (0, _padded_rows(height, w) - rows), (0, 0))))
-    return tables
+        tables.append(x.reshape(x.shape[0], -1, quad_rows.LANES))
+    table = jnp.concatenate(tables, axis=1)
+    rows = table.shape[1]
+    return jnp.pad(table, ((0, 0), (0, _padded(rows) - rows), (0, 0)))
+
+
+def _rows(shapes: SpatialShapes, band: Band) -> int:
+    return (band.stop - band.start) * (shapes[band.level][1] + 1)
+
+
+def _padded(rows: int) -> int:
+    """Rows of a table: one of zeros at least, and a multiple of 8."""
+    return (rows // quad_rows.SUBLANES + 1) * quad_rows.SUBLANES
+
+
+def _tile(locations) -> int:
+    """One tile for both directions and all passes, so that their padding is the same."""
+    _, queries, _, levels, points, _ = locations.shape
+    return quad_rows.tile_size(queries, min(levels * points, quad_rows.MAX_SAMPLES))
 
 
 def _padded_width(width: int) -> int:
     return -(-width // quad_rows.CHANNELS) * quad_rows.CHANNELS
 
 
-def _forward(settings: Settings, tile: int, cells, points, tables) -> jax.Array:
+def _forward(settings: Settings, tile: int, levels: int, cells, points, table) -> jax.Array:
     return _over_leading_axes(
         functools.partial(
             quad_rows.forward,
+            levels=levels,
             tile=tile,
             vmem_bytes=settings.vmem_bytes,
             interpret=settings.interpret,
         )
-    )(cells, points, tables)
+    )(cells, points, table)
 
 
-def _backward(settings: Settings, tile: int, cells, points, tables, gradient):
+def _backward(settings: Settings, tile: int, levels: int, cells, points, table, gradient):
     return _over_leading_axes(
         functools.partial(
             quad_rows.backward,
+            levels=levels,
             tile=tile,
             vmem_bytes=settings.vmem_bytes,
             interpret=settings.interpret,
         )
-    )(cells, points, tables, gradient)
+    )(cells, points, table, gradient)
 
 
 def _over_leading_axes(call):

@@ -23,7 +23,7 @@ a query, Q queries (padded to whole tiles), R rows of a table.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,26 +36,31 @@ LANES = 4 * CHANNELS
 SUBLANES = 8  # queries of a block: the rows of a vector register
 MAX_SAMPLES = CHANNELS  # a query's weights take one lane per sample and corner
 ROW_BYTES = 4 * LANES
-TILE_STEP = 128
-MAX_TILE = 1024  # queries; a block's index within a tile takes one of 128 lanes
+MAX_TILE = 512  # queries of a grid step
+MAX_TILE_SAMPLES = 12 * MAX_TILE  # bounds the scratch of the backward kernel
 GROUP = 4  # points of one level whose rows are read before any is written
-VMEM_RESERVE = 5 * 2**20  # blocks, scratch and the compiler's own, beside the tables
+# Per loop body of the backward kernel, so that the ends of a body's schedule weigh little.
+UPDATED_BLOCKS = 8  # divides 128 / 8
+DENSE_PARTS = 4  # of 128 queries
+VMEM_RESERVE = 10 * 2**20  # blocks, scratch and the compiler's own, beside the tables
 
 # Corner c of a row is pixel (y + CORNERS[c][0], x + CORNERS[c][1]) of cell (y, x).
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
-def tile_size(queries: int) -> int:
+def tile_size(queries: int, samples: int) -> int:
     """Queries of one grid step: the tile that pads least, of those the largest."""
-    sizes = range(TILE_STEP, MAX_TILE + 1, TILE_STEP)
+    most = max(LANES, min(MAX_TILE, MAX_TILE_SAMPLES // samples))
+    sizes = range(LANES, most + 1, LANES)
     return min(sizes, key=lambda size: (-(-queries // size) * size, -size))
 
 
 def forward(
     cells: jax.Array,
     points: jax.Array,
-    tables: Sequence[jax.Array],
+    table: jax.Array,
     *,
+    levels: int,
     tile: int,
     vmem_bytes: int,
     interpret,
@@ -63,9 +68,10 @@ def forward(
     """Weighted sums of table rows.
 
     Args:
-      cells: int32 [A, K, Q], the row in its level's table, level by level.
+      cells: int32 [A, K, Q], rows of the table, level by level.
       points: float32 [A, 3, K, Q]: fraction along x, fraction along y, attention weight.
-      tables: float32 [A * G, R, 128] per level; each level has K / levels points.
+      table: float32 [A * G, R, 128]; R is a multiple of 8.
+      levels: samples of different levels never have the same row.
       tile: queries of a grid step; divides Q.
       vmem_bytes: what the kernel may take.
       interpret: as of `pl.pallas_call`.
@@ -74,21 +80,19 @@ def forward(
       float32 [A * G, 32, Q].
     """
     batch, samples, queries = cells.shape
-    groups = tables[0].shape[0] // batch
-    table_bytes = sum(table.shape[1] for table in tables) * ROW_BYTES
-    once = 2 * table_bytes > vmem_bytes - VMEM_RESERVE  # else the next head is fetched meanwhile
+    groups = table.shape[0] // batch
+    # With room for two tables the next head's is fetched while this one's is in use.
+    once = 2 * table.shape[1] * ROW_BYTES > vmem_bytes - VMEM_RESERVE
     mode = {"pipeline_mode": pl.Buffered(1)} if once else {}
     rows = pltpu.VMEM((samples * _block(samples), LANES), jnp.float32)
     return pl.pallas_call(
-        functools.partial(
-            _forward_kernel, levels=len(tables), groups=groups, unroll=not interpret
-        ),
+        functools.partial(_forward_kernel, groups=groups, unroll=not interpret),
         name="ms_deform_attn_forward",
         grid=(batch * groups, queries // tile),
         in_specs=[
             pl.BlockSpec(memory_space=pl.ANY),
             _points_spec(samples, tile, groups),
-            *(pl.BlockSpec((None, *t.shape[1:]), lambda n, t: (n, 0, 0), **mode) for t in tables),
+            pl.BlockSpec((None, *table.shape[1:]), lambda n, t: (n, 0, 0), **mode),
         ],
         out_specs=pl.BlockSpec((None, CHANNELS, tile), lambda n, t: (n, 0, t)),
         out_shape=jax.ShapeDtypeStruct((batch * groups, CHANNELS, queries), jnp.float32),
@@ -101,38 +105,35 @@ def forward(
         ],
         compiler_params=_compiler_params(vmem_bytes, interpret),
         interpret=interpret,
-    )(_scalar_order(cells, tile), points, *tables)
+    )(_scalar_order(cells, tile), points, table)
 
 
 def backward(
     cells: jax.Array,
     points: jax.Array,
-    tables: Sequence[jax.Array],
+    table: jax.Array,
     gradient: jax.Array,
     *,
+    levels: int,
     tile: int,
     vmem_bytes: int,
     interpret,
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Gradients of `forward` in points and tables.
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of `forward` in points and table.
 
     Args:
-      cells, points, tables, tile, vmem_bytes, interpret: as of `forward`.
+      cells, points, table, levels, tile, vmem_bytes, interpret: as of `forward`.
       gradient: float32 [A * G, 32, Q], of the output.
 
     Returns:
-      float32 [A * G, 3, K, Q] for each channel group by itself, and float32 [A * G, R, 128] per
-      table.
+      float32 [A * G, 3, K, Q] for each channel group by itself, and float32 [A * G, R, 128].
     """
     batch, samples, queries = cells.shape
-    groups = tables[0].shape[0] // batch
-    per_query = pltpu.VMEM((tile, LANES), jnp.float32)
-    rows = pltpu.VMEM((samples * _block(samples), LANES), jnp.float32)
+    groups = table.shape[0] // batch
+    rows = pltpu.VMEM((samples * tile, LANES), jnp.float32)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    d_points, *d_tables = pl.pallas_call(
-        functools.partial(
-            _backward_kernel, levels=len(tables), groups=groups, unroll=not interpret
-        ),
+    return pl.pallas_call(
+        functools.partial(_backward_kernel, levels=levels, groups=groups, unroll=not interpret),
         name="ms_deform_attn_backward",
         grid=(batch * groups, queries // tile),
         in_specs=[
@@ -140,24 +141,25 @@ def backward(
             pl.BlockSpec((None, samples, tile), lambda n, t: (n // groups, 0, t)),
             _points_spec(samples, tile, groups),
             pl.BlockSpec((None, CHANNELS, tile), lambda n, t: (n, 0, t)),
-            *(anywhere for _ in tables),
+            anywhere,
         ],
-        out_specs=[_points_spec(samples, tile, 1), *(anywhere for _ in tables)],
+        out_specs=[_points_spec(samples, tile, 1), anywhere],
         out_shape=[
             jax.ShapeDtypeStruct((batch * groups, 3, samples, queries), jnp.float32),
-            *(jax.ShapeDtypeStruct(table.shape, jnp.float32) for table in tables),
+            jax.ShapeDtypeStruct(table.shape, jnp.float32),
         ],
         scratch_shapes=[
             *_index_scratch(samples),
-            *(per_query, per_query, per_query),
-            *(rows, rows, rows, rows),
-            pltpu.SemaphoreType.DMA((len(tables),)),
-            *(pltpu.VMEM((2 * table.shape[1], LANES), jnp.float32) for table in tables),
+            pltpu.VMEM((len(CORNERS), samples, tile), jnp.float32),
+            pltpu.VMEM((len(CORNERS), samples, tile), jnp.float32),
+            rows,
+            rows,
+            pltpu.SemaphoreType.DMA,
+            pltpu.VMEM((2 * table.shape[1], LANES), jnp.float32),
         ],
         compiler_params=_compiler_params(vmem_bytes, interpret),
         interpret=interpret,
-    )(_scalar_order(cells, tile), cells, points, gradient, *tables)
-    return d_points, d_tables
+    )(_scalar_order(2 * cells, tile), cells, points, gradient, table)
 
 
 def _block(samples: int) -> int:
@@ -197,14 +199,19 @@ def _scalar_order(cells: jax.Array, tile: int) -> jax.Array:
 
 
 def _forward_kernel(
-    index_hbm, points_ref, *refs, levels: int, groups: int, unroll: bool
+    index_hbm,
+    points_ref,
+    table,
+    out_ref,
+    indices,
+    arrived,
+    weights_ref,
+    sums_ref,
+    *buffers,
+    groups: int,
+    unroll: bool,
 ):
-    tables, (out_ref, indices, arrived, weights_ref, sums_ref, *buffers) = (
-        refs[:levels],
-        refs[levels:],
-    )
     _, samples, tile = points_ref.shape
-    points = samples // levels
     block = _block(samples)
     stride = tile // SUBLANES
     await_indices, slot = _fetch_indices(index_hbm, indices, arrived, groups)
@@ -216,9 +223,9 @@ def _forward_kernel(
             j, u = i * (block // SUBLANES) + q // SUBLANES, q % SUBLANES
             for k in range(samples):
                 row = indices.at[k * SUBLANES + u][slot, j]
-                rows_ref[pl.ds(k * block + q, 1), :] = tables[k // points][pl.ds(row, 1), :]
+                rows_ref[pl.ds(k * block + q, 1), :] = table[pl.ds(row, 1), :]
 
-        _for_each(block, load, unroll)
+        _loop(block, load, block if unroll else 1)
 
     def add_rows(i, rows_ref):
         for v in range(block // SUBLANES):
@@ -250,94 +257,89 @@ def _backward_kernel(
     cells_ref,
     points_ref,
     gradient_ref,
-    *refs,
+    table,
+    d_points_ref,
+    d_table,
+    indices,
+    arrived,
+    weights_ref,
+    products_ref,
+    added_ref,
+    loaded_ref,
+    moved,
+    pair,
+    *,
     levels: int,
     groups: int,
     unroll: bool,
 ):
-    tables, d_points_ref, d_tables = refs[:levels], refs[levels], refs[levels + 1 : 2 * levels + 1]
-    indices, arrived, weights_ref, gradients_ref, products_ref, *refs = refs[2 * levels + 1 :]
-    added, loaded, moved, pairs = refs[:2], refs[2:4], refs[4], refs[5:]
     _, samples, tile = points_ref.shape
     points = samples // levels
-    block = _block(samples)
-    stride = tile // SUBLANES
+    blocks = tile // SUBLANES
+    # Row 2 r of `pair` is row r of the table, row 2 r + 1 its gradient.
     head, t = pl.program_id(0), pl.program_id(1)
     await_indices, slot = _fetch_indices(index_hbm, indices, arrived, groups)
 
     @pl.when(t == 0)
     def _():
-        copies = [
-            pltpu.make_async_copy(
-                table.at[head], pair.at[pl.ds(0, pair.shape[0] // 2)], moved.at[level]
-            )
-            for level, (table, pair) in enumerate(zip(tables, pairs, strict=True))
-        ]
-        for copy in copies:
-            copy.start()
-        for pair in pairs:
-            _fill_with_zeros(pair, pair.shape[0] // 2)
-        for copy in copies:
-            copy.wait()
+        _fill_with_zeros(pair)
+        _copy_every_other(table.at[head], pair, 0, True, moved, unroll)
 
     fraction_x, fraction_y, weight = points_ref[0], points_ref[1], points_ref[2]
     corner_weights = _corner_weights(fraction_x, fraction_y, weight)
-    merged = _merged_weights(cells_ref[...], corner_weights, points)
-    weights_ref[...] = _to_lanes(merged).T
-    gradients_ref[...] = jnp.concatenate([gradient_ref[...]] * len(CORNERS), axis=0).T
+    for c, merged in enumerate(_merged_weights(cells_ref[...], corner_weights, points)):
+        weights_ref[c] = merged
     await_indices()
 
-    def make_additions(i, added_ref):
-        """What each sample adds to its row of the table's gradient."""
-        for v in range(block // SUBLANES):
-            queries = pl.ds(i * (block // SUBLANES) + v, SUBLANES, stride)
-            weights, gradients = weights_ref[queries, :], gradients_ref[queries, :]
-            for k in range(samples):
-                added_ref[pl.ds(k * block + v * SUBLANES, SUBLANES), :] = (
-                    gradients * _broadcast_sample(weights, k)
+    def make_additions(i):
+        """What each sample adds to its row of the gradient: weights times output gradients."""
+        queries = pl.ds(_aligned(i * LANES), LANES)
+        gradient = gradient_ref[:, queries]
+        for k in range(samples):
+            products = [gradient * weights_ref[c, k : k + 1, queries] for c in range(len(CORNERS))]
+            rows = pl.ds(_aligned(k * tile + i * LANES), LANES)
+            added_ref[rows, :] = jnp.concatenate(products, axis=0).T
+
+    def update_rows(i):
+        def update(n):
+            j, u = i * UPDATED_BLOCKS + n // SUBLANES, n % SUBLANES
+            query = u * blocks + j
+            for first in range(0, points, GROUP):
+                # Levels have different rows.
+                group = [
+                    level * points + p
+                    for p in range(first, min(first + GROUP, points))
+                    for level in range(levels)
+                ]
+                rows = [indices.at[k * SUBLANES + u][slot, j] for k in group]
+                sums = []
+                for k, row in zip(group, rows, strict=True):
+                    both = pair[pl.ds(row, 2), :]
+                    loaded_ref[pl.ds(k * tile + query, 1), :] = both[:1]
+                    sums.append(both[1:])
+                for k, row, total in zip(group, rows, sums, strict=True):
+                    pair[pl.ds(row + 1, 1), :] = total + added_ref[pl.ds(k * tile + query, 1), :]
+
+        count = UPDATED_BLOCKS * SUBLANES
+        _loop(count, update, count if unroll else 1)
+
+    def multiply(i):
+        """Inner products of rows and output gradients: the gradient of the corner weights."""
+        queries = pl.ds(_aligned(i * LANES), LANES)
+        gradient = gradient_ref[:, queries]
+        for k in range(samples):
+            rows = loaded_ref[pl.ds(_aligned(k * tile + i * LANES), LANES), :]
+            for c, corner in enumerate(_from_lanes(rows.T)):
+                products_ref[c, k : k + 1, queries] = jnp.sum(
+                    corner * gradient, axis=0, keepdims=True
                 )
 
-    def update_rows(i, added_ref, loaded_ref):
-        def update(q):
-            j, u = i * (block // SUBLANES) + q // SUBLANES, q % SUBLANES
-            for first in range(0, points, GROUP):
-                for level, pair in enumerate(pairs):
-                    last = min(first + GROUP, points)
-                    ks = range(level * points + first, level * points + last)
-                    rows = [indices.at[k * SUBLANES + u][slot, j] for k in ks]
-                    _update_group(pair, rows, [k * block + q for k in ks], added_ref, loaded_ref)
+    parts = tile // LANES
+    _loop(parts, make_additions, math.gcd(parts, DENSE_PARTS) if unroll else 1)
+    _loop(blocks // UPDATED_BLOCKS, update_rows, 1)
+    _loop(parts, multiply, math.gcd(parts, DENSE_PARTS) if unroll else 1)
 
-        _for_each(block, update, unroll)
-
-    def multiply(i, loaded_ref):
-        """The inner products of rows and output gradients: the gradient of the corner weights."""
-        for v in range(block // SUBLANES):
-            queries = pl.ds(i * (block // SUBLANES) + v, SUBLANES, stride)
-            gradients = gradients_ref[queries, :]
-            products_ref[queries, :] = _sum_channels(
-                [
-                    gradients * loaded_ref[pl.ds(k * block + v * SUBLANES, SUBLANES), :]
-                    for k in range(samples)
-                ]
-            )
-
-    blocks = tile // block
-    make_additions(0, added[0])
-
-    def body(i, carry):
-        make_additions(2 * i + 1, added[1])
-        update_rows(2 * i, added[0], loaded[0])
-        # Nothing yet the first time: what this writes is overwritten at the end of the body.
-        multiply(jnp.maximum(2 * i - 1, 0), loaded[1])
-        make_additions(jnp.minimum(2 * i + 2, blocks - 1), added[0])
-        update_rows(2 * i + 1, added[1], loaded[1])
-        multiply(2 * i, loaded[0])
-        return carry
-
-    lax.fori_loop(0, blocks // 2, body, 0)
-    multiply(blocks - 1, loaded[1])
-
-    products = [p[:samples] for p in _from_lanes(products_ref[...].T)]
+    products = [products_ref[c] for c in range(len(CORNERS))]
     d_points_ref[0] = weight * (
         (1 - fraction_y) * (products[1] - products[0]) + fraction_y * (products[3] - products[2])
     )
@@ -349,40 +351,50 @@ def _backward_kernel(
 
     @pl.when(t == pl.num_programs(1) - 1)
     def _():
-        copies = [
-            pltpu.make_async_copy(
-                pair.at[pl.ds(pair.shape[0] // 2, pair.shape[0] // 2)],
-                d_table.at[head],
-                moved.at[level],
-            )
-            for level, (d_table, pair) in enumerate(zip(d_tables, pairs, strict=True))
-        ]
-        for copy in copies:
-            copy.start()
-        for copy in copies:
-            copy.wait()
+        _copy_every_other(d_table.at[head], pair, 1, False, moved, unroll)
 
 
-def _for_each(count: int, body, unroll: bool):
-    """body(0), body(1)...; as a loop when interpreted, where unrolled code only compiles longer."""
-    if unroll:
+def _copy_every_other(rows, pair, first: int, into_pair: bool, done, at_once: bool):
+    """Copies the array `rows` to or from the rows first, first + 2, first + 4... of `pair`.
+
+    The interpreters know no copies of a part of a reshaped array: for them it is row by row.
+    """
+
+    def copy(rows, part):
+        copy = pltpu.make_async_copy(*((rows, part) if into_pair else (part, rows)), done)
+        copy.start()
+        copy.wait()
+
+    if at_once:
+        copy(rows, pair.reshape(rows.shape[0], 2, LANES).at[:, first])
+    else:
+
+        def copy_row(i):
+            copy(rows.at[pl.ds(i, 1)], pair.at[pl.ds(2 * i + first, 1)])
+
+        _loop(rows.shape[0], copy_row, 1)
+
+
+def _loop(count: int, body, unroll: int):
+    """body(0), body(1)... in a loop of `unroll` calls, which divides count.
+
+    With unroll = count there is no loop, and body gets Python numbers.
+    """
+    if unroll == count > 1:
         for i in range(count):
             body(i)
     else:
-        lax.fori_loop(0, count, lambda i, _: body(i), None)
+
+        def bodies(i, _):
+            for j in range(unroll):
+                body(i * unroll + j)
+
+        lax.fori_loop(0, count // unroll, bodies, None)
 
 
-def _update_group(pair, rows, samples, added_ref, loaded_ref):
-    """Reads the table's rows, and adds to the same rows of the gradient below it.
-
-    All are read before one is written, so of equal rows only the last one's sum remains.
-    """
-    below = pair.shape[0] // 2
-    sums = [pair[pl.ds(row + below, 1), :] for row in rows]
-    for row, sample in zip(rows, samples, strict=True):
-        loaded_ref[pl.ds(sample, 1), :] = pair[pl.ds(row, 1), :]
-    for row, sample, total in zip(rows, samples, sums, strict=True):
-        pair[pl.ds(row + below, 1), :] = total + added_ref[pl.ds(sample, 1), :]
+def _aligned(row):
+    """A row that is a multiple of 128."""
+    return row if isinstance(row, int) else pl.multiple_of(row, LANES)
 
 
 def _fetch_indices(index_hbm, indices, arrived, groups: int):
@@ -407,20 +419,18 @@ def _fetch_indices(index_hbm, indices, arrived, groups: int):
     return copy(t, slot).wait, slot
 
 
-def _fill_with_zeros(ref, start: int):
-    """Zeroes the rows from `start` (a multiple of 8) to the end."""
+def _fill_with_zeros(ref):
+    """Zeroes an array of rows; their number is a multiple of 8."""
     step = 8 * SUBLANES
-    whole, rest = divmod(ref.shape[0] - start, step)
+    whole, rest = divmod(ref.shape[0], step)
 
-    def fill(i, carry):
-        first = pl.multiple_of(start + i * step, SUBLANES)
-        ref[pl.ds(first, step), :] = jnp.zeros((step, LANES), jnp.float32)
-        return carry
+    def fill(i):
+        ref[pl.ds(pl.multiple_of(i * step, step), step), :] = jnp.zeros((step, LANES), ref.dtype)
 
     if whole:
-        lax.fori_loop(0, whole, fill, 0)
+        _loop(whole, fill, 1)
     if rest:
-        ref[pl.ds(start + whole * step, rest), :] = jnp.zeros((rest, LANES), jnp.float32)
+        ref[pl.ds(whole * step, rest), :] = jnp.zeros((rest, LANES), ref.dtype)
 
 
 def _corner_weights(fraction_x, fraction_y, weight):
@@ -436,9 +446,8 @@ def _merged_weights(cells, corner_weights, points: int):
 
     Only the last write to a row remains of a group, and by this it holds the whole sum.
     """
-    samples = cells.shape[0]
     merged = [[] for _ in CORNERS]
-    for k in range(samples):
+    for k in range(cells.shape[0]):
         first = k - (k % points) % GROUP
         same = [cells[j : j + 1] == cells[k : k + 1] for j in range(first, k)]
         for out, weights in zip(merged, corner_weights, strict=True):
@@ -464,30 +473,8 @@ def _from_lanes(x):
 
 
 def _broadcast_sample(weights, k: int):
-    """[8, 128] weights at lanes 32 * corner + sample -> that of sample k on all lanes of a corner."""
+    """[8, 128], a sample's weight at lane 32 * corner + sample -> that of k on each corner."""
     lane = lax.broadcasted_iota(jnp.int32, weights.shape, 1)
     return jnp.take_along_axis(
         weights, (lane & ~(CHANNELS - 1)) + k, axis=1, mode="promise_in_bounds"
     )
-
-
-def _sum_channels(products):
-    """Sums each array over the 32 lanes of a corner: K of [8, 128] -> [8, 128], sample k at lane k.
-
-    Pairs of arrays are folded into one, 5 times: 2 (K - 1) lane rotations and exact in float32.
-    """
-    lane = lax.broadcasted_iota(jnp.int32, products[0].shape, 1)
-    step = 1
-    while step < CHANNELS:
-        folded = []
-        for i in range(0, len(products), 2):
-            even = products[i]
-            even += pltpu.roll(even, LANES - step, 1)
-            if i + 1 < len(products):
-                odd = products[i + 1]
-                odd += pltpu.roll(odd, step, 1)
-                even = jnp.where((lane & step) == 0, even, odd)
-            folded.append(even)
-        products, step = folded, 2 * step
-    (result,) = products
-    return result
