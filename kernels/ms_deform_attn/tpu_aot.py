@@ -5,11 +5,7 @@ for one. With its dump flags it also writes the final schedule of every kernel: 
 one issued per cycle. Bundles times the trip counts of the loops around them are the kernel's issue
 cycles. Waiting for memory copies is not in them, nor what a real memory system adds.
 
-The settings must be in the environment before JAX starts: run this as a program of its own.
-
-    python -m kernels.ms_deform_attn.tpu_aot '{"target": "v5e", "images": [[512, 512]]}'
-
-prints one JSON object per image size, and one with "missing" where libtpu is not installed.
+The flags must be in the environment before JAX starts, so `run` does this in a program of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
+# What `bench --target=... --record` measured; a test holds the kernels to it.
+RECORDED = pathlib.Path(__file__).with_name("tpu_cycles.json")
 MISSING = 'libtpu is not installed (pip install "jax[tpu]")'
 
 
@@ -77,7 +75,7 @@ def run(target: str, images: Sequence[tuple[int, int]]) -> Iterator[dict]:
       images: (height, width), as in `shapes.PUBLISHED`.
 
     Yields:
-      Per image {"image", "forward", "backward", "temporary_bytes", ...}, as of `report`.
+      What `report` returns, per image.
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
@@ -104,9 +102,10 @@ def report(target: str, image: tuple[int, int], dump: pathlib.Path) -> dict:
     """What the compiler says of one image, 8 heads of 32 channels, float32.
 
     Returns:
-      {"target", "image", "forward", "backward", "temporary_bytes", "compile_seconds"}: the
-      kernels as {"cycles", "seconds", "compile_seconds"} and the temporary memory of the whole
-      operation with its gradients.
+      {"target", "image", "forward", "backward", "temporary_bytes", "compile_seconds"}: per
+      direction {"kernels", "cycles", "milliseconds"}, how many kernels there are (one per pass
+      over the tables) and their issue cycles on each core; and the temporary memory and the time
+      to compile of the whole operation with its gradients.
     """
     import jax
     import jax.numpy as jnp

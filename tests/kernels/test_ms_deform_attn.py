@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import synthetic
 from kernels.ms_deform_attn import IMPLEMENTATIONS, api, ms_deform_attn
+from kernels.ms_deform_attn.dense import ms_deform_attn_dense
+from kernels.ms_deform_attn.reference import ms_deform_attn_gather
 from kernels.ms_deform_attn.shapes import PUBLISHED, SMALL_DEFAULT, CallShape
 
 # Most of the time of these tests is the compiler's, and its care is wasted on maps of 4 x 5.
@@ -234,20 +237,35 @@ class MsDeformAttnTests:
             assert collective not in text, f"{collective} in the sharded program"
 
 
-class TestGather(MsDeformAttnTests):
-    implementation = "xla_gather"
+class XlaTests(MsDeformAttnTests):
+    """One of the two functions between which "xla" chooses by size."""
+
+    function: object
+
+    @pytest.fixture(autouse=True)
+    def _function(self, monkeypatch):
+        # `run` is cached by the name of the implementation, and each class has its own.
+        monkeypatch.setattr(
+            sys.modules[__name__],
+            "ms_deform_attn",
+            lambda *arguments, implementation: self.function(*arguments),
+        )
 
 
-class TestDense(MsDeformAttnTests):
-    implementation = "xla_dense"
+class TestGather(XlaTests):
+    implementation = "xla, gather"
+    function = staticmethod(ms_deform_attn_gather)
+
+
+class TestDense(XlaTests):
+    implementation = "xla, dense"
+    function = staticmethod(ms_deform_attn_dense)
 
     def test_no_rows_are_gathered_or_scattered(self):
         value, locations, weights = make_inputs(self.SHAPES)
 
         def total(value):
-            return ms_deform_attn(
-                value, self.SHAPES, locations, weights, implementation=self.implementation
-            ).sum()
+            return ms_deform_attn_dense(value, self.SHAPES, locations, weights).sum()
 
         text = str(jax.make_jaxpr(jax.grad(total))(value))
         assert "gather" not in text and "scatter" not in text
@@ -283,13 +301,11 @@ class TestChoice:
             assert self.chosen(monkeypatch, shape, implementation) == ["gather"], shape.name
 
     @pytest.mark.parametrize("shape", [SMALL_DEFAULT, *PUBLISHED], ids=lambda s: s.name)
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-    def test_real_shapes_trace(self, shape, implementation):
+    @pytest.mark.parametrize("function", [ms_deform_attn_gather, ms_deform_attn_dense])
+    def test_real_shapes_trace(self, shape, function):
         sizes = shape.shapes(batch=2)
         out = jax.eval_shape(
-            lambda v, s, a: ms_deform_attn(
-                v, shape.spatial_shapes, s, a, implementation=implementation
-            ),
+            lambda v, s, a: function(v, shape.spatial_shapes, s, a),
             jax.ShapeDtypeStruct(sizes["value"], jnp.bfloat16),
             jax.ShapeDtypeStruct(sizes["sampling_locations"], jnp.float32),
             jax.ShapeDtypeStruct(sizes["attention_weights"], jnp.float32),
@@ -315,8 +331,14 @@ class TestChoice:
 
     def test_unknown_implementation(self, arguments):
         value, locations, weights = arguments
-        with pytest.raises(ValueError, match=r"'cuda'.*xla_gather.*xla_dense"):
+        with pytest.raises(ValueError, match=r"'cuda'.*xla, pallas_tpu, pallas_gpu"):
             ms_deform_attn(value, ((2, 3), (4, 5)), locations, weights, implementation="cuda")
+
+    @pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n != "xla"])
+    def test_a_kernel_on_another_device_is_refused(self, arguments, name):
+        value, locations, weights = arguments
+        with pytest.raises(NotImplementedError, match=name):
+            ms_deform_attn(value, ((2, 3), (4, 5)), locations, weights, implementation=name)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -354,3 +376,84 @@ class TestChoice:
                 change.get("locations", keep)(locations),
                 change.get("weights", keep)(weights),
             )
+
+
+class TestMesh:
+    """The api splits the batch over a mesh, given or set, for whatever does not split itself."""
+
+    SHAPES = ((2, 3), (4, 5))
+
+    @pytest.fixture(autouse=True)
+    def local_batches(self, monkeypatch):
+        """The batch sizes that the implementation sees."""
+        seen = []
+
+        def record(value, *others):
+            seen.append(value.shape[0])
+            return ms_deform_attn_gather(value, *others)
+
+        monkeypatch.setattr(api, "load", lambda name: record)
+        return seen
+
+    def run(self, batch, **options):
+        value, locations, weights = make_inputs(self.SHAPES, batch=batch)
+        out = jax.jit(lambda v, s, a: ms_deform_attn(v, self.SHAPES, s, a, **options))(
+            value, locations, weights
+        )
+        expected = ms_deform_attn_gather(value, self.SHAPES, locations, weights)
+        np.testing.assert_allclose(out, expected, atol=1e-6)
+
+    def test_given(self, mesh8, local_batches):
+        self.run(16, mesh=mesh8)
+        assert local_batches == [2]
+
+    def test_set_for_a_kernel(self, mesh8, local_batches):
+        with jax.set_mesh(mesh8):
+            self.run(8, implementation="pallas_tpu")
+            self.run(3, implementation="xla")  # XLA splits what it can by itself
+        assert local_batches == [1, 3]
+
+    def test_within_a_shard_map(self, mesh8, local_batches):
+        value, locations, weights = make_inputs(self.SHAPES, batch=8)
+        spec = PartitionSpec(("data", "fsdp"))
+
+        @jax.jit
+        @functools.partial(
+            jax.shard_map, mesh=mesh8, in_specs=spec, out_specs=spec, check_vma=False
+        )
+        def call(*arguments):
+            value, locations, weights = arguments
+            return ms_deform_attn(
+                value, self.SHAPES, locations, weights, implementation="pallas_tpu"
+            )
+
+        call(value, locations, weights)
+        assert local_batches == [1]
+
+    def test_half_manual(self, local_batches):
+        mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+        value, locations, weights = make_inputs(self.SHAPES, batch=8)
+        spec = PartitionSpec("data")
+
+        @jax.jit
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=spec,
+            out_specs=spec,
+            axis_names={"data"},
+            check_vma=False,
+        )
+        def call(value, locations, weights):
+            return ms_deform_attn(
+                value, self.SHAPES, locations, weights, implementation="pallas_tpu"
+            )
+
+        out = call(value, locations, weights)
+        assert local_batches == [1]
+        expected = ms_deform_attn_gather(value, self.SHAPES, locations, weights)
+        np.testing.assert_allclose(out, expected, atol=1e-6)
+
+    def test_batch_that_does_not_divide(self, mesh8):
+        with pytest.raises(ValueError, match=r"a batch of 6 .*8 devices \(mesh axes data"):
+            self.run(6, mesh=mesh8)
