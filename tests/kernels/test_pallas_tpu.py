@@ -189,7 +189,7 @@ class TestSchedule:
    0x6   : >> {}
    0x7   : >> {}
    0x8   : >> {} /* End region 5 */
-   0x9   : > { %4 = vld [vmem:[%s1_s0]]  ;;  %p8_p2 = scmp.ge.s32.totalorder %s2_s0, 10 /* loop exit test */
+   0x9   : > { %4 = vld  ;;  %p8_p2 = scmp.ge.s32.totalorder %s2_s0, 10 /* loop exit test */
       a bundle's second line */ }
    0xa   : > { %7 = sbr.rel (!%p8_p2) target = $region7 }
    0xb   :  {}
