@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Logits formed at a time, relative to the number of values in the map.
-STEP = 2.0
+STEP = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +168,13 @@ def neighborhood_attention(
 def _attend(q, k, v, rpb, rows: Axis, columns: Axis) -> jax.Array:
     """The attention of some heads: q, k, v [N, B, H, W, D] and their rpb to [N, B, H, W, D].
 
-    Letters: i j residue classes, x y tiles, t u queries of a tile, k l keys of a tile.
+    Letters: i j residue classes, x y tiles, t u queries of a tile, k l keys of a tile; the pairs
+    t u and k l are one axis of queries and one of keys in all that is large. As two axes of about
+    ten each they would fill an accelerator's registers badly.
     """
     q = _cut(q, rows, columns, 0, 0)
     k, v = (_cut(x, rows, columns, rows.halo, columns.halo) for x in (k, v))
-    logits = jnp.einsum("nbijxtyuc,nbijxkylc->nbijxytukl", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("nbijxyqd,nbijxykd->nbijxyqk", q, k, preferred_element_type=jnp.float32)
     bias = jnp.einsum(
         "npq,tkp,ulq->ntukl",
         rpb.astype(jnp.float32),
@@ -180,35 +182,43 @@ def _attend(q, k, v, rpb, rows: Axis, columns: Axis) -> jax.Array:
         columns.offsets(),
         precision=jax.lax.Precision.HIGHEST,  # it picks values, so they stay as they are
     )
-    logits = logits * q.shape[-1] ** -0.5 + bias[:, None, None, None, None, None]
+    bias = bias.reshape(-1, 1, 1, 1, 1, 1, *logits.shape[-2:])
+    logits = logits * q.shape[-1] ** -0.5 + bias
     # One mask after the other: their product would be a constant as large as the logits.
-    for axis, dims in ((rows, (2, 4, 6, 8)), (columns, (3, 5, 7, 9))):
+    for axis, absent in ((rows, (1, 3, 5, 7)), (columns, (0, 2, 4, 6))):
         mask = axis.mask()
         if not mask.all():
-            mask = np.expand_dims(mask, [d for d in range(logits.ndim) if d not in dims])
+            mask = np.expand_dims(mask, absent)  # [i, j, x, y, t, u, k, l], 1 where absent
+            mask = jnp.broadcast_to(
+                mask, (*mask.shape[:4], rows.tile, columns.tile, rows.keys, columns.keys)
+            )
+            mask = mask.reshape(*mask.shape[:4], *logits.shape[-2:])
             logits = jnp.where(mask, logits, -jnp.inf)
-    attention = jax.nn.softmax(logits, axis=(-2, -1)).astype(v.dtype)
-    out = jnp.einsum("nbijxytukl,nbijxkylc->nbijxtyuc", attention, v)
-    return _join(out, rows, columns)
+    attention = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return _join(jnp.einsum("nbijxyqk,nbijxykd->nbijxyqd", attention, v), rows, columns)
 
 
 def _cut(x: jax.Array, rows: Axis, columns: Axis, *halo: int) -> jax.Array:
-    """[N, B, H, W, D] to [N, B, i, j, x, t, y, u, D], t and u longer by twice the halo."""
+    """[N, B, H, W, D] to [N, B, i, j, x, y, t u, D], t and u longer by twice the halo."""
     heads, batch, *_, channels = x.shape
     spare = [axis.size * axis.dilation - axis.length for axis in (rows, columns)]
     x = _pad(_pad(x, 2, 0, spare[0]), 3, 0, spare[1])
     x = x.reshape(heads, batch, rows.size, rows.dilation, columns.size, columns.dilation, channels)
     x = x.transpose(0, 1, 3, 5, 2, 4, 6)
-    return _tiles(_tiles(x, 4, rows, halo[0]), 6, columns, halo[1])
+    x = _tiles(_tiles(x, 4, rows, halo[0]), 6, columns, halo[1])
+    x = x.swapaxes(5, 6)
+    return x.reshape(*x.shape[:6], -1, channels)
 
 
 def _join(x: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
     """The inverse of `_cut` without halo."""
-    heads, batch = x.shape[:2]
-    x = x.reshape(*x.shape[:4], rows.tiles * rows.tile, columns.tiles * columns.tile, x.shape[-1])
-    x = x[..., rows.front : rows.front + rows.size, columns.front : columns.front + columns.size, :]
+    *axes, _, channels = x.shape
+    x = x.reshape(*axes, rows.tile, columns.tile, channels).swapaxes(5, 6)
+    x = x.reshape(*axes[:4], rows.tiles * rows.tile, columns.tiles * columns.tile, channels)
+    down, right = rows.front, columns.front
+    x = x[..., down : down + rows.size, right : right + columns.size, :]
     x = x.transpose(0, 1, 4, 2, 5, 3, 6)
-    x = x.reshape(heads, batch, rows.size * rows.dilation, -1, x.shape[-1])
+    x = x.reshape(*axes[:2], rows.size * rows.dilation, columns.size * columns.dilation, channels)
     return x[:, :, : rows.length, : columns.length]
 
 
