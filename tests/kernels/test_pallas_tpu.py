@@ -145,9 +145,9 @@ ALL = [(target, shape.image_size) for target in ("v5e", "v5p") for shape in PUBL
 class TestSchedule:
     """Static issue cycles of the compiled kernels, against the recorded ones."""
 
-    def compare(self, target, image):
+    def compare(self, target, image, memory):
         try:
-            (found,) = tpu_aot.run(target, [image])
+            (found,) = tpu_aot.run(target, [image], memory=memory)
         except ModuleNotFoundError as error:
             pytest.skip(str(error))
         recorded = next(r for r in RECORDED if r["target"] == target and r["image"] == list(image))
@@ -156,16 +156,17 @@ class TestSchedule:
             assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
                 f"{name} {target} {image}: record with python -m kernels.ms_deform_attn.bench"
             )
-        assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]
+        if memory and "temporary_bytes" in recorded:
+            assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]
 
     @pytest.mark.parametrize(("target", "image"), QUICK)
     def test_two_shapes(self, target, image):
-        self.compare(target, image)
+        self.compare(target, image, memory=False)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("target", "image"), [c for c in ALL if c not in QUICK])
+    @pytest.mark.parametrize(("target", "image"), ALL)
     def test_every_published_shape(self, target, image):
-        self.compare(target, image)
+        self.compare(target, image, memory=True)
 
     def test_what_was_recorded_is_what_was_promised(self):
         """v5e at 1024 x 1024; every target and published shape is there."""
