@@ -156,7 +156,7 @@ def compile_for_gpu(target: str, shapes: list[CallShape], batch: int, dtype) -> 
 
 def _tpu_rows(record: dict) -> list[dict]:
     """A record of `tpu_aot` as two rows of a table."""
-    shared = {"target": record["target"], "image": record["image"]}
+    shared = {key: record[key] for key in ("libtpu", "target", "image")}
     ends = {"compile_seconds": record["compile_seconds"]}
     if "temporary_bytes" in record:
         ends["temporary_megabytes"] = record["temporary_bytes"] / 1e6
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _record(found: list[dict]):
     """Puts the records in the file that the tests read, in place of older ones of their kind."""
-    key = lambda record: (record["target"], record["image"])  # noqa: E731
+    key = lambda record: (record["libtpu"], record["target"], record["image"])  # noqa: E731
     old = json.loads(tpu_aot.RECORDED.read_text("utf-8")) if tpu_aot.RECORDED.exists() else []
     new = {str(key(record)): record for record in old}
     for record in found:

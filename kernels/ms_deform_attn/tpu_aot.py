@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -110,10 +111,10 @@ def report(target: str, image: tuple[int, int], dump: pathlib.Path) -> dict:
     """What the compiler says of one image, 8 heads of 32 channels, float32.
 
     Returns:
-      {"target", "image", "forward", "backward", "temporary_bytes", "compile_seconds"}: per
-      direction {"kernels", "cycles", "milliseconds"}, how many kernels there are (one per pass
-      over the tables) and their issue cycles on each core; and the temporary memory and the time
-      to compile of the whole operation with its gradients.
+      {"libtpu", "target", "image", "forward", "backward", "temporary_bytes", "compile_seconds"}:
+      the version of the compiler; per direction {"kernels", "cycles", "milliseconds"}, how many
+      kernels there are (one per pass over the tables) and their issue cycles on each core; and
+      the temporary memory and the time to compile of the whole operation with its gradients.
     """
     import jax
     import jax.numpy as jnp
@@ -135,6 +136,7 @@ def report(target: str, image: tuple[int, int], dump: pathlib.Path) -> dict:
     compiled = compile_for(target, with_gradients, arguments)
     seconds = time.perf_counter() - start
     result = {
+        "libtpu": importlib.metadata.version("libtpu"),
         "target": target,
         "image": list(image),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,

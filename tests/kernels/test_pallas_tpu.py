@@ -137,6 +137,7 @@ def test_tile_pads_little():
         assert -queries % tile < max(128, 0.03 * queries)
 
 
+LIBTPU = "0.0.42.1"  # the version of the figures in docs/kernels.md
 RECORDED = json.loads(tpu_aot.RECORDED.read_text("utf-8"))
 QUICK = [("v5e", (512, 512)), ("v5p", (512, 512))]
 ALL = [(target, shape.image_size) for target in ("v5e", "v5p") for shape in PUBLISHED]
@@ -150,7 +151,10 @@ class TestSchedule:
             (found,) = tpu_aot.run(target, [image], memory=memory)
         except ModuleNotFoundError as error:
             pytest.skip(str(error))
-        recorded = next(r for r in RECORDED if r["target"] == target and r["image"] == list(image))
+        same = [r for r in RECORDED if all(r[k] == found[k] for k in ("libtpu", "target", "image"))]
+        if not same:  # another version of the compiler schedules differently
+            pytest.skip(f"no recorded cycles for libtpu {found['libtpu']}, {target}, {image}")
+        (recorded,) = same
         for name in ("forward", "backward"):
             assert found[name]["kernels"] == 1
             assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
@@ -170,11 +174,12 @@ class TestSchedule:
 
     def test_what_was_recorded_is_what_was_promised(self):
         """v5e at 1024 x 1024; every target and published shape is there."""
-        (found,) = [r for r in RECORDED if r["target"] == "v5e" and r["image"] == [1024, 1024]]
+        records = [r for r in RECORDED if r["libtpu"] == LIBTPU]
+        (found,) = [r for r in records if r["target"] == "v5e" and r["image"] == [1024, 1024]]
         assert found["forward"]["milliseconds"] <= 2.2
         assert found["backward"]["milliseconds"] <= 4.0
         assert found["temporary_bytes"] <= 600e6
-        recorded = {(r["target"], tuple(r["image"])) for r in RECORDED}
+        recorded = {(r["target"], tuple(r["image"])) for r in records}
         assert recorded == {
             (target, shape.image_size) for target in tpu_aot.TARGETS for shape in PUBLISHED
         }
