@@ -36,18 +36,16 @@ class Target:
     Attributes:
       topology: its name for `get_topology_desc`.
       clock: cycles per second: peak bfloat16 rate over the operations of the matrix units' cycle.
-      cores: cores that share a kernel's heads.
     """
 
     topology: str
     clock: float
-    cores: int = 1
 
 
 TARGETS = {
-    "v4": Target("v4:1x1x1", 1.05e9, cores=2),
+    "v4": Target("v4:1x1x1", 1.05e9),
     "v5e": Target("v5e:1x1", 1.5e9),
-    "v5p": Target("v5p:1x1x1", 1.75e9, cores=2),
+    "v5p": Target("v5p:1x1x1", 1.75e9),
     "v6e": Target("v6e:1x1", 1.75e9),
     "v7x": Target("tpu7x:1x1x1", 2.2e9),
 }
@@ -113,7 +111,8 @@ def report(target: str, image: tuple[int, int], dump: pathlib.Path) -> dict:
     Returns:
       {"libtpu", "target", "image", "forward", "backward", "temporary_bytes", "compile_seconds"}:
       the version of the compiler; per direction {"kernels", "cycles", "milliseconds"}, how many
-      kernels there are (one per pass over the tables) and their issue cycles on each core; and
+      kernels there are (one per pass over the tables) and their issue cycles on one core (the two
+      of v4 and v5p share the heads, and the loops in the schedule are those of one); and
       the temporary memory and the time to compile of the whole operation with its gradients.
     """
     import jax
@@ -147,7 +146,6 @@ def report(target: str, image: tuple[int, int], dump: pathlib.Path) -> dict:
         files = list(dump.glob(f"*ms_deform_attn_{name}*-final_bundles.txt"))
         files = [f for f in files if "schedule-analysis" not in f.name]
         cycles = sum(issue_cycles(f.read_text(errors="replace"), tiles) for f in files)
-        cycles /= TARGETS[target].cores
         result[name] = {
             "kernels": len(files),
             "cycles": round(cycles),

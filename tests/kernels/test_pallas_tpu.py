@@ -83,7 +83,7 @@ def test_nothing_is_read_out_of_bounds_or_before_it_is_written():
     ("width", "points", "queries"),
     [
         (40, 5, 5),  # two groups of channels, two groups of points
-        (3, 33, 3),  # more samples than lanes
+        pytest.param(3, 33, 3, marks=pytest.mark.slow),  # more samples than lanes
         (3, 1, 130),  # two tiles
     ],
 )
@@ -173,16 +173,14 @@ class TestSchedule:
         self.compare(target, image, memory=True)
 
     def test_what_was_recorded_is_what_was_promised(self):
-        """v5e at 1024 x 1024; every target and published shape is there."""
+        """v5e at 1024 x 1024; what the tests need, and every target once, is there."""
         records = [r for r in RECORDED if r["libtpu"] == LIBTPU]
         (found,) = [r for r in records if r["target"] == "v5e" and r["image"] == [1024, 1024]]
         assert found["forward"]["milliseconds"] <= 2.2
         assert found["backward"]["milliseconds"] <= 4.0
         assert found["temporary_bytes"] <= 600e6
         recorded = {(r["target"], tuple(r["image"])) for r in records}
-        assert recorded == {
-            (target, shape.image_size) for target in tpu_aot.TARGETS for shape in PUBLISHED
-        }
+        assert recorded >= {*ALL, *((target, (1024, 1024)) for target in tpu_aot.TARGETS)}
 
     def test_cycles_of_a_known_schedule(self):
         text = """
