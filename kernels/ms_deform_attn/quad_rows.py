@@ -11,10 +11,11 @@ What the static schedule taught, and the code below relies on (v5e; a bundle is 
     [sample, buffer, block] by hand; Pallas' own blocks would cost one more scalar addition each.
   * Rows pass through a scratch array. Putting them together in registers saves a store, but the
     scheduler then loads indices early and spills them.
-  * The next block's rows are loaded in the same loop body as the last block's sums.
-  * In the backward kernel a table and its gradient lie in one array, so that one address serves
-    both. A row's read-modify-write takes about 10 cycles, so the rows of a group of points are all
-    read before the first one is written; `_merged_weights` makes that right for equal rows.
+  * Forward, the next block's rows are loaded in the same loop body as the last block's sums.
+  * Backward, a row of the table and its gradient are neighbours, so that one address and one load
+    serve both. A row's read-modify-write takes about 10 cycles, so the rows of a group of points
+    are all read before the first one is written; `_merged_weights` makes that right for equal rows.
+    Spreading weights over lanes and summing over channels are loops of their own, by transposes.
 
 Letters: A images times heads, G groups of 32 channels of a head, K samples (levels times points) of
 a query, Q queries (padded to whole tiles), R rows of a table.
