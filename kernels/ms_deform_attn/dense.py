@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention as dense matrix products ("xla_dense").
+"""Multi-scale deformable attention as dense matrix products, the other half of "xla".
 
 Bilinear sampling is linear in the map: a query's output is a row of an attention matrix over all
 pixels of a level times the values of that level. A point at x gives pixel i the share

@@ -1,4 +1,4 @@
-"""Plain-JAX multi-scale deformable attention by gathering ("xla_gather"): the reference.
+"""Plain-JAX multi-scale deformable attention by gathering, half of "xla": the reference.
 
 Letters: B batch, Q queries, S all pixels of all levels, N heads, L levels, P points, D head width.
 """
