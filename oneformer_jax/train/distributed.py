@@ -1,0 +1,277 @@
+"""Start-up of several processes: where this one stands, who is missing, and then `jax.distributed`.
+
+JAX itself aborts the process when others do not come in time and does not say which. So the
+processes call the roll beforehand, on the port after the coordinator's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+from absl import logging
+
+# Ports of jax.distributed on Cloud TPU and GKE; SLURM's follows from the job's number.
+_TPU_PORT = 8476
+_SLURM_PORTS = 4096
+
+
+class DistributedError(ValueError):
+    """The processes of a run did not come together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process stands among those of its run.
+
+    Attributes:
+      process: its number.
+      count: of all processes.
+      coordinator: "host:port" of process 0, or None if only JAX can find it.
+      source: who said so.
+      hosts: names of the hosts by process, if known.
+    """
+
+    process: int
+    count: int
+    coordinator: str | None
+    source: str
+    hosts: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not 0 <= self.process < self.count:
+            raise DistributedError(
+                f"process {self.process} of {self.count} ({self.source}) cannot be: processes are "
+                f"numbered 0 to {self.count - 1}"
+            )
+        if self.coordinator and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise DistributedError(
+                f"the coordinator {self.coordinator!r} ({self.source}) is not host:port"
+            )
+
+
+def find_place(
+    environment: Mapping[str, str],
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Place | None:
+    """What flags and environment say, in this order: flags, JAX_*, GKE and Cloud TPU, SLURM, MPI.
+
+    Returns:
+      None where only JAX's own detection can tell.
+
+    Raises:
+      DistributedError: a part of the flags or of JAX_* is missing or wrong.
+    """
+    explicit = {
+        "--coordinator, JAX_COORDINATOR_ADDRESS": coordinator
+        or environment.get("JAX_COORDINATOR_ADDRESS"),
+        "--num_processes, JAX_NUM_PROCESSES": _first(
+            num_processes, environment.get("JAX_NUM_PROCESSES")
+        ),
+        "--process_id, JAX_PROCESS_ID": _first(process_id, environment.get("JAX_PROCESS_ID")),
+    }
+    missing = [name for name, value in explicit.items() if value is None]
+    if not missing:
+        address, count, number = explicit.values()
+        return Place(_whole(number), _whole(count), str(address), "flags or JAX_*")
+    if len(missing) < len(explicit) and any(
+        value is not None for value in (coordinator, num_processes, process_id)
+    ):
+        raise DistributedError(f"the place among the processes lacks {'; '.join(missing)}")
+    names = tuple(environment.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    if "TPU_WORKER_ID" in environment and names[0]:
+        slices = _whole(environment.get("MEGASCALE_NUM_SLICES", 1))
+        number = _whole(environment["TPU_WORKER_ID"])
+        number += _whole(environment.get("MEGASCALE_SLICE_ID", 0)) * len(names)
+        # Of several slices each knows its own hosts only; the coordinator is in the first.
+        first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", names[0]).split(":")[0]
+        known = names if slices == 1 else ()
+        return Place(number, len(names) * slices, f"{first}:{_TPU_PORT}", "TPU_WORKER_*", known)
+    if "SLURM_PROCID" in environment and "SLURM_NTASKS" in environment:
+        first = first_host(environment.get("SLURM_STEP_NODELIST", ""))
+        port = 65535 - 2 * _SLURM_PORTS + _whole(environment.get("SLURM_JOB_ID", 0)) % _SLURM_PORTS
+        return Place(
+            _whole(environment["SLURM_PROCID"]),
+            _whole(environment["SLURM_NTASKS"]),
+            f"{first}:{port}" if first else None,
+            "SLURM",
+        )
+    if "OMPI_COMM_WORLD_RANK" in environment:
+        number, count = (environment[f"OMPI_COMM_WORLD_{name}"] for name in ("RANK", "SIZE"))
+        return Place(_whole(number), _whole(count), None, "MPI")
+    return None
+
+
+def _first(*values):
+    return next((value for value in values if value is not None), None)
+
+
+def _whole(value: str | int) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise DistributedError(f"{value!r} is no number of processes or of a process") from None
+
+
+def first_host(nodes: str) -> str:
+    """First name in a SLURM list: "node007" of "node[007-012,20],other3"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],\-]+))?", nodes)
+    return match[1] + (match[2] or "") if match else ""
+
+
+def start(place: Place | None, timeout: float = 300.0) -> None:
+    """Joins the other processes; says who and where this one is before anything can hang.
+
+    Args:
+      place: of `find_place`; None leaves all to JAX's detection.
+      timeout: seconds in which all processes must have come.
+
+    Raises:
+      DistributedError: somebody is missing after that time; the message says who.
+    """
+    host = socket.gethostname()
+    if place is None:
+        logging.info("On %s: joining the other processes as JAX finds them", host)
+        with _warning_before(timeout, f"{host} still waits for the other processes"):
+            jax.distributed.initialize(initialization_timeout=round(timeout))
+    else:
+        where = place.coordinator or "an address that JAX finds"
+        logging.info(
+            "Process %d of %d on %s (%s): joining the others at %s, for at most %.0f s",
+            *(place.process, place.count, host, place.source, where, timeout),
+        )
+        explicit = {}
+        if place.coordinator:
+            began = time.monotonic()
+            call_roll(place, timeout)
+            timeout = max(timeout - (time.monotonic() - began), 10.0)
+            if place.source.startswith("flags"):
+                explicit = dict(
+                    coordinator_address=place.coordinator,
+                    num_processes=place.count,
+                    process_id=place.process,
+                )
+        with _warning_before(timeout, f"process {place.process} still waits for the others"):
+            jax.distributed.initialize(**explicit, initialization_timeout=round(timeout))
+    logging.info(
+        "Process %d of %d on %s: %d of %d devices are its own (%s)",
+        *(jax.process_index(), jax.process_count(), host),
+        *(jax.local_device_count(), jax.device_count(), jax.devices()[0].device_kind),
+    )
+
+
+@contextlib.contextmanager
+def _warning_before(timeout: float, text: str) -> Iterator[None]:
+    """Logs `text` shortly before JAX gives up, since it then aborts the process."""
+    message = f"{text}; in 2 s JAX ends this process. Did all start with the same command?"
+    timer = threading.Timer(max(timeout - 2, 0.1), logging.error, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+# ------------------------------------------------------------------ the roll
+
+
+def call_roll(place: Place, timeout: float) -> None:
+    """Waits until every process has called; process 0 keeps the list.
+
+    Raises:
+      DistributedError: naming the processes that did not come, or a number that two claim.
+    """
+    host, _, port = place.coordinator.rpartition(":")
+    if place.count == 1:
+        return
+    if place.process == 0:
+        _keep_roll(place, int(port) + 1, timeout)
+    else:
+        _answer_roll(place, host.strip("[]"), int(port) + 1, timeout)
+
+
+def _keep_roll(place: Place, port: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    present = {0: socket.gethostname()}
+    problem = ""
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(socket.create_server(("", port), backlog=place.count))
+        except OSError as error:
+            raise DistributedError(
+                f"process 0 cannot listen on port {port} ({error.strerror}): another run may be "
+                "using it; take another port for the coordinator"
+            ) from error
+        callers = []
+        while len(present) < place.count and not problem:
+            server.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                break
+            stack.enter_context(connection)
+            connection.settimeout(10)
+            try:
+                caller = json.loads(connection.makefile().readline())
+                number, count, name = caller["process"], caller["count"], caller["host"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # something else on the network knocked
+            callers.append(connection)
+            if count != place.count:
+                problem = f"{name} counts {count} processes and process 0 {place.count}"
+            elif number in present:
+                problem = f"{present[number]} and {name} are both process {number}"
+            present[number] = name
+        missing = [n for n in range(place.count) if n not in present]
+        if missing and not problem:
+            problem = _who_is_missing(place, missing, timeout)
+        for connection in callers:
+            with contextlib.suppress(OSError):
+                connection.sendall((json.dumps({"problem": problem}) + "\n").encode())
+    if problem:
+        raise DistributedError(problem)
+
+
+def _who_is_missing(place: Place, missing: list[int], timeout: float) -> str:
+    shown = [
+        f"{number} ({place.hosts[number]})" if place.hosts else str(number)
+        for number in missing[:16]
+    ]
+    more = f" and {len(missing) - 16} more" if len(missing) > 16 else ""
+    return (
+        f"after {timeout:.0f} s {len(missing)} of {place.count} processes have not come: "
+        f"{', '.join(shown)}{more}. Look at the logs of these hosts"
+    )
+
+
+def _answer_roll(place: Place, host: str, port: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    # What process 0 has to say at the end of its time comes a little after that.
+    patience = deadline + 15
+    me = {"process": place.process, "count": place.count, "host": socket.gethostname()}
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=5) as connection:
+                connection.settimeout(max(patience - time.monotonic(), 0.1))
+                connection.sendall((json.dumps(me) + "\n").encode())
+                reply = json.loads(connection.makefile().readline())
+                break
+        except (OSError, ValueError) as error:  # not there yet, or gone before it answered
+            if time.monotonic() > deadline:
+                raise DistributedError(
+                    f"process {place.process}: process 0 cannot be reached at {host}, port {port}, "
+                    f"for {timeout:.0f} s ({error}). Look at that host's log; is the port open?"
+                ) from error
+            time.sleep(0.2)
+    if reply["problem"]:
+        raise DistributedError(f"process {place.process}: {reply['problem']}")
