@@ -6,6 +6,7 @@
   python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
   python main.py --mode=prepare --dataset=coco --source=DIR
   python main.py --config=configs/synthetic.py --mode=inspect
+  python main.py --config=configs/synthetic.py --config.mesh.topology=v5e:4x4 --mode=compile
 
 Any value of the config is overridden with --config.KEY=VALUE, as in --config.optim.lr=3e-4.
 Running the same command again resumes, or skips what is done.
@@ -39,14 +40,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
 )
-_MODE = flags.DEFINE_enum(
-    "mode",
-    "train",
-    ["train", "eval", "predict", "convert", "prepare", "inspect"],
-    "What to do.",
-)
+_MODES = ("train", "eval", "predict", "convert", "prepare", "inspect", "compile", "replay")
+_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _CHECKPOINT = flags.DEFINE_integer(
-    "checkpoint", None, "eval, predict: step of the checkpoint; the newest when not given.", 0
+    "checkpoint",
+    None,
+    "eval, predict: step of the checkpoint, replay: the recorded step; the newest when not given.",
+    0,
 )
 _IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
 _TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three.")
@@ -74,17 +74,27 @@ _SPLIT = flags.DEFINE_multi_enum(
 _SKIP_BROKEN = flags.DEFINE_bool(
     "skip_broken", False, "prepare: leave out what is missing or broken instead of failing."
 )
+_SUGGEST = flags.DEFINE_bool(
+    "suggest", False, "compile: if the training does not fit, look for settings that do."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Join the other processes of this run. Cloud TPU, SLURM and MPI tell each its place; elsewhere "
-    "set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    "Join the other processes of this run. Cloud TPU, GKE, SLURM and MPI tell each its place; "
+    "elsewhere give the next three, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "distributed: host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "distributed: number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "distributed: number of this one, from 0.")
+_STARTUP_TIMEOUT = flags.DEFINE_float(
+    "startup_timeout", 300.0, "distributed: seconds in which all processes must have come.", 1.0
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 # What wrong input raises, here and below. Everything else is a fault of the program and is shown
 # with its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
+DOES_NOT_FIT = 3  # exit code of --mode=compile
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -206,6 +216,7 @@ def run_train(config: ConfigDict, workdir: str) -> None:
             source, settings, info, *process(), start_step
         ),
         eval_batches=eval_batches(config, evaluation),
+        image_ids=lambda positions: [str(source[i]["image_id"]) for i in positions],
     )
 
 
@@ -317,6 +328,39 @@ def run_inspect(config: ConfigDict, output: str | None = None, count: int = 12) 
     print(f"\nThe first {count} training samples are drawn in {path}")
 
 
+def run_replay(config: ConfigDict, workdir: str, step: int | None = None) -> None:
+    """Runs a step of bad numbers again: see `oneformer_jax.train.replay.replay`."""
+    from input_pipeline import tokenizer
+    from oneformer_jax.train import replay
+
+    _, info = open_split(config, config.dataset.train_split)
+    texts = tokenizer.text_table(info.class_names, config.data.text_template)
+    settings = dict(metadata=metadata_of(info), text_table=texts)
+    print(replay.replay(config, workdir, step=step, **settings))
+
+
+def run_compile(config: ConfigDict, suggest: bool = False) -> bool:
+    """Compiles a run's programs ahead of time: see `oneformer_jax.train.compile`; whether they fit.
+
+    Needs no dataset where the classes are known by its name.
+    """
+    from input_pipeline import datasets, tokenizer
+    from oneformer_jax.train import accelerators, compile
+
+    topology = accelerators.open_topology(config.mesh.topology, config.mesh.slices)
+    try:
+        info = datasets.dataset_info(config.dataset.name)
+    except ValueError:
+        info = open_split(config, config.dataset.train_split)[1]
+    return compile.run(
+        config,
+        num_classes=len(info.class_names),
+        text_table=tokenizer.text_table(info.class_names, config.data.text_template),
+        topology=topology,
+        try_others=suggest,
+    )
+
+
 # ------------------------------------------------------------------------ from config to data
 
 
@@ -382,12 +426,15 @@ def task_probabilities(data: ConfigDict) -> tuple[float, float]:
 
 def eval_batches(config: ConfigDict, source) -> Callable[[int], Iterable[dict]]:
     """Gives, at every call, one pass over an even sample of the evaluation split (0: all of it)."""
+    import jax
+
     from input_pipeline import eval_loader
     from oneformer_jax.train import evaluator
 
     tta = evaluator.tta_config(config)
+    devices, processes = jax.device_count(), process()[1]
     settings = eval_loader.EvalLoaderConfig(
-        batch_size=config.eval.batch_size // process()[1],
+        batch_size=-(-config.eval.batch_size // devices) * devices // processes,
         short_edge=config.eval.short_edge,
         max_size=config.eval.max_size,
         bucket_multiple=config.eval.bucket_multiple,
@@ -406,24 +453,16 @@ def eval_batches(config: ConfigDict, source) -> Callable[[int], Iterable[dict]]:
 # ------------------------------------------------------------------------ start
 
 
-def start_jax(compilation_cache: str = "", distributed: bool = False) -> None:
+def start_jax(compilation_cache: str = "") -> None:
     """Joins the other processes, if asked to, and keeps compiled programs for the next run."""
     import jax
 
-    from oneformer_jax.train import observe
+    from oneformer_jax.train import distributed, observe
 
     observe.quiet_libraries()
-
-    if distributed:
-        environment = {
-            name: int(os.environ[variable])
-            for name, variable in (
-                ("num_processes", "JAX_NUM_PROCESSES"),
-                ("process_id", "JAX_PROCESS_ID"),
-            )
-            if variable in os.environ
-        }
-        jax.distributed.initialize(**environment)
+    explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _DISTRIBUTED.value or any(value is not None for value in explicit):
+        distributed.start(distributed.find_place(os.environ, *explicit), _STARTUP_TIMEOUT.value)
     if compilation_cache or not jax.config.jax_compilation_cache_dir:
         default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "oneformer_jax"
         folder = pathlib.Path(compilation_cache or default).expanduser()
@@ -444,7 +483,7 @@ def main(argv: Sequence[str]) -> None:
         require_flags(source=_SOURCE.value, output=_OUTPUT.value)
     elif mode == "prepare":
         require_flags(dataset=_DATASET.value, source=_SOURCE.value)
-    elif mode == "inspect":
+    elif mode in ("inspect", "compile"):
         require_flags(config=config)
     else:
         require_flags(workdir=_WORKDIR.value)
@@ -454,9 +493,13 @@ def main(argv: Sequence[str]) -> None:
             return run_prepare(
                 _DATASET.value, _SOURCE.value, _DATA_DIR.value, _SPLIT.value, _SKIP_BROKEN.value
             )
-        start_jax(config.compilation_cache if config else "", _DISTRIBUTED.value)
+        start_jax(config.compilation_cache if config else "")
         if mode == "train":
             run_train(config, _WORKDIR.value)
+        elif mode == "compile":
+            sys.exit(0 if run_compile(config, _SUGGEST.value) else DOES_NOT_FIT)
+        elif mode == "replay":
+            run_replay(config, _WORKDIR.value, _CHECKPOINT.value)
         elif mode == "eval":
             run_eval(config, _WORKDIR.value, _CHECKPOINT.value)
         elif mode == "convert":

@@ -171,11 +171,14 @@ def get_base() -> ConfigDict:
     c.train.keep = 3  # newest checkpoints kept
     c.train.keep_best = 1  # best checkpoints kept beside them, by eval.best_metric
     c.train.pictures = 4  # held-out images drawn at each evaluation
+    # What a loss or gradient that is not finite does: "stop" writes the good state and its batch
+    # for --mode=replay; "skip" leaves out the update, up to ten times in a row.
+    c.train.on_nonfinite = "stop"
     c.train.profile_start = 0  # step at which a profile is taken; 0 is off
     c.train.profile_steps = 3
 
     c.eval = ConfigDict()
-    c.eval.batch_size = 8
+    c.eval.batch_size = 8  # over all devices; rounded up to a multiple of their number
     c.eval.tasks = ("panoptic", "instance", "semantic")  # each metric comes from its own task's run
     c.eval.short_edge = 800
     c.eval.max_size = 1333
@@ -207,6 +210,9 @@ def get_base() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices along the batch; -1 is all that are left
     c.mesh.fsdp = 1  # devices over which parameters and optimizer state are sharded
+    # --mode=compile: the accelerators to compile for, as "v5e:4x4"; empty is those of this machine.
+    c.mesh.topology = ""
+    c.mesh.slices = 1  # of that topology; in a run the devices tell
 
     c.compilation_cache = ""  # folder of compiled programs; empty is the user's cache folder
     return c

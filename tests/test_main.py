@@ -18,7 +18,8 @@ import main
 import oneformer_jax
 from configs import synthetic
 from oneformer_jax.models.oneformer import OneFormer
-from oneformer_jax.train import checkpoint
+from oneformer_jax.train import checkpoint, sharding
+from oneformer_jax.train import state as states
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -101,9 +102,15 @@ def test_tuples_keep_the_type_of_their_elements():
         (("--config=configs/nothing.py",), 2, ("configs/nothing.py", "configs/synthetic.py")),
         (("--config.optim.lr=1",), 2, ("--config=FILE",)),
         (("--wrkdir=x",), 2, ("wrkdir", "workdir")),
-        (("--mode=trian",), 2, ("trian", "train|eval|predict|convert|prepare|inspect")),
+        (("--mode=trian",), 2, ("trian", "|convert|prepare|inspect|compile|replay")),
         (("--mode=predict", "--task=panoptik"), 2, ("panoptik", "panoptic|instance|semantic|all")),
         ((CONFIG, "--mode=train"), 2, ("--mode=train needs --workdir",)),
+        (("--mode=compile",), 2, ("--mode=compile needs --config",)),
+        (
+            (CONFIG, "--mode=compile", "--config.mesh.topology=v9:1"),
+            1,
+            ("mesh.topology", "v5e:4x4"),
+        ),
         (("--mode=eval", "--workdir=w"), 2, ("--mode=eval needs --config",)),
         (("--mode=predict", "--workdir=w"), 2, ("--mode=predict needs --image",)),
         (("--mode=prepare", "--dataset=coco"), 2, ("--mode=prepare needs --source",)),
@@ -162,14 +169,18 @@ def config(tmp_path):
 def test_train_gets_data_that_fits_the_model(config, monkeypatch):
     from oneformer_jax.train import loop
 
-    def train(given, workdir, *, metadata, text_table, train_batches, eval_batches):
+    def train(given, workdir, *, metadata, text_table, train_batches, eval_batches, image_ids):
         assert (given, workdir) == (config, "run")
         classes, slots = metadata.num_classes, config.data.num_slots
         assert metadata.dataset == "synthetic"
         assert text_table.shape[0] == classes + 3
         resumed, first = train_batches(2), train_batches(0)
         batch = next(resumed)
-        assert batch["image"].shape == (2, 64, 64, 3)
+        one = sharding.make_mesh(devices=jax.devices()[:1])
+        abstract = states.abstract_batch(config, one)  # what compile mode takes for a batch
+        assert {name: (x.shape, x.dtype) for name, x in batch.items() if name != "index"} == {
+            name: (x.shape, x.dtype) for name, x in abstract.items()
+        }
         assert batch["segment_map"].max() <= slots
         assert batch["classes"].shape == batch["valid"].shape == (2, slots)
         texts = config.model.num_queries - config.model.num_context
@@ -179,8 +190,10 @@ def test_train_gets_data_that_fits_the_model(config, monkeypatch):
         for key in batch:
             np.testing.assert_array_equal(batch[key], third[key])
         passes = [list(eval_batches(0)) for _ in range(2)]
-        assert [len(p) for p in passes] == [2, 2]
-        assert sorted(np.concatenate([b["index"] for b in passes[0]])) == [-1, 0, 1, 2]
+        # A batch of 2, rounded up to one for each of the 8 devices of the tests.
+        assert [len(p) for p in passes] == [1, 1]
+        assert sorted(np.concatenate([b["index"] for b in passes[0]])) == [-1] * 5 + [0, 1, 2]
+        assert len(set(image_ids([0, 5]))) == 2
         calls.append("train")
         resumed.close(), first.close()
 
@@ -390,11 +403,21 @@ def test_the_compilation_cache_is_chosen_in_order(tmp_path, monkeypatch):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_distributed_reads_the_environment(monkeypatch):
+def test_distributed_flags_and_environment(monkeypatch):
+    from oneformer_jax.train import distributed
+
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
-    main.start_jax("", distributed=True)
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
-    monkeypatch.setenv("JAX_PROCESS_ID", "2")
-    main.start_jax("", distributed=True)
-    assert calls == [{}, {"num_processes": 4, "process_id": 2}]
+    monkeypatch.setattr(distributed, "start", lambda place, timeout: calls.append((place, timeout)))
+    main.start_jax()
+    with flagsaver.flagsaver(distributed=True):
+        main.start_jax()
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+        monkeypatch.setenv("JAX_PROCESS_ID", "2")
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "here:80")
+        main.start_jax()
+    with flagsaver.flagsaver(process_id=1, startup_timeout=9.0):
+        main.start_jax()
+    (nothing, _), (second, _), (third, timeout) = calls
+    assert nothing is None
+    assert (second.process, second.count, second.coordinator) == (2, 4, "here:80")
+    assert (third.process, third.count, timeout) == (1, 4, 9.0)

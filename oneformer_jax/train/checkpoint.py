@@ -7,7 +7,7 @@ workdir/
   checkpoints/<step>/
     state/         {step, params, stats, opt[, ema]} as Orbax writes pytrees
     position/      where the input stands, and other small JSON values
-    metrics/       scores of an evaluation at that step, if there was one
+    scores.json    of an evaluation at that step, once there was one
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
+from oneformer_jax.train import folders
+from oneformer_jax.train.workdir import differing_keys, first_few, is_full
 from oneformer_jax.types import Metadata
 
 CONFIG_FILE, MODEL_FILE, METADATA_FILE = "config.json", "model.json", "metadata.json"
 CHECKPOINT_FOLDER = "checkpoints"
-_SHOWN_DIFFERENCES = 5
-# Orbax writes into a folder with this in its name and renames it when all is there.
-_TEMPORARY = ".orbax-checkpoint-tmp"
-_PARTS = ("_CHECKPOINT_METADATA", "state", "position")
+SCORES_FILE = "scores.json"
 
 
 class CheckpointError(ValueError):
     """A checkpoint or a working directory that cannot be used as asked."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that cannot be read."""
 
 
 # ------------------------------------------------------------------ the working directory
@@ -89,12 +91,12 @@ def claim_workdir(
         if not (workdir / name).exists():
             continue
         theirs = read_json(workdir / name, expected="what an earlier start wrote")
-        differing = list(_differing_keys(theirs, json.loads(json.dumps(ours))))
+        differing = list(differing_keys(theirs, json.loads(json.dumps(ours))))
         if differing:
             what = "another model" if name == MODEL_FILE else "a model of other classes"
             raise CheckpointError(
                 f"workdir {workdir} holds {what}: {name} differs in "
-                f"{_first(differing)}; use another --workdir, or the settings of that one"
+                f"{first_few(differing)}; use another --workdir, or the settings of that one"
             )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -102,27 +104,6 @@ def claim_workdir(
             if not (workdir / name).exists():
                 write_json(workdir / name, ours)
         write_json(workdir / CONFIG_FILE, config_json)
-
-
-def _differing_keys(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
-    """Texts like "backbone.depth (there 50, here 101)" for the leaves in which two JSONs differ."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in dict.fromkeys((*theirs, *ours)):
-            inner = f"{name}.{key}" if name else str(key)
-            yield from _differing_keys(theirs.get(key), ours.get(key), inner)
-    elif theirs != ours:
-        yield f"{name} (there {_short(theirs)}, here {_short(ours)})"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _first(texts: list[str], separator: str = ", ") -> str:
-    more = len(texts) - _SHOWN_DIFFERENCES
-    shown = separator.join(texts[:_SHOWN_DIFFERENCES])
-    return f"{shown}{separator}and {more} more" if more > 0 else shown
 
 
 # ------------------------------------------------------------------ saving and resuming
@@ -159,37 +140,34 @@ class Checkpoints:
         self.directory = _absolute(workdir) / CHECKPOINT_FOLDER
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _sweep(self.directory)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("oneformer_jax: checkpoint folder is ready")
+            folders.sweep(self.directory)
+        _wait_for_all("the checkpoint folder is ready")
         self._best_metric = best_metric
-        policies = [checkpoint_managers.LatestN(keep)]
-        if best_metric is not None:
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=self._score, n=keep_best, keep_checkpoints_without_metrics=False
-                )
-            )
+        self._keep, self._keep_best = keep, keep_best
+        self._scores: dict[int, Mapping[str, float]] = {}
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                best_fn=None if best_metric is None else self._score,
-                keep_checkpoints_without_metrics=False,
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=self),
         )
+        for step in self.all_steps():
+            path = self.directory / str(step) / SCORES_FILE
+            if path.exists():
+                self._scores[step] = read_json(path, expected="scores of an evaluation")
 
-    def _score(self, metrics: Mapping[str, float]) -> float:
-        score = metrics.get(self._best_metric, math.nan)
-        return -math.inf if math.isnan(score) else score
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Orbax asks which checkpoints stay: the last and the best ones."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = self._ranking()[: self._keep_best]
+        return [step in steps[-self._keep :] or step in best for step in steps]
 
-    def save(
-        self,
-        step: int,
-        state: Any,
-        position: Mapping[str, Any],
-        metrics: Mapping[str, float | None] | None = None,
-    ) -> bool:
+    def _ranking(self) -> list[int]:
+        """Steps with a score by `best_metric`, the best first; of equal ones the later."""
+        found = {step: scores.get(self._best_metric) for step, scores in self._scores.items()}
+        good = {step: s for step, s in found.items() if s is not None and not math.isnan(s)}
+        return sorted(good, key=lambda step: (good[step], step), reverse=True)
+
+    def save(self, step: int, state: Any, position: Mapping[str, Any]) -> bool:
         """Starts saving; returns once the arrays are copied, so that the step may donate them.
 
         An earlier save that is still writing is waited for, and its failure is raised here.
@@ -198,13 +176,12 @@ class Checkpoints:
           step: number of the checkpoint.
           state: pytree of arrays.
           position: small JSON values: where the input stands.
-          metrics: scores of an evaluation at this step, for keep-best; None is "not defined".
 
         Returns:
           False if this step is saved already (a run that ends on a saving step), True otherwise.
 
         Raises:
-          CheckpointError: there is a later checkpoint.
+          CheckpointError: there is a later checkpoint, or an earlier save failed.
         """
         latest = self.latest_step()
         if latest == step:
@@ -214,19 +191,41 @@ class Checkpoints:
                 f"cannot save step {step}: {self.directory} already holds step {latest}; "
                 "remove the later checkpoints, or use another --workdir"
             )
-        if metrics is not None:
-            metrics = {name: float(v) for name, v in metrics.items() if v is not None}
-        return self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(dict(position))
-            ),
-            metrics=metrics,
-        )
+        with self._reporting_failure():
+            return self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(dict(position))
+                ),
+            )
+
+    def record(self, step: int, scores: Mapping[str, float | None]) -> None:
+        """Notes the scores of the checkpoint of `step`, for keep-best; None is "not defined"."""
+        self.wait_until_finished()
+        self._scores[step] = {name: float(v) for name, v in scores.items() if v is not None}
+        folder = self.directory / str(step)
+        if jax.process_index() == 0 and folder.exists():
+            write_json(folder / SCORES_FILE, self._scores[step])
+
+    @contextlib.contextmanager
+    def _reporting_failure(self) -> Iterator[None]:
+        """Turns what Orbax raises while writing into one clear error."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            good = folders.finished_steps(self.directory)
+            last = f"the last good one is step {good[-1]}" if good else "there is none yet"
+            hint = "its disk is full; free some space" if is_full(error) else "see to that folder"
+            raise CheckpointError(
+                f"a checkpoint could not be written into {self.directory}: {reason}. Of this run "
+                f"{last}; {hint} and start the same command again"
+            ) from error
 
     def wait_until_finished(self) -> None:
-        """Blocks until the save under way is on disk; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        """Blocks until the save under way is on disk; CheckpointError if that failed."""
+        with self._reporting_failure():
+            self._manager.wait_until_finished()
 
     def all_steps(self) -> list[int]:
         """Steps of the checkpoints, ascending; one that is being written counts."""
@@ -238,13 +237,40 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Step of the best checkpoint by `best_metric`, or None if none has that score."""
-        if self._best_metric is None:
-            return None
-        self.wait_until_finished()
-        scores = {step: self._manager.metrics(step) for step in self.all_steps()}
-        scores = {step: self._score(found) for step, found in scores.items() if found}
-        best = max(scores, key=lambda step: (scores[step], step), default=None)
-        return None if best is None or scores[best] == -math.inf else best
+        kept = self.all_steps()
+        return next((step for step in self._ranking() if step in kept), None)
+
+    def restore_newest(self, target: Any) -> tuple[int, Any, dict[str, Any]]:
+        """`restore` of the newest checkpoint that can be read: (step, state, position).
+
+        Newer ones that are damaged are renamed to "<step>.damaged", with an error in the log. With
+        several processes all take the same one.
+
+        Raises:
+          CheckpointError: there is none, none can be read, or it is of another model.
+        """
+        damaged: dict[int, DamagedCheckpoint] = {}
+        for step in reversed(self.all_steps()):
+            state = position = None
+            try:
+                state, position = self.restore(step, target)
+            except DamagedCheckpoint as error:
+                damaged[step] = error
+            if _any_process(step in damaged):
+                damaged.setdefault(step, DamagedCheckpoint("another process could not read it"))
+                continue
+            for bad, error in damaged.items():
+                logging.error("%s\nGoing on from step %d instead.", error, step)
+                self._set_aside(bad)
+            return step, state, position
+        raise next(iter(damaged.values()), CheckpointError(f"{self.directory} is empty"))
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            folders.rename(self.directory / str(step), f"{step}.damaged")
+        _wait_for_all("a damaged checkpoint is set aside")
+        self._scores.pop(step, None)
+        self._manager.reload()
 
     def restore(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint onto the devices.
@@ -271,10 +297,7 @@ class Checkpoints:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-                    ),
-                    position=ocp.args.JsonRestore(),
+                    state=_restore_onto(target), position=ocp.args.JsonRestore()
                 ),
             )
         return restored.state, restored.position
@@ -295,22 +318,16 @@ def _absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path).expanduser().resolve()
 
 
-def _is_complete(folder: epath.Path) -> bool:
-    return folder.name.isdigit() and all((folder / part).exists() for part in _PARTS)
+def _any_process(flag: bool) -> bool:
+    """Whether `flag` is set on any process; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
-def _sweep(directory: epath.Path) -> None:
-    """Clears away what an interrupted save or copy left; Orbax would count a bare "<step>"."""
-    for folder in directory.iterdir():
-        if _TEMPORARY in folder.name:
-            logging.warning("Removing %s, left by a save that was interrupted.", folder)
-            folder.rmtree()
-        elif folder.name.isdigit() and not _is_complete(folder):
-            aside = folder.parent / f"{folder.name}.incomplete"
-            logging.warning("Checkpoint %s is incomplete; renamed to %s.", folder, aside.name)
-            if aside.exists():
-                aside.rmtree()
-            folder.rename(aside)
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"oneformer_jax: {what}")
 
 
 @contextlib.contextmanager
@@ -320,7 +337,7 @@ def _reporting_damage(path: epath.Path):
         yield
     except Exception as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"checkpoint {path} is damaged: {reason}\nRemove or rename that folder to go on from "
             "the checkpoint before it."
         ) from error
@@ -362,9 +379,21 @@ def _check_same_tree(path: epath.Path, saved: Any, target: Any) -> None:
         )
     raise CheckpointError(
         f"checkpoint {path} {reason}; {len(names)} arrays differ:\n"
-        + _first(lines, "\n")
+        + first_few(lines, "\n")
         + f"\n{way_out}"
     )
+
+
+def _restore_onto(target: Any) -> ocp.args.PyTreeRestore:
+    args = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(target, restore_args=args)
+
+
+def read_state(path: epath.Path, target: Any) -> Any:
+    """The state of the checkpoint folder `path`, beside the run that owns it; see `restore`."""
+    _check_same_tree(path, _saved_tree(path), target)
+    with _reporting_damage(path):
+        return ocp.PyTreeCheckpointer().restore(path / "state", args=_restore_onto(target))
 
 
 # ------------------------------------------------------------------ inference
@@ -453,17 +482,17 @@ def _find_checkpoint(path: epath.Path) -> tuple[epath.Path, epath.Path]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; {expected}")
     if path.parent.name == CHECKPOINT_FOLDER and path.name.isdigit():
-        if not _is_complete(path):
-            missing = [part for part in _PARTS if not (path / part).exists()]
+        if not folders.is_complete(path):
+            missing = [part for part in folders.PARTS if not (path / part).exists()]
             raise CheckpointError(f"checkpoint {path} is incomplete: it lacks {', '.join(missing)}")
         return path.parent.parent, path
     if not (path / MODEL_FILE).exists():
         raise CheckpointError(f"{path} has no {MODEL_FILE}; {expected}")
     folder = path / CHECKPOINT_FOLDER
-    steps = [f for f in folder.iterdir() if _is_complete(f)] if folder.exists() else []
+    steps = folders.finished_steps(folder) if folder.exists() else []
     if not steps:
         raise CheckpointError(f"{path} holds no finished checkpoint yet; {expected}")
-    return path, max(steps, key=lambda f: int(f.name))
+    return path, folder / str(steps[-1])
 
 
 def _integer_keys(tree: Any) -> Any:

@@ -60,14 +60,7 @@ class Evaluator:
         self._tta = tta_config(config)
         if config.eval.limit < 0:
             raise ValueError(f"eval.limit is {config.eval.limit}; use a number of images, 0 is all")
-        predict_step = states.make_predict_step(model)
-
-        def predict(params, stats, image, image_size, task_tokens):
-            predictions = predict_step(params, stats, image, image_size, task_tokens)
-            return predictions.class_logits[-1], predictions.mask_logits()
-
-        # Every device keeps the logits of its own images.
-        self._predict = jax.jit(predict, out_shardings=sharding.batch_sharding(mesh))
+        self._predict = states.jit_predict(model, mesh)
         self._last: EvalResult | None = None
 
     def run(
@@ -109,10 +102,10 @@ class Evaluator:
         )
         scores = {name: value for name, value in result.metrics.items() if value is not None}
         writer.write_scalars(step, scores)
-        if jax.process_index() == 0:
-            write_results(self._results_path(step), result)
         self._draw(predict, step, eval_batches(limit), writer)
         writer.flush()
+        if jax.process_index() == 0:  # last: what `finished` looks for says that all is done
+            write_results(self._results_path(step), result)
         shown = ", ".join(f"{name} {scores[name]:.1f}" for name in TOKEN_COLUMNS if name in scores)
         logging.info(
             "Step %d on %d images in %.0f s: %s",
@@ -203,6 +196,8 @@ class Evaluator:
         params = states.inference_params(state.get("ema", state["params"]))
 
         def predict(batch, token):
+            total = len(batch["image"]) * jax.process_count()
+            sharding.check_batch(total, self._mesh, "an evaluation batch of")
             tokens = np.tile(TASK_TOKENS[task_id(token)], (len(batch["image"]), 1))
             arrays = (np.asarray(batch["image"]), np.asarray(batch["image_size"]), tokens)
             return self._predict(params, state["stats"], *sharding.put_batch(arrays, self._mesh))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,9 +19,13 @@ from ml_collections import ConfigDict
 
 from oneformer_jax.models import backbones, matcher
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import checkpoint, observe, optim, sharding, start
+from oneformer_jax.train import accelerators, checkpoint, observe, optim, sharding, start
 from oneformer_jax.train import state as states
 from oneformer_jax.train.evaluator import Evaluator, metric_names
+from oneformer_jax.train.flops import count_flops
+from oneformer_jax.train.preemption import Preempted, Preemption
+from oneformer_jax.train.replay import ImageIds, Watch
+from oneformer_jax.train.workdir import check_room, hold
 from oneformer_jax.types import Metadata
 
 Batch = Mapping[str, Any]
@@ -34,6 +39,7 @@ def train(
     text_table: np.ndarray,
     train_batches: Callable[[int], Iterator[Batch]],
     eval_batches: Callable[[int], Iterable[Batch]],
+    image_ids: ImageIds | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float | None]:
     """Trains to `config.train.steps`, resuming whatever `workdir` holds; returns the last metrics.
@@ -47,29 +53,36 @@ def train(
         iteration began.
       eval_batches: gives this host's share of the evaluation batches, of an even sample of as many
         images as it is called with (0: all).
+      image_ids: positions in the training data -> image ids, to name the images of a bad batch.
       mesh: devices; None makes the mesh of `config.mesh`.
 
     Raises:
-      ValueError: the config, the workdir and the devices do not fit each other, or the training
-        data ended.
-      observe.NonFiniteLoss: a loss or gradient is not finite; the last checkpoint is intact.
+      ValueError: the config, the workdir and the devices do not fit each other, another run is in
+        the workdir, it cannot be written, or the training data ended.
+      observe.NonFiniteLoss: a loss or gradient is not finite; the last good state is kept.
+      Preempted: SIGTERM came; the state is saved.
     """
+    started = time.monotonic()
     # ---- Settings: what is wrong with them is said before anything is written -------------------
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    check_batches(config, mesh)
+    sharding.check_batches(config.data.batch_size, config.optim.accumulate, mesh)
     check_train(config, metadata)
     model = states.model_config(config, metadata.num_classes)
-    losses, rates = states.loss_config(config), states.optim_config(config)
+    rates = states.optim_config(config)
+    states.loss_config(config)
     evaluator = Evaluator(config, workdir, metadata, model, mesh)
     profiler = observe.ProfileTrigger(
         workdir, start=config.train.profile_start, steps=config.train.profile_steps
     )
-    checkpoint.claim_workdir(workdir, model.to_dict(), config.to_json(indent=1), metadata)
+    watch = Watch(workdir, config.train.on_nonfinite, image_ids)
     observe.quiet_libraries()
     steps = config.train.steps
 
     # Whatever ends the run: the stack ends the loader and waits for a save in the background.
     with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(workdir))
+        checkpoint.claim_workdir(workdir, model.to_dict(), config.to_json(indent=1), metadata)
+        preemption = stack.enter_context(Preemption(mesh))
         checkpoints = stack.enter_context(
             checkpoint.Checkpoints(
                 workdir,
@@ -78,6 +91,9 @@ def train(
                 best_metric=config.eval.best_metric if config.train.keep_best else None,
             )
         )
+
+        saved = checkpoints.wait_until_finished
+        preemption.rest(saved)
 
         # ---- Is anything left to do? ------------------------------------------------------------
         latest = checkpoints.latest_step()
@@ -90,55 +106,64 @@ def train(
             return results
 
         # ---- Resume or start --------------------------------------------------------------------
-        optimizer = optim.make_optimizer(rates, states.abstract_params(model))
-        init = states.make_init(model, optimizer, ema=config.optim.ema_decay > 0)
+        training = states.make_training(config, metadata.num_classes, text_table, mesh)
         init_key, run_key = jax.random.split(jax.random.key(config.seed))
-        abstract = jax.eval_shape(init, init_key)
-        shardings = sharding.state_shardings(abstract, mesh)
         if latest is not None:
+            latest, state, position = checkpoints.restore_newest(training.state)
             logging.info("Resuming from step %d of %s", latest, workdir)
-            target = sharding.with_shardings(abstract, shardings)
-            state, position = checkpoints.restore(latest, target)
         else:
             kind = jax.devices()[0].device_kind
             logging.info("Starting in %s on %d %s", workdir, mesh.size, kind)
             # It runs once, so on a CPU compiling it without optimisation is what saves time.
             options = {"xla_backend_optimization_level": 0} if mesh_is_cpu(mesh) else None
-            init = jax.jit(init, out_shardings=shardings, compiler_options=options)
+            init = jax.jit(
+                training.init, out_shardings=training.shardings, compiler_options=options
+            )
             state, position = init(init_key), {"step": 0}
             family = backbones.kind_of(model.backbone)
-            found = start.read_start(config.init, abstract["params"], abstract["stats"], family)
+            found = start.read_start(
+                config.init, training.state["params"], training.state["stats"], family
+            )
             if found is not None:
                 start.log_start(found, config.init.backbone or config.init.checkpoint)
                 state = start.apply_start(found, state)
             observe.log_parameters(state["params"])
+        check_room(workdir, state)
         first_step = position["step"]
         writer = observe.make_writer(workdir, resume_step=first_step)
         stack.callback(writer.close)
-        elapsed = position.get("chrono")
-        chrono = observe.Chrono(first_step, steps, config.data.batch_size, state=elapsed)
-        stack.callback(profiler.close)
-        train_step = jax.jit(
-            states.make_train_step(
-                model,
-                losses,
-                optimizer,
-                text_table,
-                accumulate=config.optim.accumulate,
-                ema_decay=config.optim.ema_decay,
-                mesh=mesh,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
+        rate = accelerators.peak_flops(mesh.devices.flat[0])
+        chrono = observe.Chrono(
+            first_step,
+            steps,
+            config.data.batch_size,
+            state=position.get("chrono"),
+            peak_flops=rate and rate * mesh.size,
+            started=started,
         )
+        if rate:
+            batch = states.abstract_batch(config, mesh)
+            traced = training.step.trace(training.state, batch, states.abstract_key(mesh))
+            chrono.set_step_flops(count_flops(traced.jaxpr))
+        stack.callback(profiler.close)
         run_key = jax.device_put(run_key, sharding.replicated(mesh))
 
+        def evaluate(step: int, limit: int = 0) -> dict[str, float | None]:
+            with preemption.at_rest(saved), chrono.pause("evaluation"):
+                scores = evaluator.run(state, step, eval_batches, writer, limit=limit)
+                checkpoints.record(step, scores)
+            return scores
+
         # ---- Train ------------------------------------------------------------------------------
+        if 0 < first_step < steps and due(first_step, config.train.eval_every):
+            # An earlier start saved this step, but was stopped before its evaluation was done.
+            if evaluator.finished(first_step) is None:
+                evaluate(first_step, config.eval.limit)
+            preemption.rest(saved)
         data = train_batches(first_step) if first_step < steps else iter(())
         close_data = getattr(data, "close", lambda: None)  # ends loader processes
         stack.callback(close_data)
         window: list[dict] = []  # metrics, on the device, of the steps since the last log
-        unchecked: tuple[dict, int, Any] | None = None
         for step in range(first_step + 1, steps + 1):
             with chrono.data():
                 batch = next(data, None)
@@ -150,38 +175,39 @@ def train(
                 arrays = {name: value for name, value in batch.items() if name != "index"}
                 arrays = sharding.put_batch(arrays, mesh)
             profiler.before(step)
-            state, metrics = train_step(state, arrays, run_key)
-            if unchecked is not None:  # one step late, so that the device need not wait for us
-                observe.check_finite(*unchecked)
-            unchecked = (metrics, step, batch.get("index"))
+            state, metrics = training.step(state, arrays, run_key)
+            preemption.wake()  # the first step is compiled: from now on there is something to lose
+            watch.check(state)  # of the step before, so that the device need not wait for us
+            watch.add(step, metrics, batch)
             window.append(metrics)
             profiler.after(step, metrics)
             chrono.tick(step)
 
             last = step == steps
+            stop = preemption.poll() and not last
             log_now = last or due(step, config.train.log_every)
             eval_now = last or due(step, config.train.eval_every)
-            save_now = eval_now or due(step, config.train.checkpoint_every)
+            save_now = eval_now or stop or due(step, config.train.checkpoint_every)
             if log_now or save_now:
-                # What is not finite is neither saved nor reported.
-                observe.check_finite(*unchecked)
-                unchecked = None
+                watch.check(state)  # what is not finite is neither saved nor reported
             if log_now:
                 scalars = states.mean_metrics(window)
                 window = []
-                rate = optim.learning_rates(rates, step - 1)
-                scalars |= {f"lr/{name}": value for name, value in rate.items()}
+                rates_now = optim.learning_rates(rates, step - 1)
+                scalars |= {f"lr/{name}": value for name, value in rates_now.items()}
                 scalars |= chrono.scalars(matcher.host_seconds())
                 writer.write_scalars(step, scalars)
                 writer.flush()
                 logging.info("%s", chrono.line(scalars))
-            with chrono.pause():
-                if eval_now:
-                    limit = 0 if last else config.eval.limit
-                    results = evaluator.run(state, step, eval_batches, writer, limit=limit)
-                if save_now:
-                    position = {"step": step, "chrono": chrono.state()}
-                    checkpoints.save(step, state, position, results if eval_now else None)
+            if save_now:  # before the evaluation: whatever ends that, this step is not lost
+                position = {"step": step, "chrono": chrono.state()}
+                with chrono.pause("checkpoint"):
+                    checkpoints.save(step, state, position)
+            if stop:
+                saved()
+                raise Preempted(step)
+            if eval_now:
+                results = evaluate(step, 0 if last else config.eval.limit)
         profiler.close()
         report_omissions(data)
         close_data()
@@ -189,10 +215,13 @@ def train(
         # ---- Report -----------------------------------------------------------------------------
         last_step = max(first_step, steps)
         if results is None:  # trained by an earlier start, but not evaluated as asked now
-            results = evaluator.run(state, last_step, eval_batches, writer)
+            results = evaluate(last_step)
+        preemption.rest(saved)
         if tabulate:
-            evaluator.token_table(state, last_step, eval_batches)
-        checkpoints.wait_until_finished()
+            with chrono.pause("evaluation"):
+                evaluator.token_table(state, last_step, eval_batches)
+        saved()
+        logging.info("%s", chrono.summary())
         evaluator.report(last_step)
         return results
 
@@ -213,20 +242,6 @@ def mesh_is_cpu(mesh: jax.sharding.Mesh) -> bool:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens at `step`."""
     return every > 0 and step % every == 0
-
-
-def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """ValueError that names the key if batches, micro-batches and devices do not divide."""
-    size, parts = config.data.batch_size, config.optim.accumulate
-    if parts < 1 or size % parts:
-        raise ValueError(f"optim.accumulate {parts} does not divide data.batch_size {size}")
-    name = (
-        "data.batch_size"
-        if parts == 1
-        else f"data.batch_size / optim.accumulate ({size}/{parts}) ="
-    )
-    sharding.check_batch(size // parts, mesh, name)
-    sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
 
 
 def check_train(config: ConfigDict, metadata: Metadata) -> None:
@@ -259,10 +274,9 @@ def evaluate_workdir(
 
     Raises:
       CheckpointError: the workdir has no such checkpoint, or other classes than `metadata`.
-      ValueError: `config.eval` and the devices do not fit each other.
+      ValueError: wrong values in `config.eval`.
     """
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     observe.quiet_libraries()
     path = workdir
     if checkpoint_step is not None:

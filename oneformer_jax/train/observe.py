@@ -21,6 +21,7 @@ from absl import logging
 from oneformer_jax.train.tensorboard import JsonLinesWriter, SummaryWriter, metric_writers
 
 METRICS_FILE = "metrics.jsonl"
+FLOP_UTILISATION = "time/flop_utilisation"  # where the peak rate of the devices is known
 PROFILE_FILE = "PROFILE"
 
 # Every name that `Chrono.scalars` may give; see its docstring.
@@ -29,6 +30,8 @@ TIME_METRICS = (
     "time/step_seconds",
     "time/data_seconds",
     "time/pause_seconds",
+    "time/checkpoint_seconds",
+    "time/goodput",
     "time/matcher_share",
     "time/eta_seconds",
     "time/elapsed_seconds",
@@ -70,25 +73,43 @@ class NonFiniteLoss(FloatingPointError):
       step: of the value.
       terms: name -> value, only those that are not finite.
       records: positions in the data source of the images of that batch, or None.
+      images: their image ids, as far as known.
     """
 
-    def __init__(self, step: int, terms: Mapping[str, float], records: Sequence[int] | None):
+    def __init__(
+        self,
+        step: int,
+        terms: Mapping[str, float],
+        records: Sequence[int] | None,
+        images: Sequence[str] = (),
+    ):
         self.step = step
         self.terms = dict(terms)
         self.records = None if records is None else [int(r) for r in records]
+        self.images = [str(image) for image in images]
         shown = ", ".join(f"{name} = {value}" for name, value in self.terms.items())
         text = f"step {step}: not finite: {shown}. "
         if self.records is not None:
-            more = f" and {len(self.records) - 16} more" if len(self.records) > 16 else ""
-            text += f"Its batch was records {self.records[:16]}{more} of the training data. "
+            text += f"Its batch was records {some(self.records)} of the training data. "
+        if self.images:
+            text += f"The ids of these images: {some(self.images)}. "
         super().__init__(
             text + "The last checkpoint is from before this step and intact: start again from it "
             "with a lower optim.lr, optim.warmup_steps or optim.clip_norm, or look at those images."
         )
 
 
+def some(values: Sequence[Any], count: int = 16) -> str:
+    """The first values, and how many more there are."""
+    more = f" and {len(values) - count} more" if len(values) > count else ""
+    return f"{list(values[:count])}{more}"
+
+
 def check_finite(
-    metrics: Mapping[str, Any], step: int, index: Sequence[int] | np.ndarray | None = None
+    metrics: Mapping[str, Any],
+    step: int,
+    index: Sequence[int] | np.ndarray | None = None,
+    images: Callable[[Sequence[int]], Sequence[str]] | None = None,
 ) -> None:
     """Raises NonFiniteLoss if a metric is NaN or infinite; waits for the device.
 
@@ -96,14 +117,28 @@ def check_finite(
       metrics: scalars on the device or the host.
       step: that they belong to.
       index: the "index" of the batch, to name the images.
+      images: image ids of such positions.
     """
     values = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
     bad = {n: float(v.reshape(-1)[0]) for n, v in values.items() if not np.all(np.isfinite(v))}
     if bad:
-        raise NonFiniteLoss(step, bad, None if index is None else np.asarray(index).reshape(-1))
+        records = None if index is None else [int(i) for i in np.asarray(index).reshape(-1)]
+        ids = images(records) if images and records else ()
+        raise NonFiniteLoss(step, bad, records, ids)
 
 
 # ------------------------------------------------------------------ time and progress
+
+
+# Where the time of a run goes, in the order of the summary.
+TIME_PARTS = {
+    "step": "training steps",
+    "data": "waiting for data",
+    "start": "start and compilation",
+    "evaluation": "evaluation",
+    "checkpoint": "checkpoints",
+    "lost": "lost: stopped, or steps made again",
+}
 
 
 class Chrono:
@@ -119,7 +154,7 @@ class Chrono:
         chrono.tick(step)
         if log_now:
             writer.write_scalars(step, chrono.scalars())
-        with chrono.pause():
+        with chrono.pause("evaluation"):
             evaluate()
     """
 
@@ -129,8 +164,11 @@ class Chrono:
         total_steps: int,
         batch_size: int,
         *,
-        state: Mapping[str, float] | None = None,
+        state: Mapping[str, Any] | None = None,
+        peak_flops: float | None = None,
+        started: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ):
         """Starts the clock.
 
@@ -138,43 +176,73 @@ class Chrono:
           first_step: steps done before this start.
           total_steps: at which the run ends.
           batch_size: images of a step on all hosts together.
-          state: `state()` of an earlier start of the run, to count its time in "elapsed".
+          state: `state()` of an earlier start of the run, to count its time too; what passed since
+            is "lost".
+          peak_flops: of all devices together, per second, for the FLOP utilisation.
+          started: time of `clock` at which this start began; now if not given.
           clock: seconds.
+          wall: seconds since 1970, the same for all starts.
         """
-        self._clock = clock
+        self._clock, self._wall = clock, wall
         self._step = first_step
         self._total_steps = total_steps
         self._batch_size = batch_size
+        self._peak_flops = peak_flops
+        self._step_flops = 0.0
+        self._started = clock() if started is None else started
         self._before = float(state["elapsed_seconds"]) if state else 0.0
-        self._started = clock()
+        self._parts = dict.fromkeys(TIME_PARTS, 0.0)
+        if state:
+            self._parts |= state.get("parts", {})
+            since = max(wall() - (clock() - self._started) - state.get("saved_at", wall()), 0.0)
+            self._parts["lost"] += since
+        self._mark = self._started  # up to where time is counted in `_parts`
         self._warm = False
         self._steps = 0  # measured steps of this start, and their time with pauses
         self._seconds = 0.0
         self._matcher_seconds = 0.0
-        self._begin_interval(self._started)
+        self._begin_interval(clock())
+
+    def set_step_flops(self, flops: float) -> None:
+        """Floating-point operations of one step on all devices, for the FLOP utilisation."""
+        self._step_flops = flops
 
     def _begin_interval(self, now: float) -> None:
         self._interval_start = now
         self._interval_steps = 0
-        self._data = self._pause = 0.0
+        self._data = self._pause = self._checkpoint = 0.0
+
+    def _count(self, part: str) -> float:
+        """Adds the time since the last call to `part`; the time it added."""
+        now = self._clock()
+        passed, self._mark = now - self._mark, now
+        self._parts[part] += passed
+        return passed
 
     @contextlib.contextmanager
     def data(self) -> Iterator[None]:
         """Around whatever waits for a batch."""
-        start = self._clock()
+        self._count("step" if self._warm else "start")
         try:
             yield
         finally:
-            self._data += self._clock() - start
+            self._data += self._count("data" if self._warm else "start")
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Around evaluation, checkpoints and all else that is no training."""
-        start = self._clock()
+    def pause(self, part: str = "evaluation") -> Iterator[None]:
+        """Around evaluation, checkpoints and all else that is no training.
+
+        Args:
+          part: "evaluation" or "checkpoint".
+        """
+        self._count("step" if self._warm else "start")
         try:
             yield
         finally:
-            self._pause += self._clock() - start
+            passed = self._count(part)
+            self._pause += passed
+            if part == "checkpoint":
+                self._checkpoint += passed
 
     def tick(self, step: int) -> None:
         """Says that `step` was given to the device."""
@@ -182,6 +250,7 @@ class Chrono:
         if self._warm:
             self._interval_steps += 1
         else:
+            self._count("start")
             self._warm = True
             self._begin_interval(self._clock())
 
@@ -189,14 +258,18 @@ class Chrono:
         """Measures since the last call (or since the first step), named as in `TIME_METRICS`.
 
         images_per_second: of data and step time. step_seconds, data_seconds: of one step.
-        pause_seconds: in the interval. matcher_share: of data and step time. eta_seconds: until
-        the last step, pauses included as they were so far. elapsed_seconds: of the run, with
-        earlier starts. Rates are absent while no step but the first was made.
+        pause_seconds: in the interval; checkpoint_seconds is a part of it. goodput: share of the
+        run's whole time, earlier starts and what was lost between them included, that steps took.
+        matcher_share: of data and step time. flop_utilisation: FLOPs of steps over those that the
+        devices could do in step time. eta_seconds: until the last step, pauses included as they
+        were so far. elapsed_seconds: of the run, with earlier starts. Rates are absent while no
+        step but the first was made.
 
         Args:
           matcher_seconds: time that the host's matcher took since the process began.
         """
-        now = self._clock()
+        self._count("step" if self._warm else "start")
+        now = self._mark
         wall = now - self._interval_start
         steps, busy = self._interval_steps, max(wall - self._pause, 1e-9)
         result = {}
@@ -209,21 +282,41 @@ class Chrono:
             if matcher_seconds is not None:
                 share = (matcher_seconds - self._matcher_seconds) / busy
                 result["time/matcher_share"] = share
+            if self._peak_flops and self._step_flops:
+                possible = self._peak_flops * max(busy - self._data, 1e-9)
+                result[FLOP_UTILISATION] = self._step_flops * steps / possible
             left = self._total_steps - self._step
             result["time/eta_seconds"] = left * self._seconds / self._steps
         result["time/pause_seconds"] = self._pause
+        result["time/checkpoint_seconds"] = self._checkpoint
+        result["time/goodput"] = self._parts["step"] / max(sum(self._parts.values()), 1e-9)
         result["time/elapsed_seconds"] = self._before + now - self._started
         self._matcher_seconds = matcher_seconds or 0.0
         self._begin_interval(now)
         return result
 
+    def summary(self) -> str:
+        """A table of what the run's time went on, over all its starts."""
+        self._count("step" if self._warm else "start")
+        total = max(sum(self._parts.values()), 1e-9)
+        lines = [f"time of the run, {format_duration(total)}:"]
+        for part, text in TIME_PARTS.items():
+            share = 100 * self._parts[part] / total
+            lines.append(f"  {text:<36}{format_duration(self._parts[part]):>10}{share:7.1f} %")
+        return "\n".join(lines)
+
     def line(self, scalars: Mapping[str, Any]) -> str:
         """`progress_line` of the last step."""
         return progress_line(self._step, self._total_steps, scalars)
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """JSON values for the checkpoint's position; see `__init__`."""
-        return {"elapsed_seconds": self._before + self._clock() - self._started}
+        self._count("step" if self._warm else "start")
+        return {
+            "elapsed_seconds": self._before + self._mark - self._started,
+            "parts": dict(self._parts),
+            "saved_at": self._wall(),
+        }
 
 
 # In this order, whatever stands before the last "/" of a metric's name.

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
@@ -34,6 +35,9 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec | str], ...] = (
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of shape [data, fsdp] over all devices.
+
+    Of several TPU slices "data" goes over the slices first: parameters are gathered within a slice,
+    and only sums of gradients cross the data-centre network.
 
     Args:
       data: devices along "data"; -1 takes what fsdp leaves.
@@ -63,7 +67,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
             f"mesh.data {data} x mesh.fsdp {fsdp} = {data * fsdp}, but there are {count} devices; "
             "set mesh.data=-1 to use them all"
         )
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    types = (AxisType.Auto,) * 2
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return jax.make_mesh((data, fsdp), AXES, axis_types=types, devices=devices)
+    if data % slices:
+        raise ValueError(
+            f"mesh.fsdp {fsdp} does not divide the {count // slices} devices of a slice; "
+            "parameters are sharded within a slice only"
+        )
+    shape = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp), (slices, 1), devices=devices
+    )
+    return Mesh(shape, AXES, axis_types=types)
 
 
 def check_batch(batch_size: int, mesh: Mesh, key: str = "data.batch_size") -> None:
@@ -74,6 +90,25 @@ def check_batch(batch_size: int, mesh: Mesh, key: str = "data.batch_size") -> No
     below = batch_size // count * count
     sizes = f"{below} or {below + count}" if below > 0 else f"{count}"
     raise ValueError(f"{key} {batch_size} is not divisible by {count} devices; use {sizes}")
+
+
+def check_batches(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """ValueError that names the key if batch, micro-batches and devices do not divide."""
+    if accumulate < 1 or batch_size % accumulate:
+        raise ValueError(
+            f"optim.accumulate {accumulate} does not divide data.batch_size {batch_size}"
+        )
+    name = (
+        "data.batch_size"
+        if accumulate == 1
+        else f"data.batch_size / optim.accumulate ({batch_size}/{accumulate}) ="
+    )
+    check_batch(batch_size // accumulate, mesh, name)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple that is at least `size`."""
+    return -(-size // multiple) * multiple
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

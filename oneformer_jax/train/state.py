@@ -6,6 +6,7 @@ over and merged with the parameters inside the differentiated function.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from oneformer_jax.models import backbones
@@ -21,6 +23,7 @@ from oneformer_jax.models.layers import ParamKeys
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
+from oneformer_jax.train import optim, sharding
 from oneformer_jax.train.optim import OptimConfig
 from oneformer_jax.types import TASK_TOKENS, Predictions
 
@@ -70,6 +73,88 @@ def abstract_params(config: OneFormerConfig) -> dict:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a config and a mesh fix about training: the loop runs it, compile mode compiles it.
+
+    Attributes:
+      model: the architecture.
+      init: PRNG key -> state of step 0, not compiled.
+      state: the abstract state, with shardings: for restore and for compilation.
+      step: the compiled-on-demand step (state, batch, key) -> (state, metrics); donates the state.
+    """
+
+    model: OneFormerConfig
+    init: Callable[[jax.Array], State]
+    state: State
+    step: Any
+
+    @property
+    def shardings(self) -> State:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+
+def make_training(
+    config: ConfigDict, num_classes: int, text_table: np.ndarray, mesh: jax.sharding.Mesh
+) -> Training:
+    """Puts together the training that `config` describes, on `mesh`, without compiling anything.
+
+    Args:
+      config: see `configs/common.py`.
+      num_classes: of the dataset.
+      text_table: int32 [K+3, T], the distinct texts.
+      mesh: see `sharding.make_mesh`.
+    """
+    model = model_config(config, num_classes)
+    optimizer = optim.make_optimizer(optim_config(config), abstract_params(model))
+    init = make_init(model, optimizer, ema=config.optim.ema_decay > 0)
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    shardings = sharding.state_shardings(abstract, mesh)
+    step = make_train_step(
+        model,
+        loss_config(config),
+        optimizer,
+        text_table,
+        accumulate=config.optim.accumulate,
+        ema_decay=config.optim.ema_decay,
+        skip_nonfinite=config.train.on_nonfinite == "skip",
+        mesh=mesh,
+        param_shardings=shardings["params"] if mesh.shape["fsdp"] > 1 else None,
+    )
+    return Training(
+        model,
+        init,
+        sharding.with_shardings(abstract, shardings),
+        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+    )
+
+
+def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Shapes, dtypes and sharding of a training batch, as `input_pipeline.loader` makes it."""
+    size, (height, width) = config.data.batch_size, config.data.crop_size
+    slots, texts = config.data.num_slots, config.model.num_queries - config.model.num_context
+    shapes = {
+        "image": ((height, width, 3), jnp.uint8),
+        "image_size": ((2,), jnp.int32),
+        "segment_map": ((height, width), jnp.uint8),
+        "classes": ((slots,), jnp.int32),
+        "valid": ((slots,), jnp.bool_),
+        "text_ids": ((texts,), jnp.int32),
+        "task": ((), jnp.int32),
+    }
+    split = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=split)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def abstract_key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+    """The run's PRNG key, as the training step takes it."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+
+
 def make_init(
     config: OneFormerConfig, optimizer: optax.GradientTransformation, *, ema: bool
 ) -> Callable[[jax.Array], State]:
@@ -97,7 +182,9 @@ def make_train_step(
     *,
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    skip_nonfinite: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    param_shardings: Any = None,
 ) -> Callable[[State, dict, jax.Array], tuple[State, dict]]:
     """The training step (state, batch, key) -> (state, metrics), to be compiled with donated state.
 
@@ -109,16 +196,22 @@ def make_train_step(
       accumulate: micro-batches; gradients and metrics are their means. The contrastive loss
         compares the images of a micro-batch.
       ema_decay: decay of the averaged parameters; 0 keeps none.
+      skip_nonfinite: leave out the update of a step whose loss or gradient is not finite, and go
+        on. Else such a step, number s, and all after it leave everything as it was, and "step" is
+        -s, so that the last good state is there when the host notices.
       mesh: mesh whose axes shard the batch; the matcher runs per shard.
+      param_shardings: how the parameters are split over the mesh; None: they are not.
 
     Returns:
       A pure function. `key` is the run's key; the step number is folded in. The batch is that of
       `input_pipeline.loader`, without `index`. Metrics are float32 scalars: `loss`, its terms,
-      `grad_norm`, `param_norm`.
+      `grad_norm`, `param_norm`, `skipped_share` (1 if the update was left out).
     """
     graphdef = model_graph(config, training=True)
 
     def loss_fn(params, stats, batch, key):
+        if param_shardings is not None:
+            params = gather_parameters(params, param_shardings)
         model = nnx.merge(graphdef, params, stats)
         model_key, point_key = jax.random.split(key)
         predictions = model(
@@ -132,6 +225,10 @@ def make_train_step(
         loss, terms = compute_losses(predictions, batch, point_key, losses, mesh=mesh)
         return loss, ({"loss": loss} | terms, split_model(model)[2])
 
+    if param_shardings is not None:
+        # The backward pass gathers again, so that no whole copy outlives the layer that uses it.
+        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        loss_fn = jax.checkpoint(loss_fn, policy=policy)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def gradients(params, stats, batch, key):
@@ -160,24 +257,58 @@ def make_train_step(
         params = state["params"]
         grads, metrics, stats = gradients(params, state["stats"], batch, key)
         updates, opt = optimizer.update(grads, state["opt"], params)
-        new = {
-            "step": state["step"] + 1,
-            "params": optax.apply_updates(params, updates),
-            "stats": stats,
-            "opt": opt,
-        }
+        new = {"params": optax.apply_updates(params, updates), "stats": stats, "opt": opt}
         if ema_decay:
             new["ema"] = jax.tree.map(
                 lambda old, p: old + (1 - ema_decay) * (p - old), state["ema"], new["params"]
             )
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            # Of the new parameters: an update that overflows is noticed before it is saved.
-            "param_norm": optax.tree.norm(new["params"]),
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        step = state["step"]
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        if not skip_nonfinite:
+            good &= step >= 0
+        new = {
+            name: jax.tree.map(lambda n, o: jnp.where(good, n, o), tree, state[name])
+            for name, tree in new.items()
         }
+        halted = step + 1 if skip_nonfinite else jnp.where(step < 0, step, -step - 1)
+        new["step"] = jnp.where(good, step + 1, halted)
+        # Of the new parameters: an update that overflows is noticed before it is saved.
+        metrics["param_norm"] = optax.tree.norm(new["params"])
+        metrics["skipped_share"] = 1.0 - good.astype(jnp.float32)
         return new, metrics
 
     return train_step
+
+
+GATHERED = "gathered parameters"
+
+
+def gather_parameters(params: Any, shardings: Any) -> Any:
+    """The parameters, whole on every device; their gradients are sharded again, as `shardings` say.
+
+    Left to itself, XLA now and then gathers the feature maps of all devices instead of a kernel.
+    """
+
+    def gather_one(x: jax.Array, split: jax.sharding.NamedSharding) -> jax.Array:
+        if split.is_fully_replicated:
+            return x
+        whole = sharding.replicated(split.mesh)
+
+        @jax.custom_vjp
+        def gather(x):
+            return jax.lax.with_sharding_constraint(x, whole)
+
+        def backward(_, gradient):
+            # First whole, that is summed, then split: compilers make one reduce-scatter of it. The
+            # split alone would spread to what the gradient is computed from.
+            gradient = jax.lax.with_sharding_constraint(gradient, whole)
+            return (jax.lax.with_sharding_constraint(gradient, split),)
+
+        gather.defvjp(lambda x: (gather(x), None), backward)
+        return checkpoint_name(gather(x), GATHERED)
+
+    return jax.tree.map(gather_one, params, shardings)
 
 
 def split_batch(batch: dict, parts: int) -> dict:
@@ -188,9 +319,12 @@ def split_batch(batch: dict, parts: int) -> dict:
 
 
 def mean_metrics(metrics: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """Means over the steps; waits for the device."""
+    """Means over the steps, `skipped_share` apart without skipped ones; waits for the device."""
     fetched = jax.device_get(list(metrics))
-    return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+    skipped = [m["skipped_share"] for m in fetched]
+    fetched = [m for m, skip in zip(fetched, skipped, strict=True) if not skip] or fetched
+    means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+    return means | {"skipped_share": float(np.mean(skipped))}
 
 
 def make_predict_step(config: OneFormerConfig) -> Callable[..., Predictions]:
@@ -205,6 +339,21 @@ def make_predict_step(config: OneFormerConfig) -> Callable[..., Predictions]:
         return model(normalize_images(image, image_size), task_tokens)
 
     return predict_step
+
+
+def jit_predict(config: OneFormerConfig, mesh: jax.sharding.Mesh) -> Any:
+    """The prediction that evaluation runs, compiled on demand.
+
+    (params, stats, image, image_size, task_tokens) -> class logits [B, Q, K+1] and mask logits
+    [B, Q, h, w] of the final prediction; every device keeps the logits of its own images.
+    """
+    predict_step = make_predict_step(config)
+
+    def predict(params, stats, image, image_size, task_tokens):
+        predictions = predict_step(params, stats, image, image_size, task_tokens)
+        return predictions.class_logits[-1], predictions.mask_logits()
+
+    return jax.jit(predict, out_shardings=sharding.batch_sharding(mesh))
 
 
 TEXT_PARAMS = ("text_encoder", "text_projector", "prompt_ctx", "logit_scale")

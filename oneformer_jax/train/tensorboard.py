@@ -164,17 +164,21 @@ class JsonLinesWriter(metric_writers.MetricWriter):
 
     Args:
       path: of the file; its folder is made if missing.
-      resume_step: drop the lines of later steps, and a half-written last line.
+      resume_step: drop the lines of later steps, and a half-written last line; what is there of
+        this step is not written a second time.
     """
 
     def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        self._written: set[tuple[int, frozenset[str]]] = set()  # step and names of lines kept
         if resume_step is not None and os.path.exists(path):
-            _keep_lines(path, resume_step)
+            self._written = _keep_lines(path, resume_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write_scalars(self, step, scalars):
         values = {name: _number(value) for name, value in scalars.items()}
+        if (int(step), frozenset(values)) in self._written:
+            return
         line = json.dumps({"step": int(step), "time": round(time.time(), 3), **values})
         self._file.write(line + "\n")
         self._file.flush()
@@ -214,20 +218,27 @@ def _number(value: Any) -> float | int | None:
     return value if math.isfinite(value) else None
 
 
-def _keep_lines(path: str | os.PathLike, last_step: int) -> None:
-    """Rewrites the file at `path` without lines after `last_step` and lines that are no JSON."""
-    kept = []
+def _keep_lines(path: str | os.PathLike, last_step: int) -> set[tuple[int, frozenset[str]]]:
+    """Rewrites the file at `path` without lines after `last_step` and lines that are no JSON.
+
+    Returns the names in each line of that step.
+    """
+    kept, of_last = [], set()
     with open(path, encoding="utf-8") as file:
         for line in file:
             try:
-                if json.loads(line)["step"] <= last_step:
+                values = json.loads(line)
+                if values["step"] <= last_step:
                     kept.append(line)
+                if values["step"] == last_step:
+                    of_last.add((last_step, frozenset(values) - {"step", "time"}))
             except (ValueError, KeyError, TypeError):
                 continue  # the process died while it wrote this line
     temporary = f"{os.fspath(path)}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(kept)
     os.replace(temporary, path)
+    return of_last
 
 
 if _stand_in is not None:

@@ -124,16 +124,21 @@ def test_keep_last_and_best(tmp_path, mesh):
         assert checkpoints.latest_step() is None
         assert checkpoints.best_step() is None
         for step, score in scores.items():
-            metrics = None if step == 3 else {"panoptic/PQ": score, "instance/AP": None}
-            checkpoints.save(step, state, {"step": step}, metrics)
+            checkpoints.save(step, state, {"step": step})
+            if step != 3:
+                checkpoints.record(step, {"panoptic/PQ": score, "instance/AP": None})
         assert checkpoints.best_step() == 2
         assert checkpoints.all_steps() == [2, 5, 6]
     # Scores are read again from disk: a better one takes the place of the best after a restart.
     with Checkpoints(tmp_path, **settings) as checkpoints:
         assert checkpoints.best_step() == 2
-        checkpoints.save(7, state, {}, {"panoptic/PQ": 0.95})
+        checkpoints.save(7, state, {})
+        checkpoints.record(7, {"panoptic/PQ": 0.95})
         assert checkpoints.best_step() == 7
-        assert checkpoints.all_steps() == [6, 7]
+        checkpoints.save(8, state, {})  # a score counts from the next save on
+        assert checkpoints.all_steps() == [7, 8]
+        checkpoints.save(9, state, {})
+        assert checkpoints.all_steps() == [7, 8, 9]
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.best_step() is None  # no metric was named
 
@@ -211,6 +216,59 @@ def test_damaged_checkpoint_names_the_path(copy, run, victim):
         with pytest.raises(CheckpointError, match=rf"checkpoint {step} is damaged"):
             checkpoint.load_for_inference(copy)
     assert checkpoint.load_for_inference(copy / "checkpoints" / "2").step == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(copy, run, monkeypatch):
+    shouted = []
+    monkeypatch.setattr(checkpoint.logging, "error", lambda text, *a: shouted.append(text % a))
+    folder = copy / "checkpoints"
+    for path in (folder / "4").glob("state/**/d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with Checkpoints(copy) as checkpoints:
+        step, state, position = checkpoints.restore_newest(run[2])
+        assert (step, position["step"]) == (2, 2)
+        assert_same(state, run[1][2])
+        assert checkpoints.all_steps() == [2]
+        assert checkpoints.save(4, state, {"step": 4})
+        checkpoints.wait_until_finished()
+        assert checkpoints.restore_newest(run[2])[0] == 4
+    (message,) = shouted
+    assert f"checkpoint {folder / '4'} is damaged" in message
+    assert "Going on from step 2" in message
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "4.damaged"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damage_everywhere_is_an_error_and_renames_nothing(copy, run):
+    for path in (copy / "checkpoints").glob("*/state/_METADATA"):
+        path.unlink()
+    with Checkpoints(copy) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"checkpoints/4 is damaged"):
+            checkpoints.restore_newest(run[2])
+        assert checkpoints.all_steps() == [2, 4]
+
+
+def test_a_model_that_differs_is_no_damage(copy, mesh):
+    with Checkpoints(copy) as checkpoints:
+        with pytest.raises(CheckpointError, match="of another model"):
+            checkpoints.restore_newest(make_target(mesh, width=16, ema=True))
+        assert checkpoints.all_steps() == [2, 4]
+
+
+def test_a_disk_that_is_full(tmp_path, mesh, monkeypatch):
+    """Orbax fails in its background thread; the error names the folder and the last good step."""
+    state = make_state(make_target(mesh))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait_until_finished()
+        monkeypatch.setattr(checkpoints._manager, "save", full)
+        with pytest.raises(CheckpointError, match=r"No space left.* step 1; its disk is full"):
+            checkpoints.save(2, state, {})
 
 
 def test_load_for_inference(run):

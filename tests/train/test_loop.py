@@ -7,9 +7,12 @@ all but one of another mesh share the training step of the first.
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -23,6 +26,7 @@ from oneformer_jax.eval.metrics_cityscapes import CityscapesIoU
 from oneformer_jax.train import checkpoint, loop, observe, sharding
 from oneformer_jax.train.checkpoint import CheckpointError, load_for_inference
 from oneformer_jax.train.observe import TIME_METRICS, NonFiniteLoss
+from oneformer_jax.train.preemption import EXIT_CODE
 from tests import tiny
 from tests.train import eval_scenes
 from tests.train.test_observe import read_events, read_lines
@@ -112,6 +116,7 @@ def start(workdir, *, batches=None, mesh=None, **overrides):
         text_table=tiny.text_table(),
         train_batches=batches or Batches(),
         eval_batches=eval_scenes.batches,
+        image_ids=lambda positions: [f"image {position}" for position in positions],
         mesh=mesh or sharding.make_mesh(devices=jax.devices()[:1]),
     )
 
@@ -338,18 +343,75 @@ def test_a_bad_loss_stops_the_run_and_resuming_repeats_it_exactly(run, tmp_path)
     assert load_for_inference(workdir).step == 4
     assert [step for step, _ in scalars(workdir)][-1] == 4
 
+    folder = workdir / "nonfinite" / "5"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["records"] == error.value.records
+    assert report["images"][0] == "image 500"
+    assert "loss_ce" in report["terms"]
+    with np.load(folder / "batch.0.npz") as batch:
+        assert (batch["classes"] == 10**6).all()
+    kept = ocp.StandardCheckpointer().restore(folder / "state")
+    assert int(kept["step"]) == 4  # the last good one, not that of a later step
+    saved = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / "4" / "state")
+    for name, value in tiny.leaves(saved["params"]).items():
+        np.testing.assert_array_equal(tiny.leaves(kept["params"])[name], value)
+
     batches = Batches()
     assert start(workdir, batches=batches) == run.results
     assert batches.starts == [4]
     assert batches.steps == [5, 6]
-    assert scalars(workdir) == scalars(run.workdir)  # bit for bit, and no line twice
+    assert_same_run(workdir, run.workdir)
+
+
+def assert_same_run(workdir, expected):
+    """Bit for bit the same weights and log lines, and no line twice."""
+    assert scalars(workdir) == scalars(expected)
     for use_ema in (False, True):
         found = load_for_inference(workdir, use_ema=use_ema)
-        expected = load_for_inference(run.workdir, use_ema=use_ema)
+        wanted = load_for_inference(expected, use_ema=use_ema)
         for part in ("params", "stats"):
-            theirs = tiny.leaves(getattr(expected, part))
+            theirs = tiny.leaves(getattr(wanted, part))
             for name, value in tiny.leaves(getattr(found, part)).items():
                 np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def test_a_signal_saves_the_step_and_resuming_repeats_the_rest(run, tmp_path):
+    def terminate(batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # a thread takes note of it
+        return batch
+
+    workdir = copy_at(run.workdir, tmp_path / "copy", 2)
+    batches = Batches({5: terminate})  # 3, the first one, compiles: then nothing is to be saved
+    with pytest.raises(SystemExit) as exit_:
+        start(workdir, batches=batches)
+    assert exit_.value.code == EXIT_CODE
+    assert exit_.value.step == 5
+    assert batches.closed
+    assert saved_steps(workdir) == [2, 4, 5]
+    assert start(workdir) == run.results
+    assert_same_run(workdir, run.workdir)
+
+
+def test_an_evaluation_that_was_cut_off_is_made_again(run, tmp_path, monkeypatch):
+    """The state is saved before it: nothing but the evaluation itself is to be repeated."""
+    workdir, evaluate = copy_at(run.workdir, tmp_path / "copy", 2), loop.Evaluator.run
+
+    def cut_off(self, state, step, *args, **kwargs):
+        if step == 4:
+            raise KeyboardInterrupt
+        return evaluate(self, state, step, *args, **kwargs)
+
+    shutil.rmtree(workdir / "eval" / "4")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Evaluator, "run", cut_off)
+        start(workdir)
+    assert saved_steps(workdir) == [2, 4]
+    batches = Batches()
+    assert start(workdir, batches=batches) == run.results
+    assert batches.starts == [4]
+    assert_same_run(workdir, run.workdir)
+    assert json.loads((workdir / "checkpoints" / "4" / "scores.json").read_text())
 
 
 def test_eight_devices_go_on_with_the_same_losses(run, tmp_path, monkeypatch):
@@ -423,7 +485,7 @@ def test_a_workdir_of_another_model(run):
     ("devices", "overrides", "message"),
     [
         (8, {"data__batch_size": 12, "eval__batch_size": 8}, r"data\.batch_size 12 .* 8 or 16"),
-        (8, {"eval__batch_size": 6}, r"eval\.batch_size 6 is not divisible by 8"),
+        (1, {"train__on_nonfinite": "ignore"}, r"train\.on_nonfinite is 'ignore'.*stop, skip"),
         (1, {"optim__accumulate": 3}, r"optim\.accumulate 3 does not divide data\.batch_size 8"),
         (8, {"optim__accumulate": 2, "eval__batch_size": 8}, r"\(8/2\) = 4 is not divisible by 8"),
         (1, {"eval__tasks": ("semantic", "depth")}, r"eval\.tasks .*depth"),

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -144,6 +145,8 @@ def test_check_finite_names_step_terms_and_records():
     assert "optim.lr" in message
     with pytest.raises(NonFiniteLoss, match=r"step 8: not finite: loss = nan\. The last"):
         observe.check_finite({"loss": float("nan")}, 8)
+    with pytest.raises(NonFiniteLoss, match=r"ids of these images: \['id 4', 'id 9'\]\."):
+        observe.check_finite({"loss": float("nan")}, 9, [4, 9], lambda rs: [f"id {r}" for r in rs])
 
 
 class Clock:
@@ -159,13 +162,18 @@ class Clock:
 
 def test_chrono_separates_data_step_and_pause():
     clock = Clock()
-    chrono = Chrono(0, 100, 8, clock=clock)
+    chrono = Chrono(0, 100, 8, clock=clock, wall=clock)
     with chrono.data():
         clock.wait(7)  # workers start
     clock.wait(50)  # compilation
     chrono.tick(1)
     first = chrono.scalars()
-    assert first == {"time/pause_seconds": 0, "time/elapsed_seconds": 57}
+    assert first == {
+        "time/pause_seconds": 0,
+        "time/checkpoint_seconds": 0,
+        "time/goodput": 0,
+        "time/elapsed_seconds": 57,
+    }
 
     for step in (2, 3, 4, 5):
         with chrono.data():
@@ -182,8 +190,10 @@ def test_chrono_separates_data_step_and_pause():
     assert scalars["time/eta_seconds"] == pytest.approx(95 * 2)
     assert scalars["time/elapsed_seconds"] == pytest.approx(65)
 
-    with chrono.pause():
-        clock.wait(12)
+    with chrono.pause("evaluation"):
+        clock.wait(9)
+    with chrono.pause("checkpoint"):
+        clock.wait(3)
     for step in (6, 7, 8, 9):
         clock.wait(2)
         chrono.tick(step)
@@ -191,13 +201,37 @@ def test_chrono_separates_data_step_and_pause():
     assert scalars["time/images_per_second"] == pytest.approx(4)  # the pause does not count
     assert scalars["time/step_seconds"] == pytest.approx(2)
     assert scalars["time/pause_seconds"] == pytest.approx(12)
+    assert scalars["time/checkpoint_seconds"] == pytest.approx(3)
+    # 57 s of start, 6 and 8 s of steps, 2 s of data, 12 s of pauses.
+    assert scalars["time/goodput"] == pytest.approx(14 / 85)
     assert scalars["time/matcher_share"] == pytest.approx(0.1)  # of this interval alone
     assert scalars["time/eta_seconds"] == pytest.approx(91 * 28 / 8)  # pauses come again
 
-    later = Chrono(9, 100, 8, state=json.loads(json.dumps(chrono.state())), clock=clock)
+    saved = json.loads(json.dumps(chrono.state()))
+    clock.wait(10)  # steps that are lost, then a stop
+    later = Chrono(9, 100, 8, state=saved, clock=clock, wall=clock)
     clock.wait(1)
     later.tick(10)
-    assert later.scalars()["time/elapsed_seconds"] == pytest.approx(86)
+    scalars = later.scalars()
+    assert scalars["time/elapsed_seconds"] == pytest.approx(86)
+    assert scalars["time/goodput"] == pytest.approx(14 / 96)
+    rows = dict(re.findall(r"^  (.*?)  .*?([\d.]+) %$", later.summary(), re.MULTILINE))
+    assert rows.keys() == set(observe.TIME_PARTS.values())
+    assert float(rows["lost: stopped, or steps made again"]) == pytest.approx(10 / 0.96, abs=0.1)
+    assert float(rows["start and compilation"]) == pytest.approx(58 / 0.96, abs=0.1)
+
+
+def test_flop_utilisation():
+    clock = Clock()
+    chrono = Chrono(0, 100, 8, peak_flops=50.0, clock=clock)
+    chrono.set_step_flops(30.0)
+    chrono.tick(1)
+    for step in (2, 3):
+        with chrono.data():
+            clock.wait(4)
+        clock.wait(1)
+        chrono.tick(step)
+    assert chrono.scalars()[observe.FLOP_UTILISATION] == pytest.approx(60 / 100)
 
 
 def test_progress_line():

@@ -1,3 +1,5 @@
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs import common
 from oneformer_jax.train import optim, sharding
+from oneformer_jax.train import state as states
+from tests import tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,3 +143,33 @@ def test_parameter_whose_name_ends_like_another_ones():
     assert specs["opt"]["mu"] == specs["params"]
     assert specs["params"]["a"]["head"]["kernel"] == P("fsdp", None)
     assert specs["params"]["head"]["kernel"] == P(None, "fsdp")
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding_coco_resnet50.tsv"
+
+
+def test_the_base_config_is_sharded_as_recorded():
+    """Name, shape and spec of each parameter over 8 devices; a change must be meant.
+
+    `python -m tests.train.test_sharding` writes the file anew.
+    """
+    assert sharding_table() == GOLDEN.read_text()
+
+
+def sharding_table() -> str:
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    params = states.abstract_params(states.model_config(common.get_base(), 133))
+    found = sharding.state_shardings({"params": params}, mesh)["params"]
+    specs = {name: s.spec for name, s in tiny.leaves(found).items()}
+    rows = ["parameter\tshape\tspec"]
+    for name, leaf in tiny.leaves(params).items():
+        axes = ",".join(str(axis) for axis in specs[name]) or "replicated"
+        rows.append(f"{name}\t{','.join(map(str, leaf.shape))}\t{axes}")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    import tests.conftest  # noqa: F401 - sets the number of devices
+
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(sharding_table())

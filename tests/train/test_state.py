@@ -97,6 +97,54 @@ def test_a_step_is_the_mean_of_its_micro_batches(accumulate, monkeypatch):
     assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(skip, monkeypatch):
+    """Then "skip" goes on, and "stop" holds the state until the host has noticed."""
+
+    def losses(predictions, batch, key, config, *, mesh):
+        loss, terms = _toy_losses(predictions, batch, key, config, mesh=mesh)
+        bad = jnp.any(batch["task"] == 99)
+        return jnp.where(bad, jnp.nan, loss), terms
+
+    monkeypatch.setattr(states, "OneFormer", Toy)
+    monkeypatch.setattr(states, "compute_losses", losses)
+    init = states.make_init(None, OPTIMIZER, ema=True)
+    step = jax.jit(
+        states.make_train_step(
+            None, None, OPTIMIZER, tiny.text_table(), ema_decay=0.9, skip_nonfinite=skip
+        )
+    )
+    key, good = jax.random.key(0), tiny.batch(size=4)
+    bad = good | {"task": np.full_like(good["task"], 99)}
+    first, metrics = step(init(key), good, key)
+    assert metrics["skipped_share"] == 0
+    second, metrics = step(first, bad, key)
+    assert metrics["skipped_share"] == 1 and not np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["param_norm"])
+    third, metrics = step(second, good, key)
+    for name in ("params", "stats", "opt", "ema"):
+        before, after, later = (tiny.leaves(state[name]) for state in (first, second, third))
+        for leaf, value in before.items():
+            np.testing.assert_array_equal(after[leaf], value)
+        if name != "opt":  # plain gradient descent has no state
+            moved = [
+                leaf for leaf, value in before.items() if not np.array_equal(later[leaf], value)
+            ]
+            assert bool(moved) is skip
+    assert int(first["step"]) == 1
+    assert [int(second["step"]), int(third["step"])] == ([2, 3] if skip else [-2, -2])
+    assert metrics["skipped_share"] == (0 if skip else 1)
+
+
+def test_means_leave_skipped_steps_out():
+    def line(loss, skipped):
+        return {"loss": jnp.float32(loss), "skipped_share": jnp.float32(skipped)}
+
+    lines = [line(1, 0), line(np.nan, 1), line(3, 0), line(2, 0)]
+    assert states.mean_metrics(lines) == {"loss": 2.0, "skipped_share": 0.25}
+    assert np.isnan(states.mean_metrics(lines[1:2])["loss"])
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_keeps_the_shapes_and_types_of_the_state(accumulate):
     """Else the second step would be compiled again."""

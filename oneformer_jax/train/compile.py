@@ -1,0 +1,356 @@
+"""Compile mode: the real programs of a run, compiled ahead of time for accelerators not at hand.
+
+The training and the prediction step are those that `loop.train` runs, with the same shardings. What
+does not fit into memory is a verdict of the report, and `suggest` looks for settings that fit.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from oneformer_jax.train import accelerators, hlo, sharding
+from oneformer_jax.train import state as states
+from oneformer_jax.train.accelerators import Topology
+from oneformer_jax.train.flops import count_flops
+
+GIB = 2**30
+LARGEST = 8  # buffers listed for each program
+MAX_FSDP = 16  # devices over which `suggest` shards a parameter at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What compiling one program told.
+
+    Attributes:
+      name: "training step" or "prediction step".
+      fits: whether it was compiled within the memory of a device, resident state included.
+      memory: name -> bytes on one device, in the order of printing; without "temporaries" and
+        "program" if it does not fit.
+      peak: bytes that one device needs; a lower bound if it does not fit.
+      limit: bytes that one device has, or None if unknown.
+      flops: matrix products and convolutions of one call, over all devices.
+      images: of one call, over all devices.
+      sent: kind of communication -> (times, bytes that one device sends) per call.
+      collectives: the communications one by one; empty if it does not fit.
+      buffers: the largest arrays; empty if it does not fit.
+      seconds: of tracing and compiling.
+    """
+
+    name: str
+    fits: bool
+    memory: dict[str, int]
+    peak: int
+    limit: int | None
+    flops: float
+    images: int
+    sent: dict[str, tuple[int, float]]
+    collectives: tuple[hlo.Collective, ...]
+    buffers: tuple[hlo.Buffer, ...]
+    seconds: float
+
+
+# ------------------------------------------------------------------ compiling
+
+
+def compile_programs(
+    config: ConfigDict, topology: Topology, *, num_classes: int, text_table: np.ndarray
+) -> list[Report]:
+    """Compiles the training step and, at the largest padded size, the prediction step.
+
+    Raises:
+      ValueError: the config and the devices do not fit each other.
+    """
+    mesh = _mesh(config, topology)
+    sharding.check_batches(config.data.batch_size, config.optim.accumulate, mesh)
+    # Kernels ask the mesh for which chip they are compiled.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        training = states.make_training(config, num_classes, text_table, mesh)
+        state = training.state
+        batch = states.abstract_batch(config, mesh)
+        parts = {
+            "parameters": _bytes_per_device((state["params"], state["stats"])),
+            "optimizer": _bytes_per_device(state["opt"]),
+            "averages": _bytes_per_device(state.get("ema", {})),
+            "batch": _bytes_per_device(batch),
+        }
+        train = _compile(
+            "training step",
+            training.step,
+            (state, batch, states.abstract_key(mesh)),
+            parts,
+            topology,
+            config.data.batch_size,
+        )
+        params = states.inference_params(state.get("ema", state["params"]))
+        arguments = abstract_eval_batch(config, mesh)
+        resident = parts["optimizer"] + parts["averages"]
+        resident += parts["parameters"] - _bytes_per_device((params, state["stats"]))
+        parts = {
+            "parameters": _bytes_per_device((params, state["stats"])),
+            "rest of the state": resident,
+            "batch": _bytes_per_device(arguments),
+        }
+        predict = _compile(
+            "prediction step",
+            states.jit_predict(training.model, mesh),
+            (params, state["stats"], *arguments),
+            parts,
+            topology,
+            arguments[0].shape[0],
+            resident=resident,
+        )
+    return [train, predict]
+
+
+def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)
+
+
+def abstract_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+    """(image, image_size, task_tokens) of an evaluation batch at the largest padded size."""
+    size = sharding.round_up(config.eval.batch_size, mesh.size)
+    height, width = (
+        sharding.round_up(side, config.eval.bucket_multiple)
+        for side in (config.eval.short_edge, config.eval.max_size)
+    )
+    shapes = (((height, width, 3), jnp.uint8), ((2,), jnp.int32), ((77,), jnp.int32))
+    split = sharding.batch_sharding(mesh)
+    return tuple(
+        jax.ShapeDtypeStruct((size, *shape), dtype, sharding=split) for shape, dtype in shapes
+    )
+
+
+def num_eval_sizes(config: ConfigDict) -> int:
+    """How many padded sizes images of any shape may get: a compiled prediction step for each."""
+    # One side is at short_edge and the other anywhere up to max_size, or one is at max_size and the
+    # other anywhere up to short_edge.
+    multiple = config.eval.bucket_multiple
+    return 2 * sharding.round_up(config.eval.max_size, multiple) // multiple - 1
+
+
+def _bytes_per_device(tree: Any) -> int:
+    """Memory of abstract arrays with shardings on one device, without padding."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _compile(
+    name: str,
+    function: Any,
+    arguments: tuple[Any, ...],
+    parts: Mapping[str, int],
+    topology: Topology,
+    images: int,
+    resident: int = 0,
+) -> Report:
+    """Compiles `function`; `resident` bytes of every device are taken by other arrays."""
+    start = time.perf_counter()
+    traced = function.trace(*arguments)
+    flops = count_flops(traced.jaxpr)
+    memory = {part: size for part, size in parts.items() if size}
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        sizes = accelerators.out_of_memory(error)
+        if sizes is None:
+            raise
+        need, limit = sizes[0], sizes[1] or topology.memory
+        # The compiler names either all of the program's memory or its temporaries alone.
+        need = max(need, (limit or 0) + 1)
+        seconds = time.perf_counter() - start
+        return Report(name, False, memory, need, limit, flops, images, {}, (), (), seconds)
+    stats = compiled.memory_analysis()
+    program = hlo.Program(compiled.as_text(), len(topology.devices))
+    arguments_size = stats.argument_size_in_bytes
+    peak = getattr(stats, "peak_memory_in_bytes", 0) or (
+        arguments_size
+        + stats.temp_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+    )
+    peak += stats.generated_code_size_in_bytes + resident
+    memory["activations and temporaries"] = peak - (
+        sum(memory.values()) + stats.generated_code_size_in_bytes
+    )
+    memory["program"] = stats.generated_code_size_in_bytes
+    collectives = program.collectives()
+    return Report(
+        name=name,
+        fits=topology.memory is None or peak <= topology.memory,
+        memory={part: size for part, size in memory.items() if size},
+        peak=peak,
+        limit=topology.memory,
+        flops=flops,
+        images=images,
+        sent=hlo.sent_by_kind(collectives),
+        collectives=tuple(collectives),
+        buffers=tuple(program.largest_buffers(LARGEST)),
+        seconds=time.perf_counter() - start,
+    )
+
+
+# ------------------------------------------------------------------ the report
+
+
+def describe(config: ConfigDict, topology: Topology, reports: list[Report]) -> str:
+    """The report for a screen."""
+    mesh = _mesh(config, topology)
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    each = "" if topology.memory is None else f", {_gib(topology.memory)} each"
+    lines = [f"{topology.name}: {mesh.size} devices ({topology.kind}), mesh {axes}{each}"]
+    for report in reports:
+        lines += ["", *_describe_one(report, topology)]
+    lines += [
+        "",
+        f"programs: 1 training step, 1 prediction step for each padded size of the images (at most "
+        f"{num_eval_sizes(config)} with these eval.short_edge, max_size and bucket_multiple)",
+    ]
+    return "\n".join(lines)
+
+
+def _describe_one(report: Report, topology: Topology) -> Iterator[str]:
+    yield f"{report.name}: {verdict(report)}   ({report.seconds:.0f} s to compile)"
+    yield "  memory of a device   " + ", ".join(
+        f"{part} {_gib(size)}" for part, size in report.memory.items()
+    )
+    rate = accelerators.peak_flops(topology.devices[0])
+    flops = (
+        f"  FLOPs                {_si(report.flops)} a call of {report.images} images, "
+        f"{_si(report.flops / report.images)} an image"
+    )
+    if rate:
+        seconds = report.flops / (rate * len(topology.devices))
+        flops += f"; {1e3 * seconds:.3g} ms at the peak rate of {_si(rate)}/s a device"
+    yield flops
+    if not report.fits and not report.buffers:
+        return
+    sent = ", ".join(
+        f"{kind} {_mib(size)} in {count}" for kind, (count, size) in report.sent.items()
+    )
+    yield f"  sent by a device     {sent or 'nothing'}"
+    yield "  largest buffers"
+    for buffer in report.buffers:
+        times = f" x {buffer.count}" if buffer.count > 1 else ""
+        place = buffer.source or buffer.name or "(the compiler's own)"
+        yield f"    {_mib(buffer.bytes):>12}{times:<6} {buffer.shape}  {place}"
+
+
+def verdict(report: Report) -> str:
+    """ "fits, 9.1 of 15.8 GiB, 6.7 GiB free" and the like."""
+    if report.limit is None:
+        return f"compiled, {_gib(report.peak)}"
+    used = f"{_gib(report.peak)} of {_gib(report.limit)}"
+    if report.fits:
+        return f"fits, {used}, {_gib(report.limit - report.peak)} free"
+    return f"DOES NOT FIT, {used}, {_gib(report.peak - report.limit)} too much"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**16 else f"{size / 2**10:,.2f} KiB"
+
+
+def _si(value: float) -> str:
+    for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}FLOP"
+    return f"{value:.3g} FLOP"
+
+
+# ------------------------------------------------------------------ advice
+
+
+def candidates(config: ConfigDict, num_devices: int) -> Iterator[dict[str, Any]]:
+    """Overrides that lower the memory of a step, those that cost least first.
+
+    Sharding costs communication, recomputation about a third of the step's time; accumulation
+    changes what the contrastive loss compares, a smaller batch the recipe.
+    """
+    fsdp = max(n for n in range(1, min(num_devices, MAX_FSDP) + 1) if num_devices % n == 0)
+    shard = {"mesh.data": -1, "mesh.fsdp": fsdp} if fsdp > config.mesh.fsdp else {}
+    remat = {} if config.model.remat else {"model.remat": True}
+    if shard:
+        yield shard
+    if remat:
+        yield remat
+    if shard and remat:
+        yield shard | remat
+    size, parts = config.data.batch_size, config.optim.accumulate
+    for count in range(parts + 1, size // num_devices + 1):
+        if size % count == 0 and (size // count) % num_devices == 0:
+            yield shard | remat | {"optim.accumulate": count}
+    for smaller in range(size - num_devices, 0, -num_devices):
+        if smaller % parts == 0 and (smaller // parts) % num_devices == 0:
+            yield shard | remat | {"data.batch_size": smaller}
+
+
+def advice(config: ConfigDict, topology: Topology) -> str:
+    """What to try when a step does not fit, without trying it."""
+    options = [as_flags(c) for c in candidates(config, len(topology.devices))]
+    if not options:
+        return "nothing is left to lower its memory on these devices: take more or larger ones"
+    return "--suggest tries, one after the other:\n  " + "\n  ".join(options)
+
+
+def as_flags(overrides: Mapping[str, Any]) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in overrides.items())
+
+
+def suggest(
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    num_classes: int,
+    text_table: np.ndarray,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
+    """The first of `candidates` with which all programs fit, or None; each is compiled in turn."""
+    for overrides in candidates(config, len(topology.devices)):
+        trial = ConfigDict(copy.deepcopy(config.to_dict()))
+        trial.update_from_flattened_dict(overrides)
+        reports = compile_programs(trial, topology, num_classes=num_classes, text_table=text_table)
+        worst = next((r for r in reports if not r.fits), reports[0])
+        log(f"{as_flags(overrides)}\n  {worst.name}: {verdict(worst)}")
+        if worst.fits:
+            return overrides
+    return None
+
+
+def run(
+    config: ConfigDict,
+    *,
+    num_classes: int,
+    text_table: np.ndarray,
+    topology: Topology,
+    try_others: bool = False,
+    log: Callable[[str], None] = print,
+) -> bool:
+    """Compiles, prints the report and the advice; whether everything fits as configured."""
+    settings = dict(num_classes=num_classes, text_table=text_table)
+    reports = compile_programs(config, topology, **settings)
+    log(describe(config, topology, reports))
+    if all(report.fits for report in reports):
+        return True
+    log("")
+    if not try_others:
+        log(advice(config, topology))
+    elif (found := suggest(config, topology, **settings, log=log)) is not None:
+        log(f"\nfits with {as_flags(found)}")
+    else:
+        log("\nnothing that was tried fits: take more or larger devices")
+    return False

@@ -1,0 +1,215 @@
+"""Bad numbers: what a step leaves behind whose loss or gradient is not finite, and its replay.
+
+workdir/nonfinite/<step>/
+  report.json             step, terms, records and image ids of the batch
+  batch.<process>.npz     this process's part of the batch
+  state/                  the state before that step (train.on_nonfinite = "stop" only)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from oneformer_jax.train import checkpoint, folders, observe, sharding
+from oneformer_jax.train import state as states
+from oneformer_jax.train.checkpoint import CheckpointError
+from oneformer_jax.train.observe import NonFiniteLoss
+from oneformer_jax.types import Metadata
+
+FOLDER = "nonfinite"
+MODES = ("stop", "skip")
+MAX_IN_A_ROW = 10  # skipped steps after which a run stops all the same
+MAX_WRITTEN = 3  # batches of skipped steps that one start writes
+
+ImageIds = Callable[[Sequence[int]], Sequence[str]]
+
+
+class Watch:
+    """Looks at the metrics of each step, one step late, so that the device need not wait for it.
+
+    On several hosts every process makes one; all see the same metrics.
+    """
+
+    def __init__(self, workdir: str, mode: str, image_ids: ImageIds | None = None):
+        """Args:
+        workdir: of the run.
+        mode: "stop" or "skip", see `configs/common.py`.
+        image_ids: positions in the data source -> image ids.
+        """
+        if mode not in MODES:
+            raise ValueError(f"train.on_nonfinite is {mode!r}; use one of {', '.join(MODES)}")
+        self._workdir = workdir
+        self._skip = mode == "skip"
+        self._image_ids = image_ids
+        self._unchecked: tuple[int, Any, Mapping[str, Any]] | None = None
+        self._in_a_row = self._written = 0
+
+    def add(self, step: int, metrics: Any, batch: Mapping[str, Any]) -> None:
+        """Keeps the metrics of a step that was just given to the device, and its batch."""
+        self._unchecked = (step, metrics, batch)
+
+    def check(self, state: Any) -> None:
+        """Looks at what `add` was given last.
+
+        Args:
+          state: the training state now; in mode "stop" it is the last good one if a step was bad.
+
+        Raises:
+          NonFiniteLoss: in mode "stop", or after `MAX_IN_A_ROW` skipped steps. What is needed for a
+            replay is then written.
+        """
+        if self._unchecked is None:
+            return
+        (step, metrics, batch), self._unchecked = self._unchecked, None
+        try:
+            observe.check_finite(metrics, step, batch.get("index"), self._image_ids)
+            self._in_a_row = 0
+        except NonFiniteLoss as error:
+            self._in_a_row += 1
+            if not self._skip:
+                write(self._workdir, error, batch, {**state, "step": jnp.int32(step - 1)})
+                logging.error(
+                    "The last good state and the batch are in %s/%s/%d; --mode=replay runs that "
+                    "step again",
+                    *(self._workdir, FOLDER, step),
+                )
+                raise
+            if self._in_a_row > MAX_IN_A_ROW:
+                raise
+            logging.warning("Left out the update of a step: %s", error)
+            if self._written < MAX_WRITTEN:
+                write(self._workdir, error, batch)
+                self._written += 1
+
+
+def write(
+    workdir: str, error: NonFiniteLoss, batch: Mapping[str, Any], state: Any = None
+) -> epath.Path:
+    """Writes what a replay of the step needs; every process must call it. Returns the folder."""
+    folder = epath.Path(workdir).expanduser().resolve() / FOLDER / str(error.step)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"batch.{jax.process_index()}.npz").open("wb") as file:
+        np.savez(file, **{name: np.asarray(value) for name, value in batch.items()})
+    if jax.process_index() == 0:
+        terms = {name: repr(value) for name, value in error.terms.items()}
+        report = dict(step=error.step, terms=terms, records=error.records, images=error.images)
+        checkpoint.write_json(folder / "report.json", report)
+    if state is not None:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / "state", state, force=True)
+    return folder
+
+
+def replay(
+    config: ConfigDict,
+    workdir: str,
+    *,
+    metadata: Metadata,
+    text_table: np.ndarray,
+    step: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> str:
+    """Runs a recorded step again and says which terms are not finite, and where that began.
+
+    Without a recorded state (mode "skip") the newest checkpoint before that step is taken, so that
+    the numbers may differ.
+
+    Args:
+      step: which one; None is the last that was recorded.
+
+    Returns:
+      A text for the screen.
+
+    Raises:
+      CheckpointError: nothing was recorded.
+    """
+    mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    folder = _recorded(workdir, step)
+    report = checkpoint.read_json(folder / "report.json", expected="a recorded step")
+    path = folder / f"batch.{jax.process_index()}.npz"
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing: replay with as many processes as the run had")
+    with path.open("rb") as file, np.load(file) as arrays:
+        batch = {name: arrays[name] for name in arrays if name != "index"}
+    training = states.make_training(config, metadata.num_classes, text_table, mesh)
+    state, origin = _state_before(workdir, folder, training.state, report["step"])
+    key = jax.random.split(jax.random.key(config.seed))[1]
+    key = jax.device_put(key, sharding.replicated(mesh))
+    batch = sharding.put_batch(batch, mesh)
+
+    # The same function, but no memory is given away: with NaN checks on it may run a second time.
+    step_function = training.step.__wrapped__
+    lines = [f"step {report['step']}, images {observe.some(report['images'] or report['records'])}"]
+    lines.append(f"state: {origin}")
+    _, metrics = jax.jit(step_function)(state, batch, key)
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad = [f"{name} = {value}" for name, value in values.items() if not np.isfinite(value)]
+    lines.append("not finite: " + (", ".join(bad) or "nothing; all terms are finite this time"))
+    if bad:
+        lines.append(_where(step_function, state, batch, key))
+    return "\n".join(lines)
+
+
+def _recorded(workdir: str, step: int | None) -> epath.Path:
+    parent = epath.Path(workdir).expanduser().resolve() / FOLDER
+    steps = []
+    if parent.exists():
+        steps = sorted(int(f.name) for f in parent.iterdir() if (f / "report.json").exists())
+    if not steps:
+        raise CheckpointError(f"{parent} holds no recorded step: this run has had no bad numbers")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{parent} holds no step {step}, but {steps}")
+    return parent / str(steps[-1] if step is None else step)
+
+
+def _state_before(workdir: str, folder: epath.Path, target: Any, step: int) -> tuple[Any, str]:
+    if (folder / "state").exists():
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(
+                folder / "state", target
+            ), f"before step {step}, as recorded"
+    path = epath.Path(workdir).expanduser().resolve() / checkpoint.CHECKPOINT_FOLDER
+    earlier = [n for n in folders.finished_steps(path) if n < step]
+    if not earlier:
+        raise CheckpointError(
+            f"{path} holds no checkpoint from before step {step} to replay it with"
+        )
+    state = checkpoint.read_state(path / str(earlier[-1]), target)
+    return {**state, "step": jnp.int32(step - 1)}, f"of the checkpoint of step {earlier[-1]}"
+
+
+def _where(function: Any, state: Any, batch: Any, key: Any) -> str:
+    """Runs `function` with JAX's NaN checks, which stop at the first operation that makes one."""
+    before = jax.config.jax_debug_nans, jax.config.jax_debug_infs
+    jax.config.update("jax_debug_nans", True)
+    try:
+        jax.block_until_ready(jax.jit(function)(state, batch, key))
+    except FloatingPointError as error:
+        place = _our_frame(error)
+        reason = re.sub(r"\s+", " ", str(error).split("\n")[0])
+        return f"first made in {place}: {reason}" if place else f"first made: {reason}"
+    finally:
+        jax.config.update("jax_debug_nans", before[0])
+        jax.config.update("jax_debug_infs", before[1])
+    return "no single operation made a NaN: an infinite value came first"
+
+
+def _our_frame(error: BaseException) -> str:
+    """ "oneformer_jax/models/losses.py:140" of the innermost frame in the model, or ""."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if match := re.search(r"(oneformer_jax/models|kernels)/.*", file):
+            place = f"{match[0]}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place

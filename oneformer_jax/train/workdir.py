@@ -1,0 +1,131 @@
+"""The working directory as a place: one run at a time, writable, with room for what comes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+LOCK_FILE = "LOCK"
+SHOWN_DIFFERENCES = 5
+
+
+class WorkdirError(ValueError):
+    """The working directory cannot be used."""
+
+
+def is_local(workdir: str | os.PathLike) -> bool:
+    """Whether `workdir` is a path of this machine's file systems, not a URL such as gs://..."""
+    return "://" not in os.fspath(workdir)
+
+
+@contextlib.contextmanager
+def hold(workdir: str | os.PathLike) -> Iterator[None]:
+    """Makes the folder and keeps other training runs out of it; the first process does it for all.
+
+    The lock is the kernel's: it ends with the process, however that ends. Folders in an object
+    store have none.
+
+    Raises:
+      WorkdirError: another run holds it, or it cannot be written.
+    """
+    if jax.process_index() != 0 or not is_local(workdir):
+        yield
+        return
+    folder = pathlib.Path(workdir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise WorkdirError(
+            f"workdir {folder} cannot be written: {error.strerror}; use another --workdir"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise WorkdirError(
+                f"workdir {folder} is in use by another run ({_owner(file.read())}); wait for it, "
+                "stop it, or use another --workdir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            logging.warning(
+                "%s cannot be locked (%s): take care that no second run uses it", folder, error
+            )
+        file.truncate(0)
+        owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
+        file.write(json.dumps(owner))
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def _owner(text: str) -> str:
+    try:
+        found = json.loads(text)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["since"]))
+        return f"process {found['process']} on {found['host']} since {since}"
+    except (ValueError, KeyError, TypeError):
+        return "which has just started"
+
+
+def check_room(workdir: str | os.PathLike, state: Any) -> None:
+    """WorkdirError if there is no room for one checkpoint of `state` (arrays or their shapes)."""
+    if not is_local(workdir):
+        return
+    need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(pathlib.Path(workdir).expanduser()).free
+    if free < need:
+        raise WorkdirError(
+            f"workdir {workdir} has {free / 2**30:.2f} GiB free, and one checkpoint takes about "
+            f"{need / 2**30:.2f} GiB: free some space, or use another --workdir"
+        )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether `error` or what caused it says that a disk is full."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    words = ("No space left", "Disk quota exceeded", "File too large")
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in full or any(word in str(cause) for word in words):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+# ------------------------------------------------------------------ what two JSON files differ in
+
+
+def differing_keys(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
+    """Texts like "backbone.depth (there 50, here 101)" for the leaves in which two JSONs differ."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in dict.fromkeys((*theirs, *ours)):
+            inner = f"{name}.{key}" if name else str(key)
+            yield from differing_keys(theirs.get(key), ours.get(key), inner)
+    elif theirs != ours:
+        yield f"{name} (there {_short(theirs)}, here {_short(ours)})"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def first_few(texts: list[str], separator: str = ", ") -> str:
+    """The first texts, and how many more there are."""
+    more = len(texts) - SHOWN_DIFFERENCES
+    shown = separator.join(texts[:SHOWN_DIFFERENCES])
+    return f"{shown}{separator}and {more} more" if more > 0 else shown

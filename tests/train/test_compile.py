@@ -1,0 +1,254 @@
+"""Compile mode: a report of real programs, the verdict on memory, the advice; TPUs by libtpu."""
+
+import dataclasses
+import functools
+import importlib.util
+
+import jax
+import pytest
+
+from oneformer_jax.train import accelerators, compile, hlo, sharding
+from oneformer_jax.train import state as states
+from oneformer_jax.train.accelerators import Topology
+from tests import tiny
+from tests.train.test_loop import make_config
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='libtpu is not installed: pip install "jax[tpu]"',
+)
+# Sizes of images, features and points that no parameter and no table of texts has.
+SMALL = {
+    "data__batch_size": 8,
+    "data__crop_size": (352, 160),
+    "data__num_slots": 6,
+    "model__num_queries": 9,
+    "loss__num_points": 58,
+    "optim__ema_decay": 0.0,
+    "eval__short_edge": 160,
+    "eval__max_size": 352,
+    "eval__batch_size": 3,
+    "mesh__fsdp": 4,
+}
+SIDES = [(352 // stride, 160 // stride) for stride in (1, 2, 4, 8, 16, 32)]
+PIXELS = [h * w for h, w in SIDES]
+# Sides, pixels, pixels of the three levels together; points: all, candidates, uncertain, fresh.
+LARGE = {side for pair in SIDES[:5] for side in pair if side != 10} | set(PIXELS)
+LARGE |= {sum(PIXELS[3:])} | {58, 174, 43, 15, 174 + 15}
+
+
+def programs(config, topology):
+    return compile.compile_programs(
+        config, topology, num_classes=tiny.CLASSES, text_table=tiny.text_table()
+    )
+
+
+@pytest.fixture(scope="module")
+def here():
+    return accelerators.open_topology("")
+
+
+@pytest.fixture
+def shard_small_ones_too(monkeypatch):
+    patch_shardings(monkeypatch)
+
+
+def patch_shardings(patch):
+    shard = functools.partial(sharding.state_shardings, min_size=64)
+    patch.setattr(sharding, "state_shardings", shard)
+
+
+@pytest.fixture(scope="module")
+def reports(here):
+    with pytest.MonkeyPatch.context() as patch:
+        patch_shardings(patch)
+        return programs(make_config(**SMALL), here)
+
+
+def parameter_bytes(config):
+    model = states.model_config(config, tiny.CLASSES)
+    return 4 * sum(x.size for x in jax.tree.leaves(states.abstract_params(model)))
+
+
+def check_collectives(report, size):
+    """Gradients, parameters, the features that the contrastive loss compares, and small sums.
+
+    Args:
+      report: of a training step.
+      size: bytes of the parameters.
+
+    Returns:
+      Bytes that one device sends, without the contrastive features.
+    """
+    features = 9 * 32  # of an image
+    contrast = [c for c in report.collectives if any(features in s.dims for s in c.shapes)]
+    rest = [c for c in report.collectives if c not in contrast and c.kind != hlo.HOST]
+    assert 0 < len(contrast) < 8
+    for collective in rest:
+        dims = {side for shape in collective.shapes for side in shape.dims}
+        assert not dims & LARGE, collective
+        assert collective.times <= 3, collective  # none for each point or slot
+    sent = {kind: amount for kind, (_, amount) in hlo.sent_by_kind(rest).items()}
+    assert set(sent) <= {"all-reduce", "all-gather", "reduce-scatter"}
+    assert sent.get("all-reduce", 0) + sent.get("reduce-scatter", 0) < 2.1 * size
+    assert sent["all-gather"] < 2.1 * size  # for the forward and for the backward pass
+    return sum(sent.values())
+
+
+def test_no_mask_feature_map_or_point_travels(reports):
+    """Only gradients, parameters, contrastive features and small sums do."""
+    assert check_collectives(reports[0], parameter_bytes(make_config(**SMALL))) > 0
+
+
+def test_the_report_of_both_steps(reports, here):
+    train, predict = reports
+    assert train.fits and predict.fits
+    assert train.limit is None  # nobody knows how much of a CPU's memory is to be had
+    assert (train.images, predict.images) == (8, 8)  # 3 rounded up
+    config = make_config(**SMALL)
+    size = parameter_bytes(config)
+    assert size / 4 < train.memory["parameters"] < 0.3 * size
+    assert train.memory["optimizer"] == pytest.approx(2 * train.memory["parameters"], rel=0.01)
+    assert train.memory["activations and temporaries"] > 0
+    assert sum(train.memory.values()) == train.peak
+    assert 1 < train.flops / predict.flops < 4  # the images of the second are larger
+    assert train.sent["all-reduce"][1] > 0
+    assert {c.kind for c in predict.collectives} <= {"all-gather"}  # of sharded parameters
+    assert train.buffers[0].bytes >= train.buffers[-1].bytes > 0
+    assert any(b.source.startswith(("oneformer_jax/", "kernels/")) for b in train.buffers)
+    text = compile.describe(config, here, reports)
+    for part in ("training step: compiled", "prediction step", "FLOP", "all-reduce", "fsdp 4"):
+        assert part in text
+    assert "at most 21" in text  # one side 160 and the other to 352, or 352 and to 160, by 32
+
+
+def test_what_does_not_fit_is_a_verdict_with_advice(reports, here, monkeypatch):
+    small = Topology("small", here.devices, reports[0].peak - 1)
+    tight = [dataclasses.replace(r, limit=small.memory) for r in reports]
+    tight[0] = dataclasses.replace(tight[0], fits=False)
+    monkeypatch.setattr(compile, "compile_programs", lambda *_, **__: tight)
+    lines = []
+    settings = dict(num_classes=5, text_table=None, topology=small, log=lines.append)
+    assert not compile.run(make_config(**SMALL), **settings)
+    text = "\n".join(lines)
+    assert "DOES NOT FIT" in text and "too much" in text
+    assert "--config.model.remat=True" in text
+    assert "prediction step: fits" in text
+
+
+def test_suggestions_are_compiled_until_one_fits(here, monkeypatch):
+    tried = []
+
+    def compile_programs(config, *_, **__):
+        tried.append((config.mesh.fsdp, config.model.remat, config.optim.accumulate))
+        fits = config.model.remat and config.optim.accumulate == 2
+        return [
+            compile.Report("training step", fits, {}, 2, 3 if fits else 1, 1, 1, {}, (), (), 0.0)
+        ]
+
+    monkeypatch.setattr(compile, "compile_programs", compile_programs)
+    config = make_config(**SMALL | {"mesh__fsdp": 1, "data__batch_size": 32})
+    lines = []
+    settings = dict(num_classes=5, text_table=None, log=lines.append)
+    found = compile.suggest(config, here, **settings)
+    assert found == {
+        "mesh.data": -1,
+        "mesh.fsdp": 8,
+        "model.remat": True,
+        "optim.accumulate": 2,
+    }
+    assert tried == [(8, False, 1), (1, True, 1), (8, True, 1), (8, True, 2)]
+    assert config.mesh.fsdp == 1
+    lines.clear()
+    settings |= {"topology": here, "try_others": True}
+    assert not compile.run(config, **settings)
+    assert "fits with --config.mesh.data=-1 --config.mesh.fsdp=8" in lines[-1]
+    config = make_config(**SMALL | {"mesh__fsdp": 8, "model__remat": True})
+    assert list(compile.candidates(config, 8)) == []
+    assert "take more or larger" in compile.advice(config, here)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:four", "h100:2x4"])
+def test_a_wrong_topology_is_named(name):
+    with pytest.raises(ValueError, match=rf"mesh\.topology is '{name}'.*KIND:"):
+        accelerators.open_topology(name)
+
+
+def test_sizes_in_the_compilers_refusals():
+    def sizes(text):
+        return accelerators.out_of_memory(jax.errors.JaxRuntimeError(text))
+
+    assert sizes(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (92.81G) exceeds available HBM (15.75G)."
+    ) == (int(92.81 * 2**30), int(15.75 * 2**30))
+    assert sizes(
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.5G of 15.75G hbm."
+    ) == (int(16.5 * 2**30), int(15.75 * 2**30))
+    assert sizes("RESOURCE_EXHAUSTED: out") == (0, 0)
+    assert sizes("INVALID_ARGUMENT: no such option") is None
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "slices", "devices", "gib"),
+    [
+        ("v4:2x2x1", 1, 4, 30),
+        ("v5e:4x4", 2, 32, 15),
+        ("v5e:1x1", 1, 1, 15),
+        ("v5p:2x2x1", 1, 4, 95),
+    ],
+)
+def test_tpu_topologies(name, slices, devices, gib):
+    found = accelerators.open_topology(name, slices)
+    assert len(found.devices) == devices
+    assert gib < found.memory / 2**30 < gib + 1
+    assert accelerators.peak_flops(found.devices[0]) > 1e14
+
+
+@needs_libtpu
+def test_a_topology_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"'v5e:3x3' cannot be compiled for here: .*v5e:4x4"):
+        accelerators.open_topology("v5e:3x3")
+
+
+@needs_libtpu
+def test_the_training_step_compiles_for_a_tpu(capsys):
+    topology = accelerators.open_topology("v5e:2x2")
+    config = make_config(**SMALL | {"data__batch_size": 4, "matcher__backend": "host"})
+    settings = dict(num_classes=tiny.CLASSES, text_table=tiny.text_table())
+    assert compile.run(config, topology=topology, **settings)
+    text = capsys.readouterr().out
+    assert "training step: fits" in text and "of 15.75 GiB" in text
+    assert "host transfer" in text  # of the matcher
+    tight = dataclasses.replace(topology, memory=2**20)
+    train, _ = compile.compile_programs(config, tight, **settings)
+    assert not train.fits
+
+
+@needs_libtpu
+def test_a_mesh_of_two_slices_keeps_parameters_within_each():
+    devices = accelerators.open_topology("v5e:4x4", slices=2).devices
+    mesh = sharding.make_mesh(-1, 8, devices)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 8}
+    slices = [{device.slice_index for device in row} for row in mesh.devices]
+    assert slices == [{0}, {0}, {1}, {1}]
+    with pytest.raises(
+        ValueError, match=r"mesh\.fsdp 32 does not divide the 16 devices of a slice"
+    ):
+        sharding.make_mesh(-1, 32, devices)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_a_device_sends_does_not_grow_with_their_number(shard_small_ones_too):
+    """8, 64 and 256 chips and two slices, with one image each."""
+    size, sent = parameter_bytes(make_config(**SMALL)), {}
+    for name, slices in (("v5e:2x4", 1), ("v5e:8x8", 1), ("v5e:16x16", 1), ("v5e:2x4", 2)):
+        topology = accelerators.open_topology(name, slices)
+        devices = len(topology.devices)
+        config = make_config(**SMALL | {"data__batch_size": devices})
+        train, _ = programs(config, topology)
+        sent[devices] = check_collectives(train, size)
+    # The share (n - 1) / n of a ring comes closer to 1.
+    assert max(sent.values()) < 1.2 * sent[8], sent
