@@ -18,12 +18,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from absl import logging
 from PIL import Image
 
 from configs import common
 from oneformer_jax.eval.metrics_cityscapes import CityscapesIoU
-from oneformer_jax.train import checkpoint, loop, observe, sharding
+from oneformer_jax.train import checkpoint, loop, sharding
 from oneformer_jax.train.checkpoint import CheckpointError, load_for_inference
 from oneformer_jax.train.observe import TIME_METRICS, NonFiniteLoss
 from oneformer_jax.train.preemption import EXIT_CODE
@@ -508,25 +507,3 @@ def test_wrong_settings_are_named_before_anything_is_written(devices, overrides,
 def test_due():
     assert [step for step in range(1, 8) if loop.due(step, 3)] == [3, 6]
     assert not any(loop.due(step, 0) for step in range(1, 8))
-
-
-def test_quiet_libraries_is_idempotent(monkeypatch):
-    logger, handler = logging.get_absl_logger(), logging.get_absl_handler()
-    monkeypatch.setattr(logger, "filters", list(logger.filters))
-    monkeypatch.setattr(handler, "formatter", handler.formatter)
-    observe.quiet_libraries()
-    count = len(logger.filters)
-    observe.quiet_libraries()
-    assert len(logger.filters) == count
-
-    def record(path, level, text):
-        return logger.makeRecord("absl", level, path, 1, text, None, None)
-
-    tfds = "/site-packages/tensorflow_datasets/core/dataset_info.py"
-    assert not logger.filter(record(tfds, 20, "Load dataset info"))
-    assert not logger.filter(record(tfds, 30, "Using custom data configuration: x"))
-    assert logger.filter(record(tfds, 30, "the download is damaged"))
-    line = handler.format(record("/oneformer_jax/train/loop.py", 20, "step 3"))
-    assert re.fullmatch(r"\d\d:\d\d:\d\d step 3", line)
-    warning = handler.format(record("/oneformer_jax/train/loop.py", 30, "odd"))
-    assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING odd", warning)

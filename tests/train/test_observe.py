@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
@@ -317,10 +319,6 @@ def test_profile_on_demand(tmp_path, profiler):
 
 
 def test_quiet_libraries_hides_orbax_chatter_only():
-    import logging
-
-    from absl import logging as absl_logging
-
     logger = absl_logging.get_absl_logger()
     before = list(logger.filters)
     observe.quiet_libraries()
@@ -335,3 +333,25 @@ def test_quiet_libraries_hides_orbax_chatter_only():
     without_scores = "Requested `tracked_metric`; did not provide metrics."
     assert not added(record("/x/orbax/checkpoint/a.py", logging.WARNING, without_scores))
     assert added(record("/x/oneformer_jax/train/loop.py", logging.INFO))
+
+
+def test_quiet_libraries_is_idempotent(monkeypatch):
+    logger, handler = absl_logging.get_absl_logger(), absl_logging.get_absl_handler()
+    monkeypatch.setattr(logger, "filters", list(logger.filters))
+    monkeypatch.setattr(handler, "formatter", handler.formatter)
+    observe.quiet_libraries()
+    count = len(logger.filters)
+    observe.quiet_libraries()
+    assert len(logger.filters) == count
+
+    def record(path, level, text):
+        return logger.makeRecord("absl", level, path, 1, text, None, None)
+
+    tfds = "/site-packages/tensorflow_datasets/core/dataset_info.py"
+    assert not logger.filter(record(tfds, 20, "Load dataset info"))
+    assert not logger.filter(record(tfds, 30, "Using custom data configuration: x"))
+    assert logger.filter(record(tfds, 30, "the download is damaged"))
+    line = handler.format(record("/oneformer_jax/train/loop.py", 20, "step 3"))
+    assert re.fullmatch(r"\d\d:\d\d:\d\d step 3", line)
+    warning = handler.format(record("/oneformer_jax/train/loop.py", 30, "odd"))
+    assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING odd", warning)
