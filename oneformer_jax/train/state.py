@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from oneformer_jax.models import backbones
@@ -227,8 +226,7 @@ def make_train_step(
 
     if param_shardings is not None:
         # The backward pass gathers again, so that no whole copy outlives the layer that uses it.
-        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        loss_fn = jax.checkpoint(loss_fn, policy=policy)
+        loss_fn = jax.checkpoint(loss_fn, policy=_keep_all_but_gathered)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def gradients(params, stats, batch, key):
@@ -281,7 +279,13 @@ def make_train_step(
     return train_step
 
 
-GATHERED = "gathered parameters"
+def _keep_all_but_gathered(primitive: Any, *args: Any, **params: Any) -> bool:
+    """What the forward pass keeps: all but what `gather_parameters` made."""
+    del args
+    if primitive.name == "custom_vjp_call":
+        inner = params["call_jaxpr"].eqns
+        return not (inner and inner[-1].primitive.name == "sharding_constraint")
+    return primitive.name != "sharding_constraint"
 
 
 def gather_parameters(params: Any, shardings: Any) -> Any:
@@ -290,25 +294,23 @@ def gather_parameters(params: Any, shardings: Any) -> Any:
     Left to itself, XLA now and then gathers the feature maps of all devices instead of a kernel.
     """
 
-    def gather_one(x: jax.Array, split: jax.sharding.NamedSharding) -> jax.Array:
+    def constrain(x: jax.Array, *steps: jax.sharding.NamedSharding) -> jax.Array:
+        for step in steps:
+            x = jax.lax.with_sharding_constraint(x, step)
+        return x
+
+    def gather_one(path: Any, x: jax.Array, split: jax.sharding.NamedSharding) -> jax.Array:
         if split.is_fully_replicated:
             return x
         whole = sharding.replicated(split.mesh)
+        # The texts are the same on all devices: there a gradient that is to be split would split
+        # the work, and each layer would be communicated. So it is summed first.
+        steps = (whole, split) if path[0].key in TEXT_PARAMS else (split,)
+        gather = jax.custom_vjp(lambda x: constrain(x, whole))
+        gather.defvjp(lambda x: (constrain(x, whole), None), lambda _, g: (constrain(g, *steps),))
+        return gather(x)
 
-        @jax.custom_vjp
-        def gather(x):
-            return jax.lax.with_sharding_constraint(x, whole)
-
-        def backward(_, gradient):
-            # First whole, that is summed, then split: compilers make one reduce-scatter of it. The
-            # split alone would spread to what the gradient is computed from.
-            gradient = jax.lax.with_sharding_constraint(gradient, whole)
-            return (jax.lax.with_sharding_constraint(gradient, split),)
-
-        gather.defvjp(lambda x: (gather(x), None), backward)
-        return checkpoint_name(gather(x), GATHERED)
-
-    return jax.tree.map(gather_one, params, shardings)
+    return jax.tree_util.tree_map_with_path(gather_one, params, shardings)
 
 
 def split_batch(batch: dict, parts: int) -> dict:
