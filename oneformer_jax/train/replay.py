@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -77,7 +76,7 @@ class Watch:
         except NonFiniteLoss as error:
             self._in_a_row += 1
             if not self._skip:
-                write(self._workdir, error, batch, {**state, "step": jnp.int32(step - 1)})
+                write(self._workdir, error, batch, {**state, "step": np.int32(step - 1)})
                 logging.error(
                     "The last good state and the batch are in %s/%s/%d; --mode=replay runs that "
                     "step again",
@@ -86,7 +85,10 @@ class Watch:
                 raise
             if self._in_a_row > MAX_IN_A_ROW:
                 raise
-            logging.warning("Left out the update of a step: %s", error)
+            logging.warning(
+                "Left out the update of step %d: %s not finite; images %s",
+                *(step, ", ".join(error.terms), observe.some(error.images or error.records or [])),
+            )
             if self._written < MAX_WRITTEN:
                 write(self._workdir, error, batch)
                 self._written += 1
@@ -175,9 +177,8 @@ def _recorded(workdir: str, step: int | None) -> epath.Path:
 def _state_before(workdir: str, folder: epath.Path, target: Any, step: int) -> tuple[Any, str]:
     if (folder / "state").exists():
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(
-                folder / "state", target
-            ), f"before step {step}, as recorded"
+            state = checkpointer.restore(folder / "state", target)
+        return state, f"before step {step}, as recorded"
     path = epath.Path(workdir).expanduser().resolve() / checkpoint.CHECKPOINT_FOLDER
     earlier = [n for n in folders.finished_steps(path) if n < step]
     if not earlier:
@@ -185,12 +186,12 @@ def _state_before(workdir: str, folder: epath.Path, target: Any, step: int) -> t
             f"{path} holds no checkpoint from before step {step} to replay it with"
         )
     state = checkpoint.read_state(path / str(earlier[-1]), target)
-    return {**state, "step": jnp.int32(step - 1)}, f"of the checkpoint of step {earlier[-1]}"
+    return {**state, "step": np.int32(step - 1)}, f"of the checkpoint of step {earlier[-1]}"
 
 
 def _where(function: Any, state: Any, batch: Any, key: Any) -> str:
     """Runs `function` with JAX's NaN checks, which stop at the first operation that makes one."""
-    before = jax.config.jax_debug_nans, jax.config.jax_debug_infs
+    before = jax.config.jax_debug_nans
     jax.config.update("jax_debug_nans", True)
     try:
         jax.block_until_ready(jax.jit(function)(state, batch, key))
@@ -199,8 +200,7 @@ def _where(function: Any, state: Any, batch: Any, key: Any) -> str:
         reason = re.sub(r"\s+", " ", str(error).split("\n")[0])
         return f"first made in {place}: {reason}" if place else f"first made: {reason}"
     finally:
-        jax.config.update("jax_debug_nans", before[0])
-        jax.config.update("jax_debug_infs", before[1])
+        jax.config.update("jax_debug_nans", before)
     return "no single operation made a NaN: an infinite value came first"
 
 
