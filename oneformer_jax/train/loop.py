@@ -166,7 +166,17 @@ def train(
         window: list[dict] = []  # metrics, on the device, of the steps since the last log
         for step in range(first_step + 1, steps + 1):
             with chrono.data():
-                batch = next(data, None)
+                try:
+                    batch = next(data, None)
+                except Exception:
+                    # A signal to the whole process group ends loader processes too. (With several
+                    # hosts, others may be ahead by a step: then the last checkpoint has to do.)
+                    if not preemption.noted or step == first_step + 1 or jax.process_count() > 1:
+                        raise
+                    watch.check(state)
+                    checkpoints.save(step - 1, state, {"step": step - 1, "chrono": chrono.state()})
+                    saved()
+                    raise Preempted(step - 1) from None
                 if batch is None:
                     raise ValueError(
                         f"the training data ended before step {step} of train.steps = {steps}; "

@@ -125,6 +125,11 @@ class Preemption:
         finally:
             self.wake()
 
+    @property
+    def noted(self) -> bool:
+        """Whether this process got the signal."""
+        return self._noted
+
     def poll(self) -> bool:
         """Whether to save and stop after this step; every process calls it once per step.
 

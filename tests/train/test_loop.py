@@ -392,6 +392,19 @@ def test_a_signal_saves_the_step_and_resuming_repeats_the_rest(run, tmp_path):
     assert_same_run(workdir, run.workdir)
 
 
+def test_a_signal_that_kills_the_loader_too_loses_nothing(run, tmp_path):
+    def terminate(batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        raise ConnectionError("a loader process is gone")
+
+    workdir = copy_at(run.workdir, tmp_path / "copy", 2)
+    with pytest.raises(SystemExit) as exit_:
+        start(workdir, batches=Batches({4: terminate}))
+    assert (exit_.value.code, exit_.value.step) == (EXIT_CODE, 3)
+    assert saved_steps(workdir) == [2, 3]
+
+
 def test_an_evaluation_that_was_cut_off_is_made_again(run, tmp_path, monkeypatch):
     """The state is saved before it: nothing but the evaluation itself is to be repeated."""
     workdir, evaluate = copy_at(run.workdir, tmp_path / "copy", 2), loop.Evaluator.run
