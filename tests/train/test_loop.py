@@ -374,34 +374,35 @@ def assert_same_run(workdir, expected):
                 np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
 
-def test_a_signal_saves_the_step_and_resuming_repeats_the_rest(run, tmp_path):
-    def terminate(batch):
+def terminate(workdir, step, error=None):
+    """The step that a run saves which gets SIGTERM (and `error`) with the batch of `step`."""
+
+    def signal_to_self(batch):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)  # a thread takes note of it
+        if error:
+            raise error
         return batch
 
-    workdir = copy_at(run.workdir, tmp_path / "copy", 2)
-    batches = Batches({5: terminate})  # 3, the first one, compiles: then nothing is to be saved
+    batches = Batches({step: signal_to_self})
     with pytest.raises(SystemExit) as exit_:
         start(workdir, batches=batches)
-    assert exit_.value.code == EXIT_CODE
-    assert exit_.value.step == 5
     assert batches.closed
+    assert exit_.value.code == EXIT_CODE
+    return exit_.value.step
+
+
+def test_a_signal_saves_the_step_and_resuming_repeats_the_rest(run, tmp_path):
+    workdir = copy_at(run.workdir, tmp_path / "copy", 2)
+    assert terminate(workdir, 5) == 5
     assert saved_steps(workdir) == [2, 4, 5]
     assert start(workdir) == run.results
     assert_same_run(workdir, run.workdir)
 
 
-def test_a_signal_that_kills_the_loader_too_loses_nothing(run, tmp_path):
-    def terminate(batch):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
-        raise ConnectionError("a loader process is gone")
-
+def test_a_signal_that_ends_the_loader_too_loses_nothing(run, tmp_path):
     workdir = copy_at(run.workdir, tmp_path / "copy", 2)
-    with pytest.raises(SystemExit) as exit_:
-        start(workdir, batches=Batches({4: terminate}))
-    assert (exit_.value.code, exit_.value.step) == (EXIT_CODE, 3)
+    assert terminate(workdir, 4, ConnectionError("a loader process is gone")) == 3
     assert saved_steps(workdir) == [2, 3]
 
 
