@@ -13,7 +13,7 @@ import tests.conftest  # noqa: F401 - before jax is imported
 from oneformer_jax.train import loop, sharding
 from tests import tiny
 from tests.train import eval_scenes
-from tests.train.test_loop import Batches, make_config
+from tests.train.runs import Batches, make_config
 
 
 class Printing(Batches):

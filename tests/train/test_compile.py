@@ -11,7 +11,7 @@ from oneformer_jax.train import accelerators, compile, hlo, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.accelerators import Topology
 from tests import tiny
-from tests.train.test_loop import make_config
+from tests.train.runs import make_config
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,

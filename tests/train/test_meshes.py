@@ -9,7 +9,7 @@ import pytest
 from oneformer_jax.train import sharding
 from oneformer_jax.train import state as states
 from tests import tiny
-from tests.train.test_loop import make_config
+from tests.train.runs import make_config
 
 pytestmark = pytest.mark.slow
 

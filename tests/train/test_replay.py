@@ -11,7 +11,7 @@ from oneformer_jax.train import checkpoint, replay, sharding
 from oneformer_jax.train.checkpoint import CheckpointError
 from oneformer_jax.train.observe import NonFiniteLoss
 from tests import tiny
-from tests.train.test_loop import make_config
+from tests.train.runs import make_config
 
 STATE = {"step": np.int32(7), "params": {"w": np.float32(2.0)}, "stats": {}, "opt": {}}
 
