@@ -25,22 +25,21 @@ class WorkdirError(ValueError):
     """The working directory cannot be used."""
 
 
-def is_local(workdir: str | os.PathLike) -> bool:
-    """Whether `workdir` is a path of this machine's file systems, not a URL such as gs://..."""
-    return "://" not in os.fspath(workdir)
-
-
 @contextlib.contextmanager
 def hold(workdir: str | os.PathLike) -> Iterator[None]:
     """Makes the folder and keeps other training runs out of it; the first process does it for all.
 
-    The lock is the kernel's: it ends with the process, however that ends. Folders in an object
-    store have none.
+    The lock is the kernel's: it ends with the process, however that ends.
 
     Raises:
-      WorkdirError: another run holds it, or it cannot be written.
+      WorkdirError: another run holds it, it cannot be written, or it is a URL.
     """
-    if jax.process_index() != 0 or not is_local(workdir):
+    if "://" in os.fspath(workdir):
+        raise WorkdirError(
+            f"workdir {workdir} is a URL; use a folder that all hosts see, such as a network file "
+            "system or a mounted bucket"
+        )
+    if jax.process_index() != 0:
         yield
         return
     folder = pathlib.Path(workdir).expanduser()
@@ -83,8 +82,6 @@ def _owner(text: str) -> str:
 
 def check_room(workdir: str | os.PathLike, state: Any) -> None:
     """WorkdirError if there is no room for one checkpoint of `state` (arrays or their shapes)."""
-    if not is_local(workdir):
-        return
     need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(pathlib.Path(workdir).expanduser()).free
     if free < need:

@@ -133,13 +133,17 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         pass
 
 
+def test_a_url_is_no_folder():
+    with pytest.raises(WorkdirError, match=r"gs://b/run is a URL"), workdir.hold("gs://b/run"):
+        pass
+
+
 def test_room_for_a_checkpoint(tmp_path, monkeypatch):
     state = {"params": jnp.ones((1024, 1024)), "step": jnp.int32(1)}
     workdir.check_room(tmp_path, state)
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda _: Room)
     with pytest.raises(WorkdirError, match=r"0\.00 GiB free, and one checkpoint takes about 0\.00"):
         workdir.check_room(tmp_path, state)
-    workdir.check_room("gs://bucket/run", state)  # nobody knows
 
 
 class Room:
