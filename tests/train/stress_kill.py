@@ -105,28 +105,28 @@ def stress(folder, kills: int, seed: int, steps: int = 40) -> dict[str, int]:
     print(f"undisturbed: {whole:.1f} s, of which {start:.1f} s before the first step", flush=True)
 
     where = collections.Counter()
-    number = 0
+    killed = folder / "killed-1"
     while sum(where.values()) < kills:
-        job = Job(folder / "killed", length)
-        number += 1
-        if number % 2:
+        job = Job(killed, length)
+        if sum(where.values()) % 2 == 0:
             job.wait_for(job.is_saving)
             job.wait_for(lambda: False, rng.uniform(0, 0.05))
         else:
             job.wait_for(lambda: False, rng.uniform(0.3 * start, start + 0.5 * (whole - start)))
         saving, begun_steps = job.is_saving(), job.steps
-        if job.process.poll() is not None:
+        if job.process.poll() is not None:  # it came to its end: another run takes its place
             assert job.process.returncode == 0, job.output
-            where["(came to its end first)"] += 1
-            break
+            assert_same_weights(killed, folder / "undisturbed")
+            killed = folder / f"killed-{sum(where.values()) + 1}"
+            continue
         code = job.send(signal.SIGKILL)
         assert code == -signal.SIGKILL, (code, job.output)
         place = "while saving" if saving else "in training" if begun_steps else "at the start"
         where[place] += 1
         print(f"kill {sum(where.values())}: {place}, after {begun_steps} steps", flush=True)
-    last = Job(folder / "killed", length)
+    last = Job(killed, length)
     assert last.finish() == 0, last.output
-    assert_same_weights(folder / "killed", folder / "undisturbed")
+    assert_same_weights(killed, folder / "undisturbed")
     return dict(where)
 
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
