@@ -43,10 +43,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODES = ("train", "eval", "predict", "convert", "prepare", "inspect", "compile", "replay")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _CHECKPOINT = flags.DEFINE_integer(
-    "checkpoint",
-    None,
-    "eval, predict: step of the checkpoint, replay: the recorded step; the newest when not given.",
-    0,
+    "checkpoint", None, "eval, predict, replay: the step; the newest when not given.", 0
 )
 _IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
 _TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three.")
