@@ -114,6 +114,9 @@ def get_base() -> ConfigDict:
     c.model.text_layers = 6
     c.model.text_heads = 4
     c.model.text_causal = True  # False: as in transformers' port, whose causal mask never acts
+    # Deformable attention: "xla", "pallas_tpu", "pallas_gpu", or "auto", the fastest by a recorded
+    # benchmark on the device (docs/kernels.md).
+    c.model.sampling = "auto"
     c.model.dtype = "float32"  # compute dtype of the matrix products: "float32" or "bfloat16"
     c.model.remat = False  # recompute backbone blocks and transformer layers in the backward pass
 

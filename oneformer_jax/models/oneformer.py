@@ -42,6 +42,7 @@ WIDE_HEAD = {
 
 QUERIES = ("task", "no_token", "zeros", "learned")
 QUERY_LOSSES = ("contrastive", "classification", "none")
+SAMPLING = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,8 @@ class OneFormerConfig:
       hidden_dim: D; a multiple of 32 (GroupNorm) and of `num_heads`.
       text_causal: whether a text's tokens see only those before them, as in the official code. In
         the port in `transformers` all 77 positions see each other.
+      sampling: implementation of the deformable attention, see `kernels.ms_deform_attn`: "auto" is
+        the fastest that a recorded benchmark supports on the device.
       dtype: compute dtype of the matrix products, "float32" or "bfloat16"; parameters, softmax,
         norm statistics, coordinates and the task token are float32 always.
       remat: recompute blocks in the backward pass instead of keeping their activations.
@@ -89,6 +92,7 @@ class OneFormerConfig:
     text_layers: int = 6
     text_heads: int = 4
     text_causal: bool = True
+    sampling: str = "auto"
     dtype: str = "float32"
     remat: bool = False
 
@@ -107,6 +111,7 @@ class OneFormerConfig:
         need(0 <= self.num_context < self.num_queries, "num_context", "be 0 to num_queries - 1")
         for key, known in (("queries", QUERIES), ("query_loss", QUERY_LOSSES)):
             need(getattr(self, key) in known, key, f"be one of {', '.join(known)}")
+        need(self.sampling in SAMPLING, "sampling", f"be one of {', '.join(SAMPLING)}")
         need(self.dtype in ("float32", "bfloat16"), "dtype", "be float32 or bfloat16")
 
     @property

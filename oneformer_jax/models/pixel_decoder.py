@@ -51,8 +51,19 @@ class ConvNorm(nnx.Module):
 class MSDeformAttn(nnx.Module):
     """Multi-scale deformable attention: every query reads a few learned points of every level."""
 
-    def __init__(self, width, num_heads, num_levels, num_points, *, rngs, dtype=jnp.float32):
+    def __init__(
+        self,
+        width,
+        num_heads,
+        num_levels,
+        num_points,
+        *,
+        rngs,
+        dtype=jnp.float32,
+        implementation: str | None = None,
+    ):
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.implementation = implementation
         samples = num_heads * num_levels * num_points
         zeros = nnx.initializers.zeros_init()
         # Offsets and weights stay float32: they are coordinates and a softmax.
@@ -90,7 +101,10 @@ class MSDeformAttn(nnx.Module):
         weights = self.attention_weights(query).reshape(batch, length, heads, levels * points)
         weights = jax.nn.softmax(weights, axis=-1).reshape(batch, length, heads, levels, points)
         value = self.value_proj(value).reshape(batch, length, heads, -1)
-        return self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
+        sampled = ms_deform_attn(
+            value, spatial_shapes, locations, weights, implementation=self.implementation
+        )
+        return self.output_proj(sampled)
 
 
 class EncoderLayer(nnx.Module):
@@ -100,7 +114,13 @@ class EncoderLayer(nnx.Module):
         width = config.hidden_dim
         self.dropout_rate = config.encoder_dropout
         self.self_attn = MSDeformAttn(
-            width, config.num_heads, 3, config.encoder_points, rngs=rngs, dtype=dtype
+            width,
+            config.num_heads,
+            3,
+            config.encoder_points,
+            rngs=rngs,
+            dtype=dtype,
+            implementation=None if config.sampling == "auto" else config.sampling,
         )
         self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.linear1 = linear(

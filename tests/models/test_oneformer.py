@@ -62,6 +62,7 @@ def test_config_survives_json():
         ({"num_heads": 5}, "model.hidden_dim is 32: it must divide by 5 heads"),
         ({"num_context": 7}, "model.num_context is 7: it must be 0 to num_queries - 1"),
         ({"dtype": "float16"}, "model.dtype is 'float16'"),
+        ({"sampling": "cuda"}, "model.sampling is 'cuda': it must be one of auto, xla, pallas_tpu"),
         ({"num_classes": 0}, "model.num_classes is 0"),
     ],
 )
@@ -261,3 +262,11 @@ def test_normalize_images():
     np.testing.assert_allclose(found[0, :2, :3], np.broadcast_to(expected, (2, 3, 3)), rtol=1e-5)
     assert not found[0, 2:].any()
     assert not found[0, :, 3:].any()
+
+
+@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
+def test_a_named_kernel_is_never_replaced(kernel, inputs):
+    config = tiny.model_config(sampling=kernel)
+    abstract = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=False))
+    with pytest.raises(NotImplementedError, match=kernel):
+        jax.eval_shape(lambda m: m(inputs["image"], inputs["task_tokens"]).class_logits, abstract)

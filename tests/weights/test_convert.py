@@ -10,7 +10,6 @@ import re
 import jax
 import numpy as np
 import pytest
-import tiny
 
 import main
 import oneformer_jax
@@ -18,6 +17,7 @@ from oneformer_jax.models import backbones, published
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.weights import architecture, convert, files, names
 from oneformer_jax.weights.files import FileError
+from tests import tiny
 
 BACKBONES = {
     "resnet": dict(depths=(1, 1, 2, 1), stem_width=8),

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-import torch_reference as reference
 from flax import nnx
 
 import oneformer_jax
@@ -15,6 +13,8 @@ from oneformer_jax.models.layers import ParamKeys
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD, OneFormer
 from oneformer_jax.weights import convert, names
+from tests import tiny
+from tests.weights import torch_reference as reference
 
 # float32 rounding through the whole model, relative to the largest value.
 TOLERANCE = 1e-4

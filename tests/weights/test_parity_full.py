@@ -2,12 +2,12 @@
 
 import jax
 import pytest
-import torch_reference as reference
 from flax import nnx
 
 from oneformer_jax.models.layers import ParamKeys
 from oneformer_jax.models.oneformer import OneFormer
 from oneformer_jax.weights import convert
+from tests.weights import torch_reference as reference
 
 BACKBONES = {
     "swin": dict(embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12),

@@ -6,7 +6,6 @@ import pickle
 import jax
 import numpy as np
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
 from oneformer_jax.models import backbones
@@ -14,6 +13,7 @@ from oneformer_jax.train import checkpoint, sharding, start
 from oneformer_jax.weights import convert, names
 from oneformer_jax.weights import start as weights_start
 from oneformer_jax.weights.files import FileError
+from tests import tiny
 
 BACKBONES = {
     "swin": dict(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 1, 2, 2), window_size=3),
