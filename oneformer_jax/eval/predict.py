@@ -107,6 +107,11 @@ class Segmenter:
                 f"the model has {config.num_classes} classes, but {metadata.dataset} has "
                 f"{metadata.num_classes}: model and metadata do not belong together"
             )
+        if mesh is not None and mesh.size > 1 and config.sampling not in ("auto", "xla"):
+            raise ValueError(
+                f"model.sampling is {config.sampling!r}, a kernel that a Segmenter cannot split "
+                f'over the {mesh.size} devices of its mesh; use "auto" or "xla", or one device'
+            )
         self.config = config
         self.metadata = metadata
         self.postprocess = postprocess or PostprocessConfig()

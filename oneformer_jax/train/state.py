@@ -6,6 +6,7 @@ over and merged with the parameters inside the differentiated function.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -213,14 +214,15 @@ def make_train_step(
             params = gather_parameters(params, param_shardings)
         model = nnx.merge(graphdef, params, stats)
         model_key, point_key = jax.random.split(key)
-        predictions = model(
-            normalize_images(batch["image"], batch["image_size"]),
-            jnp.asarray(TASK_TOKENS)[batch["task"]],
-            text_tokens=jnp.asarray(text_table),
-            text_ids=batch["text_ids"],
-            key=model_key,
-            train=True,
-        )
+        with kernels_on(mesh):
+            predictions = model(
+                normalize_images(batch["image"], batch["image_size"]),
+                jnp.asarray(TASK_TOKENS)[batch["task"]],
+                text_tokens=jnp.asarray(text_table),
+                text_ids=batch["text_ids"],
+                key=model_key,
+                train=True,
+            )
         loss, terms = compute_losses(predictions, batch, point_key, losses, mesh=mesh)
         return loss, ({"loss": loss} | terms, split_model(model)[2])
 
@@ -329,16 +331,30 @@ def mean_metrics(metrics: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]
     return means | {"skipped_share": float(np.mean(skipped))}
 
 
-def make_predict_step(config: OneFormerConfig) -> Callable[..., Predictions]:
+def kernels_on(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
+    """While the model is traced in it, its kernels split the batch over all axes of `mesh`.
+
+    The compiler partitions everything else, but no Pallas kernel.
+    """
+    if mesh is None or mesh.size == 1:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def make_predict_step(
+    config: OneFormerConfig, mesh: jax.sharding.Mesh | None = None
+) -> Callable[..., Predictions]:
     """The prediction step (params, stats, image, image_size, task_tokens) -> Predictions.
 
-    The text branch is left out: its parameters may be present and are not read.
+    The text branch is left out: its parameters may be present and are not read. The batch is split
+    over `mesh`.
     """
     graphdef = model_graph(config, training=False)
 
     def predict_step(params, stats, image, image_size, task_tokens) -> Predictions:
         model = nnx.merge(graphdef, inference_params(params), stats)
-        return model(normalize_images(image, image_size), task_tokens)
+        with kernels_on(mesh):
+            return model(normalize_images(image, image_size), task_tokens)
 
     return predict_step
 
@@ -349,7 +365,7 @@ def jit_predict(config: OneFormerConfig, mesh: jax.sharding.Mesh) -> Any:
     (params, stats, image, image_size, task_tokens) -> class logits [B, Q, K+1] and mask logits
     [B, Q, h, w] of the final prediction; every device keeps the logits of its own images.
     """
-    predict_step = make_predict_step(config)
+    predict_step = make_predict_step(config, mesh)
 
     def predict(params, stats, image, image_size, task_tokens):
         predictions = predict_step(params, stats, image, image_size, task_tokens)

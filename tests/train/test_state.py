@@ -237,3 +237,41 @@ def test_base_config_is_the_published_coco_resnet50():
     from oneformer_jax.models.oneformer import OneFormerConfig
 
     assert states.model_config(common.get_base(), 133) == OneFormerConfig.resnet50("coco")
+
+
+def test_a_kernel_of_the_model_works_on_each_devices_images(mesh8, monkeypatch):
+    """The batch reaches it split by a shard_map, which no kernel can do without."""
+    from kernels.ms_deform_attn import api
+
+    batches = []
+    load = api.load
+
+    def recording(implementation):
+        assert implementation == "pallas_tpu"
+
+        def run(value, *rest):
+            batches.append(value.shape[0])
+            return load("xla")(value, *rest)
+
+        return run
+
+    monkeypatch.setattr(api, "load", recording)
+    step = states.jit_predict(_config(sampling="pallas_tpu"), mesh8)
+    params = states.abstract_params(_config())
+    stats = jax.eval_shape(
+        lambda: states.split_model(states.OneFormer(_config(), rngs=nnx.Rngs(0), training=False))[2]
+    )
+    split = jax.sharding.NamedSharding(mesh8, jax.sharding.PartitionSpec(("data", "fsdp")))
+    arrays = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+        for shape, dtype in (
+            ((16, 64, 64, 3), jnp.uint8),
+            ((16, 2), jnp.int32),
+            ((16, 77), jnp.int32),
+        )
+    ]
+    step.lower(params, stats, *arrays)
+    assert batches == [2]  # 16 images on 8 devices, one encoder layer
+    with pytest.raises(ValueError, match="batch of 12"):
+        arrays = [jax.ShapeDtypeStruct((12, *a.shape[1:]), a.dtype) for a in arrays]
+        step.lower(params, stats, *arrays)
