@@ -262,14 +262,8 @@ def test_a_kernel_of_the_model_works_on_each_devices_images(mesh8, monkeypatch):
         lambda: states.split_model(states.OneFormer(_config(), rngs=nnx.Rngs(0), training=False))[2]
     )
     split = jax.sharding.NamedSharding(mesh8, jax.sharding.PartitionSpec(("data", "fsdp")))
-    arrays = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=split)
-        for shape, dtype in (
-            ((16, 64, 64, 3), jnp.uint8),
-            ((16, 2), jnp.int32),
-            ((16, 77), jnp.int32),
-        )
-    ]
+    shapes = (((16, 64, 64, 3), jnp.uint8), ((16, 2), jnp.int32), ((16, 77), jnp.int32))
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=split) for shape, dtype in shapes]
     step.lower(params, stats, *arrays)
     assert batches == [2]  # 16 images on 8 devices, one encoder layer
     with pytest.raises(ValueError, match="batch of 12"):
