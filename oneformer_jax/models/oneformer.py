@@ -182,8 +182,12 @@ class OneFormerConfig:
         return cls.published("internimage_huge", dataset, **(WIDE_HEAD | overrides))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is the inverse."""
+        """Plain values for JSON; `from_dict` is the inverse, but for `sampling`.
+
+        That belongs to the device that the model runs on, not to the model.
+        """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["sampling"]
         return fields | {"backbone": backbones.to_dict(self.backbone)}
 
     @classmethod

@@ -25,6 +25,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import folders
 from oneformer_jax.train.workdir import differing_keys, first_few, is_full
 from oneformer_jax.types import Metadata
@@ -91,6 +92,8 @@ def claim_workdir(
         if not (workdir / name).exists():
             continue
         theirs = read_json(workdir / name, expected="what an earlier start wrote")
+        if name == MODEL_FILE:
+            theirs = _with_defaults(theirs)
         differing = list(differing_keys(theirs, json.loads(json.dumps(ours))))
         if differing:
             what = "another model" if name == MODEL_FILE else "a model of other classes"
@@ -104,6 +107,14 @@ def claim_workdir(
             if not (workdir / name).exists():
                 write_json(workdir / name, ours)
         write_json(workdir / CONFIG_FILE, config_json)
+
+
+def _with_defaults(model: Mapping) -> Mapping:
+    """The fields of a model, those that its version did not have yet at their defaults."""
+    try:
+        return json.loads(json.dumps(OneFormerConfig.from_dict(dict(model)).to_dict()))
+    except (KeyError, TypeError, ValueError):  # of another kind; the comparison tells
+        return model
 
 
 # ------------------------------------------------------------------ saving and resuming

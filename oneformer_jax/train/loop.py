@@ -7,6 +7,7 @@ made in `state.py`; what is written to disk goes through `checkpoint.py` and `ob
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -298,6 +299,7 @@ def evaluate_workdir(
             f"those of the dataset of this config ({metadata.dataset})"
         )
     model = OneFormerConfig.from_dict(trained.model)
+    model = dataclasses.replace(model, sampling=config.model.sampling)
     evaluator = Evaluator(config, workdir, metadata, model, mesh)
     state = jax.device_put(
         {"params": trained.params, "stats": trained.stats}, sharding.replicated(mesh)

@@ -51,6 +51,9 @@ def test_config_survives_json():
 
     for config in (tiny.model_config(), OneFormerConfig.swin_large("ade20k")):
         assert OneFormerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    # On which device it runs is not part of a model.
+    kernel = tiny.model_config(sampling="pallas_tpu")
+    assert OneFormerConfig.from_dict(kernel.to_dict()) == tiny.model_config()
     with pytest.raises(ValueError, match="unknown model fields \\['widht'\\]"):
         OneFormerConfig.from_dict(config.to_dict() | {"widht": 3})
 

@@ -11,6 +11,7 @@ import pytest
 from oneformer_jax.train import checkpoint, optim, sharding
 from oneformer_jax.train.checkpoint import CheckpointError, Checkpoints
 from oneformer_jax.types import Metadata
+from tests import tiny
 
 METADATA = Metadata("toy", ("sky", "cat"), (False, True), ((1, 2, 3), (4, 5, 6)), (7, 9))
 MODEL = {"backbone": {"kind": "swin", "depths": (2, 2)}, "num_queries": 10}
@@ -316,6 +317,15 @@ def test_load_for_inference_of_a_bad_path(copy, tmp_path):
     (copy / "model.json").unlink()
     with pytest.raises(CheckpointError, match=r"model.json is missing; expected the model's"):
         load(copy / "checkpoints" / "4")
+
+
+def test_a_model_of_an_earlier_version_is_completed(tmp_path):
+    model = tiny.model_config().to_dict()
+    old = {name: value for name, value in model.items() if name not in ("queries", "query_loss")}
+    checkpoint.claim_workdir(tmp_path, old, "{}", METADATA)
+    checkpoint.claim_workdir(tmp_path, model, "{}", METADATA)
+    with pytest.raises(CheckpointError, match=r"queries \(there \"task\", here \"zeros\"\)"):
+        checkpoint.claim_workdir(tmp_path, model | {"queries": "zeros"}, "{}", METADATA)
 
 
 def test_claim_workdir(tmp_path):
