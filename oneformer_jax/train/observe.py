@@ -420,7 +420,8 @@ class _ConsoleFormatter(stdlib_logging.Formatter):
 def quiet_libraries() -> None:
     """Leaves on the console what the user of a run should read, each line after the time of day.
 
-    The INFO lines of Orbax (a page for each save) and of TFDS are hidden, and `_EXPECTED_WARNINGS`.
+    The INFO lines of Orbax (a page for each save) and of TFDS are hidden, and `_EXPECTED_WARNINGS`;
+    so are JAX's about accelerators that are not there.
     Calling it again changes nothing.
     """
     logger = logging.get_absl_logger()
@@ -428,6 +429,7 @@ def quiet_libraries() -> None:
         logger.removeFilter(old)
     logger.addFilter(_LibraryFilter())
     logging.get_absl_handler().setFormatter(_ConsoleFormatter())
+    stdlib_logging.getLogger("jax._src.xla_bridge").setLevel(stdlib_logging.WARNING)
 
 
 # ------------------------------------------------------------------ profile on demand

@@ -333,6 +333,7 @@ def test_quiet_libraries_hides_orbax_chatter_only():
     without_scores = "Requested `tracked_metric`; did not provide metrics."
     assert not added(record("/x/orbax/checkpoint/a.py", logging.WARNING, without_scores))
     assert added(record("/x/oneformer_jax/train/loop.py", logging.INFO))
+    assert not logging.getLogger("jax._src.xla_bridge").isEnabledFor(logging.INFO)
 
 
 def test_quiet_libraries_is_idempotent(monkeypatch):
