@@ -139,7 +139,7 @@ def test_tile_pads_little():
 
 LIBTPU = "0.0.42.1"  # the version of the figures in docs/kernels.md
 RECORDED = json.loads(tpu_aot.RECORDED.read_text("utf-8"))
-QUICK = [("v5e", (512, 512)), ("v5p", (512, 512))]
+QUICK = [("v5e", (512, 512)), ("v5e", (640, 640)), ("v5p", (512, 512))]
 ALL = [(target, shape.image_size) for target in ("v5e", "v5p") for shape in PUBLISHED]
 
 
