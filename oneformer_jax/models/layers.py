@@ -120,6 +120,21 @@ class MLP(nnx.Module):
         return x
 
 
+def once_per_shard(x: jax.Array, batch: int) -> jax.Array:
+    """[1, ...] as [n, ...], one copy for each of the n parts of the batch; [B, ...] as it is.
+
+    What the copies are multiplied with then gets the sum of its gradient on each device first, and
+    that small sum travels. With one copy for all, the gradient of the product would: a feature map.
+    The parts are those of the mesh that the trace was told of (`jax.sharding.use_abstract_mesh`);
+    without a mesh it is one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.size
+    if x.shape[0] != 1 or parts == 1 or batch % parts:
+        return x
+    return jnp.broadcast_to(x, (parts, *x.shape[1:]))
+
+
 class MultiHeadAttention(nnx.Module):
     """Multi-head attention with separate query, key and value inputs, as PyTorch's module."""
 
@@ -172,12 +187,14 @@ class MultiHeadAttention(nnx.Module):
             return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
         batch = query.shape[0]
-        q, k, v = (
-            heads(self.q_proj(query)),
-            heads(self.k_proj(key)),
-            heads(self.v_proj(value)),
-        )
-        k, v = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (k, v))
+
+        def project(projection, x):
+            x = heads(projection(once_per_shard(x, batch)))
+            copies = (len(x), batch // len(x), *x.shape[1:])
+            return jnp.broadcast_to(x[:, None], copies).reshape(batch, *x.shape[1:])
+
+        q = heads(self.q_proj(query))
+        k, v = project(self.k_proj, key), project(self.v_proj, value)
         out = attention(q, k, v, mask=mask, dropout_rate=self.dropout_rate, key=dropout_key)
         return self.out_proj(out.reshape(query.shape))
 

@@ -160,19 +160,28 @@ class DeformableEncoder(nnx.Module):
         spatial_shapes = tuple(x.shape[1:3] for x in maps)
         batch, _, _, width = maps[0].shape
         x = jnp.concatenate([m.reshape(batch, -1, width) for m in maps], 1)
-        positions = jnp.concatenate(
-            [
-                layers.sine_positions(h, w, width).reshape(-1, width) + level_embed[level]
+        sine = jnp.concatenate(
+            [layers.sine_positions(h, w, width).reshape(-1, width) for h, w in spatial_shapes]
+        )
+        # Once for each image: so its gradient is summed over the pixels before the images, and over
+        # a mesh it travels as three rows.
+        level_embed = jnp.broadcast_to(level_embed, (batch, *level_embed.shape))
+
+        def add_levels(level_embed):
+            rows = [
+                jnp.broadcast_to(level_embed[:, level, None], (batch, h * w, width))
                 for level, (h, w) in enumerate(spatial_shapes)
             ]
-        ).astype(x.dtype)
+            return (sine + jnp.concatenate(rows, axis=1)).astype(maps[0].dtype)
+
         reference = jnp.concatenate([_pixel_centres(h, w) for h, w in spatial_shapes])
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
 
-            def run(x, positions, layer_key, layer=layer):
+            def run(x, level_embed, layer_key, layer=layer):
+                positions = add_levels(level_embed)
                 return layer(x, positions, spatial_shapes, reference, layer_key)
 
-            x = (jax.checkpoint(run) if self.remat else run)(x, positions, layer_key)
+            x = (jax.checkpoint(run) if self.remat else run)(x, level_embed, layer_key)
         ends = np.cumsum([h * w for h, w in spatial_shapes])[:-1]
         return [
             part.reshape(batch, h, w, width)

@@ -147,7 +147,7 @@ def train(
             traced = training.step.trace(training.state, batch, states.abstract_key(mesh))
             chrono.set_step_flops(count_flops(traced.jaxpr))
         stack.callback(profiler.close)
-        run_key = jax.device_put(run_key, sharding.replicated(mesh))
+        run_key = sharding.put_key(run_key, mesh)
 
         def evaluate(step: int, limit: int = 0) -> dict[str, float | None]:
             with preemption.at_rest(saved), chrono.pause("evaluation"):

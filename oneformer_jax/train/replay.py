@@ -146,7 +146,7 @@ def replay(
     training = states.make_training(config, metadata.num_classes, text_table, mesh)
     state, origin = _state_before(workdir, folder, training.state, report["step"])
     key = jax.random.split(jax.random.key(config.seed))[1]
-    key = jax.device_put(key, sharding.replicated(mesh))
+    key = sharding.put_key(key, mesh)
     batch = sharding.put_batch(batch, mesh)
 
     # The same function, but no memory is given away: with NaN checks on it may run a second time.

@@ -77,7 +77,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
             "parameters are sharded within a slice only"
         )
     shape = mesh_utils.create_hybrid_device_mesh(
-        (data // slices, fsdp), (slices, 1), devices=devices
+        (data // slices, fsdp), (slices, 1), devices=devices, allow_split_physical_axes=True
     )
     return Mesh(shape, AXES, axis_types=types)
 
@@ -119,6 +119,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array of which every device holds a copy."""
     return NamedSharding(mesh, REPLICATE)
+
+
+def put_key(key: jax.Array, mesh: Mesh) -> jax.Array:
+    """A PRNG key, the same on all processes, as an array of the whole mesh."""
+    return jax.jit(lambda key: key, out_shardings=replicated(mesh))(key)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

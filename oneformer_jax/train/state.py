@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -210,6 +211,11 @@ def make_train_step(
     graphdef = model_graph(config, training=True)
 
     def loss_fn(params, stats, batch, key):
+        # Layers ask it into how many parts the batch is split, kernels for which chip they are.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else nullcontext():
+            return whole_loss(params, stats, batch, key)
+
+    def whole_loss(params, stats, batch, key):
         if param_shardings is not None:
             params = gather_parameters(params, param_shardings)
         model = nnx.merge(graphdef, params, stats)
@@ -368,6 +374,8 @@ def jit_predict(config: OneFormerConfig, mesh: jax.sharding.Mesh) -> Any:
     predict_step = make_predict_step(config, mesh)
 
     def predict(params, stats, image, image_size, task_tokens):
+        # Sharded ones are gathered: left to itself, XLA would send feature maps about.
+        params = jax.lax.with_sharding_constraint(params, sharding.replicated(mesh))
         predictions = predict_step(params, stats, image, image_size, task_tokens)
         return predictions.class_logits[-1], predictions.mask_logits()
 

@@ -21,6 +21,7 @@ import time
 
 import numpy as np
 
+import tests.conftest  # noqa: F401 - chooses the CPU before jax is imported
 from oneformer_jax.train.checkpoint import CHECKPOINT_FOLDER, load_for_inference
 from tests import tiny
 
