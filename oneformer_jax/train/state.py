@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -211,11 +210,6 @@ def make_train_step(
     graphdef = model_graph(config, training=True)
 
     def loss_fn(params, stats, batch, key):
-        # Layers ask it into how many parts the batch is split, kernels for which chip they are.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else nullcontext():
-            return whole_loss(params, stats, batch, key)
-
-    def whole_loss(params, stats, batch, key):
         if param_shardings is not None:
             params = gather_parameters(params, param_shardings)
         model = nnx.merge(graphdef, params, stats)
@@ -340,7 +334,8 @@ def mean_metrics(metrics: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]
 def kernels_on(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
     """While the model is traced in it, its kernels split the batch over all axes of `mesh`.
 
-    The compiler partitions everything else, but no Pallas kernel.
+    The compiler partitions everything else, but no Pallas kernel. `layers.once_per_shard` asks it
+    too.
     """
     if mesh is None or mesh.size == 1:
         return contextlib.nullcontext()
