@@ -193,6 +193,7 @@ def _where(function: Any, state: Any, batch: Any, key: Any) -> str:
     """Runs `function` with JAX's NaN checks, which stop at the first operation that makes one."""
     before = jax.config.jax_debug_nans
     jax.config.update("jax_debug_nans", True)
+    jax.clear_caches()  # a program that was compiled without the checks would run without them
     try:
         jax.block_until_ready(jax.jit(function)(state, batch, key))
     except FloatingPointError as error:
