@@ -20,7 +20,7 @@ from tests.train import eval_scenes
 from tests.train.test_observe import read_events, read_lines
 
 
-def colour_model(_):
+def colour_model(*_):
     """One query per class. It is right if the parameter is 1, and finds no stuff as "instance"."""
 
     def predict(params, stats, image, image_size, tokens):
