@@ -107,6 +107,34 @@ def test_every_prediction_agrees(kind, height, width, fields, tmp_path):
     assert max(errors.values()) < TOLERANCE, errors
 
 
+@pytest.mark.parametrize("kind", ["swin", "resnet"])
+def test_transformers_loads_what_we_write(kind, tmp_path):
+    """The way back: our folder needs no more than `from_pretrained`, and gives our numbers."""
+    original = reference.make(reference.backbone_config(kind), seed=4)
+    found = load(original, tmp_path / "theirs")
+    convert.write_model(
+        tmp_path / "ours",
+        "hugging_face",
+        dataclasses.replace(found.config, encoder_dropout=0.0, query_init_dropout=0.0),
+        found.params,
+        found.stats,
+        metadata=tiny.metadata(),
+        settings={},
+    )
+    model, report = reference.transformers.OneFormerForUniversalSegmentation.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    left = {name for name in report["missing_keys"] if ".layernorm." not in name}  # of release 5
+    assert not left and not report["unexpected_keys"] and not report["mismatched_keys"], report
+    assert list(model.config.id2label.values()) == list(tiny.metadata().class_names)
+    given = reference.inputs(64, 96)
+    with reference.torch.no_grad():
+        theirs = reference.run(model.eval(), given)
+    errors = compare(found, theirs, given)
+    show(f"{kind}, written by us", errors)
+    assert max(errors.values()) < TOLERANCE, errors
+
+
 @pytest.mark.parametrize("kind", ["swin", "convnext", "resnet", "dinat"])
 def test_backbones_agree_on_sizes_that_are_no_multiples_of_32(kind, tmp_path):
     model = reference.make(reference.backbone_config(kind), training=False)
