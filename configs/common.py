@@ -119,6 +119,7 @@ def get_base() -> ConfigDict:
     c.model.sampling = "auto"
     c.model.dtype = "float32"  # compute dtype of the matrix products: "float32" or "bfloat16"
     c.model.remat = False  # recompute backbone blocks and transformer layers in the backward pass
+    c.model.scan_layers = True  # layers that repeat are loops: each is compiled once
 
     # What training starts from instead of random parameters; at most one of the two.
     c.init = ConfigDict()

@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels.recompute import recompute
+
 SpatialShapes = tuple[tuple[int, int], ...]
 
 
@@ -88,22 +90,20 @@ def ms_deform_attn_gather(
     batch, queries, heads = sampling_locations.shape[:3]
     out = jnp.zeros((batch, queries, heads, value.shape[-1]), jnp.float32)
     for level, rows in enumerate(split_levels(value, spatial_shapes)):
-        out += _gather_level(
+        # The gathered rows of a level are 4 * P times the size of the output, and the backward pass
+        # can read them again.
+        out += recompute(functools.partial(_gather_level, spatial_shapes[level]))(
             rows,
             sampling_locations[:, :, :, level],
             attention_weights[:, :, :, level].astype(jnp.float32),
-            spatial_shapes[level],
         )
     return out.reshape(batch, queries, -1).astype(value.dtype)
 
 
-# Rematerialised: the gathered rows of a level are 4 * P times the size of the output, and the
-# backward pass can read them again.
-@functools.partial(jax.checkpoint, static_argnums=3)
 def _gather_level(
-    rows: jax.Array, locations: jax.Array, weights: jax.Array, shape: tuple[int, int]
+    shape: tuple[int, int], rows: jax.Array, locations: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """[B, h*w, N, D], [B, Q, N, P, 2], [B, Q, N, P] -> float32 [B, Q, N, D]."""
+    """(h, w), [B, h*w, N, D], [B, Q, N, P, 2], [B, Q, N, P] -> float32 [B, Q, N, D]."""
     index, factor = corners(locations, weights, shape)
     # Cast before the gather, so that its transpose scatters in float32: sums of many small
     # contributions to one pixel would be lost in bfloat16.

@@ -21,6 +21,7 @@ from oneformer_jax.models.layers import (
     split_key,
 )
 from oneformer_jax.models.pixel_decoder import conv
+from oneformer_jax.models.stack import Stack, run
 
 
 class QueryInitLayer(nnx.Module):
@@ -55,9 +56,10 @@ class QueryInitLayer(nnx.Module):
 
 class QueryInitDecoder(nnx.Module):
     def __init__(self, config, *, rngs, dtype):
-        self.layers = nnx.List(
+        blocks = (
             QueryInitLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.query_init_layers)
         )
+        self.layers = Stack(blocks, remat=config.remat, scan=config.scan_layers)
         self.norm = layer_norm(config.hidden_dim, rngs=rngs)
 
 
@@ -65,7 +67,6 @@ class QueryInit(nnx.Module):
     """The official `class_transformer`: turns copies of the task token into queries."""
 
     def __init__(self, config, *, rngs, dtype):
-        self.remat = config.remat
         self.decoder = QueryInitDecoder(config, rngs=rngs, dtype=dtype)
 
     def __call__(self, features, task, query_positions, key: Key = None) -> jax.Array:
@@ -76,15 +77,20 @@ class QueryInit(nnx.Module):
         keys = values + features.reshape(batch, -1, dim)
         x = jnp.broadcast_to(task[:, None], (batch, *query_positions.shape)).astype(features.dtype)
         query_positions = query_positions.astype(features.dtype)
+
+        def step(x, block_key, block):
+            return block(x, query_positions, keys, values, block_key), None
+
         blocks = self.decoder.layers
-        for block, block_key in zip(blocks, split_key(key, len(blocks)), strict=True):
-            run = jax.checkpoint(block.__call__) if self.remat else block
-            x = run(x, query_positions, keys, values, block_key)
+        block_keys = None if key is None else jax.random.split(key, len(blocks))
+        x, _ = run(step, x, blocks, items=block_keys)
         return self.decoder.norm(x.astype(jnp.float32))
 
 
 class CrossAttentionLayer(nnx.Module):
-    def __init__(self, width, num_heads, *, rngs, dtype):
+    def __init__(self, width, num_heads, level: int, *, rngs, dtype):
+        """`level` is the index of the map that it attends to."""
+        self.level = level
         self.multihead_attn = MultiHeadAttention(width, num_heads, rngs=rngs, dtype=dtype)
         self.norm = layer_norm(width, rngs=rngs, dtype=dtype)
 
@@ -119,7 +125,6 @@ class TransformerDecoder(nnx.Module):
 
     def __init__(self, config, *, rngs: nnx.Rngs, dtype=jnp.float32):
         width, heads = config.hidden_dim, config.num_heads
-        self.remat = config.remat
         normal = nnx.initializers.normal(1.0)
         self.query_embed = nnx.Embed(config.num_queries, width, embedding_init=normal, rngs=rngs)
         self.level_embed = nnx.Embed(3, width, embedding_init=normal, rngs=rngs)
@@ -138,14 +143,15 @@ class TransformerDecoder(nnx.Module):
             )
             self.class_transformer = QueryInit(config, rngs=rngs, dtype=dtype)
         count, options = config.decoder_layers, dict(rngs=rngs, dtype=dtype)
-        self.transformer_cross_attention_layers = nnx.List(
-            CrossAttentionLayer(width, heads, **options) for _ in range(count)
+        how = dict(remat=config.remat, scan=config.scan_layers)
+        self.transformer_cross_attention_layers = Stack(
+            (CrossAttentionLayer(width, heads, i % 3, **options) for i in range(count)), **how
         )
-        self.transformer_self_attention_layers = nnx.List(
-            SelfAttentionLayer(width, heads, **options) for _ in range(count)
+        self.transformer_self_attention_layers = Stack(
+            (SelfAttentionLayer(width, heads, **options) for _ in range(count)), **how
         )
-        self.transformer_ffn_layers = nnx.List(
-            FFNLayer(width, config.decoder_ffn, **options) for _ in range(count)
+        self.transformer_ffn_layers = Stack(
+            (FFNLayer(width, config.decoder_ffn, **options) for _ in range(count)), **how
         )
         self.decoder_norm = layer_norm(width, rngs=rngs)  # shared by task token and predictions
         self.class_embed = linear(width, config.num_classes + 1, rngs=rngs)
@@ -188,23 +194,27 @@ class TransformerDecoder(nnx.Module):
                 jax.lax.stop_gradient(layers.resize_bilinear(mask_features, (height, columns)))
             )
 
-        x = queries.astype(dtype)
         query_positions = positions.astype(dtype)
-        predictions = [self._predict(x)]
-        for i in range(len(self.transformer_ffn_layers)):
-            level = i % 3
-            mask = attention_mask(predictions[-1][1], pyramid[level])
 
-            def layer(x, mask, i=i, level=level):
-                x = self.transformer_cross_attention_layers[i](
-                    x, query_positions, keys[level], values[level], mask
-                )
-                x = self.transformer_self_attention_layers[i](x, query_positions)
-                return self.transformer_ffn_layers[i](x)
+        def step(carry, _, cross_attention, self_attention, ffn):
+            x, mask_embed = carry
+            level = cross_attention.level
+            mask = attention_mask(mask_embed, pyramid[level])
+            x = cross_attention(x, query_positions, keys[level], values[level], mask)
+            x = ffn(self_attention(x, query_positions))
+            prediction = self._predict(x)
+            return (x, prediction[1]), prediction
 
-            x = (jax.checkpoint(layer) if self.remat else layer)(x, mask)
-            predictions.append(self._predict(x))
-        class_logits, mask_embed = (jnp.stack(p) for p in zip(*predictions, strict=True))
+        x = queries.astype(dtype)
+        first = self._predict(x)
+        _, predictions = run(
+            step,
+            (x, first[1]),
+            self.transformer_cross_attention_layers,
+            self.transformer_self_attention_layers,
+            self.transformer_ffn_layers,
+        )
+        class_logits, mask_embed = (jnp.stack(p) for p in zip(first, *predictions, strict=True))
         return class_logits, mask_embed, queries
 
     def _initial_queries(self, mask_features, task, positions, key: Key) -> jax.Array:

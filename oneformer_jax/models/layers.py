@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels.recompute import recompute
+
 Key = jax.Array | None
 
 # Keys beyond this number are attended in chunks, so that no [B, heads, Q, S] array is formed.
@@ -59,12 +61,12 @@ def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def drop_path(x: jax.Array, rate: float, key: Key) -> jax.Array:
+def drop_path(x: jax.Array, rate: float | jax.Array, key: Key) -> jax.Array:
     """Stochastic depth (arXiv 1603.09382): zeroes whole samples of the leading axis."""
-    if key is None or rate == 0.0:
+    if key is None or (not isinstance(rate, jax.Array) and rate == 0):
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), 0)
 
 
 def torch_linear_init(key, shape, dtype=jnp.float32):
@@ -230,7 +232,7 @@ def attention(
     blocked = jnp.finfo(jnp.float32).min / 2  # finite: a chunk may be blocked as a whole
     q = q * (q.shape[-1] ** -0.5)
 
-    def scores(k_part, mask_part):
+    def scores(q, k_part, mask_part):
         s = jnp.einsum("bqhd,bshd->bhqs", q, k_part, preferred_element_type=jnp.float32)
         return s if mask_part is None else jnp.where(mask_part[:, None], s, blocked)
 
@@ -244,7 +246,7 @@ def attention(
 
     batch, num_keys = k.shape[:2]
     if num_keys <= chunk:
-        weights = dropout(jax.nn.softmax(scores(k, mask), axis=-1), dropout_rate, key)
+        weights = dropout(jax.nn.softmax(scores(q, k, mask), axis=-1), dropout_rate, key)
         return weigh(weights, v).astype(v.dtype)
 
     chunks = -(-num_keys // chunk)
@@ -259,11 +261,11 @@ def attention(
         x = x.reshape(*x.shape[:axis], chunks, chunk, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    @jax.checkpoint
-    def step(carry, part):
+    @recompute
+    def step(q, key, carry, part):
         top, total, out = carry
         index, k_part, v_part, mask_part = part
-        s = scores(k_part, mask_part)
+        s = scores(q, k_part, mask_part)
         new_top = jnp.maximum(top, s.max(-1))
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(s - new_top[..., None])
@@ -272,7 +274,7 @@ def attention(
         # Dropout acts on the normalised weights: the running sum keeps all of them.
         update = weigh(dropout(weights, dropout_rate, part_key), v_part)
         out = out * jnp.moveaxis(shrink, 1, 2)[..., None] + update
-        return (new_top, total, out), None
+        return new_top, total, out
 
     rows = (batch, q.shape[2], q.shape[1])
     carry = (
@@ -281,7 +283,7 @@ def attention(
         jnp.zeros(q.shape, jnp.float32),
     )
     parts = (jnp.arange(chunks), split(k, 1), split(v, 1), split(mask, 2))
-    (_, total, out), _ = jax.lax.scan(step, carry, parts)
+    (_, total, out), _ = jax.lax.scan(lambda c, part: (step(q, key, c, part), None), carry, parts)
     return (out / jnp.moveaxis(total, 1, 2)[..., None]).astype(v.dtype)
 
 

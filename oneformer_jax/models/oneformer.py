@@ -68,6 +68,7 @@ class OneFormerConfig:
       dtype: compute dtype of the matrix products, "float32" or "bfloat16"; parameters, softmax,
         norm statistics, coordinates and the task token are float32 always.
       remat: recompute blocks in the backward pass instead of keeping their activations.
+      scan_layers: run layers that repeat as loops, which are compiled once (`models.stack`).
     """
 
     num_classes: int
@@ -95,6 +96,7 @@ class OneFormerConfig:
     sampling: str = "auto"
     dtype: str = "float32"
     remat: bool = False
+    scan_layers: bool = True
 
     def __post_init__(self):
         def need(ok, key, rule):
@@ -182,12 +184,12 @@ class OneFormerConfig:
         return cls.published("internimage_huge", dataset, **(WIDE_HEAD | overrides))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is the inverse, but for `sampling`.
+        """Plain values for JSON; `from_dict` is the inverse, but for `sampling` and `scan_layers`.
 
-        That belongs to the device that the model runs on, not to the model.
+        These belong to the program that runs the model, not to the model.
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del fields["sampling"]
+        del fields["sampling"], fields["scan_layers"]
         return fields | {"backbone": backbones.to_dict(self.backbone)}
 
     @classmethod
@@ -204,7 +206,11 @@ class OneFormer(nnx.Module):
     def __init__(self, config: OneFormerConfig, *, rngs: nnx.Rngs, training: bool):
         dtype = jnp.dtype(config.dtype)
         self.backbone = backbones.build_backbone(
-            config.backbone, rngs=rngs, dtype=dtype, remat=config.remat
+            config.backbone,
+            rngs=rngs,
+            dtype=dtype,
+            remat=config.remat,
+            scan=config.scan_layers,
         )
         self.pixel_decoder = PixelDecoder(config, config.backbone.channels, rngs=rngs, dtype=dtype)
         self.predictor = TransformerDecoder(config, rngs=rngs, dtype=dtype)
@@ -223,6 +229,7 @@ class OneFormer(nnx.Module):
                 rngs=rngs,
                 dtype=dtype,
                 causal=config.text_causal,
+                scan=config.scan_layers,
             )
             self.text_projector = MLP(
                 [config.text_width, config.hidden_dim, config.hidden_dim], rngs=rngs

@@ -14,6 +14,7 @@ from flax import nnx
 from kernels.ms_deform_attn import ms_deform_attn
 from oneformer_jax.models import layers
 from oneformer_jax.models.layers import Key, layer_norm, linear, split_key
+from oneformer_jax.models.stack import Stack, run
 
 
 def conv(
@@ -147,10 +148,10 @@ class DeformableEncoder(nnx.Module):
     """The stack of encoder layers over the flattened levels."""
 
     def __init__(self, config, *, rngs, dtype=jnp.float32):
-        self.remat = config.remat
-        self.layers = nnx.List(
+        layers = (
             EncoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.encoder_layers)
         )
+        self.layers = Stack(layers, remat=config.remat, scan=config.scan_layers)
 
     def __call__(self, maps, level_embed, key: Key = None) -> list[jax.Array]:
         """Three maps [B, h_l, w_l, D], coarse to fine, to three of the same shapes.
@@ -175,13 +176,13 @@ class DeformableEncoder(nnx.Module):
             return (sine + jnp.concatenate(rows, axis=1)).astype(maps[0].dtype)
 
         reference = jnp.concatenate([_pixel_centres(h, w) for h, w in spatial_shapes])
-        for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
 
-            def run(x, level_embed, layer_key, layer=layer):
-                positions = add_levels(level_embed)
-                return layer(x, positions, spatial_shapes, reference, layer_key)
+        def step(x, layer_key, layer):
+            positions = add_levels(level_embed)
+            return layer(x, positions, spatial_shapes, reference, layer_key), None
 
-            x = (jax.checkpoint(run) if self.remat else run)(x, level_embed, layer_key)
+        keys = None if key is None else jax.random.split(key, len(self.layers))
+        x, _ = run(step, x, self.layers, items=keys)
         ends = np.cumsum([h * w for h, w in spatial_shapes])[:-1]
         return [
             part.reshape(batch, h, w, width)

@@ -120,10 +120,13 @@ def read_targets(segment_map: jax.Array, points: jax.Array, slots: jax.Array) ->
     batch, height, width = segment_map.shape
     flat = segment_map.reshape(batch, height * width)
     ids = (slots + 1).astype(jnp.int32)[:, None]
-    return sum(
+    values = sum(
         jnp.where(_take(flat, index).astype(jnp.int32) == ids, weight, 0.0)
         for index, weight in _corners(points, height, width)
     )
+    # Without the barrier XLA reads the map again in every loop and sum that takes the values: slow
+    # to run, and on TPUs minutes to compile.
+    return lax.optimization_barrier(values)
 
 
 def choose_uncertain(logits: jax.Array, points: jax.Array, count: int) -> jax.Array:

@@ -183,7 +183,7 @@ MODELS = (
 _NOT_IN_TENSORS = {
     "query_loss",
     *("num_context", "text_width", "text_layers", "text_heads", "text_causal"),
-    *("encoder_dropout", "query_init_dropout", "dtype", "remat", "sampling"),
+    *("encoder_dropout", "query_init_dropout", "dtype", "remat", "sampling", "scan_layers"),
     *("norm", "drop_path_rate", "layer_scale_init", "dilations"),
 }
 

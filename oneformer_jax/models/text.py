@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from oneformer_jax.models.layers import MultiHeadAttention, layer_norm, linear
+from oneformer_jax.models.stack import Stack, run
 
 VOCABULARY = 49408  # CLIP's byte-pair vocabulary; its last id ends a text
 CONTEXT_LENGTH = 77
@@ -68,11 +69,12 @@ class TextBlock(nnx.Module):
 class TextTransformer(nnx.Module):
     """Holds `resblocks`, as the official parameter names have it."""
 
-    def __init__(self, width: int, num_layers: int, num_heads: int, *, rngs, dtype):
-        self.resblocks = nnx.List(
+    def __init__(self, width: int, num_layers: int, num_heads: int, *, rngs, dtype, scan: bool):
+        blocks = (
             TextBlock(width, num_heads, num_layers, rngs=rngs, dtype=dtype)
             for _ in range(num_layers)
         )
+        self.resblocks = Stack(blocks, scan=scan)
 
 
 class TextEncoder(nnx.Module):
@@ -87,6 +89,7 @@ class TextEncoder(nnx.Module):
         rngs,
         dtype=jnp.float32,
         causal: bool = True,
+        scan: bool = False,
     ):
         self.causal = causal
         self.token_embedding = nnx.Embed(
@@ -95,7 +98,9 @@ class TextEncoder(nnx.Module):
         self.positional_embedding = nnx.Param(
             0.01 * jax.random.normal(rngs.params(), (CONTEXT_LENGTH, width))
         )
-        self.transformer = TextTransformer(width, num_layers, num_heads, rngs=rngs, dtype=dtype)
+        self.transformer = TextTransformer(
+            width, num_layers, num_heads, rngs=rngs, dtype=dtype, scan=scan
+        )
         self.ln_final = layer_norm(width, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -112,7 +117,6 @@ class TextEncoder(nnx.Module):
             length = CONTEXT_LENGTH
         x = self.token_embedding(tokens)
         x = x + self.positional_embedding[:length].astype(x.dtype)
-        for block in self.transformer.resblocks:
-            x = block(x, mask)
+        x, _ = run(lambda x, _, block: (block(x, mask), None), x, self.transformer.resblocks)
         end = jnp.take_along_axis(x, jnp.argmax(tokens, -1)[:, None, None], axis=1)[:, 0]
         return self.ln_final(end.astype(jnp.float32))

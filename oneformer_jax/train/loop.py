@@ -299,7 +299,9 @@ def evaluate_workdir(
             f"those of the dataset of this config ({metadata.dataset})"
         )
     model = OneFormerConfig.from_dict(trained.model)
-    model = dataclasses.replace(model, sampling=config.model.sampling)
+    model = dataclasses.replace(
+        model, sampling=config.model.sampling, scan_layers=config.model.scan_layers
+    )
     evaluator = Evaluator(config, workdir, metadata, model, mesh)
     state = jax.device_put(
         {"params": trained.params, "stats": trained.stats}, sharding.replicated(mesh)

@@ -23,6 +23,7 @@ from oneformer_jax.models.layers import ParamKeys
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
+from oneformer_jax.models.stack import Stack
 from oneformer_jax.train import optim, sharding
 from oneformer_jax.train.optim import OptimConfig
 from oneformer_jax.types import TASK_TOKENS, Predictions
@@ -210,9 +211,10 @@ def make_train_step(
     graphdef = model_graph(config, training=True)
 
     def loss_fn(params, stats, batch, key):
-        if param_shardings is not None:
-            params = gather_parameters(params, param_shardings)
-        model = nnx.merge(graphdef, params, stats)
+        if param_shardings is None:
+            model = nnx.merge(graphdef, params, stats)
+        else:
+            model = merge_gathered(graphdef, params, stats, param_shardings)
         model_key, point_key = jax.random.split(key)
         with kernels_on(mesh):
             predictions = model(
@@ -226,9 +228,6 @@ def make_train_step(
         loss, terms = compute_losses(predictions, batch, point_key, losses, mesh=mesh)
         return loss, ({"loss": loss} | terms, split_model(model)[2])
 
-    if param_shardings is not None:
-        # The backward pass gathers again, so that no whole copy outlives the layer that uses it.
-        loss_fn = jax.checkpoint(loss_fn, policy=_keep_all_but_gathered)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def gradients(params, stats, batch, key):
@@ -281,19 +280,59 @@ def make_train_step(
     return train_step
 
 
-def _keep_all_but_gathered(primitive: Any, *args: Any, **params: Any) -> bool:
-    """What the forward pass keeps: all but what `gather_parameters` made."""
-    del args
-    if primitive.name == "custom_vjp_call":
-        inner = params["call_jaxpr"].eqns
-        return not (inner and inner[-1].primitive.name == "sharding_constraint")
-    return primitive.name != "sharding_constraint"
+def merge_gathered(graphdef: nnx.GraphDef, params: dict, stats: dict, shardings: dict) -> OneFormer:
+    """The model with parameters that are whole on every device where they are used.
+
+    Those of a `Stack` are gathered layer by layer, in its loop, all others at once.
+    """
+    structure = nnx.merge(graphdef, params, stats)
+    stacks = {path: node for path, node in nnx.iter_graph(structure) if isinstance(node, Stack)}
+
+    def whole(path, x, split):
+        names = tuple(entry.key for entry in path)
+        if any(names[: len(stack)] == stack for stack in stacks):
+            return x
+        return gather_parameter(x, split, summed=names[0] in TEXT_PARAMS)
+
+    params = jax.tree_util.tree_map_with_path(whole, params, shardings)
+    model = nnx.merge(graphdef, params, stats)
+    for path in stacks:
+        stack, split = model, shardings
+        for name in path:
+            stack = stack[name] if isinstance(name, int) else getattr(stack, name)
+            split = split[name]
+        stack.gather = _GatherLayer(split, summed=path[0] in TEXT_PARAMS)
+    return model
 
 
-def gather_parameters(params: Any, shardings: Any) -> Any:
-    """The parameters, whole on every device; their gradients are sharded again, as `shardings` say.
+class _GatherLayer:
+    """(index, parameters) -> whole parameters of one layer of a stack."""
+
+    def __init__(self, shardings: dict, *, summed: bool):
+        self.shardings = shardings
+        self.summed = summed
+
+    def __call__(self, index: int, params: dict) -> dict:
+        return jax.tree.map(
+            lambda x, split: gather_parameter(x, split, summed=self.summed),
+            params,
+            self.shardings[index],
+        )
+
+
+def gather_parameter(
+    x: jax.Array, split: jax.sharding.NamedSharding, *, summed: bool = False
+) -> jax.Array:
+    """A parameter, whole on every device; its gradient is split again, as `split` says.
 
     Left to itself, XLA now and then gathers the feature maps of all devices instead of a kernel.
+
+    Args:
+      x: the parameter.
+      split: how it lies on the devices.
+      summed: whether the gradient is first summed over the devices. The texts are the same on all
+        of them: there a gradient that is to be split would split the work, and each layer would be
+        communicated.
     """
 
     def constrain(x: jax.Array, *steps: jax.sharding.NamedSharding) -> jax.Array:
@@ -301,18 +340,15 @@ def gather_parameters(params: Any, shardings: Any) -> Any:
             x = jax.lax.with_sharding_constraint(x, step)
         return x
 
-    def gather_one(path: Any, x: jax.Array, split: jax.sharding.NamedSharding) -> jax.Array:
-        if split.is_fully_replicated:
-            return x
-        whole = sharding.replicated(split.mesh)
-        # The texts are the same on all devices: there a gradient that is to be split would split
-        # the work, and each layer would be communicated. So it is summed first.
-        steps = (whole, split) if path[0].key in TEXT_PARAMS else (split,)
-        gather = jax.custom_vjp(lambda x: constrain(x, whole))
-        gather.defvjp(lambda x: (constrain(x, whole), None), lambda _, g: (constrain(g, *steps),))
-        return gather(x)
-
-    return jax.tree_util.tree_map_with_path(gather_one, params, shardings)
+    if split.is_fully_replicated:
+        return x
+    whole = sharding.replicated(split.mesh)
+    # The first step matters in a loop, where `x` is a part of an array of the compiler's making.
+    forward = (split, whole)
+    backward = (whole, split) if summed else (split,)
+    gather = jax.custom_vjp(lambda x: constrain(x, *forward))
+    gather.defvjp(lambda x: (constrain(x, *forward), None), lambda _, g: (constrain(g, *backward),))
+    return gather(x)
 
 
 def split_batch(batch: dict, parts: int) -> dict:

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from oneformer_jax.models import backbones
-from oneformer_jax.models.backbones.common import call
 from oneformer_jax.models.backbones.resnet import BatchNorm, ConvNorm, FrozenNorm
+from oneformer_jax.models.stack import run
 
 SWIN = backbones.SwinConfig(
     embed_dim=8, depths=(2, 1, 1, 1), num_heads=(2, 2, 4, 4), window_size=4, mlp_ratio=2.0
@@ -183,7 +183,7 @@ def test_swin_drop_path_drops_whole_samples_and_rescales():
         embed_dim=8, depths=(1, 1, 1, 2), num_heads=(1, 1, 1, 1), window_size=2, drop_path_rate=0.4
     )
     model = build(config)
-    rates = [block.drop_path_rate for layer in model.layers for block in layer.blocks]
+    rates = [rate for layer in model.layers for rate in layer.rates]
     np.testing.assert_allclose(rates, [0, 0.1, 0.2, 0.3, 0.4])
 
     block = model.layers[3].blocks[1]
@@ -191,7 +191,7 @@ def test_swin_drop_path_drops_whole_samples_and_rescales():
         weight = getattr(block.mlp.fc2, name)
         weight[...] = jnp.zeros_like(weight[...])
     x = np.repeat(image_of(1, 2, 2, 64), 600, axis=0)
-    run = jit(lambda x, key: block(x, None, key))
+    run = jit(lambda x, key: block(x, None, key, rates[-1]))
     plain = np.asarray(run(x, None) - x)
     dropped = np.asarray(run(x, jax.random.key(0)) - x)
     kept = np.any(dropped != 0, axis=(1, 2, 3))
@@ -206,8 +206,7 @@ def test_swin_drop_path_draws_anew_for_each_branch_and_block():
     )
     stage = build(config).layers[0]
     x = np.repeat(image_of(1, 2, 2, 4), 256, axis=0)
-    for block in stage.blocks:
-        block.drop_path_rate = 0.5
+    stage.rates = (0.5,) * 4
     out = np.asarray(jit(lambda x, key: stage(x, key))(x, jax.random.key(0)))
     # 8 independent choices give 256 combinations; few of them if any two shared their key.
     assert len(np.unique(out.round(4).reshape(256, -1), axis=0)) > 100
@@ -433,11 +432,11 @@ def test_remat_changes_nothing_but_memory_in_a_swin_stage():
 def test_remat_changes_nothing_but_memory_in_a_resnet_block():
     x, results = image_of(2, 4, 6, 16), []
     for remat in (False, True):
-        run, states = value_and_gradients(
-            build(RESNET).res3[0],
-            lambda m, remat=remat: call(m, x, True, remat=remat, updates=True),
+        value, states = value_and_gradients(
+            build(RESNET, remat=remat).res3,
+            lambda blocks: run(lambda x, _, block: (block(x, True), None), x, blocks, updates=True),
         )
-        results.append(jit(run)(*states))
+        results.append(jit(value)(*states))
     assert_close(*results)
 
 

@@ -107,12 +107,12 @@ def test_remat_changes_nothing_but_memory():
 def test_drop_path_drops_whole_samples():
     config = dataclasses.replace(SMALL, drop_path_rate=0.9)
     model = build(config)
-    rates = [block.drop_path_rate for level in model.levels for block in level.blocks]
+    rates = [rate for level in model.levels for rate in level.rates]
     np.testing.assert_allclose(rates, np.linspace(0, 0.9, 5))
     graphdef, state = nnx.split(model.levels[3].blocks[0])
     x = image_of(32, 2, 3, config.channels[3])
     found, full = (
-        jit(lambda state, key: nnx.merge(graphdef, state)(x, key))(state, key)
+        jit(lambda state, key: nnx.merge(graphdef, state)(x, key, 0.9))(state, key)
         for key in (jax.random.key(0), None)
     )
     unchanged = np.all(found == x, axis=(1, 2, 3))

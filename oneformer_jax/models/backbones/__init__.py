@@ -98,7 +98,12 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
 
 
 def build_backbone(
-    config: BackboneConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+    config: BackboneConfig,
+    *,
+    rngs: nnx.Rngs,
+    dtype=jnp.float32,
+    remat: bool = False,
+    scan: bool = False,
 ) -> Swin | ConvNeXt | DiNAT | InternImage | ResNet:
     """The module of a config.
 
@@ -107,9 +112,10 @@ def build_backbone(
       rngs: of the initial parameters.
       dtype: of the matrix products and the outputs; parameters and statistics are float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
+      scan: run blocks that repeat as a loop, which is compiled once.
     """
     _, module = _KINDS[kind_of(config)]
-    return module(config, rngs=rngs, dtype=dtype, remat=remat)
+    return module(config, rngs=rngs, dtype=dtype, remat=remat, scan=scan)
 
 
 def to_dict(config: BackboneConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the backbones share: the base of their configs, layers, and recomputation of blocks."""
+"""What the backbones share: the base of their configs, layers, and stochastic depth."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-from oneformer_jax.models.layers import torch_linear_init
+from oneformer_jax.models.layers import Key, torch_linear_init
 
 STRIDES = (4, 8, 16, 32)
 
@@ -108,29 +109,14 @@ def halving_conv(inputs: int, outputs: int, **options: Any) -> nnx.Conv:
     return torch_conv(inputs, outputs, 3, strides=2, padding=1, **options)
 
 
-def call(module: nnx.Module, *args: Any, remat: bool, updates: bool = False) -> Any:
-    """`module(*args)`; with `remat` its activations are recomputed in the backward pass.
+def drop_path_rates(config: Any) -> list[tuple[float, ...]]:
+    """For each stage the stochastic depth of its blocks: linear from 0 to `drop_path_rate`."""
+    rates = np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist()
+    ends = np.cumsum(config.depths)
+    return [tuple(rates[e - n : e]) for e, n in zip(ends, config.depths, strict=True)]
 
-    Args:
-      module: a module without random state, called with positional arguments.
-      args: arrays, None or Python booleans.
-      remat: whether to recompute.
-      updates: whether the call updates statistics. They are then carried out of the recomputed
-        function, since the module's own variables can't be changed from within it.
-    """
-    if not remat:
-        return module(*args)
-    graphdef, stats, rest = nnx.split(module, nnx.BatchStat, ...)
-    static = {i: a for i, a in enumerate(args) if isinstance(a, bool)}
-    arrays = {i: a for i, a in enumerate(args) if i not in static}
 
-    @jax.checkpoint
-    def run(stats, rest, arrays):
-        copy: Callable = nnx.merge(graphdef, stats, rest)
-        out = copy(*({**static, **arrays}[i] for i in range(len(args))))
-        return out, nnx.state(copy, nnx.BatchStat) if updates else None
-
-    out, stats = run(stats, rest, arrays)
-    if updates:
-        nnx.update(module, stats)
-    return out
+def random_items(key: Key, rates: tuple[float, ...]) -> tuple[jax.Array | None, np.ndarray]:
+    """Items of `stack.run` for blocks with stochastic depth: their keys, if any, and rates."""
+    keys = None if key is None else jax.random.split(key, len(rates))
+    return keys, np.asarray(rates, np.float32)

@@ -11,11 +11,16 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from oneformer_jax.models.backbones.common import StagedConfig, call, check_image
+from oneformer_jax.models.backbones.common import (
+    StagedConfig,
+    check_image,
+    drop_path_rates,
+    random_items,
+)
 from oneformer_jax.models.layers import Key, drop_path, split_key
+from oneformer_jax.models.stack import Stack, run
 
 # The official trunc_normal_ of deviation 0.02 cuts at the values ±2, a hundred deviations away.
 _init = nnx.initializers.normal(0.02)
@@ -61,11 +66,16 @@ class ConvNeXt(nnx.Module):
     """The backbone: an image to four normalised maps."""
 
     def __init__(
-        self, config: ConvNeXtConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+        self,
+        config: ConvNeXtConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: bool = False,
+        scan: bool = False,
     ):
-        """`dtype` is that of the convolutions and products; `remat` recomputes every block."""
+        """`dtype` is that of all products; see `stack.Stack` for `remat` and `scan`."""
         self.dtype = dtype
-        self.remat = remat
         options = dict(rngs=rngs, dtype=dtype)
         dims = config.dims
         # In the stem the norm follows the convolution, between stages it precedes it.
@@ -76,11 +86,12 @@ class ConvNeXt(nnx.Module):
                 for i, o in itertools.pairwise(dims)
             ]
         )
-        rates = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist())
+        self.rates = tuple(drop_path_rates(config))
         self.stages = nnx.List(
-            nnx.List(
-                ConvNeXtBlock(dim, next(rates), config.layer_scale_init, **options)
-                for _ in range(depth)
+            Stack(
+                (ConvNeXtBlock(dim, config.layer_scale_init, **options) for _ in range(depth)),
+                remat=remat,
+                scan=scan,
             )
             for dim, depth in zip(dims, config.depths, strict=True)
         )
@@ -105,14 +116,17 @@ class ConvNeXt(nnx.Module):
         check_image(image)
         if min(image.shape[1:3]) < 32:
             raise ValueError(f"a ConvNeXt's image must be at least 32 x 32, got {image.shape[1:3]}")
+
+        def step(x, item, block):
+            return block(x, *item), None
+
         x = image.astype(self.dtype)
         outputs = []
         for stage, stage_key in enumerate(split_key(key, 4)):
             for layer in self.downsample_layers[stage]:
                 x = layer(x)
-            blocks = self.stages[stage]
-            for block, block_key in zip(blocks, split_key(stage_key, len(blocks)), strict=True):
-                x = call(block, x, block_key, remat=self.remat)
+            items = random_items(stage_key, self.rates[stage])
+            x, _ = run(step, x, self.stages[stage], items=items)
             outputs.append(getattr(self, f"norm{stage}")(x))
         return tuple(outputs)
 
@@ -120,9 +134,8 @@ class ConvNeXt(nnx.Module):
 class ConvNeXtBlock(nnx.Module):
     """x + gamma * mlp(norm(depthwise(x))), the MLP with the exact GELU and four times the width."""
 
-    def __init__(self, dim: int, drop_path_rate: float, scale: float, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, dim: int, scale: float, *, rngs: nnx.Rngs, dtype):
         self.dtype = dtype
-        self.drop_path_rate = drop_path_rate
         self.dwconv = nnx.Conv(
             dim,
             dim,
@@ -138,12 +151,12 @@ class ConvNeXtBlock(nnx.Module):
         self.pwconv2 = nnx.Linear(4 * dim, dim, kernel_init=_init, dtype=dtype, rngs=rngs)
         self.gamma = nnx.Param(jnp.full((dim,), scale, jnp.float32))
 
-    def __call__(self, x: jax.Array, key: Key) -> jax.Array:
-        """[B, H, W, C] to the same."""
+    def __call__(self, x: jax.Array, key: Key, rate: float | jax.Array) -> jax.Array:
+        """[B, H, W, C] to the same; `rate` is the stochastic depth, with a `key`."""
         y = self.pwconv1(self.norm(self.dwconv(x)))
         y = self.pwconv2(jax.nn.gelu(y, approximate=False))
         y = y * self.gamma[...].astype(self.dtype)
-        return x + drop_path(y, self.drop_path_rate, key)
+        return x + drop_path(y, rate, key)
 
 
 def _patches(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, dtype) -> nnx.Conv:

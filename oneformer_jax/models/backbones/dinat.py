@@ -16,14 +16,16 @@ from flax import nnx
 from oneformer_jax.models.backbones.common import (
     Mlp,
     StagedConfig,
-    call,
     check_image,
+    drop_path_rates,
     halving_conv,
     linear,
     linear_init,
+    random_items,
 )
 from oneformer_jax.models.backbones.neighborhood import neighborhood_attention
 from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
+from oneformer_jax.models.stack import Stack, run
 
 # Dilation of every block in each stage.
 DILATIONS = {
@@ -131,14 +133,21 @@ class DiNAT(nnx.Module):
     """The backbone: an image to four normalised maps."""
 
     def __init__(
-        self, config: DinatConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+        self,
+        config: DinatConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: bool = False,
+        scan: bool = False,
     ):
-        """`dtype` is that of the matrix products; `remat` recomputes every block."""
+        """`dtype` is that of the matrix products; see `stack.Stack` for `remat` and `scan`."""
         self.dtype = dtype
         self.patch_embed = ConvTokenizer(config.embed_dim, rngs=rngs, dtype=dtype)
-        rates = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist())
+        options = dict(rngs=rngs, dtype=dtype, remat=remat, scan=scan)
         self.levels = nnx.List(
-            Level(config, stage, rates, rngs=rngs, dtype=dtype, remat=remat) for stage in range(4)
+            Level(config, stage, rates, **options)
+            for stage, rates in enumerate(drop_path_rates(config))
         )
         for stage, width in enumerate(config.channels):
             setattr(self, f"norm{stage}", layer_norm(width, rngs=rngs, dtype=dtype))
@@ -189,29 +198,41 @@ class ConvTokenizer(nnx.Module):
 class Level(nnx.Module):
     """Blocks of one resolution and the way to the next."""
 
-    def __init__(self, config: DinatConfig, stage: int, rates, *, rngs: nnx.Rngs, dtype, remat):
-        """Takes the drop path rates of its blocks from the iterator `rates`."""
+    def __init__(
+        self,
+        config: DinatConfig,
+        stage: int,
+        rates: tuple[float, ...],
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        remat: bool,
+        scan: bool,
+    ):
         width = config.channels[stage]
-        self.remat = remat
-        self.blocks = nnx.List(
+        self.rates = rates
+        blocks = (
             DinatBlock(
                 width,
                 config.num_heads[stage],
                 kernel_size=config.kernel_size,
                 dilation=dilation,
                 mlp_ratio=config.mlp_ratio,
-                drop_path_rate=next(rates),
                 rngs=rngs,
                 dtype=dtype,
             )
             for dilation in config.dilations[stage]
         )
+        self.blocks = Stack(blocks, remat=remat, scan=scan)
         self.downsample = None if stage == 3 else ConvDownsampler(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:
         """The blocks on [B, H, W, C], without the down-sampling."""
-        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
-            x = call(block, x, block_key, remat=self.remat)
+
+        def step(x, item, block):
+            return block(x, *item), None
+
+        x, _ = run(step, x, self.blocks, items=random_items(key, self.rates))
         return x
 
 
@@ -226,11 +247,9 @@ class DinatBlock(nnx.Module):
         kernel_size: int,
         dilation: int,
         mlp_ratio: float,
-        drop_path_rate: float,
         rngs: nnx.Rngs,
         dtype,
     ):
-        self.drop_path_rate = drop_path_rate
         self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.attn = NeighborhoodAttention(
             width, num_heads, kernel_size, dilation, rngs=rngs, dtype=dtype
@@ -238,11 +257,11 @@ class DinatBlock(nnx.Module):
         self.norm2 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, key: Key) -> jax.Array:
-        """[B, H, W, C] to the same."""
+    def __call__(self, x: jax.Array, key: Key, rate: float | jax.Array) -> jax.Array:
+        """[B, H, W, C] to the same; `rate` is the stochastic depth, with a `key`."""
         attention_key, mlp_key = split_key(key, 2)
-        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path_rate, attention_key)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, mlp_key)
+        x = x + drop_path(self.attn(self.norm1(x)), rate, attention_key)
+        return x + drop_path(self.mlp(self.norm2(x)), rate, mlp_key)
 
 
 class NeighborhoodAttention(nnx.Module):

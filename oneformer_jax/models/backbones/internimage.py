@@ -15,12 +15,14 @@ import numpy as np
 from flax import nnx
 
 from kernels.ms_deform_attn import ms_deform_attn
+from kernels.recompute import recompute
 from oneformer_jax.models.backbones.common import (
     Mlp,
     StagedConfig,
-    call,
     check_image,
+    drop_path_rates,
     halving_conv,
+    random_items,
     torch_conv,
 )
 from oneformer_jax.models.layers import (
@@ -31,6 +33,7 @@ from oneformer_jax.models.layers import (
     split_key,
     xavier_init,
 )
+from oneformer_jax.models.stack import Stack, run
 
 EPSILON = 1e-6  # of the norms
 POINTS = 9
@@ -101,14 +104,21 @@ class InternImage(nnx.Module):
     """The backbone: an image to four normalised maps."""
 
     def __init__(
-        self, config: InternImageConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+        self,
+        config: InternImageConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: bool = False,
+        scan: bool = False,
     ):
-        """`dtype` is that of convolutions and products; `remat` recomputes every block."""
+        """`dtype` is that of all products; see `stack.Stack` for `remat` and `scan`."""
         self.dtype = dtype
         self.patch_embed = Stem(config.embed_dim, rngs=rngs, dtype=dtype)
-        rates = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist())
+        options = dict(rngs=rngs, dtype=dtype, remat=remat, scan=scan)
         self.levels = nnx.List(
-            Level(config, stage, rates, rngs=rngs, dtype=dtype, remat=remat) for stage in range(4)
+            Level(config, stage, rates, **options)
+            for stage, rates in enumerate(drop_path_rates(config))
         )
 
     def __call__(
@@ -154,35 +164,48 @@ class Level(nnx.Module):
     """Blocks of one resolution, the norm of their result, and the way to the next."""
 
     def __init__(
-        self, config: InternImageConfig, stage: int, rates, *, rngs: nnx.Rngs, dtype, remat
+        self,
+        config: InternImageConfig,
+        stage: int,
+        rates: tuple[float, ...],
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        remat: bool,
+        scan: bool,
     ):
-        """Takes the drop path rates of its blocks from the iterator `rates`."""
         width = config.channels[stage]
-        self.remat = remat
+        self.rates = rates
         self.norm_after = config.norm_after if stage == 2 else ()
-        self.blocks = nnx.List(
+        blocks = (
             InternImageBlock(
                 width,
                 config.groups[stage],
                 dw_kernel_size=config.dw_kernel_size,
                 mlp_ratio=config.mlp_ratio,
-                drop_path_rate=next(rates),
                 rngs=rngs,
                 dtype=dtype,
             )
-            for _ in range(config.depths[stage])
+            for _ in rates
         )
+        self.blocks = Stack(blocks, remat=remat, scan=scan)
         self.norm = _norm(width, rngs=rngs, dtype=dtype)
         self.post_norms = nnx.List(_norm(width, rngs=rngs, dtype=dtype) for _ in self.norm_after)
         self.downsample = None if stage == 3 else Downsample(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:
         """The blocks and the norm on [B, H, W, C], without the down-sampling."""
-        norms = dict(zip(self.norm_after, self.post_norms, strict=True))
-        keys = split_key(key, len(self.blocks))
-        for i, (block, block_key) in enumerate(zip(self.blocks, keys, strict=True)):
-            x = call(block, x, block_key, remat=self.remat)
-            x = norms[i](x) if i in norms else x
+
+        def step(x, item, block):
+            return block(x, *item), None
+
+        items = random_items(key, self.rates)
+        start = 0
+        for last, norm in zip(self.norm_after, self.post_norms, strict=True):
+            x, _ = run(step, x, self.blocks, items=items, start=start, stop=last + 1)
+            x = norm(x)
+            start = last + 1
+        x, _ = run(step, x, self.blocks, items=items, start=start)
         return self.norm(x)
 
 
@@ -196,11 +219,9 @@ class InternImageBlock(nnx.Module):
         *,
         dw_kernel_size: int,
         mlp_ratio: float,
-        drop_path_rate: float,
         rngs: nnx.Rngs,
         dtype,
     ):
-        self.drop_path_rate = drop_path_rate
         self.norm1 = _norm(width, rngs=rngs, dtype=dtype)
         self.dcn = DCNv3(width, groups, dw_kernel_size, rngs=rngs, dtype=dtype)
         self.res_post_norm1 = _norm(width, rngs=rngs, dtype=dtype)
@@ -208,13 +229,13 @@ class InternImageBlock(nnx.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs, dtype=dtype)
         self.res_post_norm2 = _norm(width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, key: Key) -> jax.Array:
-        """[B, H, W, C] to the same."""
+    def __call__(self, x: jax.Array, key: Key, rate: float | jax.Array) -> jax.Array:
+        """[B, H, W, C] to the same; `rate` is the stochastic depth, with a `key`."""
         dcn_key, mlp_key = split_key(key, 2)
         y = self.res_post_norm1(self.dcn(self.norm1(x)))
-        x = x + drop_path(y, self.drop_path_rate, dcn_key)
+        x = x + drop_path(y, rate, dcn_key)
         y = self.res_post_norm2(self.mlp(self.norm2(x)))
-        return x + drop_path(y, self.drop_path_rate, mlp_key)
+        return x + drop_path(y, rate, mlp_key)
 
 
 class DCNv3(nnx.Module):
@@ -306,12 +327,11 @@ def sample(
     def split(x):  # [B, H * W, G, ...] to [steps, B, H * W, group, ...]
         return jnp.moveaxis(x.reshape(batch, pixels, -1, group, *x.shape[3:]), 2, 0)
 
-    @jax.checkpoint
-    def step(arrays):
-        value, locations, shares = arrays
+    @recompute
+    def step(value, locations, shares):
         return ms_deform_attn(value, (shape,), locations[:, :, :, None], shares[:, :, :, None])
 
-    out = jax.lax.map(step, (split(value), split(locations), split(shares)))
+    out = jax.lax.map(lambda x: step(*x), (split(value), split(locations), split(shares)))
     return jnp.moveaxis(out, 0, 2).reshape(batch, pixels, groups, channels)
 
 

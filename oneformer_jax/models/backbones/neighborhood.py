@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.recompute import recompute
+
 # Logits formed at a time, relative to the number of values in the map.
 STEP = 1.0
 
@@ -155,12 +157,13 @@ def neighborhood_attention(
         x = jnp.moveaxis(x, 3, 0)
         return x.reshape(heads // group, group, *x.shape[1:])
 
-    @jax.checkpoint
-    def step(arrays):
+    @recompute
+    def step(*arrays):
         return _attend(*arrays, rows, columns)
 
     out = jax.lax.map(
-        step, (split(query), split(key), split(value), rpb.reshape(-1, group, *rpb.shape[1:]))
+        lambda x: step(*x),
+        (split(query), split(key), split(value), rpb.reshape(-1, group, *rpb.shape[1:])),
     )
     return jnp.moveaxis(out.reshape(heads, *out.shape[2:]), 0, 3)
 

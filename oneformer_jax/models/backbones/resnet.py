@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from oneformer_jax.models.backbones.common import StagedConfig, call, check_image
+from oneformer_jax.models.backbones.common import StagedConfig, check_image
 from oneformer_jax.models.layers import Key
+from oneformer_jax.models.stack import Stack, run
 
 EPSILON = 1e-5
 MOMENTUM = 0.1  # share of a batch in the running statistics
@@ -61,11 +62,16 @@ class ResNet(nnx.Module):
     """The backbone: an image to the outputs of the four stages."""
 
     def __init__(
-        self, config: ResNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+        self,
+        config: ResNetConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: bool = False,
+        scan: bool = False,
     ):
-        """`dtype` is that of the convolutions; `remat` recomputes every block."""
+        """`dtype` is that of the convolutions; see `stack.Stack` for `remat` and `scan`."""
         self.dtype = dtype
-        self.remat = remat
         self.norm = config.norm
         self.stem = Stem(config, rngs=rngs, dtype=dtype)
         inputs = config.stem_width
@@ -77,7 +83,7 @@ class ResNet(nnx.Module):
                     Bottleneck(config.norm, inputs, outputs, stride, rngs=rngs, dtype=dtype)
                 )
                 inputs = outputs
-            setattr(self, f"res{stage + 2}", nnx.List(blocks))
+            setattr(self, f"res{stage + 2}", Stack(blocks, remat=remat, scan=scan))
 
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False
@@ -98,12 +104,15 @@ class ResNet(nnx.Module):
           ValueError: not an image, or batch statistics of a single value.
         """
         check_image(image)
+
+        def step(x, _, block):
+            return block(x, train), None
+
         x = self.stem(image.astype(self.dtype), train)
         updates = train and self.norm == "batch"
         outputs = []
         for stage in range(2, 6):
-            for block in getattr(self, f"res{stage}"):
-                x = call(block, x, train, remat=self.remat, updates=updates)
+            x, _ = run(step, x, getattr(self, f"res{stage}"), updates=updates)
             outputs.append(x)
         return tuple(outputs)
 

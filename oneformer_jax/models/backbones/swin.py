@@ -16,13 +16,15 @@ from flax import nnx
 from oneformer_jax.models.backbones.common import (
     Mlp,
     StagedConfig,
-    call,
     check_image,
+    drop_path_rates,
     linear,
     linear_init,
+    random_items,
     torch_conv,
 )
 from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
+from oneformer_jax.models.stack import Stack, run
 
 PATCH = 4
 MASK_VALUE = -100.0
@@ -84,23 +86,21 @@ class Swin(nnx.Module):
     """The backbone: an image to four normalised maps."""
 
     def __init__(
-        self, config: SwinConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+        self,
+        config: SwinConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: bool = False,
+        scan: bool = False,
     ):
-        """`dtype` is that of the matrix products; `remat` recomputes every block."""
+        """`dtype` is that of the matrix products; see `stack.Stack` for `remat` and `scan`."""
         self.dtype = dtype
         self.patch_embed = PatchEmbed(config.embed_dim, rngs=rngs, dtype=dtype)
-        rates = np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist()
-        ends = np.cumsum(config.depths)
+        options = dict(rngs=rngs, dtype=dtype, remat=remat, scan=scan)
         self.layers = nnx.List(
-            Stage(
-                config,
-                stage,
-                rates[ends[stage] - config.depths[stage] : ends[stage]],
-                rngs=rngs,
-                dtype=dtype,
-                remat=remat,
-            )
-            for stage in range(4)
+            Stage(config, stage, rates, **options)
+            for stage, rates in enumerate(drop_path_rates(config))
         )
         for stage, width in enumerate(config.channels):
             setattr(self, f"norm{stage}", layer_norm(width, rngs=rngs, dtype=dtype))
@@ -146,31 +146,42 @@ class Stage(nnx.Module):
     """Blocks of one resolution, every other one with shifted windows, and the way to the next."""
 
     def __init__(
-        self, config: SwinConfig, stage: int, rates: list[float], *, rngs: nnx.Rngs, dtype, remat
+        self,
+        config: SwinConfig,
+        stage: int,
+        rates: tuple[float, ...],
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        remat: bool,
+        scan: bool,
     ):
         width = config.channels[stage]
         self.window_size = config.window_size
-        self.remat = remat
-        self.blocks = nnx.List(
+        self.rates = rates
+        blocks = (
             SwinBlock(
                 width,
                 config.num_heads[stage],
                 window_size=config.window_size,
                 shift=config.window_size // 2 if i % 2 else 0,
                 mlp_ratio=config.mlp_ratio,
-                drop_path_rate=rate,
                 rngs=rngs,
                 dtype=dtype,
             )
-            for i, rate in enumerate(rates)
+            for i in range(len(rates))
         )
+        self.blocks = Stack(blocks, remat=remat, scan=scan)
         self.downsample = None if stage == 3 else PatchMerging(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:
         """The blocks on [B, H, W, C], without the down-sampling."""
         regions = jnp.asarray(shift_regions(*x.shape[1:3], self.window_size))
-        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
-            x = call(block, x, regions if block.shift else None, block_key, remat=self.remat)
+
+        def step(x, item, block):
+            return block(x, regions if block.shift else None, *item), None
+
+        x, _ = run(step, x, self.blocks, items=random_items(key, self.rates))
         return x
 
 
@@ -185,20 +196,23 @@ class SwinBlock(nnx.Module):
         window_size: int,
         shift: int,
         mlp_ratio: float,
-        drop_path_rate: float,
         rngs: nnx.Rngs,
         dtype,
     ):
         self.window_size = window_size
         self.shift = shift
-        self.drop_path_rate = drop_path_rate
         self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.attn = WindowAttention(width, num_heads, window_size, rngs=rngs, dtype=dtype)
         self.norm2 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, regions: jax.Array | None, key: Key) -> jax.Array:
-        """[B, H, W, C] with `shift_regions` int32 [G, S] (None without shift) to [B, H, W, C]."""
+    def __call__(
+        self, x: jax.Array, regions: jax.Array | None, key: Key, rate: float | jax.Array
+    ) -> jax.Array:
+        """[B, H, W, C] with `shift_regions` int32 [G, S] (None without shift) to [B, H, W, C].
+
+        `rate` is the stochastic depth, with a `key`.
+        """
         _, height, width, _ = x.shape
         attention_key, mlp_key = split_key(key, 2)
         # The padding comes after the norm and is attended to: zeros, which the projection's bias
@@ -210,8 +224,8 @@ class SwinBlock(nnx.Module):
         y = merge_windows(y, self.window_size, padded)
         y = jnp.roll(y, (self.shift, self.shift), (1, 2)) if self.shift else y
         y = y[:, :height, :width]
-        x = x + drop_path(y, self.drop_path_rate, attention_key)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, mlp_key)
+        x = x + drop_path(y, rate, attention_key)
+        return x + drop_path(self.mlp(self.norm2(x)), rate, mlp_key)
 
 
 class WindowAttention(nnx.Module):
