@@ -74,6 +74,9 @@ _SKIP_BROKEN = flags.DEFINE_bool(
 _SUGGEST = flags.DEFINE_bool(
     "suggest", False, "compile: if the training does not fit, look for settings that do."
 )
+_QUICK = flags.DEFINE_bool(
+    "quick", False, "compile: a few times faster; the memory is then an upper bound."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -336,7 +339,7 @@ def run_replay(config: ConfigDict, workdir: str, step: int | None = None) -> Non
     print(replay.replay(config, workdir, step=step, **settings))
 
 
-def run_compile(config: ConfigDict, suggest: bool = False) -> bool:
+def run_compile(config: ConfigDict, suggest: bool = False, quick: bool = False) -> bool:
     """Compiles a run's programs ahead of time: see `oneformer_jax.train.compile`; whether they fit.
 
     Needs no dataset where the classes are known by its name.
@@ -355,6 +358,7 @@ def run_compile(config: ConfigDict, suggest: bool = False) -> bool:
         text_table=tokenizer.text_table(info.class_names, config.data.text_template),
         topology=topology,
         try_others=suggest,
+        quick=quick,
     )
 
 
@@ -494,7 +498,7 @@ def main(argv: Sequence[str]) -> None:
         if mode == "train":
             run_train(config, _WORKDIR.value)
         elif mode == "compile":
-            sys.exit(0 if run_compile(config, _SUGGEST.value) else DOES_NOT_FIT)
+            sys.exit(0 if run_compile(config, _SUGGEST.value, _QUICK.value) else DOES_NOT_FIT)
         elif mode == "replay":
             run_replay(config, _WORKDIR.value, _CHECKPOINT.value)
         elif mode == "eval":

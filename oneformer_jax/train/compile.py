@@ -24,6 +24,8 @@ from oneformer_jax.train.flops import count_flops
 
 GIB = 2**30
 LARGEST = 8  # buffers listed for each program
+# What the compiler is told for a quick answer: it then fuses less, and so needs more memory.
+QUICK = {"exec_time_optimization_effort": -1.0}
 MAX_FSDP = 16  # devices over which `suggest` shards a parameter at most
 
 
@@ -44,6 +46,7 @@ class Report:
       collectives: the communications one by one; empty if it does not fit.
       buffers: the largest arrays; empty if it does not fit.
       seconds: of tracing and compiling.
+      quick: compiled with the least effort: the memory is an upper bound.
     """
 
     name: str
@@ -57,15 +60,24 @@ class Report:
     collectives: tuple[hlo.Collective, ...]
     buffers: tuple[hlo.Buffer, ...]
     seconds: float
+    quick: bool = False
 
 
 # ------------------------------------------------------------------ compiling
 
 
 def compile_programs(
-    config: ConfigDict, topology: Topology, *, num_classes: int, text_table: np.ndarray
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    num_classes: int,
+    text_table: np.ndarray,
+    quick: bool = False,
 ) -> list[Report]:
     """Compiles the training step and, at the largest padded size, the prediction step.
+
+    With `quick` the compiler takes a fraction of the time, and finds programs that need more memory
+    than those of a run: what fits then, fits.
 
     Raises:
       ValueError: the config and the devices do not fit each other.
@@ -90,6 +102,7 @@ def compile_programs(
             parts,
             topology,
             config.data.batch_size,
+            quick=quick,
         )
         params = states.inference_params(state.get("ema", state["params"]))
         arguments = abstract_eval_batch(config, mesh)
@@ -108,6 +121,7 @@ def compile_programs(
             topology,
             arguments[0].shape[0],
             resident=resident,
+            quick=quick,
         )
     return [train, predict]
 
@@ -153,7 +167,9 @@ def _compile(
     parts: Mapping[str, int],
     topology: Topology,
     images: int,
+    *,
     resident: int = 0,
+    quick: bool,
 ) -> Report:
     """Compiles `function`; `resident` bytes of every device are taken by other arrays."""
     start = time.perf_counter()
@@ -161,7 +177,7 @@ def _compile(
     flops = count_flops(traced.jaxpr)
     memory = {part: size for part, size in parts.items() if size}
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=QUICK if quick else None)
     except jax.errors.JaxRuntimeError as error:
         sizes = accelerators.out_of_memory(error)
         if sizes is None:
@@ -170,7 +186,7 @@ def _compile(
         # The compiler names either all of the program's memory or its temporaries alone.
         need = max(need, (limit or 0) + 1)
         seconds = time.perf_counter() - start
-        return Report(name, False, memory, need, limit, flops, images, {}, (), (), seconds)
+        return Report(name, False, memory, need, limit, flops, images, {}, (), (), seconds, quick)
     stats = compiled.memory_analysis()
     program = hlo.Program(compiled.as_text(), len(topology.devices))
     arguments_size = stats.argument_size_in_bytes
@@ -198,6 +214,7 @@ def _compile(
         collectives=tuple(collectives),
         buffers=tuple(program.largest_buffers(LARGEST)),
         seconds=time.perf_counter() - start,
+        quick=quick,
     )
 
 
@@ -253,7 +270,10 @@ def verdict(report: Report) -> str:
         return f"compiled, {_gib(report.peak)}"
     used = f"{_gib(report.peak)} of {_gib(report.limit)}"
     if report.fits:
-        return f"fits, {used}, {_gib(report.limit - report.peak)} free"
+        most = "at most " if report.quick else ""
+        return f"fits, {most}{used}, {_gib(report.limit - report.peak)} free"
+    if report.quick:
+        return f"MAY NOT FIT, at most {used}: compile without --quick to know"
     return f"DOES NOT FIT, {used}, {_gib(report.peak - report.limit)} too much"
 
 
@@ -317,13 +337,16 @@ def suggest(
     *,
     num_classes: int,
     text_table: np.ndarray,
+    quick: bool = False,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any] | None:
     """The first of `candidates` with which all programs fit, or None; each is compiled in turn."""
     for overrides in candidates(config, len(topology.devices)):
         trial = ConfigDict(copy.deepcopy(config.to_dict()))
         trial.update_from_flattened_dict(overrides)
-        reports = compile_programs(trial, topology, num_classes=num_classes, text_table=text_table)
+        reports = compile_programs(
+            trial, topology, num_classes=num_classes, text_table=text_table, quick=quick
+        )
         worst = next((r for r in reports if not r.fits), reports[0])
         log(f"{as_flags(overrides)}\n  {worst.name}: {verdict(worst)}")
         if worst.fits:
@@ -338,10 +361,11 @@ def run(
     text_table: np.ndarray,
     topology: Topology,
     try_others: bool = False,
+    quick: bool = False,
     log: Callable[[str], None] = print,
 ) -> bool:
     """Compiles, prints the report and the advice; whether everything fits as configured."""
-    settings = dict(num_classes=num_classes, text_table=text_table)
+    settings = dict(num_classes=num_classes, text_table=text_table, quick=quick)
     reports = compile_programs(config, topology, **settings)
     log(describe(config, topology, reports))
     if all(report.fits for report in reports):

@@ -5,8 +5,10 @@ import functools
 import importlib.util
 
 import jax
+import numpy as np
 import pytest
 
+from configs import coco
 from oneformer_jax.train import accelerators, compile, hlo, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.accelerators import Topology
@@ -134,6 +136,10 @@ def test_what_does_not_fit_is_a_verdict_with_advice(reports, here, monkeypatch):
     assert "DOES NOT FIT" in text and "too much" in text
     assert "--config.model.remat=True" in text
     assert "prediction step: fits" in text
+    quick = dataclasses.replace(tight[0], quick=True)
+    assert "MAY NOT FIT" in compile.verdict(quick) and "without --quick" in compile.verdict(quick)
+    quick = dataclasses.replace(tight[1], quick=True)
+    assert compile.verdict(quick).startswith("fits, at most")
 
 
 def test_suggestions_are_compiled_until_one_fits(here, monkeypatch):
@@ -222,8 +228,8 @@ def test_the_training_step_compiles_for_a_tpu(capsys):
     assert "training step: fits" in text and "of 15.75 GiB" in text
     assert "host transfer" in text  # of the matcher
     tight = dataclasses.replace(topology, memory=2**20)
-    train, _ = compile.compile_programs(config, tight, **settings)
-    assert not train.fits
+    train, predict = compile.compile_programs(config, tight, quick=True, **settings)
+    assert not train.fits and train.quick and predict.quick
 
 
 @needs_libtpu
@@ -237,6 +243,24 @@ def test_a_mesh_of_two_slices_keeps_parameters_within_each():
         ValueError, match=r"mesh\.fsdp 32 does not divide the 16 devices of a slice"
     ):
         sharding.make_mesh(-1, 32, devices)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_published_model_fits():
+    """Swin-L COCO, 16 images of 1024 x 1024 on 16 chips of 16 GB; minutes of compilation."""
+    config = coco.get_config("swin_large")
+    config.mesh.fsdp = 16
+    config.model.remat = True
+    config.model.dtype = "bfloat16"
+    topology = accelerators.open_topology("v5e:4x4")
+    table = np.zeros((136, 12), np.int32)
+    train, predict = compile.compile_programs(
+        config, topology, num_classes=133, text_table=table, quick=True
+    )
+    assert train.fits and predict.fits
+    # An image's forward pass takes 891 GFLOP; twice that backward, and once more to recompute.
+    assert 3 < train.flops / (16 * 2 * 891e9 / 2) < 5
 
 
 @needs_libtpu
