@@ -73,8 +73,11 @@ def compile_programs(
     num_classes: int,
     text_table: np.ndarray,
     quick: bool = False,
+    predict: bool = True,
 ) -> list[Report]:
     """Compiles the training step and, at the largest padded size, the prediction step.
+
+    Without `predict`, the training step alone.
 
     With `quick` the compiler takes a fraction of the time, and finds programs that need more memory
     than those of a run: what fits then, fits.
@@ -104,6 +107,8 @@ def compile_programs(
             config.data.batch_size,
             quick=quick,
         )
+        if not predict:
+            return [train]
         params = states.inference_params(state.get("ema", state["params"]))
         arguments = abstract_eval_batch(config, mesh)
         resident = parts["optimizer"] + parts["averages"]
@@ -113,7 +118,7 @@ def compile_programs(
             "rest of the state": resident,
             "batch": _bytes_per_device(arguments),
         }
-        predict = _compile(
+        prediction = _compile(
             "prediction step",
             states.jit_predict(training.model, mesh),
             (params, state["stats"], *arguments),
@@ -123,7 +128,7 @@ def compile_programs(
             resident=resident,
             quick=quick,
         )
-    return [train, predict]
+    return [train, prediction]
 
 
 def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:
@@ -190,11 +195,13 @@ def _compile(
     stats = compiled.memory_analysis()
     program = hlo.Program(compiled.as_text(), len(topology.devices))
     arguments_size = stats.argument_size_in_bytes
-    peak = getattr(stats, "peak_memory_in_bytes", 0) or (
+    # What is live at once, or with the gaps between: the arena that is allocated.
+    peak = max(
+        getattr(stats, "peak_memory_in_bytes", 0),
         arguments_size
         + stats.temp_size_in_bytes
         + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
+        - stats.alias_size_in_bytes,
     )
     peak += stats.generated_code_size_in_bytes + resident
     memory["activations and temporaries"] = peak - (

@@ -1,0 +1,142 @@
+"""The smallest topology of each kind that holds each published recipe at its batch of 16 images.
+
+    python -m tests.bench_recipes --kinds=v5e,v5p --output=runs/recipes.json
+
+Compiles the training step ahead of time (`pip install "jax[tpu]"`), with parameters sharded over
+all chips and recomputation, by the quick way of compile mode, whose memory is an upper bound; each
+in a process of its own. From 16 chips down, one after another, until one does not fit. What was
+compiled is in the output file, so a second start goes on; recipes with the same program share it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
+# Of at most 16 chips, since a chip takes at least one image; numbers of chips that divide 16.
+TOPOLOGIES = {
+    "v4": ("2x2x4", "2x2x2", "2x2x1"),
+    "v5e": ("4x4", "2x4", "2x2", "1x1"),
+    "v5p": ("2x2x4", "2x2x2", "2x2x1"),
+    "v6e": ("4x4", "2x4", "2x2", "1x1"),
+    "tpu7x": ("2x2x2", "2x2x1"),  # of two devices a chip
+    "h100": ("16", "8", "4", "2", "1"),
+}
+
+
+def load(dataset: str, variant: str):
+    return importlib.import_module(f"configs.{dataset}").get_config(variant)
+
+
+def fingerprint(config) -> str:
+    """Equal for recipes whose training steps are the same program but for numbers in it."""
+    parts = {key: config[key].to_dict() for key in ("model", "loss", "matcher")}
+    parts |= {key: config.data[key] for key in ("crop_size", "batch_size", "num_slots")}
+    parts["dataset"] = config.dataset.name
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def compile_one(dataset: str, variant: str, topology: str) -> dict:
+    """Compiles here and now: what `run` prints as JSON."""
+    from input_pipeline import datasets, tokenizer
+    from oneformer_jax.train import accelerators, compile
+
+    found = accelerators.open_topology(topology)
+    config = load(dataset, variant)
+    config.model.remat = True
+    config.mesh.data = -1
+    config.mesh.fsdp = len(found.devices)
+    info = datasets.dataset_info(config.dataset.name)
+    start = time.perf_counter()
+    (report,) = compile.compile_programs(
+        config,
+        found,
+        num_classes=len(info.class_names),
+        text_table=tokenizer.text_table(info.class_names, config.data.text_template),
+        quick=True,
+        predict=False,
+    )
+    return {
+        "fits": report.fits,
+        "gib": report.peak / 2**30,
+        "limit_gib": report.limit / 2**30,
+        "seconds": time.perf_counter() - start,
+        "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def run(dataset: str, variant: str, topology: str) -> dict:
+    command = [sys.executable, "-m", "tests.bench_recipes", "--one", dataset, variant, topology]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1][:500]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def table(results: dict, kinds: list[str], rows: list[tuple[str, str, str]]) -> str:
+    """Markdown; of each kind the smallest topology that holds the recipe, with its memory."""
+    lines = ["| recipe | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for dataset, variant, key in rows:
+        cells = []
+        for kind in kinds:
+            tried = [(t, results.get(f"{key}@{kind}:{t}")) for t in TOPOLOGIES[kind]]
+            fitting = [(t, r) for t, r in tried if r and r.get("fits")]
+            if fitting:
+                name, result = fitting[-1]
+                cells.append(f"{name}, {result['gib']:.1f} GiB")
+            elif any(r and "error" in r for _, r in tried):
+                cells.append("fails to compile")
+            else:
+                cells.append("none" if any(r for _, r in tried) else "not compiled")
+        lines.append(f"| {dataset}:{variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", default="v5e,v5p")
+    parser.add_argument("--datasets", default=",".join(DATASETS))
+    parser.add_argument("--only", default="", help="part of the variant's name")
+    parser.add_argument("--output", default="runs/recipes.json")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(compile_one(*arguments.one)))
+        return
+    output = pathlib.Path(arguments.output)
+    results = json.loads(output.read_text()) if output.exists() else {}
+    kinds = arguments.kinds.split(",")
+    rows = [
+        (dataset, variant, fingerprint(load(dataset, variant)))
+        for dataset in arguments.datasets.split(",")
+        for variant in importlib.import_module(f"configs.{dataset}").VARIANTS
+        if arguments.only in variant
+    ]
+    for dataset, variant, key in rows:
+        for kind in kinds:
+            for topology in TOPOLOGIES[kind]:
+                name = f"{key}@{kind}:{topology}"
+                if name not in results:
+                    result = run(dataset, variant, f"{kind}:{topology}")
+                    results[name] = {"recipe": f"{dataset}:{variant}", **result}
+                    output.parent.mkdir(parents=True, exist_ok=True)
+                    partial = output.with_suffix(".partial")
+                    partial.write_text(json.dumps(results, indent=1))
+                    partial.replace(output)
+                    print(f"{dataset}:{variant} {kind}:{topology} {result}", flush=True)
+                if not results[name].get("fits"):
+                    break
+    print(table(results, kinds, rows))
+
+
+if __name__ == "__main__":
+    main()
