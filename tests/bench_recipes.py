@@ -4,8 +4,8 @@
 
 Compiles the training step ahead of time (`pip install "jax[tpu]"`), with parameters sharded over
 all chips and recomputation, by the quick way of compile mode, whose memory is an upper bound; each
-in a process of its own. From 16 chips down, one after another, until one does not fit. What was
-compiled is in the output file, so a second start goes on; recipes with the same program share it.
+in a process of its own. From 16 chips down, until one does not fit. What was compiled is in the
+output file, so a second start goes on; recipes with the same program share it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -121,20 +122,22 @@ def main() -> None:
         for variant in importlib.import_module(f"configs.{dataset}").VARIANTS
         if arguments.only in variant
     ]
-    for dataset, variant, key in rows:
-        for kind in kinds:
-            for topology in TOPOLOGIES[kind]:
-                name = f"{key}@{kind}:{topology}"
-                if name not in results:
-                    result = run(dataset, variant, f"{kind}:{topology}")
-                    results[name] = {"recipe": f"{dataset}:{variant}", **result}
-                    output.parent.mkdir(parents=True, exist_ok=True)
-                    partial = output.with_suffix(".partial")
-                    partial.write_text(json.dumps(results, indent=1))
-                    partial.replace(output)
-                    print(f"{dataset}:{variant} {kind}:{topology} {result}", flush=True)
-                if not results[name].get("fits"):
-                    break
+    # First all recipes on the largest topology, then those that fit on the next one, and so on.
+    for place in range(max(len(TOPOLOGIES[kind]) for kind in kinds)):
+        for kind, (dataset, variant, key) in itertools.product(kinds, rows):
+            before = [f"{key}@{kind}:{t}" for t in TOPOLOGIES[kind][:place]]
+            if place >= len(TOPOLOGIES[kind]) or not all(results[n].get("fits") for n in before):
+                continue
+            topology = f"{kind}:{TOPOLOGIES[kind][place]}"
+            if (name := f"{key}@{topology}") in results:
+                continue
+            result = run(dataset, variant, topology)
+            results[name] = {"recipe": f"{dataset}:{variant}", **result}
+            output.parent.mkdir(parents=True, exist_ok=True)
+            partial = output.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=1))
+            partial.replace(output)
+            print(f"{dataset}:{variant} {topology} {result}", flush=True)
     print(table(results, kinds, rows))
 
 
