@@ -24,6 +24,8 @@ import jax.numpy as jnp
 
 from kernels.ms_deform_attn import IMPLEMENTATIONS, ms_deform_attn, tpu_aot
 from kernels.ms_deform_attn.shapes import PUBLISHED, CallShape
+from kernels.records import keep, table
+from kernels.tpu_aot import TARGETS as TPU_TARGETS
 
 GPU_TARGETS = ("a100", "l4", "h100", "h200", "b200")
 # Bytes per second of device memory, by the start of `device_kind` in lower case; vendors' data.
@@ -166,23 +168,9 @@ def _tpu_rows(record: dict) -> list[dict]:
     ]
 
 
-def table(records: list[dict]) -> str:
-    """Markdown, one line per record; its columns are all keys that occur."""
-    columns = list(dict.fromkeys(key for record in records for key in record))
-
-    def cell(value) -> str:
-        if isinstance(value, float):
-            return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-        return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[cell(record.get(key, "")) for key in columns] for record in records]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.ms_deform_attn.bench")
-    parser.add_argument("--target", choices=[*tpu_aot.TARGETS, *GPU_TARGETS])
+    parser.add_argument("--target", choices=[*TPU_TARGETS, *GPU_TARGETS])
     parser.add_argument("--images", nargs="+", metavar="HxW", help="default: all of shapes.py")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS)
     parser.add_argument("--batch", type=int, default=1, help="images (TPU targets: always 1)")
@@ -196,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--no-memory", action="store_true", help="TPU targets: cycles only, in half the time"
     )
     options = parser.parse_args(arguments)
-    if options.record and options.target not in tpu_aot.TARGETS:
+    if options.record and options.target not in TPU_TARGETS:
         parser.error("--record needs a --target that is a TPU")
     shapes = list(PUBLISHED)
     if options.images:
@@ -207,11 +195,11 @@ def main(arguments: list[str] | None = None) -> int:
         shapes = [known[name] for name in options.images]
 
     try:
-        if options.target in tpu_aot.TARGETS:
+        if options.target in TPU_TARGETS:
             images = [shape.image_size for shape in shapes]
             found = list(tpu_aot.run(options.target, images, memory=not options.no_memory))
             if options.record:
-                _record(found)
+                keep(tpu_aot.RECORDED, found, ("libtpu", "target", "image"))
             records = [row for record in found for row in _tpu_rows(record)]
         elif options.target:
             records = compile_for_gpu(options.target, shapes, options.batch, options.dtype)
@@ -235,17 +223,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
     return 0
-
-
-def _record(found: list[dict]):
-    """Puts the records in the file that the tests read, in place of older ones of their kind."""
-    key = lambda record: (record["libtpu"], record["target"], record["image"])  # noqa: E731
-    old = json.loads(tpu_aot.RECORDED.read_text("utf-8")) if tpu_aot.RECORDED.exists() else []
-    new = {str(key(record)): record for record in old}
-    for record in found:
-        new[str(key(record))] = {**new.get(str(key(record)), {}), **record}
-    lines = [json.dumps(record) for record in sorted(new.values(), key=key)]
-    tpu_aot.RECORDED.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
 
 
 if __name__ == "__main__":

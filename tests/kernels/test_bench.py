@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
-from kernels.ms_deform_attn import bench, tpu_aot
+from kernels import tpu_aot
+from kernels.ms_deform_attn import bench
 from kernels.ms_deform_attn.shapes import CallShape
 
 SMALL = CallShape("test", (32, 64), heads=1, head_dim=4, points=1)

@@ -1,0 +1,36 @@
+"""Records of the benchmarks of all kernels: as a table, and kept in a file for the tests."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+
+
+def table(records: list[dict]) -> str:
+    """Markdown, one line per record; its columns are all keys that occur."""
+    columns = list(dict.fromkeys(key for record in records for key in record))
+
+    def cell(value) -> str:
+        if isinstance(value, float):
+            return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+        return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[cell(record.get(key, "")) for key in columns] for record in records]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def keep(path: pathlib.Path, found: Iterable[dict], key: Sequence[str]) -> None:
+    """Puts records in a JSON file, one a line, in place of older ones with equal fields `key`.
+
+    Fields that only the older record has stay.
+    """
+    identity = lambda record: [record[name] for name in key]  # noqa: E731
+    old = json.loads(path.read_text("utf-8")) if path.exists() else []
+    new = {str(identity(record)): record for record in old}
+    for record in found:
+        name = str(identity(record))
+        new[name] = {**new.get(name, {}), **record}
+    lines = [json.dumps(record) for record in sorted(new.values(), key=identity)]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")

@@ -1,0 +1,198 @@
+"""Compiles for TPUs that are not there, and counts the cycles of the compiled kernels.
+
+libtpu (`pip install "jax[tpu]"`) holds the whole compiler, so a machine without a TPU can compile
+for one. With its dump flags it also writes the final schedule of every kernel: a list of bundles,
+one issued per cycle. Bundles times the trip counts of the loops around them are the kernel's issue
+cycles. Waiting for memory copies is not in them, nor what a real memory system adds.
+
+The flags must be in the environment before JAX starts, so the `tpu_aot` module of an operation
+reports from a process of its own: `run` starts it, and `serve` is its main program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+MISSING = 'libtpu is not installed (pip install "jax[tpu]")'
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A single chip.
+
+    Attributes:
+      topology: its name for `get_topology_desc`.
+      clock: cycles per second: peak bfloat16 rate over the operations of the matrix units' cycle.
+    """
+
+    topology: str
+    clock: float
+
+
+TARGETS = {
+    "v4": Target("v4:1x1x1", 1.05e9),
+    "v5e": Target("v5e:1x1", 1.5e9),
+    "v5p": Target("v5p:1x1x1", 1.75e9),
+    "v6e": Target("v6e:1x1", 1.75e9),
+    "v7x": Target("tpu7x:1x1x1", 2.2e9),
+}
+
+
+def environment(dump: str | os.PathLike) -> dict[str, str]:
+    """Variables that let libtpu compile without a TPU and write its schedules to `dump`."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise the second process here is aborted
+        "LIBTPU_INIT_ARGS": (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+            " --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        ),
+    }
+
+
+def run(
+    module: str, target: str, cases: Sequence[Any], *, memory: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Runs `module`, whose main program is `serve`, in a process that dumps its schedules.
+
+    Args:
+      module: dotted name.
+      target: a key of TARGETS.
+      cases: what to compile, one report each; as JSON can hold it.
+      memory: whether to report the temporary memory. Without it XLA's own optimisations are left
+        out, which takes half the time and changes nothing about the kernels.
+
+    Yields:
+      What the module reports of each case; without "temporary_bytes" if not `memory`.
+
+    Raises:
+      ModuleNotFoundError: libtpu is not installed.
+      RuntimeError: the compiler refused; with its message.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError(MISSING)
+    with tempfile.TemporaryDirectory(prefix="llo_") as dump:
+        request = json.dumps({"target": target, "cases": list(cases), "dump": dump})
+        variables = {**os.environ, **environment(dump)}
+        if not memory:
+            variables["JAX_OPTIMIZATION_LEVEL"] = "O0"
+        process = subprocess.run(
+            [sys.executable, "-m", module, request],
+            env=variables,
+            cwd=pathlib.Path(__file__).resolve().parents[1],
+            capture_output=True,
+            text=True,
+        )
+    if process.returncode:
+        raise RuntimeError(f"compiling for {target} failed:\n{process.stderr[-4000:]}")
+    for line in process.stdout.splitlines():
+        result = json.loads(line)
+        if not memory:
+            del result["temporary_bytes"]
+        yield result
+
+
+def serve(report: Callable[[str, Any, pathlib.Path], dict[str, Any]]) -> None:
+    """The main program of a module that `run` starts: reports of each case, a line of JSON each.
+
+    Args:
+      report: called with the target, the case and the folder of the case's dumps; its result has
+        "temporary_bytes". The version of the compiler and the target are added to it.
+    """
+    request = json.loads(sys.argv[1])
+    dump = pathlib.Path(request["dump"])
+    known = {"libtpu": importlib.metadata.version("libtpu"), "target": request["target"]}
+    for case in request["cases"]:
+        print(json.dumps(known | report(request["target"], case, dump)), flush=True)
+        for file in dump.iterdir():
+            file.unlink()
+
+
+def schedules(dump: pathlib.Path, kernel: str) -> list[str]:
+    """The final bundles of the kernels of that name; of equal kernels the compiler dumps one."""
+    files = sorted(dump.glob(f"*{kernel}*-final_bundles.txt"))
+    return [f.read_text(errors="replace") for f in files if "schedule-analysis" not in f.name]
+
+
+def compile_for(target: str, function, arguments):
+    """The compiled program of `function` for one chip of `target`."""
+    import jax
+    from jax.sharding import Mesh, SingleDeviceSharding
+
+    device = _device(target)
+    arguments = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
+        for x in arguments
+    ]
+    # The mesh tells Pallas which chip it is for.
+    mesh = Mesh([device], ("chip",)).abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*arguments).lower().compile()
+
+
+@functools.cache
+def _device(target: str):
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=TARGETS[target].topology,
+        chips_per_host_bounds=[1, 1, 1],
+    )
+    return topology.devices[0]
+
+
+BRANCH_DELAY = 4  # bundles after a branch that still run
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
+_BACK = re.compile(r"sbr\.rel \(!%(p\d+)_p\d+\) target = \$region(\d+)")
+_TRIPS = r"%{}_p\d+ = scmp\.ge\.s32\.totalorder %s\d+_s\d+, (\d+) /\* loop exit test"
+
+
+def issue_cycles(text: str, tiles: int) -> float:
+    """Cycles of a kernel from its final bundles: each bundle times the trips of its loops.
+
+    Code under a condition counts as if it always ran, except loops that only store, which fill an
+    array with zeros in the first of the `tiles` grid steps that share it.
+
+    Raises:
+      ValueError: a loop's trip count is not in the text.
+    """
+    bundles = []
+    for line in text.splitlines():
+        if _BUNDLE.match(line):
+            bundles.append(line)
+        elif bundles:  # some bundles take several lines
+            bundles[-1] += line
+    weights = [1.0] * len(bundles)
+    for i, bundle in enumerate(bundles):
+        for predicate, region in _BACK.findall(bundle):
+            mark = re.compile(rf"Start region {region}\b")
+            start = next((j for j in range(i, -1, -1) if mark.search(bundles[j])), None)
+            if start is None:
+                continue
+            end = i + BRANCH_DELAY
+            body = "\n".join(bundles[start : end + 1])
+            count = re.search(_TRIPS.format(predicate), body)
+            if count is None:
+                raise ValueError(f"no trip count for the loop of region {region}")
+            trips = float(count.group(1))
+            if " vst " in body and " vld " not in body:
+                trips /= tiles
+            for j in range(start, end + 1):
+                weights[j] *= trips
+    return sum(weights)
