@@ -12,7 +12,6 @@ Nothing here is a measurement of a device that is not there.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import pathlib
 import statistics
@@ -22,12 +21,12 @@ import time
 import jax
 import jax.numpy as jnp
 
-from kernels.ms_deform_attn import IMPLEMENTATIONS, ms_deform_attn, tpu_aot
+from kernels.gpu_aot import TARGETS as GPU_TARGETS
+from kernels.ms_deform_attn import IMPLEMENTATIONS, gpu_aot, ms_deform_attn, tpu_aot
 from kernels.ms_deform_attn.shapes import PUBLISHED, CallShape
 from kernels.records import keep, table
 from kernels.tpu_aot import TARGETS as TPU_TARGETS
 
-GPU_TARGETS = ("a100", "l4", "h100", "h200", "b200")
 # Bytes per second of device memory, by the start of `device_kind` in lower case; vendors' data.
 BANDWIDTH = {
     "tpu v4": 1.2e12,
@@ -122,7 +121,6 @@ def _bandwidth(device_kind: str) -> float | None:
 
 def compile_for_gpu(target: str, shapes: list[CallShape], batch: int, dtype) -> list[dict]:
     """Registers, spills and memory of kernel and XLA, flat; needs the CUDA packages of jax."""
-    gpu_aot = importlib.import_module("kernels.ms_deform_attn.gpu_aot")
     records = []
     for shape in shapes:
         for backend in (None, "xla"):

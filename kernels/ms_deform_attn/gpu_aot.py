@@ -1,55 +1,15 @@
-"""Compiles the GPU implementations for a GPU that is not there, and reports what they take.
-
-Needs no GPU and no driver, but the CUDA packages of jax with the compiler, `ptxas`:
-
-    pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
-
-of the same version as jax (0.10 to 0.12). `report` compiles in a process of its own, because the
-compilers read where to dump from the environment, and the old ones among the GPUs can abort it.
-"""
+"""Compiles the GPU implementations for a GPU that is not there, and reports what they take."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import json
-import os
-import pathlib
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from kernels import gpu_aot
 from kernels.ms_deform_attn import pallas_gpu
 from kernels.ms_deform_attn.reference import ms_deform_attn_gather
-
-# name: (what the driver calls it, compute capability, multiprocessors, memory bytes, bytes/s,
-# bytes of L2 cache, shared memory bytes per multiprocessor); NVIDIA's data sheets.
-TARGETS = {
-    "a100": ("NVIDIA A100-SXM4-80GB", "8.0", 108, 80 * 2**30, 2.039e12, 40 * 2**20, 167936),
-    "l4": ("NVIDIA L4", "8.9", 58, 24 * 2**30, 3.0e11, 48 * 2**20, 102400),
-    "h100": ("NVIDIA H100 80GB HBM3", "9.0", 132, 80 * 2**30, 3.35e12, 50 * 2**20, 233472),
-    "h200": ("NVIDIA H200", "9.0", 132, 141 * 2**30, 4.8e12, 50 * 2**20, 233472),
-    "b200": ("NVIDIA B200", "10.0", 148, 180 * 2**30, 8.0e12, 126 * 2**20, 233472),
-}
-_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
-_TIMEOUT_SECONDS = 600
-
-
-def missing() -> str | None:
-    """What is not installed of what `report` needs, with the way out; None if all is there."""
-    if not any(_installed(name) for name in _PLUGINS):
-        return "the CUDA plugin of jax (pip install jax-cuda12-plugin jax-cuda12-pjrt)"
-    if _ptxas() is None:
-        return "ptxas, CUDA's compiler (pip install nvidia-cuda-nvcc-cu12)"
-    return None
 
 
 def report(
@@ -72,35 +32,30 @@ def report(
     Args:
       batch, spatial_shapes, queries, heads, width, points: sizes of the call; points per level.
       dtype: of the values, float32 or bfloat16.
-      target: one of `TARGETS`.
+      target: one of `kernels.gpu_aot.TARGETS`.
       backend: "mosaic", "triton", "xla" (the plain reference), or None for what
         `pallas_gpu.ms_deform_attn` takes on the target.
       deterministic: as for `pallas_gpu.ms_deform_attn`.
 
     Returns:
-      {"target", "device_kind", "compute_capability", "backend", "deterministic", "jax",
-      "forward": pass, "backward": pass}, where pass is {"kernels": [{"name", "registers" per
-      thread, "spill_bytes" stored per thread, "stack_bytes" per thread}], "temp_bytes",
-      "argument_bytes", "output_bytes", "compile_seconds"}. Kernels that XLA made of its own
-      operations are among them; ours are called `ms_deform_attn_...`.
+      {"target", "device_kind", "compute_capability", "jax", "backend", "deterministic", "forward",
+      "backward"}, the last two as of `kernels.gpu_aot.serve`. Our kernels are called
+      `ms_deform_attn_...`.
 
     Raises:
       ValueError: an unknown target or backend.
       NotImplementedError: the backend does not run on the target.
       RuntimeError: the CUDA packages are missing, or the compiler failed; its output is the text.
     """
-    if target not in TARGETS:
-        raise ValueError(f"gpu_aot: unknown target {target!r}; use one of {', '.join(TARGETS)}")
-    best = pallas_gpu.backend_for(TARGETS[target][1])
+    capability = gpu_aot.compute_capability(target)
+    best = pallas_gpu.backend_for(capability)
     if backend not in (None, "mosaic", "triton", "xla"):
         raise ValueError(f"gpu_aot: unknown backend {backend!r}; use mosaic, triton or xla")
     if backend == "mosaic" and best != "mosaic":
         raise NotImplementedError(
             f"gpu_aot: Mosaic GPU of jax {jax.__version__} does not run on {target} "
-            f"(compute capability {TARGETS[target][1]}); use backend='triton'"
+            f"(compute capability {capability}); use backend='triton'"
         )
-    if (what := missing()) is not None:
-        raise RuntimeError(f"gpu_aot: needs {what}")
     request = dict(
         batch=batch,
         spatial_shapes=[list(shape) for shape in spatial_shapes],
@@ -109,114 +64,24 @@ def report(
         width=width,
         points=points,
         dtype=jnp.dtype(dtype).name,
-        target=target,
         backend=backend or best,
         deterministic=deterministic,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from it is not dumped
-            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*",
-            "MOSAIC_GPU_DUMP_PTXAS": "1",
-            "TF_CPP_MIN_LOG_LEVEL": "2",
-        }
-        command = [sys.executable, "-m", __spec__.name, json.dumps(request), folder]
-        root = pathlib.Path(__file__).resolve().parents[2]
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                cwd=root,
-                capture_output=True,
-                text=True,
-                timeout=_TIMEOUT_SECONDS,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(
-                f"gpu_aot: compiling for {target} took over {_TIMEOUT_SECONDS} s"
-            ) from error
-        if done.returncode:
-            raise RuntimeError(
-                f"gpu_aot: compiling for {target} failed (exit code {done.returncode}):\n"
-                f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
-            )
-        return json.loads(pathlib.Path(folder, "report.json").read_text("utf-8"))
+    return gpu_aot.run(__spec__.name, target, request)
 
 
-def kernel_resources(text: str) -> list[dict]:
-    """The kernels of an output of `ptxas -v`: name, registers, spill_bytes, stack_bytes."""
-    found = []
-    for line in text.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            name = match[1].removesuffix("_mosaic_gpu_kernel")
-            found.append({"name": name, "registers": None, "spill_bytes": 0, "stack_bytes": 0})
-        elif found and (match := re.search(r"(\d+) bytes stack.* (\d+) bytes spill stores", line)):
-            found[-1].update(stack_bytes=int(match[1]), spill_bytes=int(match[2]))
-        elif found and (match := re.search(r"Used (\d+) registers", line)):
-            found[-1]["registers"] = int(match[1])
-    return found
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # not even the package around it
-        return False
-
-
-def _ptxas() -> str | None:
-    """The path of ptxas: of the CUDA packages, else of the system."""
-    if _installed("nvidia"):
-        for folder in importlib.util.find_spec("nvidia").submodule_search_locations or ():
-            for path in sorted(pathlib.Path(folder).glob("*/bin/ptxas")):
-                return str(path)
-    return shutil.which("ptxas")
-
-
-def _topology(target: str):
-    """A description of one GPU, in the words of XLA's target configuration."""
-    from jax.experimental import topologies
-
-    kind, capability, processors, memory, bandwidth, l2, shared = TARGETS[target]
-    major, minor = capability.split(".")
-    config = f"""
-      gpu_device_info {{
-        threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-        shared_memory_per_block: 49152 shared_memory_per_core: {shared}
-        shared_memory_per_block_optin: {shared - 1024} core_count: {processors}
-        fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-        block_dim_limit_z: 65535 memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2}
-        clock_rate_ghz: 1.7 device_memory_size: {memory} registers_per_core_limit: 65536
-        registers_per_block_limit: 65536
-        cuda_compute_capability {{ major: {major} minor: {minor} }}
-      }}
-      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
-      runtime_version {{ major: 12 minor: 9 patch: 0 }} device_description_str: "{kind}"
-    """
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name=target, topology="1x1x1", target_config=config
-    )
-
-
-def _run(request: dict, folder: pathlib.Path):
-    """In the process of its own: compiles, and writes report.json into the folder."""
-    device = _topology(request["target"]).devices[0]
+def _compile_both(request: dict, compile_: Callable) -> dict:
+    """In the process of its own: what `report` returns."""
     shapes = tuple((h, w) for h, w in request["spatial_shapes"])
     backend, dtype = request["backend"], jnp.dtype(request["dtype"])
     head = (request["batch"], request["queries"], request["heads"])
     pixels = sum(h * w for h, w in shapes)
-
-    def argument(shape, dtype):
-        sharding = jax.sharding.SingleDeviceSharding(device)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
     arguments = (
-        argument((request["batch"], pixels, request["heads"], request["width"]), dtype),
-        argument((*head, len(shapes), request["points"], 2), jnp.float32),
-        argument((*head, len(shapes), request["points"]), jnp.float32),
+        jax.ShapeDtypeStruct((request["batch"], pixels, request["heads"], request["width"]), dtype),
+        jax.ShapeDtypeStruct((*head, len(shapes), request["points"], 2), jnp.float32),
+        jax.ShapeDtypeStruct((*head, len(shapes), request["points"]), jnp.float32),
     )
-    gradient = argument((*head[:2], request["heads"] * request["width"]), dtype)
+    gradient = jax.ShapeDtypeStruct((*head[:2], request["heads"] * request["width"]), dtype)
 
     def forward(value, locations, weights):
         if backend == "xla":
@@ -233,70 +98,13 @@ def _run(request: dict, folder: pathlib.Path):
     def backward(value, locations, weights, gradient):
         return jax.vjp(forward, value, locations, weights)[1](gradient)
 
-    kind, capability = TARGETS[request["target"]][:2]
-    result = {
-        "target": request["target"],
-        "device_kind": kind,
-        "compute_capability": capability,
+    return {
         "backend": backend,
         "deterministic": request["deterministic"],
-        "jax": jax.__version__,
-        "forward": _compile(forward, arguments, device, folder / "forward"),
-        "backward": _compile(backward, (*arguments, gradient), device, folder / "backward"),
+        "forward": compile_("forward", forward, arguments),
+        "backward": compile_("backward", backward, (*arguments, gradient)),
     }
-    (folder / "report.json").write_text(json.dumps(result), "utf-8")
-
-
-def _compile(function, arguments, device, log: pathlib.Path) -> dict:
-    mesh = jax.sharding.Mesh(np.array([device]), ("x",))
-    before = set(log.parent.glob("*.ptx"))
-    start = time.perf_counter()
-    # The abstract mesh is how Pallas learns which GPU it compiles for.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _output_to(log):
-        compiled = jax.jit(function).lower(*arguments).compile()
-    seconds = time.perf_counter() - start
-    kernels = kernel_resources(log.read_text("utf-8", errors="replace"))  # those of Mosaic GPU
-    for path in sorted(set(log.parent.glob("*.ptx")) - before):
-        kernels += kernel_resources(_assemble(path))
-    memory = compiled.memory_analysis()
-    return {
-        "kernels": kernels,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "compile_seconds": round(seconds, 2),
-    }
-
-
-@contextlib.contextmanager
-def _output_to(path: pathlib.Path):
-    """Sends what the compilers print, from C++ too, into a file."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [(fd, os.dup(fd)) for fd in (1, 2)]
-    with path.open("wb") as file:
-        for fd, _ in kept:
-            os.dup2(file.fileno(), fd)
-    try:
-        yield
-    except BaseException:
-        text = path.read_text("utf-8", errors="replace")
-        os.write(kept[1][1], text.encode())
-        raise
-    finally:
-        for fd, copy in kept:
-            os.dup2(copy, fd)
-            os.close(copy)
-
-
-def _assemble(ptx: pathlib.Path) -> str:
-    """What `ptxas -v` says of a file."""
-    target = re.search(r"^\.target (\w+)", ptx.read_text("utf-8"), re.MULTILINE)
-    if target is None:  # jax 0.10 dumps an empty file for a module of constants
-        return ""
-    command = [_ptxas(), "-v", f"-arch={target[1]}", "-o", os.devnull, str(ptx)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 if __name__ == "__main__":
-    _run(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))
+    gpu_aot.serve(_compile_both)

@@ -16,6 +16,7 @@ import pytest
 import test_ms_deform_attn as shared
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from kernels.gpu_aot import missing
 from kernels.ms_deform_attn import gpu_aot, pallas_gpu
 from kernels.ms_deform_attn.reference import ms_deform_attn_gather
 from kernels.ms_deform_attn.shapes import CallShape
@@ -273,7 +274,7 @@ class TestAheadOfTime:
     @pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_h200(self, backend, deterministic):
-        if what := gpu_aot.missing():
+        if what := missing():
             pytest.skip(f"not installed: {what}")
         report = self.report(target="h200", backend=backend, deterministic=deterministic)
         assert self.ours(report["forward"]) == {"ms_deform_attn_forward"}
@@ -298,25 +299,9 @@ class TestAheadOfTime:
 
     def test_missing_packages_are_named(self, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert "jax-cuda12-plugin" in gpu_aot.missing()
+        assert "jax-cuda12-plugin" in missing()
         with pytest.raises(RuntimeError, match="pip install jax-cuda12-plugin"):
             self.report()
-
-    def test_output_of_ptxas(self):
-        text = """
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function 'ms_deform_attn_forward_mosaic_gpu_kernel' for 'sm_90a'
-ptxas info    : Function properties for ms_deform_attn_forward_mosaic_gpu_kernel
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 48 registers, used 2 barriers, 1 bytes smem
-ptxas info    : Compiling entry function 'loop_fusion' for 'sm_90a'
-    56 bytes stack frame, 16 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 255 registers, used 0 barriers
-"""
-        assert gpu_aot.kernel_resources(text) == [
-            dict(name="ms_deform_attn_forward", registers=48, spill_bytes=0, stack_bytes=0),
-            dict(name="loop_fusion", registers=255, spill_bytes=16, stack_bytes=56),
-        ]
 
 
 GPU = next((d for d in jax.devices() if d.platform == "gpu"), None)

@@ -1,0 +1,241 @@
+"""Compiles for GPUs that are not there, and reports what the compiled kernels take.
+
+Needs no GPU and no driver, but the CUDA packages of jax with the compiler, `ptxas`:
+
+    pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
+
+of the same version as jax (0.10 to 0.12). The compilers read where to dump from the environment,
+and the old ones among the GPUs can abort the process, so the `gpu_aot` module of an operation
+reports from a process of its own: `run` starts it, and `serve` is its main program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+# name: (what the driver calls it, compute capability, multiprocessors, memory bytes, bytes/s,
+# bytes of L2 cache, shared memory bytes per multiprocessor); NVIDIA's data sheets.
+TARGETS = {
+    "a100": ("NVIDIA A100-SXM4-80GB", "8.0", 108, 80 * 2**30, 2.039e12, 40 * 2**20, 167936),
+    "l4": ("NVIDIA L4", "8.9", 58, 24 * 2**30, 3.0e11, 48 * 2**20, 102400),
+    "h100": ("NVIDIA H100 80GB HBM3", "9.0", 132, 80 * 2**30, 3.35e12, 50 * 2**20, 233472),
+    "h200": ("NVIDIA H200", "9.0", 132, 141 * 2**30, 4.8e12, 50 * 2**20, 233472),
+    "b200": ("NVIDIA B200", "10.0", 148, 180 * 2**30, 8.0e12, 126 * 2**20, 233472),
+}
+_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+_TIMEOUT_SECONDS = 600
+
+
+def missing() -> str | None:
+    """What is not installed of what compiling needs, with the way out; None if all is there."""
+    if not any(_installed(name) for name in _PLUGINS):
+        return "the CUDA plugin of jax (pip install jax-cuda12-plugin jax-cuda12-pjrt)"
+    if _ptxas() is None:
+        return "ptxas, CUDA's compiler (pip install nvidia-cuda-nvcc-cu12)"
+    return None
+
+
+def compute_capability(target: str) -> str:
+    """Of one of `TARGETS`; ValueError for an unknown one."""
+    if target not in TARGETS:
+        raise ValueError(f"gpu_aot: unknown target {target!r}; use one of {', '.join(TARGETS)}")
+    return TARGETS[target][1]
+
+
+def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs `module`, whose main program is `serve`, in a process that dumps its kernels.
+
+    Args:
+      module: dotted name.
+      target: one of `TARGETS`.
+      request: what the module is asked for; as JSON can hold it.
+
+    Returns:
+      {"target", "device_kind", "compute_capability", "jax"} and what the module reports.
+
+    Raises:
+      ValueError: an unknown target.
+      RuntimeError: the CUDA packages are missing, or the compiler failed; its output is the text.
+    """
+    capability = compute_capability(target)
+    if (what := missing()) is not None:
+        raise RuntimeError(f"gpu_aot: needs {what}")
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from it is not dumped
+            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        }
+        command = [sys.executable, "-m", module, target, json.dumps(dict(request)), folder]
+        root = pathlib.Path(__file__).resolve().parents[1]
+        try:
+            done = subprocess.run(
+                command,
+                env=environment,
+                cwd=root,
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(
+                f"gpu_aot: compiling for {target} took over {_TIMEOUT_SECONDS} s"
+            ) from error
+        if done.returncode:
+            raise RuntimeError(
+                f"gpu_aot: compiling for {target} failed (exit code {done.returncode}):\n"
+                f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
+            )
+        found = json.loads(pathlib.Path(folder, "report.json").read_text("utf-8"))
+    known = {
+        "target": target,
+        "device_kind": TARGETS[target][0],
+        "compute_capability": capability,
+        "jax": jax.__version__,
+    }
+    return known | found
+
+
+def serve(report: Callable[[dict[str, Any], Callable[..., dict]], dict[str, Any]]) -> None:
+    """The main program of a module that `run` starts.
+
+    Args:
+      report: called with the request and a function `compile_(name, function, arguments)`, which
+        compiles for the target (`arguments` are abstract) and returns {"kernels": [{"name",
+        "registers" per thread, "spill_bytes" stored per thread, "stack_bytes" per thread}],
+        "temp_bytes", "argument_bytes", "output_bytes", "compile_seconds"}. Kernels that XLA made
+        of its own operations are among them.
+    """
+    target, request, folder = sys.argv[1], json.loads(sys.argv[2]), pathlib.Path(sys.argv[3])
+    device = _topology(target).devices[0]
+
+    def compile_(name: str, function: Callable, arguments: Sequence[jax.ShapeDtypeStruct]) -> dict:
+        return _compile(function, arguments, device, folder / name)
+
+    result = report(request, compile_)
+    (folder / "report.json").write_text(json.dumps(result), "utf-8")
+
+
+def kernel_resources(text: str) -> list[dict]:
+    """The kernels of an output of `ptxas -v`: name, registers, spill_bytes, stack_bytes."""
+    found = []
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            name = match[1].removesuffix("_mosaic_gpu_kernel")
+            found.append({"name": name, "registers": None, "spill_bytes": 0, "stack_bytes": 0})
+        elif found and (match := re.search(r"(\d+) bytes stack.* (\d+) bytes spill stores", line)):
+            found[-1].update(stack_bytes=int(match[1]), spill_bytes=int(match[2]))
+        elif found and (match := re.search(r"Used (\d+) registers", line)):
+            found[-1]["registers"] = int(match[1])
+    return found
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
+
+
+def _ptxas() -> str | None:
+    """The path of ptxas: of the CUDA packages, else of the system."""
+    if _installed("nvidia"):
+        for folder in importlib.util.find_spec("nvidia").submodule_search_locations or ():
+            for path in sorted(pathlib.Path(folder).glob("*/bin/ptxas")):
+                return str(path)
+    return shutil.which("ptxas")
+
+
+def _topology(target: str):
+    """A description of one GPU, in the words of XLA's target configuration."""
+    from jax.experimental import topologies
+
+    kind, capability, processors, memory, bandwidth, l2, shared = TARGETS[target]
+    major, minor = capability.split(".")
+    config = f"""
+      gpu_device_info {{
+        threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+        shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+        shared_memory_per_block_optin: {shared - 1024} core_count: {processors}
+        fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+        block_dim_limit_z: 65535 memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2}
+        clock_rate_ghz: 1.7 device_memory_size: {memory} registers_per_core_limit: 65536
+        registers_per_block_limit: 65536
+        cuda_compute_capability {{ major: {major} minor: {minor} }}
+      }}
+      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+      runtime_version {{ major: 12 minor: 9 patch: 0 }} device_description_str: "{kind}"
+    """
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=target, topology="1x1x1", target_config=config
+    )
+
+
+def _compile(function, arguments, device, log: pathlib.Path) -> dict:
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
+    mesh = jax.sharding.Mesh(np.array([device]), ("x",))
+    before = set(log.parent.glob("*.ptx"))
+    start = time.perf_counter()
+    # The abstract mesh is how Pallas learns which GPU it compiles for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _output_to(log):
+        compiled = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    kernels = kernel_resources(log.read_text("utf-8", errors="replace"))  # those of Mosaic GPU
+    for path in sorted(set(log.parent.glob("*.ptx")) - before):
+        kernels += kernel_resources(_assemble(path))
+    memory = compiled.memory_analysis()
+    return {
+        "kernels": kernels,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "compile_seconds": round(seconds, 2),
+    }
+
+
+@contextlib.contextmanager
+def _output_to(path: pathlib.Path):
+    """Sends what the compilers print, from C++ too, into a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [(fd, os.dup(fd)) for fd in (1, 2)]
+    with path.open("wb") as file:
+        for fd, _ in kept:
+            os.dup2(file.fileno(), fd)
+    try:
+        yield
+    except BaseException:
+        text = path.read_text("utf-8", errors="replace")
+        os.write(kept[1][1], text.encode())
+        raise
+    finally:
+        for fd, copy in kept:
+            os.dup2(copy, fd)
+            os.close(copy)
+
+
+def _assemble(ptx: pathlib.Path) -> str:
+    """What `ptxas -v` says of a file."""
+    target = re.search(r"^\.target (\w+)", ptx.read_text("utf-8"), re.MULTILINE)
+    if target is None:  # jax 0.10 dumps an empty file for a module of constants
+        return ""
+    command = [_ptxas(), "-v", f"-arch={target[1]}", "-o", os.devnull, str(ptx)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
