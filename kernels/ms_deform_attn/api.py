@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import math
 import operator
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
+from kernels import dispatch
 from kernels.ms_deform_attn.dense import ms_deform_attn_dense
 from kernels.ms_deform_attn.reference import SpatialShapes, ms_deform_attn_gather
 
@@ -35,16 +34,10 @@ def xla(value, spatial_shapes, sampling_locations, attention_weights):
 
 
 def load(implementation: str) -> Callable[..., jax.Array]:
-    """The function of an implementation; a kernel's module is imported when it is first used."""
+    """The function of an implementation."""
     if implementation == "xla":
         return xla
-    try:
-        module = importlib.import_module(f"kernels.ms_deform_attn.{implementation}")
-    except ImportError as error:
-        raise NotImplementedError(
-            f"ms_deform_attn: {implementation!r} cannot be loaded here: {error}"
-        ) from error
-    return module.ms_deform_attn
+    return dispatch.load("ms_deform_attn", implementation, "ms_deform_attn")
 
 
 def ms_deform_attn(
@@ -88,11 +81,7 @@ def ms_deform_attn(
         batch that the mesh does not divide.
       NotImplementedError: the named implementation does not take this case; says which limit.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"ms_deform_attn: unknown implementation {implementation!r}; "
-            f"use one of {', '.join(IMPLEMENTATIONS)}, or None for the default"
-        )
+    dispatch.check_implementation("ms_deform_attn", implementation, IMPLEMENTATIONS)
     shapes = _check(value, spatial_shapes, sampling_locations, attention_weights)
     if implementation is None:
         implementation = FASTEST_MEASURED.get(jax.default_backend(), "xla")
@@ -102,33 +91,8 @@ def ms_deform_attn(
         return run(value, shapes, locations, weights)
 
     if mesh is not None or implementation != "xla":
-        call = _split_batch(call, mesh, value.shape[0])
+        call = dispatch.split_batch("ms_deform_attn", "value", call, 3, mesh, value.shape[0])
     return call(value, sampling_locations, attention_weights)
-
-
-def _split_batch(call, mesh: Mesh | None, batch: int):
-    """`call` under a shard_map over all axes of the mesh that are not manual yet."""
-    ambient = jax.sharding.get_abstract_mesh()
-    manual = set(ambient.manual_axes)
-    mesh = ambient if mesh is None else mesh
-    axes = tuple(name for name in mesh.axis_names if name not in manual)
-    count = math.prod(mesh.shape[name] for name in axes)
-    if count == 1:
-        return call
-    if batch % count:
-        raise ValueError(
-            f"ms_deform_attn: value has a batch of {batch} (axis 0), which cannot be split over "
-            f"{count} devices (mesh axes {', '.join(axes)}); make it a multiple of {count}"
-        )
-    spec = PartitionSpec(axes)
-    return jax.shard_map(
-        call,
-        mesh=None if manual else mesh,
-        in_specs=(spec, spec, spec),
-        out_specs=spec,
-        axis_names=set(axes),
-        check_vma=False,  # the kernels do not say how their results vary over the mesh
-    )
 
 
 def _check(value, spatial_shapes, sampling_locations, attention_weights) -> SpatialShapes:

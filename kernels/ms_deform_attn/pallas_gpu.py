@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import dispatch
 from kernels.ms_deform_attn.reference import SpatialShapes, cell_coordinates, split_levels
 
 Backend = Literal["mosaic", "triton"]
@@ -188,7 +189,7 @@ def _check_limits(value, shapes, locations):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: _Call, value, locations, weights) -> jax.Array:
     """[B, Q, N, D]."""
-    return _with_mapped_axes_in_batch(functools.partial(_forward, call))(value, locations, weights)
+    return dispatch.merge_mapped_axes(functools.partial(_forward, call))(value, locations, weights)
 
 
 def _attend_forward(call, value, locations, weights):
@@ -197,30 +198,12 @@ def _attend_forward(call, value, locations, weights):
 
 
 def _attend_backward(call, arguments, gradient):
-    backward = _with_mapped_axes_in_batch(functools.partial(_backward, call))
+    backward = dispatch.merge_mapped_axes(functools.partial(_backward, call))
     gradients = backward(*arguments, gradient)
     return tuple(g.astype(x.dtype) for g, x in zip(gradients, arguments, strict=True))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _with_mapped_axes_in_batch(function):
-    """`function` of arrays [B, ...], which under `jax.vmap` sees the mapped axis as part of B."""
-    mapped = jax.custom_batching.custom_vmap(function)
-
-    @mapped.def_vmap
-    def merge(axis_size, is_mapped, *arguments):
-        arguments = [
-            x if m else jnp.broadcast_to(x, (axis_size, *x.shape))
-            for x, m in zip(arguments, is_mapped, strict=True)
-        ]
-        merged = [x.reshape(-1, *x.shape[2:]) for x in arguments]
-        out = _with_mapped_axes_in_batch(function)(*merged)
-        out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return mapped
 
 
 def _forward(call: _Call, value, locations, weights):

@@ -17,9 +17,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import dispatch
 from kernels.ms_deform_attn import quad_rows
 from kernels.ms_deform_attn.reference import SpatialShapes, cell_coordinates, split_levels
 
@@ -276,7 +276,7 @@ def _padded_width(width: int) -> int:
 
 
 def _forward(settings: Settings, tile: int, levels: int, cells, points, table) -> jax.Array:
-    return _over_leading_axes(
+    return dispatch.merge_mapped_axes(
         functools.partial(
             quad_rows.forward,
             levels=levels,
@@ -288,7 +288,7 @@ def _forward(settings: Settings, tile: int, levels: int, cells, points, table) -
 
 
 def _backward(settings: Settings, tile: int, levels: int, cells, points, table, gradient):
-    return _over_leading_axes(
+    return dispatch.merge_mapped_axes(
         functools.partial(
             quad_rows.backward,
             levels=levels,
@@ -297,23 +297,3 @@ def _backward(settings: Settings, tile: int, levels: int, cells, points, table, 
             interpret=settings.interpret,
         )
     )(cells, points, table, gradient)
-
-
-def _over_leading_axes(call):
-    """`call` for vmap: a mapped axis is merged with the leading axis of every array.
-
-    The kernels count their grid steps and move memory by hand, which JAX cannot batch for them.
-    """
-    mapped = custom_vmap(call)
-
-    @mapped.def_vmap
-    def rule(size, batched, *arguments):
-        def merge(x, is_batched):
-            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        out = mapped(*jax.tree.map(merge, arguments, tuple(batched)))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return mapped

@@ -1,0 +1,96 @@
+"""What every operation's api does: load an implementation, split the batch, merge vmap's axis."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.sharding import Mesh, PartitionSpec
+
+
+def check_implementation(
+    operation: str, implementation: str | None, implementations: Sequence[str]
+) -> None:
+    """ValueError for a name that is none of the implementations, nor None."""
+    if implementation is not None and implementation not in implementations:
+        raise ValueError(
+            f"{operation}: unknown implementation {implementation!r}; "
+            f"use one of {', '.join(implementations)}, or None for the default"
+        )
+
+
+def load(package: str, implementation: str, function: str) -> Callable[..., jax.Array]:
+    """A function of the module kernels.PACKAGE.IMPLEMENTATION, imported when it is first used.
+
+    Raises:
+      NotImplementedError: the module cannot be imported here.
+    """
+    try:
+        module = importlib.import_module(f"kernels.{package}.{implementation}")
+    except ImportError as error:
+        raise NotImplementedError(
+            f"{function}: {implementation!r} cannot be loaded here: {error}"
+        ) from error
+    return getattr(module, function)
+
+
+def split_batch(
+    operation: str, argument: str, call: Callable, arrays: int, mesh: Mesh | None, batch: int
+) -> Callable:
+    """`call` under a shard_map over all axes of a mesh that are not manual yet.
+
+    Args:
+      operation, argument: names for errors.
+      call: of so many arrays with the batch as axis 0, like those that it returns.
+      arrays: how many arguments `call` has.
+      mesh: None for the one that is set with `jax.set_mesh`, if any.
+      batch: size of axis 0.
+
+    Raises:
+      ValueError: the mesh does not divide the batch.
+    """
+    ambient = jax.sharding.get_abstract_mesh()
+    manual = set(ambient.manual_axes)
+    mesh = ambient if mesh is None else mesh
+    axes = tuple(name for name in mesh.axis_names if name not in manual)
+    count = math.prod(mesh.shape[name] for name in axes)
+    if count == 1:
+        return call
+    if batch % count:
+        raise ValueError(
+            f"{operation}: {argument} has a batch of {batch} (axis 0), which cannot be split over "
+            f"{count} devices (mesh axes {', '.join(axes)}); make it a multiple of {count}"
+        )
+    spec = PartitionSpec(axes)
+    return jax.shard_map(
+        call,
+        mesh=None if manual else mesh,
+        in_specs=(spec,) * arrays,
+        out_specs=spec,
+        axis_names=set(axes),
+        check_vma=False,  # the kernels do not say how their results vary over the mesh
+    )
+
+
+def merge_mapped_axes(call: Callable) -> Callable:
+    """`call` of arrays [B, ...], which under `jax.vmap` sees the mapped axis as part of B.
+
+    Kernels count their grid steps and move memory by hand, which JAX cannot batch for them.
+    """
+    mapped = custom_vmap(call)
+
+    @mapped.def_vmap
+    def rule(size, is_mapped, *arguments):
+        def merge(x, mapped_already):
+            x = x if mapped_already else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        out = merge_mapped_axes(call)(*jax.tree.map(merge, arguments, tuple(is_mapped)))
+        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return mapped
