@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
+OLDEST_CAPABILITY = 8.0  # Ampere: the oldest that Pallas:Triton compiles for
+
 
 def check_implementation(
     operation: str, implementation: str | None, implementations: Sequence[str]
@@ -94,3 +96,42 @@ def merge_mapped_axes(call: Callable) -> Callable:
         return out, jax.tree.map(lambda _: True, out)
 
     return mapped
+
+
+def vmem_of_this_chip(operation: str) -> int:
+    """Bytes of vector memory of a core of the TPU that is compiled for.
+
+    Raises:
+      NotImplementedError: it is no TPU.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError as error:
+        raise NotImplementedError(
+            f"{operation}: 'pallas_tpu' runs on TPUs, and this program is for {error}"
+        ) from error
+
+
+def compute_capability_of(device: jax.Device) -> str | None:
+    """ "9.0" for an H100 or H200; None for what is not an NVIDIA GPU."""
+    return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+
+
+def nvidia_capability(operation: str, compute_capability: str | None) -> float:
+    """The compute capability of an NVIDIA GPU as a number; None for a device that has none.
+
+    Raises:
+      NotImplementedError: it is no NVIDIA GPU, or older than `OLDEST_CAPABILITY`.
+    """
+    try:
+        capability = float(compute_capability)
+    except (TypeError, ValueError):
+        capability = None
+    if capability is None or capability < OLDEST_CAPABILITY:
+        raise NotImplementedError(
+            f"{operation}: pallas_gpu needs an NVIDIA GPU of compute capability "
+            f"{OLDEST_CAPABILITY} or newer, not {compute_capability!r}; use implementation='xla'"
+        )
+    return capability

@@ -159,18 +159,23 @@ def _device(target: str):
 
 BRANCH_DELAY = 4  # bundles after a branch that still run
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
-_BACK = re.compile(r"sbr\.rel \(!%(p\d+)_p\d+\) target = \$region(\d+)")
+_BRANCH = re.compile(r"sbr\.rel \(!?%(p\d+)_p\d+\) target = \$region(\d+)")
 _TRIPS = r"%{}_p\d+ = scmp\.ge\.s32\.totalorder %s\d+_s\d+, (\d+) /\* loop exit test"
 
 
-def issue_cycles(text: str, tiles: int) -> float:
+def issue_cycles(text: str, tiles: int = 1, steps: float | None = None) -> float:
     """Cycles of a kernel from its final bundles: each bundle times the trips of its loops.
 
     Code under a condition counts as if it always ran, except loops that only store, which fill an
     array with zeros in the first of the `tiles` grid steps that share it.
 
+    Args:
+      text: what the compiler dumped.
+      tiles: see above.
+      steps: trips of loops that end by a condition on data.
+
     Raises:
-      ValueError: a loop's trip count is not in the text.
+      ValueError: a loop's trip count is not in the text, and no `steps` were given.
     """
     bundles = []
     for line in text.splitlines():
@@ -180,17 +185,17 @@ def issue_cycles(text: str, tiles: int) -> float:
             bundles[-1] += line
     weights = [1.0] * len(bundles)
     for i, bundle in enumerate(bundles):
-        for predicate, region in _BACK.findall(bundle):
+        for predicate, region in _BRANCH.findall(bundle):
             mark = re.compile(rf"Start region {region}\b")
             start = next((j for j in range(i, -1, -1) if mark.search(bundles[j])), None)
-            if start is None:
+            if start is None:  # forward: a condition
                 continue
             end = i + BRANCH_DELAY
             body = "\n".join(bundles[start : end + 1])
             count = re.search(_TRIPS.format(predicate), body)
-            if count is None:
+            if count is None and steps is None:
                 raise ValueError(f"no trip count for the loop of region {region}")
-            trips = float(count.group(1))
+            trips = float(count.group(1)) if count else steps
             if " vst " in body and " vld " not in body:
                 trips /= tiles
             for j in range(start, end + 1):

@@ -45,7 +45,6 @@ from kernels.ms_deform_attn.reference import SpatialShapes, cell_coordinates, sp
 Backend = Literal["mosaic", "triton"]
 
 MAX_WIDTH = 128
-OLDEST_CAPABILITY = 8.0  # Ampere: the oldest that Pallas:Triton compiles for
 _MOSAIC_GENERATIONS = (9, 10)
 _MOSAIC_JAX = (0, 11)
 
@@ -60,15 +59,7 @@ def backend_for(compute_capability: str | None, jax_version: str = jax.__version
     Raises:
       NotImplementedError: no kernel here runs on such a device.
     """
-    try:
-        capability = float(compute_capability)
-    except (TypeError, ValueError):
-        capability = None
-    if capability is None or capability < OLDEST_CAPABILITY:
-        raise NotImplementedError(
-            "ms_deform_attn: pallas_gpu needs an NVIDIA GPU of compute capability "
-            f"{OLDEST_CAPABILITY} or newer, not {compute_capability!r}; use implementation='xla'"
-        )
+    capability = dispatch.nvidia_capability("ms_deform_attn", compute_capability)
     if int(capability) in _MOSAIC_GENERATIONS and _has_mosaic(jax_version):
         return "mosaic"
     return "triton"
@@ -78,15 +69,10 @@ def _has_mosaic(jax_version: str) -> bool:
     return tuple(int(part) for part in jax_version.split(".")[:2]) >= _MOSAIC_JAX
 
 
-def compute_capability_of(device: jax.Device) -> str | None:
-    """ "9.0" for an H100 or H200; None for what is not an NVIDIA GPU."""
-    return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
-
-
 def supports(device: jax.Device | None = None) -> bool:
     """Whether `ms_deform_attn` runs on a device, by default the first one."""
     try:
-        backend_for(compute_capability_of(device or jax.devices()[0]))
+        backend_for(dispatch.compute_capability_of(device or jax.devices()[0]))
     except NotImplementedError:
         return False
     return True
@@ -154,11 +140,11 @@ def _checked_backend(backend: Backend | None, interpret: bool) -> Backend:
     device = jax.devices()[0]
     if interpret or (backend is not None and device.platform != "gpu"):
         return backend  # nothing that is here will be asked to run it
-    best = backend_for(compute_capability_of(device))
+    best = backend_for(dispatch.compute_capability_of(device))
     if backend == "mosaic" != best:
         raise NotImplementedError(
             "ms_deform_attn: backend='mosaic' needs a GPU of compute capability 9.0 or 10.x, not "
-            f"{compute_capability_of(device)}; use backend='triton'"
+            f"{dispatch.compute_capability_of(device)}; use backend='triton'"
         )
     return backend or best
 

@@ -17,7 +17,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dispatch
 from kernels.ms_deform_attn import quad_rows
@@ -66,7 +65,7 @@ def ms_deform_attn(
       NotImplementedError: the device is no TPU, or a row of cells exceeds its memory.
     """
     if vmem_bytes is None:
-        vmem_bytes = INTERPRETED_VMEM if interpret else _vmem_of_this_chip()
+        vmem_bytes = INTERPRETED_VMEM if interpret else dispatch.vmem_of_this_chip("ms_deform_attn")
     settings = Settings(spatial_shapes, vmem_bytes, interpret)
     points = sampling_locations.shape[4]
     out = 0
@@ -76,15 +75,6 @@ def ms_deform_attn(
             settings, value, sampling_locations[..., part, :], attention_weights[..., part]
         )
     return out.astype(value.dtype)
-
-
-def _vmem_of_this_chip() -> int:
-    try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
-    except ValueError as error:
-        raise NotImplementedError(
-            f"ms_deform_attn: 'pallas_tpu' runs on TPUs, and this program is for {error}"
-        ) from error
 
 
 def plan(shapes: SpatialShapes, points: int, vmem_bytes: int, copies: int) -> list[Pass]:

@@ -16,6 +16,7 @@ import pytest
 import test_ms_deform_attn as shared
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from kernels import dispatch
 from kernels.gpu_aot import missing
 from kernels.ms_deform_attn import gpu_aot, pallas_gpu
 from kernels.ms_deform_attn.reference import ms_deform_attn_gather
@@ -317,7 +318,7 @@ class TestOnDevice:
 
     @pytest.fixture(autouse=True)
     def _supported(self, backend):
-        best = pallas_gpu.backend_for(pallas_gpu.compute_capability_of(GPU))
+        best = pallas_gpu.backend_for(dispatch.compute_capability_of(GPU))
         if backend == "mosaic" != best:
             pytest.skip(f"the Mosaic GPU kernels need a GPU of 9.0 or 10.x, not {GPU}")
 

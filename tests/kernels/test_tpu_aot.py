@@ -29,3 +29,20 @@ def test_cycles_of_a_known_schedule():
     assert tpu_aot.issue_cycles(text, tiles=2) == 2 + 10 * (7 + 7 * 6 / 2)
     with pytest.raises(ValueError, match="trip count"):
         tpu_aot.issue_cycles(text.replace("loop exit test", ""), tiles=2)
+
+
+def test_cycles_of_a_loop_that_ends_by_a_condition():
+    text = """
+     0   :  { %p1_p0 = scmp.gt.s32.totalorder 1, %s1_s0 }
+   0x1   :  { %9 = sbr.rel (%p1_p0) target = $region9 } /* over the loop */
+   0x2 LB: > { %s2_s0 = sadd.s32 1, %s2_s0 } /* Start region 7 */
+   0x3   : > { %9 = sbr.rel (%p4_p1) target = $region7 }
+   0x4   : > {}
+   0x5   : > {}
+   0x6   : > {}
+   0x7   : > {}
+   0x8   :  {} /* Start region 9 */
+"""
+    assert tpu_aot.issue_cycles(text, steps=10) == 3 + 10 * 6
+    with pytest.raises(ValueError, match="trip count for the loop of region 7"):
+        tpu_aot.issue_cycles(text)

@@ -1,0 +1,64 @@
+"""The problems that are really solved, for tests and benchmarks.
+
+A training step of OneFormer matches the queries of 10 predictions (9 layers and the one before
+them) of each image with the image's segments. Here are two images on a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of one call.
+
+    Attributes:
+      name: whose sizes these are.
+      rows: queries.
+      columns: slots for segments.
+      problems: of one call.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    problems: int = 20
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The shape of the costs."""
+        return self.problems, self.rows, self.columns
+
+    def costs(self, kind: str, seed: int = 0) -> np.ndarray:
+        """Random costs, float32 [problems, rows, columns].
+
+        Args:
+          kind: "random": independent ones, so that conflicts are few. "places": distances between
+            points of a plane, as of a trained model, where segments want the queries near them.
+            "alike": all columns want the same rows in nearly the same order, the worst case.
+        """
+        rng = np.random.default_rng(seed)
+        if kind == "random":
+            costs = rng.normal(size=self.sizes)
+        elif kind == "places":
+            rows, columns = (rng.random((self.problems, n, 2)) for n in self.sizes[1:])
+            costs = 10 * np.linalg.norm(rows[:, :, None] - columns[:, None], axis=-1)
+        elif kind == "alike":
+            costs = rng.normal(size=(self.problems, self.rows, 1)) + 0.01 * rng.normal(
+                size=self.sizes
+            )
+        else:
+            raise ValueError(f"unknown kind {kind!r} of costs; use one of {', '.join(KINDS)}")
+        return costs.astype(np.float32)
+
+
+KINDS = ("random", "places", "alike")
+PUBLISHED = (
+    Case("COCO", rows=150, columns=100),
+    Case("ADE20K and larger backbones", rows=250, columns=100),
+    Case("Cityscapes", rows=250, columns=150),
+    Case("Mapillary Vistas", rows=250, columns=250),
+)

@@ -1,0 +1,124 @@
+"""The assignment on TPUs ("pallas_tpu"): all of it in vector memory, up to 24 problems in lockstep.
+
+A problem takes a sublane, its columns lie along the lanes. What a step waits for is always the
+same, for one problem or for many: three reductions over lanes, and the way of a row's number from
+the vector unit to the scalar one, which alone can address the row's costs. So problems share it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import dispatch
+from kernels.assignment import lockstep
+
+LANES, SUBLANES = 128, 8
+# More problems in lockstep cost more than they save: the vector registers are full.
+MAX_BLOCK = 24
+MIB = 2**20
+VMEM_RESERVE = 2 * MIB  # state and the compiler's own, beside the costs
+INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x
+
+
+def assign(
+    cost: jax.Array,
+    order: jax.Array,
+    count: jax.Array,
+    *,
+    interpret=False,
+    vmem_bytes: int | None = None,
+) -> jax.Array:
+    """As `kernels.assignment.xla.assign`.
+
+    Args:
+      cost, order, count: as there.
+      interpret: True or `pltpu.InterpretParams()` runs the kernel on any device, slowly.
+      vmem_bytes: vector memory to plan for; by default that of the chip compiled for.
+
+    Raises:
+      NotImplementedError: the device is no TPU, or 8 problems exceed its memory.
+    """
+    if vmem_bytes is None:
+        vmem_bytes = (
+            INTERPRETED_VMEM if interpret else dispatch.vmem_of_this_chip("linear_sum_assignment")
+        )
+    problems, rows, columns = cost.shape
+    width = _round_up(columns, LANES)
+    block = block_size(problems, rows, columns, vmem_bytes)
+    padding = (0, -problems % block)
+    cost = jnp.pad(
+        cost,
+        (padding, (0, -rows % SUBLANES), (0, width - columns)),
+        constant_values=lockstep.INFINITY,
+    )
+    cost = cost.reshape(*cost.shape[:2], width // LANES, LANES).swapaxes(1, 2)
+    order = jnp.pad(order, (padding, (0, 0)))
+    count = jnp.pad(count.astype(jnp.float32), padding)
+    count = jnp.broadcast_to(count[:, None], (count.shape[0], LANES))
+    owner = pl.pallas_call(
+        functools.partial(_kernel, rows=rows),
+        name="linear_sum_assignment",
+        grid=(count.shape[0] // block,),
+        in_specs=[
+            pl.BlockSpec((block, rows), lambda i: (i, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec((block, LANES), lambda i: (i, 0)),
+            pl.BlockSpec((block, *cost.shape[1:]), lambda i: (i, 0, 0, 0)),
+        ],
+        out_specs=pl.BlockSpec((block, width), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((count.shape[0], width), jnp.int32),
+        scratch_shapes=[pltpu.VMEM((block, width), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),  # v4 and v5p have two cores
+            vmem_limit_bytes=None if interpret else vmem_bytes,
+        ),
+        interpret=interpret,
+    )(order, count, cost)
+    return owner[:problems, :columns]
+
+
+def block_size(problems: int, rows: int, columns: int, vmem_bytes: int) -> int:
+    """Problems in lockstep: blocks of about the same size, as few as the memory allows.
+
+    Raises:
+      NotImplementedError: not even one sublane of every register can be filled.
+    """
+    # Costs, while the next block's are fetched.
+    each = 2 * 4 * _round_up(rows, SUBLANES) * _round_up(columns, LANES)
+    fits = (vmem_bytes - VMEM_RESERVE) // each
+    most = min(MAX_BLOCK, fits)
+    if problems <= most:
+        return problems
+    most = most // SUBLANES * SUBLANES
+    if not most:
+        raise NotImplementedError(
+            f"linear_sum_assignment: 'pallas_tpu' needs {min(problems, SUBLANES) * each} bytes for "
+            f"{min(problems, SUBLANES)} problems of {rows} by {columns} costs, and "
+            f"{max(vmem_bytes - VMEM_RESERVE, 0)} of {vmem_bytes} bytes of vector memory are free "
+            "for them; use 'xla'"
+        )
+    return _round_up(-(-problems // -(-problems // most)), SUBLANES)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _kernel(order_ref, count_ref, cost_ref, owner_ref, rows_ref, *, rows: int):
+    problems, width = owner_ref.shape
+
+    def fetch(row):
+        row = row.astype(jnp.int32)
+        for p in range(problems):
+            at = order_ref[p, row[p, 0]]
+            for t in range(width // LANES):
+                lanes = pl.ds(t * LANES, LANES)
+                rows_ref[pl.ds(p, 1), lanes] = cost_ref[p, t, pl.ds(at, 1), :]
+        return rows_ref[...]
+
+    owner, _ = lockstep.solve(fetch, count_ref[...], width, rows)
+    owner_ref[...] = owner.astype(jnp.int32)
