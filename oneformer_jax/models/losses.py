@@ -131,7 +131,11 @@ def compute_losses(
 
     costs = _matching_costs(predictions, segment_map, classes, key, config)
     indices, matched, nonfinite = matcher.match(
-        costs, valid, backend=config.matcher.backend, mesh=mesh
+        costs,
+        valid,
+        backend=config.matcher.backend,
+        implementation=config.matcher.implementation,
+        mesh=mesh,
     )
     class_losses = _class_losses(predictions.class_logits, classes, indices, matched, config)
     mask_sums = _mask_sums_per_mask if config.point_sampling == "per_mask" else _mask_sums_shared

@@ -1,12 +1,14 @@
 """Matching of queries to targets: the cost matrix and the minimum-cost assignment.
 
 All predictions of a step are matched in one call. Two backends find assignments of equal cost:
-"host" calls SciPy once per device shard, "device" solves inside the compiled program.
+"host" calls SciPy once per device shard, "device" solves inside the compiled program, with one of
+the implementations of `kernels.assignment`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import threading
 import time
@@ -16,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from scipy.optimize import linear_sum_assignment
+from scipy import optimize
+
+from kernels.assignment import IMPLEMENTATIONS, linear_sum_assignment
 
 BACKENDS = ("host", "device")
 BATCH_AXES = ("data", "fsdp")
@@ -36,20 +40,33 @@ class MatcherConfig:
       mask_cost: weight of the mean binary cross entropy over points.
       dice_cost: weight of the dice loss.
       backend: "host" (SciPy in a callback) or "device".
+      implementation: of backend "device", see `kernels.assignment`: "auto" is the fastest by a
+        recorded benchmark.
     """
 
     class_cost: float = 2.0
     mask_cost: float = 5.0
     dice_cost: float = 5.0
     backend: str = "host"
+    implementation: str = "auto"
 
     def __post_init__(self):
-        _check_backend(self.backend)
+        _check_backend(self.backend, self.implementation)
 
 
-def _check_backend(backend: str) -> None:
+def _check_backend(backend: str, implementation: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"matcher.backend is {backend!r}; use one of {', '.join(BACKENDS)}")
+    choices = ("auto", *IMPLEMENTATIONS)
+    if implementation not in choices:
+        raise ValueError(
+            f"matcher.implementation is {implementation!r}; use one of {', '.join(choices)}"
+        )
+    if backend == "host" and implementation != "auto":
+        raise ValueError(
+            f"matcher.implementation is {implementation!r}, which solves on the device, but "
+            "matcher.backend is 'host'; set matcher.backend to 'device'"
+        )
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -100,7 +117,12 @@ def matching_cost(
 
 
 def match(
-    cost: jax.Array, valid: jax.Array, *, backend: str = "host", mesh: Mesh | None = None
+    cost: jax.Array,
+    valid: jax.Array,
+    *,
+    backend: str = "host",
+    implementation: str = "auto",
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Minimum-cost one-to-one assignment of queries to the valid target slots.
 
@@ -111,7 +133,7 @@ def match(
     Args:
       cost: float32 [N, B, Q, M].
       valid: bool [B, M].
-      backend: "host" or "device".
+      backend, implementation: as of `MatcherConfig`.
       mesh: the mesh over whose axes "data" and "fsdp" the batch is sharded; each shard is then
         solved where it lies. None solves all in one go.
 
@@ -120,11 +142,13 @@ def match(
       matched: bool [N, B, M].
       nonfinite: int32 scalar, how many entries of valid columns were not finite.
     """
-    _check_backend(backend)
+    _check_backend(backend, implementation)
     cost = lax.stop_gradient(cost.astype(jnp.float32))
     nonfinite = jnp.sum(~jnp.isfinite(cost) & valid[:, None, :], dtype=jnp.int32)
     cost = jnp.clip(jnp.where(jnp.isnan(cost), NAN_COST, cost), -COST_LIMIT, COST_LIMIT)
-    solve = _assign_on_host if backend == "host" else _assign_on_device
+    solve = _assign_on_host
+    if backend == "device":
+        solve = functools.partial(_assign_on_device, implementation=implementation)
     if mesh is not None:
         axes = batch_axes(mesh)
         shards = math.prod(mesh.shape[axis] for axis in axes)
@@ -178,96 +202,18 @@ def _solve_with_scipy(cost: np.ndarray, valid: np.ndarray) -> np.ndarray:
     for image, flags in enumerate(valid):
         slots = np.flatnonzero(flags)
         for prediction in range(len(cost)):
-            queries, columns = linear_sum_assignment(cost[prediction, image][:, slots])
+            queries, columns = optimize.linear_sum_assignment(cost[prediction, image][:, slots])
             query_of[prediction, image, slots[columns]] = queries
     _HOST_CLOCK.add(time.perf_counter() - start)
     return query_of
 
 
-def _assign_on_device(cost: jax.Array, valid: jax.Array) -> jax.Array:
+def _assign_on_device(cost: jax.Array, valid: jax.Array, implementation: str) -> jax.Array:
     """Query of each slot, int32 [N, B, M], -1 if none; solved by the compiled program."""
-    return jax.vmap(jax.vmap(_solve_one), in_axes=(0, None))(cost, valid)
-
-
-def _solve_one(cost: jax.Array, valid: jax.Array) -> jax.Array:
-    queries, slots = cost.shape
-    fits = jnp.sum(valid) <= queries
-    query_of, _ = _shortest_augmenting_paths(cost.T, valid & fits)
-    if slots <= queries:
-        return query_of
-    # More slots than queries: now every query is placed and slots may stay free.
-    reachable = jnp.where(valid, cost, jnp.inf)
-    _, other = _shortest_augmenting_paths(reachable, jnp.broadcast_to(~fits, (queries,)))
-    return jnp.where(fits, query_of, other)
-
-
-def _shortest_augmenting_paths(cost: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Assigns a column to every active row at the least total cost.
-
-    Rows enter one by one; Dijkstra's algorithm on the reduced costs finds the cheapest chain of
-    reassignments that ends in a free column (Jonker and Volgenant 1987, Crouse 2016).
-
-    Args:
-      cost: float32 [R, C]; each active row must find a free column of finite cost.
-      active: bool [R].
-
-    Returns:
-      column_of int32 [R] and row_of int32 [C], -1 where there is none.
-    """
-    rows, columns = cost.shape
-
-    def insert(row, state):
-        # The row's price is implied: the reduced cost of an assigned pair is zero.
-        price, column_of, row_of = state
-
-        def search_on(search):
-            return search[3] < 0
-
-        def search_step(search):
-            distance, via, done, _ = search
-            column = jnp.argmin(jnp.where(done, jnp.inf, distance)).astype(jnp.int32)
-            owner = row_of[column]
-            reduced = cost[owner] - price
-            through = distance[column] + reduced - reduced[column]
-            done = done.at[column].set(True)
-            better = ~done & (through < distance) & (owner >= 0)
-            return (
-                jnp.where(better, through, distance),
-                jnp.where(better, owner, via),
-                done,
-                jnp.where(owner < 0, column, -1),
-            )
-
-        distance, via, done, end = lax.while_loop(
-            search_on,
-            search_step,
-            (
-                cost[row] - price,
-                jnp.full((columns,), row, jnp.int32),
-                jnp.zeros((columns,), bool),
-                jnp.where(active[row], jnp.int32(-1), jnp.int32(0)),
-            ),
-        )
-        price = price + jnp.where(
-            done & active[row], jnp.minimum(distance - distance[end], 0.0), 0.0
-        )
-
-        def walk_step(walk):
-            column, column_of, row_of = walk
-            owner = via[column]
-            following = column_of[owner]
-            return following, column_of.at[owner].set(column), row_of.at[column].set(owner)
-
-        start = jnp.where(active[row], end, -1)
-        _, column_of, row_of = lax.while_loop(
-            lambda walk: walk[0] >= 0, walk_step, (start, column_of, row_of)
-        )
-        return price, column_of, row_of
-
-    state = (
-        jnp.zeros((columns,), cost.dtype),
-        jnp.full((rows,), -1, jnp.int32),
-        jnp.full((columns,), -1, jnp.int32),
+    predictions, images, _, slots = cost.shape
+    query_of = linear_sum_assignment(
+        cost.reshape(-1, *cost.shape[2:]),
+        jnp.broadcast_to(valid, (predictions, images, slots)).reshape(-1, slots),
+        implementation=None if implementation == "auto" else implementation,
     )
-    _, column_of, row_of = lax.fori_loop(0, rows, insert, state)
-    return column_of, row_of
+    return query_of.reshape(predictions, images, slots)

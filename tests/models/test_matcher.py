@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+from kernels.assignment import api, xla
 from oneformer_jax.models import matcher
 from oneformer_jax.models.matcher import BACKENDS, MatcherConfig, match
 
@@ -129,6 +130,43 @@ def test_a_batch_that_cannot_be_split_is_refused():
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"matcher\.backend is 'gpu'; use one of host"):
         MatcherConfig(backend="gpu")
+
+
+def test_a_kernel_is_named_and_never_replaced(monkeypatch):
+    cost = np.random.default_rng(10).normal(size=(2, 8, 6, 4)).astype(np.float32)
+    valid = np.ones((8, 4), bool)
+    shapes = []
+
+    def recording(implementation):
+        assert implementation == "pallas_tpu"
+
+        def assign(cost, *rest):
+            shapes.append(cost.shape)
+            return xla.assign(cost, *rest)
+
+        return assign
+
+    monkeypatch.setattr(api, "load", recording)
+    options = dict(backend="device", implementation="pallas_tpu")
+    indices, _, _ = jax.jit(lambda c, v: match(c, v, mesh=_mesh((4, 2)), **options))(cost, valid)
+    # Each device solves the problems of its own image.
+    assert shapes == [(2, 4, 6)]
+    monkeypatch.undo()
+    np.testing.assert_array_equal(indices, _match(cost, valid, backend="host")[0])
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' runs on TPUs"):
+        match(jnp.asarray(cost), jnp.asarray(valid), **options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(backend="device", implementation="cuda"), r"implementation is 'cuda'; use one of a"),
+        (dict(implementation="xla"), r"on the device, but matcher\.backend is 'host'; set"),
+    ],
+)
+def test_implementations_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MatcherConfig(**fields)
 
 
 def test_cost_is_the_official_formula():
