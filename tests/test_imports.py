@@ -46,6 +46,7 @@ RULES = {
     ),
     "oneformer_jax.types": ("", "jax numpy"),
     "kernels": ("kernels", "jax numpy"),
+    "kernels.assignment.bench": ("kernels", "jax numpy scipy"),  # what it competes with
     # Tables only: the public API may read the classes of a dataset in them.
     "input_pipeline.datasets": ("", "numpy"),
     "input_pipeline": (

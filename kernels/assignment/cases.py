@@ -32,6 +32,9 @@ class Case:
         """The shape of the costs."""
         return self.problems, self.rows, self.columns
 
+    def with_problems(self, problems: int) -> Case:
+        return dataclasses.replace(self, problems=problems)
+
     def costs(self, kind: str, seed: int = 0) -> np.ndarray:
         """Random costs, float32 [problems, rows, columns].
 

@@ -27,9 +27,10 @@ def assign_and_count(
 ) -> tuple[jax.Array, jax.Array]:
     """As `assign`, and the number of steps that it took, int32."""
     _, rows, columns = cost.shape
+    cost = jnp.take_along_axis(cost, order[:, :, None], axis=1)
 
     def fetch(row):
-        row = jnp.take_along_axis(order, row.astype(jnp.int32), axis=1)
+        row = row.astype(jnp.int32)
         return jnp.take_along_axis(cost, row[:, :, None], axis=1)[:, 0]
 
     owner, steps = lockstep.solve(fetch, count.astype(jnp.float32)[:, None], columns, rows)

@@ -6,15 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import optimize
 
 from kernels.assignment import api, linear_sum_assignment, pallas_gpu, pallas_tpu, xla
 
-# Rows beyond those of the costs count as reads out of bounds, and what no one has written is NaN:
-# `interpret=True` hides both.
-STRICT = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
 ROWS, COLUMNS, MORE_COLUMNS = 8, 6, 11
 
 
@@ -188,13 +184,18 @@ class TestXla(AssignmentTests):
         assert len(set(alone)) > 5 and alone[0] == 0 and alone[1] == 1
 
 
+def interpreted(monkeypatch, name, assign):
+    """Has the api take `assign` for an implementation."""
+    assign = functools.partial(assign, interpret=True)
+    monkeypatch.setattr(api, "load", {name: assign, "xla": xla.assign}.__getitem__)
+
+
 class TestPallasTpu(AssignmentTests):
     implementation = "pallas_tpu"
 
     @pytest.fixture(autouse=True)
     def _interpret(self, monkeypatch):
-        interpreted = functools.partial(pallas_tpu.assign, interpret=True)
-        monkeypatch.setattr(api, "load", {"pallas_tpu": interpreted, "xla": xla.assign}.__getitem__)
+        interpreted(monkeypatch, self.implementation, pallas_tpu.assign)
 
 
 class TestPallasGpu(AssignmentTests):
@@ -202,5 +203,73 @@ class TestPallasGpu(AssignmentTests):
 
     @pytest.fixture(autouse=True)
     def _interpret(self, monkeypatch):
-        interpreted = functools.partial(pallas_gpu.assign, interpret=True)
-        monkeypatch.setattr(api, "load", {"pallas_gpu": interpreted, "xla": xla.assign}.__getitem__)
+        interpreted(monkeypatch, self.implementation, pallas_gpu.assign)
+
+
+class TestDoor:
+    """What the api refuses."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "options", "error", "message"),
+        [
+            (((3, 2), (3,)), {}, ValueError, r"cost must have 3 axes \[B, Q, M\], got .*\(3, 2\)"),
+            (
+                ((2, 3, 4), (2, 3)),
+                {},
+                ValueError,
+                r"valid must be \(2, 4\) .*got \(2, 3\)",
+            ),
+            (
+                ((2, 3, 4), (1, 4)),
+                {},
+                ValueError,
+                r"valid must be \(2, 4\) .*got \(1, 4\)",
+            ),
+            (
+                ((2, 3, 4), (2, 4)),
+                dict(implementation="cuda"),
+                ValueError,
+                r"unknown implementation 'cuda'; use one of xla, pallas_tpu, pallas_gpu",
+            ),
+            (
+                ((2, 3, 4), (2, 4)),
+                dict(implementation="pallas_tpu"),
+                NotImplementedError,
+                r"'pallas_tpu' runs on TPUs",
+            ),
+            (
+                ((2, 3, 4), (2, 4)),
+                dict(implementation="pallas_gpu"),
+                NotImplementedError,
+                r"pallas_gpu needs an NVIDIA GPU of compute capability 8\.0",
+            ),
+            (
+                ((1, 4000, 3000), (1, 3000)),
+                dict(implementation="xla"),
+                NotImplementedError,
+                r"3000 rows that enter and 4000 columns are too many",
+            ),
+        ],
+    )
+    def test_refusals(self, arguments, options, error, message):
+        cost, valid = (
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in zip(arguments, (jnp.float32, bool), strict=True)
+        )
+        with pytest.raises(error, match=message):
+            jax.eval_shape(functools.partial(linear_sum_assignment, **options), cost, valid)
+
+    @pytest.mark.parametrize(
+        ("dtypes", "message"),
+        [
+            ((jnp.bfloat16, bool), "cost must be float32, got bfloat16"),
+            ((jnp.float32, jnp.int32), "valid must be bool, got int32"),
+        ],
+    )
+    def test_dtypes(self, dtypes, message):
+        with pytest.raises(ValueError, match=message):
+            linear_sum_assignment(jnp.ones((1, 2, 2), dtypes[0]), jnp.ones((1, 2), dtypes[1]))
+
+    def test_a_batch_that_does_not_divide(self, mesh8):
+        with pytest.raises(ValueError, match=r"cost has a batch of 6 .*8 devices \(mesh axes data"):
+            linear_sum_assignment(jnp.ones((6, 2, 2)), jnp.ones((6, 2), bool), mesh=mesh8)
