@@ -5,10 +5,12 @@ import functools
 import importlib.util
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import coco
+from oneformer_jax.models import matcher
 from oneformer_jax.train import accelerators, compile, hlo, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.accelerators import Topology
@@ -230,6 +232,31 @@ def test_the_training_step_compiles_for_a_tpu(capsys):
     tight = dataclasses.replace(topology, memory=2**20)
     train, predict = compile.compile_programs(config, tight, quick=True, **settings)
     assert not train.fits and train.quick and predict.quick
+
+
+@needs_libtpu
+def test_the_matchers_kernel_compiles_for_a_topology():
+    """With it, nothing of the matching calls the host, and devices need nothing of each other."""
+    mesh = sharding.make_mesh(-1, 2, accelerators.open_topology("v5e:2x2").devices)
+    split = jax.sharding.PartitionSpec(("data", "fsdp"))
+    cost, valid = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+        for shape, dtype, spec in (
+            ((10, 8, 150, 100), jnp.float32, jax.sharding.PartitionSpec(None, *split)),
+            ((8, 100), bool, split),
+        )
+    )
+
+    def match(cost, valid):
+        return matcher.match(cost, valid, backend="device", implementation="pallas_tpu", mesh=mesh)[
+            :2
+        ]
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = jax.jit(match).trace(cost, valid).lower().compile().as_text()
+    assert "tpu_custom_call" in text and "callback" not in text
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in text, collective
 
 
 @needs_libtpu
