@@ -26,6 +26,7 @@ from scipy import optimize
 
 from kernels.assignment import IMPLEMENTATIONS, gpu_aot, linear_sum_assignment, tpu_aot, xla
 from kernels.assignment.cases import KINDS, PUBLISHED, Case
+from kernels.assignment.pallas_tpu import MAX_BLOCK
 from kernels.gpu_aot import TARGETS as GPU_TARGETS
 from kernels.records import keep, table
 from kernels.tpu_aot import TARGETS as TPU_TARGETS
@@ -161,6 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"--sizes {' '.join(unknown)}: use any of {' '.join(known)}")
     cases = [known[name].with_problems(options.problems) for name in options.sizes or known]
+    if options.target in TPU_TARGETS and not 1 <= options.problems <= MAX_BLOCK:
+        parser.error(f"--problems {options.problems}: cycles are of one block, 1 to {MAX_BLOCK}")
     most = min(min(case.rows, case.columns) for case in cases)
     if not all(0 <= count <= most for count in options.valid):
         parser.error(f"--valid {' '.join(map(str, options.valid))}: use 0 to {most}")

@@ -37,8 +37,9 @@ def report(target: str, sizes: tuple[int, int, int], dump: pathlib.Path) -> dict
     Returns:
       {"sizes", "step_cycles", "other_cycles", "temporary_bytes", "compile_seconds"}: issue cycles
       of one step of all problems, of all else in the kernel, and the temporary memory and the
-      time to compile of the whole operation. Of more columns than rows, for which there are two
-      kernels, the cycles are those of the one that places columns.
+      time to compile of the whole operation. Cycles are right for problems of one block only: the
+      loop over blocks has trips that only move memory, and they count as if they solved, too. Of
+      more columns than rows, for which there are two kernels, they are those of one of them.
     """
     import jax
     import jax.numpy as jnp

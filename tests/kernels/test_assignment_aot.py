@@ -166,6 +166,7 @@ class TestBench:
             (["--sizes", "5x4"], "use any of 150x100"),
             (["--valid", "101"], "use 0 to 100"),
             (["--record"], "--record needs"),
+            (["--target=v5e", "--problems", "41"], "cycles are of one block, 1 to 40"),
         ],
     )
     def test_options_that_do_not_fit(self, arguments, message, capsys):
