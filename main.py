@@ -74,9 +74,7 @@ _SKIP_BROKEN = flags.DEFINE_bool(
 _SUGGEST = flags.DEFINE_bool(
     "suggest", False, "compile: if the training does not fit, look for settings that do."
 )
-_QUICK = flags.DEFINE_bool(
-    "quick", False, "compile: a few times faster; the memory is then an upper bound."
-)
+_QUICK = flags.DEFINE_bool("quick", False, "compile: faster; memory is an upper bound.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -339,8 +337,8 @@ def run_replay(config: ConfigDict, workdir: str, step: int | None = None) -> Non
     print(replay.replay(config, workdir, step=step, **settings))
 
 
-def run_compile(config: ConfigDict, suggest: bool = False, quick: bool = False) -> bool:
-    """Compiles a run's programs ahead of time: see `oneformer_jax.train.compile`; whether they fit.
+def run_compile(config: ConfigDict, **options: bool) -> bool:
+    """Compiles a run's programs ahead of time: see `compile.run` for the options; whether they fit.
 
     Needs no dataset where the classes are known by its name.
     """
@@ -357,8 +355,7 @@ def run_compile(config: ConfigDict, suggest: bool = False, quick: bool = False) 
         num_classes=len(info.class_names),
         text_table=tokenizer.text_table(info.class_names, config.data.text_template),
         topology=topology,
-        try_others=suggest,
-        quick=quick,
+        **options,
     )
 
 
@@ -498,7 +495,8 @@ def main(argv: Sequence[str]) -> None:
         if mode == "train":
             run_train(config, _WORKDIR.value)
         elif mode == "compile":
-            sys.exit(0 if run_compile(config, _SUGGEST.value, _QUICK.value) else DOES_NOT_FIT)
+            options = {"try_others": _SUGGEST.value, "quick": _QUICK.value}
+            sys.exit(0 if run_compile(config, **options) else DOES_NOT_FIT)
         elif mode == "replay":
             run_replay(config, _WORKDIR.value, _CHECKPOINT.value)
         elif mode == "eval":
