@@ -138,6 +138,9 @@ def get_base() -> ConfigDict:
     # "per_mask": every mask draws its own points (official). "shared": the masks of an image share
     # the candidates, which leaves no gather per mask; each estimate keeps its distribution.
     c.loss.point_sampling = "shared"
+    # Reading of features at points: "xla", "pallas_tpu", or "auto", the fastest by a recorded
+    # benchmark on the device (docs/kernels.md).
+    c.loss.point_kernel = "auto"
     # The official trainer averages the class loss per GPU and then over GPUs: 8 groups of 2 images
     # reproduce its 8 GPUs on any mesh. 1 is one weighted mean over the batch.
     c.loss.replica_groups = 1

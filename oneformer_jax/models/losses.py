@@ -21,12 +21,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
+from kernels.point_sampling import IMPLEMENTATIONS, sample_features
 from oneformer_jax.models import matcher, points
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.points import Purpose
 from oneformer_jax.types import TASKS, Predictions
 
 POINT_SAMPLING = ("per_mask", "shared")
+POINT_KERNELS = ("auto", *IMPLEMENTATIONS)
 
 # "per_mask" forms the logit maps of this many slots at a time.
 SLOTS_AT_A_TIME = 8
@@ -50,6 +52,8 @@ class LossConfig:
       point_sampling: "per_mask" draws the candidates of every mask on their own, as the official
         code does; "shared" lets all masks and predictions of an image choose among the same
         candidates, which is faster and gives every mask an estimate of the same distribution.
+      point_kernel: implementation of reading features at points, see `kernels.point_sampling`:
+        "auto" is the fastest that a recorded benchmark supports on the device.
       max_logit_scale: upper limit of the contrastive scale.
       replica_groups: the class loss is averaged within this many equal, contiguous parts of the
         batch and then over them, as data parallel training with that many workers does.
@@ -65,6 +69,7 @@ class LossConfig:
     oversample_ratio: float = 3.0
     importance_ratio: float = 0.75
     point_sampling: str = "per_mask"
+    point_kernel: str = "auto"
     max_logit_scale: float = 100.0
     replica_groups: int = 1
     matcher: MatcherConfig = dataclasses.field(default_factory=MatcherConfig)
@@ -74,6 +79,10 @@ class LossConfig:
             raise ValueError(
                 f"loss.point_sampling is {self.point_sampling!r}; "
                 f"use one of {', '.join(POINT_SAMPLING)}"
+            )
+        if self.point_kernel not in POINT_KERNELS:
+            raise ValueError(
+                f"loss.point_kernel is {self.point_kernel!r}; use one of {', '.join(POINT_KERNELS)}"
             )
         if self.num_points < 1:
             raise ValueError(f"loss.num_points is {self.num_points}; use at least 1")
@@ -129,7 +138,8 @@ def compute_losses(
     _check(predictions, segment_map, classes, valid, config)
     num_predictions = predictions.class_logits.shape[0]
 
-    costs = _matching_costs(predictions, segment_map, classes, key, config)
+    packed = points.pack_targets(segment_map)
+    costs = _matching_costs(predictions, packed, classes, key, config, mesh)
     indices, matched, nonfinite = matcher.match(
         costs,
         valid,
@@ -139,9 +149,7 @@ def compute_losses(
     )
     class_losses = _class_losses(predictions.class_logits, classes, indices, matched, config)
     mask_sums = _mask_sums_per_mask if config.point_sampling == "per_mask" else _mask_sums_shared
-    mask_losses, dice_losses = mask_sums(
-        predictions, segment_map, indices, matched, key, config, mesh
-    )
+    mask_losses, dice_losses = mask_sums(predictions, packed, indices, matched, key, config, mesh)
     # Workers divide their sums by max(masks / workers, 1) and average over the workers.
     num_masks = jnp.maximum(jnp.sum(valid), config.replica_groups).astype(jnp.float32)
 
@@ -187,12 +195,20 @@ def _check(predictions, segment_map, classes, valid, config: LossConfig) -> None
         raise ValueError("text_queries and logit_scale come together: give both or neither")
 
 
+def _read_features(features, at, config: LossConfig, mesh: Mesh | None) -> jax.Array:
+    """Feature vectors float32 [B, P, D] at points [B, P, 2]."""
+    implementation = None if config.point_kernel == "auto" else config.point_kernel
+    return sample_features(features, at, implementation=implementation, mesh=mesh)
+
+
 def _product(queries: jax.Array, rows: jax.Array) -> jax.Array:
     """Mask logits float32 [B, C, P] of queries [B, C, D] at feature rows [B, P, D]."""
     return jnp.einsum("bcd,bpd->bcp", queries, rows, preferred_element_type=jnp.float32)
 
 
-def _matching_costs(predictions, segment_map, classes, key, config: LossConfig) -> jax.Array:
+def _matching_costs(
+    predictions, packed, classes, key, config: LossConfig, mesh: Mesh | None
+) -> jax.Array:
     """Costs float32 [N, B, Q, M] of all predictions, from uniform points, without gradient."""
     class_logits, mask_embed, features = map(
         lax.stop_gradient,
@@ -203,8 +219,8 @@ def _matching_costs(predictions, segment_map, classes, key, config: LossConfig) 
 
     def read(n):
         drawn = points.draw_points(key, Purpose.MATCHING, n, 0, batch, config.num_points)
-        rows = points.read_features(features, drawn)
-        return rows, points.read_targets(segment_map, drawn[:, None], slots)
+        rows = _read_features(features, drawn, config, mesh)
+        return rows, points.read_targets(packed, drawn[:, None], slots)
 
     shared = read(0) if config.point_sampling == "shared" else None
 
@@ -274,7 +290,9 @@ def _matched_queries(mask_embed: jax.Array, indices: jax.Array) -> jax.Array:
     return jnp.take_along_axis(mask_embed.astype(jnp.float32), indices[..., None], axis=1)
 
 
-def _mask_sums_shared(predictions, segment_map, indices, matched, key, config: LossConfig, _):
+def _mask_sums_shared(
+    predictions, packed, indices, matched, key, config: LossConfig, mesh: Mesh | None
+):
     """Sums over the matched masks of both mask losses, float32 [N] each, with shared candidates."""
     batch, num_slots = indices.shape[1:]
     drawn = jnp.concatenate(
@@ -287,8 +305,8 @@ def _mask_sums_shared(predictions, segment_map, indices, matched, key, config: L
         ],
         axis=1,
     )
-    rows = points.read_features(predictions.mask_features, drawn)
-    targets = points.read_targets(segment_map, drawn[:, None], jnp.arange(num_slots))
+    rows = _read_features(predictions.mask_features, drawn, config, mesh)
+    targets = points.read_targets(packed, drawn[:, None], jnp.arange(num_slots))
     fresh_weight = jnp.ones((batch, num_slots, config.num_fresh), jnp.float32)
 
     # The backward pass computes the logits again, but keeps the choice that was made.
@@ -312,7 +330,7 @@ def _mask_sums_shared(predictions, segment_map, indices, matched, key, config: L
 
 
 def _mask_sums_per_mask(
-    predictions, segment_map, indices, matched, key, config: LossConfig, mesh: Mesh | None
+    predictions, packed, indices, matched, key, config: LossConfig, mesh: Mesh | None
 ):
     """Sums over the matched masks of both mask losses, float32 [N] each, each with own points."""
     num_predictions, batch, num_slots = indices.shape
@@ -352,7 +370,7 @@ def _mask_sums_per_mask(
         fresh = draw(Purpose.FRESH, n, slots, config.num_fresh)
         chosen = checkpoint_name(jnp.concatenate([uncertain, fresh], axis=2), "choice")
         logits = points.read_maps(maps, chosen)
-        targets = points.read_targets(segment_map, chosen, slots)
+        targets = points.read_targets(packed, chosen, slots)
         return _point_losses(logits, targets, jnp.float32(1), config.num_points)
 
     def step(xs):

@@ -3,6 +3,7 @@
 A point is a float32 pair (x, y) in [0, 1)², relative to the width and height of the map it reads.
 Every reading is bilinear with zeros outside the map and `align_corners=False`: the pixel
 coordinate is `p * size - 0.5` (PyTorch's `grid_sample` at `2 p - 1`). No gradient flows to points.
+Feature vectors are read by `kernels.point_sampling`.
 
 Drawing is a pure function of (key, purpose, prediction, slot), so any other program can draw the
 very same points.
@@ -15,6 +16,8 @@ import enum
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from kernels.point_sampling import corners, find_cells, take
 
 
 class Purpose(enum.IntEnum):
@@ -42,88 +45,57 @@ def draw_points(
     return jax.random.uniform(key, (batch, count, 2), jnp.float32)
 
 
-def _corners(points: jax.Array, height: int, width: int) -> list[tuple[jax.Array, jax.Array]]:
-    """The four (flat index, weight) pairs around points [..., 2]; the weight is 0 outside."""
-    x = points[..., 0] * width - 0.5
-    y = points[..., 1] * height - 0.5
-    left, top = jnp.floor(x), jnp.floor(y)
-    corners = []
-    for column, x_weight in ((left, 1 - (x - left)), (left + 1, x - left)):
-        for row, y_weight in ((top, 1 - (y - top)), (top + 1, y - top)):
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            column_index = jnp.clip(column, 0, width - 1).astype(jnp.int32)
-            row_index = jnp.clip(row, 0, height - 1).astype(jnp.int32)
-            weight = jnp.where(inside, x_weight * y_weight, 0.0)
-            corners.append((row_index * width + column_index, weight))
-    return corners
-
-
-def _take(table: jax.Array, index: jax.Array) -> jax.Array:
-    """table[b, index[b]] for every image b: table [B, S, ...], index int32 [B, ...]."""
-    # vmap keeps the batch a batch dimension of the gather, which sharding can split.
-    return jax.vmap(lambda t, i: t.at[i].get(mode="promise_in_bounds"))(table, index)
-
-
-@jax.custom_vjp
-def read_features(features: jax.Array, points: jax.Array) -> jax.Array:
-    """Feature vectors at points: [B, h, w, D] at [B, P, 2] -> float32 [B, P, D].
-
-    Rows are gathered in the dtype of the features; sums, also those of the gradient, are float32.
-    """
-    batch, height, width, depth = features.shape
-    rows = features.reshape(batch, height * width, depth)
-    return sum(
-        _take(rows, index).astype(jnp.float32) * weight[..., None]
-        for index, weight in _corners(points, height, width)
-    )
-
-
-def _read_features_forward(features, points):
-    # The empty slice tells the backward pass the shape and dtype without keeping the features.
-    return read_features(features, points), (points, features[..., :0])
-
-
-def _read_features_backward(residuals, gradient):
-    points, like = residuals
-    batch, height, width, _ = like.shape
-    out = jnp.zeros((batch, height * width, gradient.shape[-1]), jnp.float32)
-    for index, weight in _corners(points, height, width):
-        out = jax.vmap(lambda o, i, g: o.at[i].add(g, mode="promise_in_bounds"))(
-            out, index, gradient * weight[..., None]
-        )
-    return out.reshape(batch, height, width, -1).astype(like.dtype), jnp.zeros_like(points)
-
-
-read_features.defvjp(_read_features_forward, _read_features_backward)
-
-
 def read_maps(maps: jax.Array, points: jax.Array) -> jax.Array:
     """Values of each map at its own points: float32 [B, C, h, w] at [B, C, P, 2] -> [B, C, P]."""
     batch, count, height, width = maps.shape
     flat = maps.reshape(batch, count, height * width)
     return sum(
-        jax.vmap(_take)(flat, index) * weight for index, weight in _corners(points, height, width)
+        jax.vmap(take)(flat, index) * share for index, share in corners(points, height, width)
     )
 
 
-def read_targets(segment_map: jax.Array, points: jax.Array, slots: jax.Array) -> jax.Array:
-    """Bilinear values of binary masks that are never formed, read from the id map.
+def pack_targets(segment_map: jax.Array) -> jax.Array:
+    """The ids around every place between four pixels in one word, for one gather to read them all.
 
     Args:
       segment_map: uint8 [B, H, W]; i + 1 marks the pixels of slot i.
+
+    Returns:
+      uint32 [B, H + 1, W + 1]. The lowest byte is the pixel at the upper left, then come those at
+      the upper right, lower left and lower right; 0 outside of the map.
+    """
+    ids = jnp.pad(segment_map.astype(jnp.uint32), ((0, 0), (1, 1), (1, 1)))
+    upper = ids[:, :-1, :-1] | ids[:, :-1, 1:] << 8
+    return upper | ids[:, 1:, :-1] << 16 | ids[:, 1:, 1:] << 24
+
+
+def read_targets(packed: jax.Array, points: jax.Array, slots: jax.Array) -> jax.Array:
+    """Bilinear values of binary masks that are never formed, read from the id map.
+
+    Args:
+      packed: uint32 [B, H + 1, W + 1] from `pack_targets`.
       points: float32 [B, 1, P, 2] shared by all slots, or [B, C, P, 2] with each slot's own.
       slots: int32 [C], the slots to read.
 
     Returns:
       float32 [B, C, P] in [0, 1].
     """
-    batch, height, width = segment_map.shape
-    flat = segment_map.reshape(batch, height * width)
-    ids = (slots + 1).astype(jnp.int32)[:, None]
-    values = sum(
-        jnp.where(_take(flat, index).astype(jnp.int32) == ids, weight, 0.0)
-        for index, weight in _corners(points, height, width)
+    batch, height, width = packed.shape
+    cells = find_cells(points, height - 1, width - 1)
+    words = take(packed.reshape(batch, -1), (cells.row + 1) * width + cells.column + 1)
+    ids = (slots + 1).astype(jnp.uint32)[:, None]
+    shares = (
+        share_y * share_x
+        for share_y in (1 - cells.down, cells.down)
+        for share_x in (1 - cells.right, cells.right)
     )
+    values = sum(
+        jnp.where((words >> 8 * corner & 0xFF == ids) & cells.inside, share, 0.0)
+        for corner, share in enumerate(shares)
+    )
+    # Without the barrier XLA reads the map again in every loop and sum that takes the values: slow
+    # to run, and on TPUs minutes to compile.
+    return lax.optimization_barrier(values)
     # Without the barrier XLA reads the map again in every loop and sum that takes the values: slow
     # to run, and on TPUs minutes to compile.
     return lax.optimization_barrier(values)

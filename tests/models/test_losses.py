@@ -416,6 +416,7 @@ def test_without_text_there_is_no_contrastive_term():
     ("changes", "message"),
     [
         (dict(point_sampling="all"), r"loss\.point_sampling is 'all'; use one of per_mask, shared"),
+        (dict(point_kernel="cuda"), r"loss\.point_kernel is 'cuda'; use one of auto, xla, pallas_"),
         (dict(num_points=0), r"loss\.num_points is 0"),
         (dict(oversample_ratio=0.5), r"loss\.oversample_ratio is 0.5"),
         (dict(importance_ratio=1.5), r"loss\.importance_ratio is 1.5"),
@@ -425,6 +426,13 @@ def test_without_text_there_is_no_contrastive_term():
 def test_bad_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         LossConfig(**changes)
+
+
+def test_point_kernel_names_the_implementation():
+    predictions, targets = _inputs()
+    config = dataclasses.replace(_config("shared"), point_kernel="pallas_tpu")
+    with pytest.raises(NotImplementedError, match="sample_features: 'pallas_tpu' runs on TPUs"):
+        compute_losses(predictions, targets, jax.random.key(0), config)
 
 
 def test_inputs_that_do_not_fit_are_refused():

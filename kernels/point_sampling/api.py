@@ -1,0 +1,109 @@
+"""The one door to point sampling: checks, choice of implementation, sharding."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kernels import dispatch
+
+IMPLEMENTATIONS = ("xla", "pallas_tpu")
+
+# The fastest implementation by a recorded benchmark (docs/kernels.md), by platform. The kernel has
+# not been timed on a TPU yet, so everything runs on XLA until `bench` says better.
+FASTEST_MEASURED = {"cpu": "xla"}
+
+
+def load(implementation: str):
+    """The module with `forward` and `backward` of an implementation, imported when first used."""
+    name = "reference" if implementation == "xla" else implementation
+    return importlib.import_module(f"kernels.point_sampling.{name}")
+
+
+def sample_features(
+    features: jax.Array,
+    points: jax.Array,
+    *,
+    implementation: str | None = None,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Feature vectors at points, bilinear, with zeros outside of the map.
+
+    Pixel i of an axis of n pixels has its centre at (i + 0.5) / n (the convention of PyTorch's
+    `grid_sample` with zero padding and align_corners False). A NaN point counts as outside. The
+    result is differentiable in the features; no gradient flows to the points. All sums are float32,
+    also that of the gradient.
+
+    Args:
+      features: float32 or bfloat16 [B, h, w, D].
+      points: float32 [B, P, 2], (x, y) over the map: 0 is the left or upper edge, 1 the right or
+        lower edge.
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", or None for the fastest that a
+        recorded benchmark supports on this device, else "xla". A named implementation is never
+        replaced by another one.
+      mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
+        images, without communication. The compiler splits "xla" by itself, but not the kernels:
+        under a sharded `jit` they need the mesh, here or set by `jax.set_mesh`. Axes that are
+        already manual, as within a `shard_map` of the caller, are left alone.
+
+    Returns:
+      float32 [B, P, D].
+
+    Raises:
+      ValueError: shapes that do not fit together, a wrong dtype, an unknown implementation, or a
+        batch that the mesh does not divide.
+      NotImplementedError: the named implementation does not take this case; says which limit.
+    """
+    dispatch.check_implementation("sample_features", implementation, IMPLEMENTATIONS)
+    _check(features, points)
+    if implementation is None:
+        implementation = FASTEST_MEASURED.get(jax.default_backend(), "xla")
+    call = functools.partial(_sample, implementation)
+    if mesh is not None or implementation != "xla":
+        call = dispatch.split_batch("sample_features", "features", call, 2, mesh, features.shape[0])
+    return call(features, points)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sample(implementation: str, features, points):
+    return load(implementation).forward(features, points)
+
+
+def _sample_forward(implementation, features, points):
+    # The empty slice tells the backward pass the shape and dtype without keeping the features.
+    return _sample(implementation, features, points), (points, features[..., :0])
+
+
+def _sample_backward(implementation, residuals, gradient):
+    points, empty = residuals
+    like = jax.ShapeDtypeStruct((*empty.shape[:-1], gradient.shape[-1]), empty.dtype)
+    return load(implementation).backward(points, gradient, like), jnp.zeros_like(points)
+
+
+_sample.defvjp(_sample_forward, _sample_backward)
+
+
+def _check(features, points) -> None:
+    arrays = {
+        "features": (features, 4, "[B, h, w, D]", (jnp.float32, jnp.bfloat16)),
+        "points": (points, 3, "[B, P, 2]", (jnp.float32,)),
+    }
+    for name, (array, ndim, axes, dtypes) in arrays.items():
+        if array.ndim != ndim:
+            raise ValueError(
+                f"sample_features: {name} must have {ndim} axes {axes}, got shape {array.shape}"
+            )
+        if array.dtype not in dtypes:
+            names = " or ".join(jnp.dtype(d).name for d in dtypes)
+            raise ValueError(f"sample_features: {name} must be {names}, got {array.dtype}")
+        if not all(array.shape):
+            raise ValueError(f"sample_features: {name} is empty, of shape {array.shape}")
+    if points.shape != (features.shape[0], points.shape[1], 2):
+        raise ValueError(
+            f"sample_features: points must be ({features.shape[0]}, P, 2) for features "
+            f"{features.shape}, got {points.shape}"
+        )

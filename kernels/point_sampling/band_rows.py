@@ -1,0 +1,415 @@
+"""The two TPU kernels of point sampling: a map resides in vector memory, points go by its rows.
+
+All channels of a point share one address. So 128 channels of a map lie in vector memory as they
+are, one pixel a row; a point reads (or increases) two neighbouring pixels of one row of the map and
+the two below them: two loads of two rows each, at an address from scalar memory. Pixels that a
+point does not touch have weight 0, which needs no border. bfloat16 pixels lie in pairs of rows: a
+row of 32-bit words holds an even pixel and the next one, and two such rows any two neighbours.
+
+What the static schedule taught (v5e; a bundle is one issue cycle), beside `ms_deform_attn`'s:
+  * Stores are the limit forward, one a bundle: rows pass through scratch memory two at a time.
+  * A read-modify-write takes about 10 cycles, so backward, the rows of some points are all read
+    before any is written. Where points of such a step share pixels, which XLA finds out before,
+    the points of a group of steps are taken one by one. Loads and stores do not overlap: the 4 and
+    4 rows of a point take 4 bundles. Larger steps take as long, and are one by one more often.
+
+Letters: A images, P points, T tiles, R pixels of the map, D channels (a multiple of 128).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+SUBLANES = 8  # points of a block: the rows of a vector register
+ROWS = 4  # of the table that a point reads: two and the two below them
+GROUP = 32  # points of one loop body
+STEP = 8  # points whose rows are read before any is written
+ROW_BYTES = 4 * LANES
+MAX_TILE = 8 * LANES  # points of a grid step
+VMEM_RESERVE = 10 * 2**20  # blocks, scratch and the compiler's own, beside the map
+
+
+def tile_size(points: int) -> int:
+    """Points of one grid step: few steps and little padding, of which a step is worth 128."""
+    sizes = range(LANES, MAX_TILE + 1, LANES)
+    return min(sizes, key=lambda size: -(-points // size) * (size + LANES))
+
+
+def forward(
+    index: jax.Array,
+    weights: jax.Array,
+    table: jax.Array,
+    *,
+    points: int,
+    width: int,
+    tile: int,
+    vmem_bytes: int,
+    interpret,
+) -> jax.Array:
+    """Weighted sums of 2 x 2 pixels.
+
+    Args:
+      index: int32 [A, T * tile]. Float32: pixel i of the pixels i, i + 1, i + width, i + width + 1.
+        bfloat16: pair i of the 8 pixels of the pairs i, i + 1, i + width / 2, i + width / 2 + 1.
+        All of them are pixels of the map.
+      weights: float32 [A, 4 or 8, T * tile], of these pixels.
+      table: float32 or bfloat16 [A, R, D]; R is even.
+      points: P, of which T tiles are needed.
+      width: pixels of a row of the map; even for bfloat16.
+      tile: points of a grid step.
+      vmem_bytes: what the kernel may take.
+      interpret: as of `pl.pallas_call`.
+
+    Returns:
+      float32 [A, P, D].
+    """
+    _, pixels, depth = table.shape
+    # With room for two maps the next one is fetched while this one is in use.
+    once = 2 * pixels * LANES * table.dtype.itemsize > vmem_bytes - VMEM_RESERVE
+    mode = {"pipeline_mode": pl.Buffered(1)} if once else {}
+    packed = table.dtype == jnp.bfloat16
+    rows = pltpu.VMEM((ROWS * GROUP, LANES), jnp.uint32 if packed else jnp.float32)
+    return pl.pallas_call(
+        functools.partial(
+            _forward_kernel,
+            width=width // 2 if packed else width,
+            unroll=not interpret,
+        ),
+        name="point_sampling_forward",
+        grid=(len(index), depth // LANES, index.shape[1] // tile),
+        in_specs=[
+            pl.BlockSpec(memory_space=pl.ANY),
+            _weights_spec(weights.shape[1], tile),
+            pl.BlockSpec((1, pixels, LANES), lambda a, d, t: (a, 0, d), **mode),
+        ],
+        out_specs=_points_spec(tile),
+        out_shape=jax.ShapeDtypeStruct((len(index), points, depth), jnp.float32),
+        scratch_shapes=[
+            *_index_scratch(GROUP),
+            pltpu.VMEM((tile, LANES), jnp.float32),
+            rows,
+            rows,
+        ],
+        compiler_params=_compiler_params(vmem_bytes, interpret),
+        interpret=interpret,
+    )(_scalar_order(index, tile), weights, table)
+
+
+def backward(
+    index: jax.Array,
+    weights: jax.Array,
+    gradient: jax.Array,
+    *,
+    dtype,
+    pixels: int,
+    width: int,
+    tile: int,
+    vmem_bytes: int,
+    interpret,
+) -> jax.Array:
+    """Gradient of `forward` in the table: `dtype` [A, R, D], summed in float32.
+
+    Args:
+      index, weights: as `forward` takes them for float32.
+      gradient: float32 [A, P, D], of the output.
+      dtype: float32 or bfloat16.
+      pixels: R, a multiple of 16.
+      width, tile, vmem_bytes, interpret: as of `forward`.
+    """
+    _, points, depth = gradient.shape
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    indices = _scalar_order(index, tile)
+    shared = _share_pixels(indices, width)[:, :, None].astype(jnp.int32)
+    rounded = [] if dtype == jnp.float32 else [pltpu.VMEM((2, _chunk(pixels), LANES), dtype)]
+    return pl.pallas_call(
+        functools.partial(_backward_kernel, points=points, width=width, unroll=not interpret),
+        name="point_sampling_backward",
+        grid=(len(index), depth // LANES, index.shape[1] // tile),
+        in_specs=[anywhere, _weights_spec(weights.shape[1], tile), _points_spec(tile)],
+        out_specs=anywhere,
+        out_shape=jax.ShapeDtypeStruct((len(index), pixels, depth), dtype),
+        scratch_shapes=[
+            *_index_scratch(GROUP + 1),
+            pltpu.VMEM((tile, LANES), jnp.float32),
+            pltpu.VMEM((ROWS * tile, LANES), jnp.float32),
+            pltpu.VMEM((pixels, LANES), jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+            *rounded,
+        ],
+        compiler_params=_compiler_params(vmem_bytes, interpret),
+        interpret=interpret,
+    )(jnp.concatenate([indices, shared], axis=2), weights, gradient)
+
+
+def _chunk(pixels: int) -> int:
+    """Rows that are rounded and written at a time: a multiple of 16 that divides `pixels`."""
+    return 16 * math.gcd(pixels // 16, 64)
+
+
+def _weights_spec(count: int, tile: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, count, tile), lambda a, d, t: (a, 0, t))
+
+
+def _points_spec(tile: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, tile, LANES), lambda a, d, t: (a, t, d))
+
+
+def _index_scratch(rows: int):
+    """Two buffers of a tile's indices [row, buffer, group], and their semaphores."""
+    return pltpu.SMEM((rows, 2, LANES), jnp.int32), pltpu.SemaphoreType.DMA((2,))
+
+
+def _compiler_params(vmem_bytes: int, interpret) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(
+        # Maps may go to different cores; the points of a map add to one table, in order.
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        vmem_limit_bytes=None if interpret else vmem_bytes,
+    )
+
+
+def _scalar_order(index: jax.Array, tile: int) -> jax.Array:
+    """Indices as the scalar core reads them: [A, P] -> [A, T, 32, 128].
+
+    Row q holds the points q of all groups of a tile.
+    """
+    groups = tile // GROUP
+    x = jnp.swapaxes(index.reshape(index.shape[0], -1, groups, GROUP), 2, 3)
+    return jnp.pad(x, ((0, 0),) * 3 + ((0, LANES - groups),))
+
+
+def _share_pixels(indices: jax.Array, width: int) -> jax.Array:
+    """Whether points of a step share pixels: [A, T, 32, 128] -> bool [A, T, 128], by group.
+
+    The upper pair of a point and either pair of another one overlap if they are one pixel apart.
+    """
+    steps = indices.reshape(*indices.shape[:2], -1, STEP, LANES)
+    distance = jnp.abs(steps[:, :, :, :, None] - steps[:, :, :, None])
+    near = (distance <= 1) | (jnp.abs(distance - width) <= 1)
+    rank = jnp.arange(STEP)
+    return jnp.any(near & (rank[:, None] > rank)[..., None], axis=(2, 3, 4))
+
+
+def _forward_kernel(
+    index_hbm, weights_ref, table, out_ref, indices, arrived, lanes_ref, *buffers, width, unroll
+):
+    tile = out_ref.shape[0]
+    if table.dtype == jnp.bfloat16:
+        table = table.bitcast(jnp.uint32)
+    table = table.at[0]
+    await_indices, slot = _fetch_indices(index_hbm, indices, arrived)
+    lanes_ref[...] = _to_lanes(weights_ref[...])
+    await_indices()
+
+    def load_rows(i, rows_ref):
+        def load(q):
+            first = indices.at[q][slot, i]
+            for k, offset in enumerate((0, width)):
+                rows_ref[pl.ds(ROWS * q + 2 * k, 2), :] = table[pl.ds(first + offset, 2), :]
+
+        _loop(GROUP, load, unroll)
+
+    def add_rows(i, rows_ref):
+        for first in range(0, GROUP, SUBLANES):
+            points = pl.ds(pl.multiple_of(i * GROUP + first, SUBLANES), SUBLANES)
+            weights = lanes_ref[points, :]
+            total = jnp.zeros((SUBLANES, LANES), jnp.float32)
+            for c in range(ROWS):
+                pixels = _unpacked(rows_ref[pl.ds(ROWS * first + c, SUBLANES, ROWS), :])
+                for k, pixel in enumerate(pixels):
+                    total += pixel * _broadcast_lane(weights, len(pixels) * c + k)
+            out_ref[points, :] = total
+
+    groups = tile // GROUP
+    load_rows(0, buffers[0])
+
+    def body(i, carry):
+        load_rows(2 * i + 1, buffers[1])
+        add_rows(2 * i, buffers[0])
+        load_rows(jnp.minimum(2 * i + 2, groups - 1), buffers[0])
+        add_rows(2 * i + 1, buffers[1])
+        return carry
+
+    lax.fori_loop(0, groups // 2, body, 0)
+
+
+def _backward_kernel(
+    index_hbm,
+    weights_ref,
+    gradient_ref,
+    d_table,
+    indices,
+    arrived,
+    lanes_ref,
+    added_ref,
+    sums,
+    moved,
+    *rounded,
+    points: int,
+    width: int,
+    unroll: bool,
+):
+    tile = gradient_ref.shape[0]
+    image, part, t = (pl.program_id(axis) for axis in range(3))
+    await_indices, slot = _fetch_indices(index_hbm, indices, arrived)
+
+    @pl.when(t == 0)
+    def _():
+        _fill_with_zeros(sums)
+
+    lanes_ref[...] = _to_lanes(weights_ref[...])
+
+    def make_additions(j):
+        """What each point adds to its 4 pixels: weights times the output's gradient."""
+        rows = pl.ds(pl.multiple_of(j * SUBLANES, SUBLANES), SUBLANES)
+        point = t * tile + j * SUBLANES + lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+        # What lies beyond the last point may be anything.
+        gradient = jnp.where(point < points, gradient_ref[rows, :], 0.0)
+        weights = lanes_ref[rows, :]
+        first = pl.multiple_of(j * ROWS * SUBLANES, SUBLANES)
+        for c in range(ROWS):
+            added_ref[pl.ds(first + c, SUBLANES, ROWS), :] = gradient * _broadcast_lane(weights, c)
+
+    blocks = 2 * GROUP // SUBLANES
+
+    def some_blocks(i, _):
+        _loop(blocks, lambda j: make_additions(i * blocks + j), unroll)
+
+    lax.fori_loop(0, tile // SUBLANES // blocks, some_blocks, None)
+    await_indices()
+
+    def pairs(i, q):
+        """The two pairs of pixels of a point, and where what is added to them stands."""
+        first = indices.at[q][slot, i]
+        added = ROWS * (i * GROUP + q)
+        for k, offset in enumerate((0, width)):
+            yield pl.ds(first + offset, 2), pl.ds(added + 2 * k, 2)
+
+    def update(i, _):
+        shared = indices.at[GROUP][slot, i]
+
+        @pl.when(shared == 0)
+        def _():
+            for first in range(0, GROUP, STEP):
+                places = [pair for q in range(first, first + STEP) for pair in pairs(i, q)]
+                before = [sums[pixels, :] for pixels, _ in places]
+                for (pixels, rows), value in zip(places, before, strict=True):
+                    sums[pixels, :] = value + added_ref[rows, :]
+
+        @pl.when(shared != 0)
+        def _():
+            def one(q, _):
+                first = indices[q, slot, i]
+                added = ROWS * (i * GROUP + q)
+                for k, offset in enumerate((0, width)):
+                    pixels = pl.ds(first + offset, 2)
+                    sums[pixels, :] = sums[pixels, :] + added_ref[pl.ds(added + 2 * k, 2), :]
+
+            lax.fori_loop(0, GROUP, one, None)
+
+    lax.fori_loop(0, tile // GROUP, update, None)
+
+    @pl.when(t == pl.num_programs(2) - 1)
+    def _():
+        lanes = pl.ds(pl.multiple_of(part * LANES, LANES), LANES)
+        if not rounded:
+            copy = pltpu.make_async_copy(sums, d_table.at[image, :, lanes], moved.at[0])
+            copy.start()
+            copy.wait()
+            return
+        buffers = rounded[0]
+        chunk = buffers.shape[1]
+        count = sums.shape[0] // chunk
+
+        def write(n):
+            rows = pl.ds(pl.multiple_of(n * chunk, chunk), chunk)
+            slot = n % 2
+            return pltpu.make_async_copy(
+                buffers.at[slot], d_table.at[image, rows, lanes], moved.at[slot]
+            )
+
+        def round_and_write(n, _):
+            @pl.when(n >= 2)
+            def _():
+                write(n - 2).wait()
+
+            rows = pl.ds(pl.multiple_of(n * chunk, chunk), chunk)
+            buffers[n % 2] = sums[rows, :].astype(buffers.dtype)
+            write(n).start()
+
+        lax.fori_loop(0, count, round_and_write, None)
+        for n in range(max(count - 2, 0), count):
+            write(n).wait()
+
+
+def _fetch_indices(index_hbm, indices, arrived):
+    """Starts to copy the next tile's indices; returns what waits for this tile's, and their slot.
+
+    The first tile of a map starts its own copy, so maps can be given to several cores.
+    """
+    image, t = pl.program_id(0), pl.program_id(2)
+    slot = lax.rem(t, 2)
+
+    def copy(t, slot):
+        return pltpu.make_async_copy(index_hbm.at[image, t], indices.at[:, slot], arrived.at[slot])
+
+    @pl.when(t == 0)
+    def _():
+        copy(t, slot).start()
+
+    @pl.when(t + 1 < pl.num_programs(2))
+    def _():
+        copy(t + 1, 1 - slot).start()
+
+    return copy(t, slot).wait, slot
+
+
+def _loop(count: int, body, unroll: bool):
+    """body(0), body(1)... with Python numbers if unrolled, else in a loop."""
+    if unroll:
+        for i in range(count):
+            body(i)
+    else:
+        lax.fori_loop(0, count, lambda i, _: body(i), None)
+
+
+def _unpacked(x):
+    """Rows of float32 as they are; rows of pairs of bfloat16 as two of float32."""
+    if x.dtype == jnp.float32:
+        return [x]
+    halves = x << 16, x & jnp.uint32(0xFFFF0000)
+    return [lax.bitcast_convert_type(half, jnp.float32) for half in halves]
+
+
+def _to_lanes(weights):
+    """[N, T] -> [T, 128]: a point's weights in the first lanes of its row."""
+    rest = jnp.zeros((LANES - weights.shape[0], weights.shape[1]), jnp.float32)
+    return jnp.concatenate([weights, rest], axis=0).T
+
+
+def _broadcast_lane(x, lane: int):
+    """[8, 128] -> the values of one lane in all lanes."""
+    return jnp.take_along_axis(
+        x, jnp.full(x.shape, lane, jnp.int32), axis=1, mode="promise_in_bounds"
+    )
+
+
+def _fill_with_zeros(ref):
+    """Zeroes an array of rows."""
+    step = 8 * SUBLANES
+    whole, rest = divmod(ref.shape[0], step)
+
+    def fill(i, _):
+        ref[pl.ds(pl.multiple_of(i * step, step), step), :] = jnp.zeros((step, LANES), ref.dtype)
+
+    if whole:
+        lax.fori_loop(0, whole, fill, None)
+    if rest:
+        ref[pl.ds(whole * step, rest), :] = jnp.zeros((rest, LANES), ref.dtype)
