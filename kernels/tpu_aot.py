@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def environment(dump: str | os.PathLike) -> dict[str, str]:
 
 
 def run(
-    module: str, target: str, cases: Sequence[Any], *, memory: bool = True
+    module: str, target: str, cases: Sequence[Any], *, memory: bool = True, dump: bool = True
 ) -> Iterator[dict[str, Any]]:
     """Runs `module`, whose main program is `serve`, in a process that dumps its schedules.
 
@@ -76,6 +77,7 @@ def run(
       cases: what to compile, one report each; as JSON can hold it.
       memory: whether to report the temporary memory. Without it XLA's own optimisations are left
         out, which takes half the time and changes nothing about the kernels.
+      dump: whether to write the schedules; writing takes a large part of the time to compile.
 
     Yields:
       What the module reports of each case; without "temporary_bytes" if not `memory`.
@@ -86,9 +88,11 @@ def run(
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(MISSING)
-    with tempfile.TemporaryDirectory(prefix="llo_") as dump:
-        request = json.dumps({"target": target, "cases": list(cases), "dump": dump})
-        variables = {**os.environ, **environment(dump)}
+    with tempfile.TemporaryDirectory(prefix="llo_") as folder:
+        request = json.dumps({"target": target, "cases": list(cases), "dump": folder})
+        variables = {**os.environ, **environment(folder)}
+        if not dump:
+            del variables["LIBTPU_INIT_ARGS"]
         if not memory:
             variables["JAX_OPTIMIZATION_LEVEL"] = "O0"
         process = subprocess.run(
@@ -143,6 +147,17 @@ def compile_for(target: str, function, arguments):
     mesh = Mesh([device], ("chip",)).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower().compile()
+
+
+def compile_cpu_seconds(target: str, function, arguments) -> float:
+    """Processor time, of all threads, to trace, lower and compile `function` for one chip."""
+    import jax
+    import jax.numpy as jnp
+
+    compile_for(target, lambda x: x + 1, [jax.ShapeDtypeStruct((8, 128), jnp.float32)])  # warm up
+    start = time.process_time()
+    compile_for(target, function, arguments)
+    return time.process_time() - start
 
 
 @functools.cache

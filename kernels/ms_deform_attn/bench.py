@@ -181,9 +181,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--no-memory", action="store_true", help="TPU targets: cycles only, in half the time"
     )
+    parser.add_argument(
+        "--compile-seconds",
+        action="store_true",
+        help="TPU targets: instead, the processor time to compile each kernel by itself",
+    )
     options = parser.parse_args(arguments)
     if options.record and options.target not in TPU_TARGETS:
         parser.error("--record needs a --target that is a TPU")
+    if options.compile_seconds and (options.record or options.target not in TPU_TARGETS):
+        parser.error("--compile-seconds needs a --target that is a TPU, and no --record")
     shapes = list(PUBLISHED)
     if options.images:
         known = {"x".join(map(str, shape.image_size)): shape for shape in PUBLISHED}
@@ -193,8 +200,10 @@ def main(arguments: list[str] | None = None) -> int:
         shapes = [known[name] for name in options.images]
 
     try:
-        if options.target in TPU_TARGETS:
-            images = [shape.image_size for shape in shapes]
+        images = [shape.image_size for shape in shapes]
+        if options.compile_seconds:
+            records = list(tpu_aot.run_compile_seconds(options.target, images))
+        elif options.target in TPU_TARGETS:
             found = list(tpu_aot.run(options.target, images, memory=not options.no_memory))
             if options.record:
                 keep(tpu_aot.RECORDED, found, ("libtpu", "target", "image"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 import time
@@ -30,6 +31,69 @@ def run(target: str, images: Sequence[tuple[int, int]], *, memory: bool = True) 
       RuntimeError: the compiler refused; with its message.
     """
     return tpu_aot.run(__spec__.name, target, images, memory=memory)
+
+
+def run_compile_seconds(target: str, images: Sequence[tuple[int, int]]) -> Iterator[dict]:
+    """What it takes to compile each kernel by itself, without a schedule being written.
+
+    Args:
+      target: a key of TARGETS whose chip holds all tables of a head.
+      images: (height, width), as in `shapes.PUBLISHED`.
+
+    Yields:
+      {"libtpu", "target", "image", "forward", "backward"}, per image: seconds of processor time of
+      all threads to trace, lower and compile a program that is the kernel alone.
+
+    Raises:
+      ModuleNotFoundError: libtpu is not installed.
+      RuntimeError: the compiler refused; with its message.
+    """
+    cases = [{"compile_seconds": list(image)} for image in images]
+    return tpu_aot.run(__spec__.name, target, cases, dump=False)
+
+
+def compile_seconds(target: str, image: tuple[int, int]) -> dict:
+    """What `run_compile_seconds` yields of one image."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas import tpu as pltpu
+
+    from kernels.ms_deform_attn import pallas_tpu, quad_rows, shapes
+
+    call = next(shape for shape in shapes.PUBLISHED if shape.image_size == tuple(image))
+    levels = tuple(pallas_tpu.Band(i, 0, h + 1) for i, (h, _) in enumerate(call.spatial_shapes))
+    samples = len(levels) * call.points
+    tile = quad_rows.tile_size(call.pixels, samples)
+
+    def arguments(value, locations, weights):
+        places = pallas_tpu._samples(call.spatial_shapes, tile, locations, weights)
+        cells, points = pallas_tpu._select(call.spatial_shapes, levels, *places)
+        table = pallas_tpu._table(call.spatial_shapes, levels, value)
+        gradient = jnp.zeros((table.shape[0], quad_rows.CHANNELS, cells.shape[-1]), jnp.float32)
+        return cells, points, table, gradient
+
+    inputs = [jax.ShapeDtypeStruct(size, jnp.float32) for size in call.shapes(batch=1).values()]
+    *arrays, gradient = jax.eval_shape(arguments, *inputs)
+
+    def kernel(run, *arrays):
+        vmem = pltpu.get_tpu_info().vmem_capacity_bytes
+        return run(*arrays, levels=len(levels), tile=tile, vmem_bytes=vmem, interpret=False)
+
+    return {
+        "image": list(image),
+        "forward": tpu_aot.compile_cpu_seconds(
+            target, functools.partial(kernel, quad_rows.forward), arrays
+        ),
+        "backward": tpu_aot.compile_cpu_seconds(
+            target, functools.partial(kernel, quad_rows.backward), [*arrays, gradient]
+        ),
+    }
+
+
+def _answer(target: str, case, dump: pathlib.Path) -> dict:
+    if isinstance(case, dict):
+        return compile_seconds(target, tuple(case["compile_seconds"]))
+    return report(target, tuple(case), dump)
 
 
 def report(target: str, image: tuple[int, int], dump: pathlib.Path) -> dict:
@@ -80,4 +144,4 @@ def report(target: str, image: tuple[int, int], dump: pathlib.Path) -> dict:
 
 
 if __name__ == "__main__":
-    tpu_aot.serve(report)
+    tpu_aot.serve(_answer)

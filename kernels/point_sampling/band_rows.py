@@ -128,7 +128,7 @@ def backward(
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     indices = _scalar_order(index, tile)
     shared = _share_pixels(indices, width)[:, :, None].astype(jnp.int32)
-    rounded = [] if dtype == jnp.float32 else [pltpu.VMEM((2, _chunk(pixels), LANES), dtype)]
+    rounded = [] if dtype == jnp.float32 else [pltpu.VMEM((2, chunk_size(pixels), LANES), dtype)]
     return pl.pallas_call(
         functools.partial(_backward_kernel, points=points, width=width, unroll=not interpret),
         name="point_sampling_backward",
@@ -149,7 +149,7 @@ def backward(
     )(jnp.concatenate([indices, shared], axis=2), weights, gradient)
 
 
-def _chunk(pixels: int) -> int:
+def chunk_size(pixels: int) -> int:
     """Rows that are rounded and written at a time: a multiple of 16 that divides `pixels`."""
     return 16 * math.gcd(pixels // 16, 64)
 

@@ -36,6 +36,7 @@ def test_measured_records_and_refusals():
     [
         (["--images", "33x32"], "use any of 512x512"),
         (["--record"], "--record needs"),
+        (["--compile-seconds"], "--compile-seconds needs"),
         (["--target=v3"], "invalid choice"),
     ],
 )

@@ -173,6 +173,15 @@ class TestSchedule:
     def test_every_published_shape(self, target, image):
         self.compare(target, image, memory=True)
 
+    @pytest.mark.slow
+    def test_time_to_compile_each_kernel(self):
+        try:
+            (found,) = tpu_aot.run_compile_seconds("v5e", [(512, 512)])
+        except ModuleNotFoundError as error:
+            pytest.skip(str(error))
+        assert found["image"] == [512, 512]
+        assert found["forward"] > 0 and found["backward"] > 0
+
     def test_what_was_recorded_is_what_was_promised(self):
         """v5e at 1024 x 1024; what the tests need, and every target once, is there."""
         records = [r for r in RECORDED if r["libtpu"] == LIBTPU]

@@ -1,6 +1,7 @@
 """Point sampling: each implementation against a loop in float64."""
 
 import functools
+import json
 import math
 import types
 
@@ -11,7 +12,16 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels.point_sampling import IMPLEMENTATIONS, api, band_rows, pallas_tpu, sample_features
+from kernels.point_sampling import (
+    IMPLEMENTATIONS,
+    api,
+    band_rows,
+    bench,
+    pallas_tpu,
+    sample_features,
+    tpu_aot,
+)
+from kernels.point_sampling.shapes import PUBLISHED, CallShape
 
 MIB = 2**20
 # `interpret=True` hides reads out of bounds and of what no one has written.
@@ -316,3 +326,94 @@ class TestArguments:
     def test_batch_that_does_not_divide(self, mesh8):
         with pytest.raises(ValueError, match=r"features has a batch of 2 .*8 devices"):
             sample_features(*make_inputs(4, 5), mesh=mesh8)
+
+
+SMALL = CallShape("test", 20, (4, 5), 3)
+
+
+class TestBench:
+    def test_measured_records_and_refusals(self):
+        options = dict(batch=2, dtype="float32", repeats=1)
+        records = bench.measure(SMALL, "xla", **options)
+        assert [record["pass"] for record in records] == ["forward", "forward and backward"]
+        assert all(record["milliseconds"] > 0 and record["batch"] == 2 for record in records)
+        refused = bench.measure(SMALL, "pallas_tpu", **options)
+        assert all("runs on TPUs" in record["error"] for record in refused)
+
+    def test_recording_needs_a_target(self, capsys):
+        with pytest.raises(SystemExit):
+            bench.main(["--record"])
+        assert "--record needs" in capsys.readouterr().err
+
+
+class TestSchedule:
+    """Static issue cycles of the compiled kernels, against the recorded ones."""
+
+    RECORDED = json.loads(tpu_aot.RECORDED.read_text("utf-8"))
+
+    def compare(self, target, call, dtype):
+        try:
+            (found,) = tpu_aot.run(target, [(call, dtype)])
+        except ModuleNotFoundError as error:
+            pytest.skip(str(error))
+        keys = ("libtpu", "target", "call", "dtype")
+        same = [r for r in self.RECORDED if all(r[key] == found[key] for key in keys)]
+        if not same:  # another version of the compiler schedules differently
+            pytest.skip(f"no recorded cycles for libtpu {found['libtpu']}, {target}, {call}")
+        (recorded,) = same
+        for name in tpu_aot.DIRECTIONS:
+            assert found[name]["kernels"] == recorded[name]["kernels"]
+            assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
+                f"{name} {target}: record with python -m kernels.point_sampling.bench"
+            )
+        assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]
+
+    @pytest.mark.parametrize("dtype", bench.DTYPES)
+    def test_one_call(self, dtype):
+        self.compare("v5e", "losses", dtype)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", bench.DTYPES)
+    @pytest.mark.parametrize("call", [shape.name for shape in PUBLISHED])
+    @pytest.mark.parametrize("target", ["v5e", "v5p"])
+    def test_every_call(self, target, call, dtype):
+        self.compare(target, call, dtype)
+
+    def test_the_kernels_take_less_than_three_percent_of_a_step(self):
+        """v5e, all calls of a step, of 34 ms an image (docs/performance.md)."""
+        records = [r for r in self.RECORDED if r["target"] == "v5e" and r["libtpu"] == "0.0.42.1"]
+        for dtype in bench.DTYPES:
+            matching, losses = (
+                next(r for r in records if r["dtype"] == dtype and r["call"] == shape.name)
+                for shape in PUBLISHED
+            )
+            passes = (matching["forward"], losses["forward"], losses["backward"])
+            assert sum(p["milliseconds"] for p in passes) < 0.03 * 34
+            assert losses["temporary_bytes"] < 4e6
+
+    def test_rare_loops_count_as_often_as_they_run(self):
+        text = """
+     0   :  { %s1_s0 = smov 0 }
+   0x1 LB: > { %s2_s0 = sadd.s32 1, %s2_s0 } /* Start region 7 */
+   0x2 LB: >> { %4 = vld  ;;  %5 = vst [vmem:[%s1_s0] sm:$0xff] %v0 } /* Start region 5 */
+   0x3 LB: >>> { %6 = vld } /* Start region 3 */
+   0x4   : >>> { %p1_p1 = scmp.ge.s32.totalorder %s4_s1, 32 /* loop exit test */ }
+   0x5   : >>> { %9 = sbr.rel (!%p1_p1) target = $region3 }
+   0x6   : >> { %p4_p1 = scmp.ge.s32.totalorder %s3_s1, 4 /* loop exit test */ }
+   0x7   : >> { %9 = sbr.rel (!%p4_p1) target = $region5 }
+   0x8   : >> {}
+   0x9   : >> {}
+   0xa   : >> {}
+   0xb   : >> {}
+   0xc   : > { %p8_p2 = scmp.ge.s32.totalorder %s2_s0, 2 /* loop exit test */ }
+   0xd   : > { %7 = sbr.rel (!%p8_p2) target = $region7 }
+   0xe   :  {}
+   0xf   :  {}
+  0x10   :  {}
+  0x11   :  {}
+"""
+        shape = CallShape("", 256, (256, 256), 128)  # one tile of 8 groups
+        frequent = 1 + 2 * (1 + 4 * 7 + 2 + 4)
+        shared = 1 - (1 - 9 / 65536) ** 112
+        expected = frequent + shared * 256 * (3 + 4)
+        assert tpu_aot.uniform_cycles(text, shape) == pytest.approx(expected)

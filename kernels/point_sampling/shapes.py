@@ -1,0 +1,28 @@
+"""The calls of the losses of the COCO recipe: reading the mask features of an image."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class CallShape:
+    """One call, without its batch axis.
+
+    Attributes:
+      name: what the points are for.
+      points: how many.
+      size: (height, width) of the map, a quarter of the image.
+      depth: channels.
+    """
+
+    name: str
+    points: int
+    size: tuple[int, int] = (256, 256)
+    depth: int = 256
+
+
+MATCHING = CallShape("matching", 12544)
+# 3 x 12544 candidates and 3136 fresh points, shared by the masks of an image.
+LOSSES = CallShape("losses", 40768)
+PUBLISHED = (MATCHING, LOSSES)
