@@ -96,9 +96,6 @@ def read_targets(packed: jax.Array, points: jax.Array, slots: jax.Array) -> jax.
     # Without the barrier XLA reads the map again in every loop and sum that takes the values: slow
     # to run, and on TPUs minutes to compile.
     return lax.optimization_barrier(values)
-    # Without the barrier XLA reads the map again in every loop and sum that takes the values: slow
-    # to run, and on TPUs minutes to compile.
-    return lax.optimization_barrier(values)
 
 
 def choose_uncertain(logits: jax.Array, points: jax.Array, count: int) -> jax.Array:

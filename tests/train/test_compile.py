@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import coco
+from kernels.point_sampling import sample_features
 from oneformer_jax.models import matcher
 from oneformer_jax.train import accelerators, compile, hlo, sharding
 from oneformer_jax.train import state as states
@@ -255,6 +256,30 @@ def test_the_matchers_kernel_compiles_for_a_topology():
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         text = jax.jit(match).trace(cost, valid).lower().compile().as_text()
     assert "tpu_custom_call" in text and "callback" not in text
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in text, collective
+
+
+@needs_libtpu
+def test_the_kernel_of_points_compiles_for_a_topology():
+    """Reading and its gradient: devices need nothing of each other."""
+    mesh = sharding.make_mesh(-1, 2, accelerators.open_topology("v5e:2x2").devices)
+    split = sharding.batch_sharding(mesh)
+    features, points = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+        for shape, dtype in (((8, 32, 40, 256), jnp.bfloat16), ((8, 1000, 2), jnp.float32))
+    )
+
+    def total(features, points):
+        out = sample_features(features, points, implementation="pallas_tpu", mesh=mesh)
+        return jnp.sum(out * out, axis=(1, 2))
+
+    def gradient(features, points):
+        return jax.grad(lambda f: total(f, points).sum())(features)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = jax.jit(gradient).trace(features, points).lower().compile().as_text()
+    assert "point_sampling_forward" in text and "point_sampling_backward" in text
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text, collective
 
