@@ -13,7 +13,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dispatch
 from kernels.point_sampling import band_rows
@@ -131,14 +130,7 @@ def bands(height: int, width: int, itemsize: int, vmem_bytes: int) -> list[tuple
 
 
 def _vmem(interpret) -> int:
-    if interpret:
-        return INTERPRETED_VMEM
-    try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
-    except ValueError as error:
-        raise NotImplementedError(
-            f"sample_features: 'pallas_tpu' runs on TPUs, and this program is for {error}"
-        ) from error
+    return INTERPRETED_VMEM if interpret else dispatch.vmem_of_this_chip("sample_features")
 
 
 def _padded(features: jax.Array, even: bool) -> jax.Array:
