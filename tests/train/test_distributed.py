@@ -5,14 +5,23 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from oneformer_jax.train import distributed
+from oneformer_jax.train import distributed, sharding
+from oneformer_jax.train.checkpoint import Checkpoints, load_for_inference
 from oneformer_jax.train.distributed import DistributedError, Place, call_roll, find_place
+from oneformer_jax.train.preemption import EXIT_CODE
+from tests import tiny
+from tests.train.test_checkpoint import assert_same, make_state, make_target
 from tests.train.test_observe import read_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -126,6 +135,46 @@ def test_two_claim_one_number_or_another_count():
         assert re.search("counts 3 processes and process 0 2", text)
 
 
+# ------------------------------------------------------------------ several processes
+
+
+def start(arguments, devices):
+    """A Python process with so many CPU devices."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(started):
+    """Output of each process; they must all succeed."""
+    outputs = [process.communicate(timeout=1500)[0] for process in started]
+    for process, output in zip(started, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+def test_a_checkpoint_reads_the_same_on_other_processes_and_another_mesh(tmp_path):
+    """Written by one process on 4x2, read and written by two on 2x4, read by one on 1x8."""
+    state = make_state(make_target(sharding.make_mesh(4, 2), ema=True))
+    with Checkpoints(tmp_path / "one") as checkpoints:
+        checkpoints.save(4, state, {"step": 4})
+    address = f"localhost:{free_port()}"
+    command = ("-m", "tests.train.resave", tmp_path / "one", tmp_path / "two", 4, 2, 4, address, 2)
+    finish([start((*command, number), 4) for number in range(2)])
+    other = make_target(sharding.make_mesh(1, 8), ema=True)
+    with Checkpoints(tmp_path / "two") as checkpoints:
+        found, position = checkpoints.restore(4, other)
+    assert position == {"step": 4}
+    assert_same(found, state)
+    split = found["params"]["layers"][0]["kernel"].sharding
+    assert split == other["params"]["layers"][0]["kernel"].sharding
+
+
 # ------------------------------------------------------------------ whole jobs
 
 OVERRIDES = {
@@ -142,8 +191,11 @@ OVERRIDES = {
     "model.text_width": 32,
     "model.text_layers": 1,
     "loss.num_points": 64,
-    # Small: Adam turns rounding of tiny gradients into whole steps, and a near tie in the matching
-    # or among uncertain points may fall to either side.
+    # Many points of these flat scenes are equally uncertain: which are chosen is a matter of
+    # rounding. `test_meshes` has points that are not.
+    "loss.importance_ratio": 0.0,
+    "matcher.backend": "device",  # programs that call back to the host are not kept for later
+    # Small: Adam turns gradients that are nothing but rounding into whole steps.
     "optim.lr": 1e-6,
     "optim.warmup_steps": 0,
     "train.steps": 4,
@@ -155,69 +207,166 @@ OVERRIDES = {
     "eval.short_edge": 64,
     "eval.max_size": 64,
     "eval.token_table": False,
+    "compilation_cache": ROOT / ".pytest_cache" / "jax",
 }
+ROUNDING = 2e-5  # measured: up to 1e-6 of a loss, 1e-5 of a norm of gradients
+DEVICES = 8
 
 
-def start(workdir, data_dir, devices, *flags):
+def start_job(workdir, data_dir, devices, *flags):
     overrides = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
-    return subprocess.Popen(
-        [
-            *(sys.executable, "main.py", "--config=configs/synthetic.py", f"--workdir={workdir}"),
+    return start(
+        (
+            *("main.py", "--config=configs/synthetic.py", f"--workdir={workdir}"),
             *(f"--config.dataset.data_dir={data_dir}", *overrides, *flags),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        ),
+        devices,
     )
 
 
-def run(workdir, data_dir, processes, devices):
-    """Output of each process; they must all succeed."""
+def run(workdir, data_dir, processes, *flags):
+    """Output of each process of a job on eight devices."""
     address = f"localhost:{free_port()}"
-    flags = [
+    places = [
         (f"--coordinator={address}", f"--num_processes={processes}", f"--process_id={number}")
         for number in range(processes)
     ]
-    started = [start(workdir, data_dir, devices, *(f if processes > 1 else ())) for f in flags]
-    outputs = [process.communicate(timeout=1500)[0] for process in started]
-    for process, output in zip(started, outputs, strict=True):
-        assert process.returncode == 0, output
-    return outputs
+    started = [
+        start_job(workdir, data_dir, DEVICES // processes, *flags, *(p if processes > 1 else ()))
+        for p in places
+    ]
+    return finish(started)
+
+
+def losses(workdir):
+    """What was logged of each step, without times."""
+    lines = [line for line in read_lines(workdir) if "loss" in line]
+    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+
+
+def assert_close(workdir, expected, since=0):
+    found, wanted = losses(workdir), losses(expected)
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    for line, other in zip(found[since:], wanted[since:], strict=True):
+        assert line.keys() == other.keys()
+        for name, value in other.items():
+            assert line[name] == pytest.approx(value, rel=ROUNDING, abs=1e-7), (line["step"], name)
+
+
+def assert_equal(workdir, expected):
+    """Bit for bit the same logs and final state."""
+    assert losses(workdir) == losses(expected)
+    found, wanted = (load_state(path / "checkpoints" / "4") for path in (workdir, expected))
+    assert len(found) > 500
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def load_state(path):
+    """The arrays of a checkpoint on the host, by name."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return tiny.leaves(
+        ocp.PyTreeCheckpointer().restore(
+            path / "state", args=ocp.args.PyTreeRestore(tree, restore_args=args)
+        )
+    )
+
+
+def results(workdir):
+    return json.loads((workdir / "eval" / "4" / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """Workdirs of whole runs by 1, 2 and 4 processes, what these printed, and their data."""
+    folder = tmp_path_factory.mktemp("jobs")
+    outputs = {count: run(folder / str(count), folder / "data", count) for count in (1, 2, 4)}
+    return folder, outputs
+
+
+def copy_at_2(jobs, count, target):
+    """A copy of a run as it was killed after its second step."""
+    shutil.copytree(jobs[0] / str(count), target)
+    for later in (target / "checkpoints" / "4", target / "eval"):
+        shutil.rmtree(later)
+    return target
 
 
 @pytest.mark.slow
-def test_two_and_four_processes_do_what_one_does(tmp_path):
-    """Eight devices each time: the same losses, every image once, one set of files."""
-    data = tmp_path / "data"
-    run(tmp_path / "one", data, 1, 8)
-    expected = [line for line in read_lines(tmp_path / "one") if "loss" in line]
-    assert len(expected) == 4
-    results = json.loads((tmp_path / "one" / "eval" / "4" / "results.json").read_text())
-    assert results["images"] == 11
-    for processes in (2, 4):
-        workdir = tmp_path / str(processes)
-        outputs = run(workdir, data, processes, 8 // processes)
-        for number, output in enumerate(outputs):
-            assert f"Process {number} of {processes} on " in output
-            assert f"{8 // processes} of 8 devices are its own" in output
-        lines = [line for line in read_lines(workdir) if "loss" in line]
-        assert [line["step"] for line in lines] == [1, 2, 3, 4]
-        for line, wanted in zip(lines, expected, strict=True):
-            for name in ("loss", "loss_ce", "loss_mask", "loss_contrastive", "grad_norm"):
-                assert line[name] == pytest.approx(wanted[name], rel=2e-3), (line["step"], name)
-        found = json.loads((workdir / "eval" / "4" / "results.json").read_text())
-        assert found["images"] == 11
-        assert found["counts"].keys() == results["counts"].keys()
-        assert len(list(workdir.glob("events.out.*"))) == 1
-        assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4"]
-    # Another number of processes goes on from what these have saved, and a missing one is named.
-    run(tmp_path / "2", data, 1, 4)
-    waiting = start(
-        *(tmp_path / "2", data, 4, f"--coordinator=localhost:{free_port()}", "--num_processes=2"),
-        *("--process_id=0", "--startup_timeout=3"),
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_do_what_one_does(jobs, count):
+    """The same losses, every image once, one set of files."""
+    folder, outputs = jobs
+    workdir = folder / str(count)
+    for number, output in enumerate(outputs[count]):
+        assert f"Process {number} of {count} on " in output
+        assert f"{DEVICES // count} of 8 devices are its own" in output
+    assert_close(workdir, folder / "1")
+    assert results(workdir)["images"] == results(folder / "1")["images"] == 11
+    assert results(workdir)["counts"].keys() == results(folder / "1")["counts"].keys()
+    assert len(list(workdir.glob("events.out.*"))) == 1
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4"]
+
+
+@pytest.mark.slow
+def test_how_many_processes_changes_no_bit(jobs):
+    """One process sums over its devices in another order than several do."""
+    assert_equal(jobs[0] / "4", jobs[0] / "2")
+
+
+@pytest.mark.slow
+def test_going_on_with_another_number_of_processes_changes_no_bit(jobs, tmp_path):
+    workdir = copy_at_2(jobs, 4, tmp_path / "copy")
+    outputs = run(workdir, jobs[0] / "data", 2)
+    assert all("Resuming from step 2 of" in output for output in outputs)
+    assert_equal(workdir, jobs[0] / "4")
+    assert results(workdir)["metrics"] == results(jobs[0] / "4")["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "flags"),
+    [
+        (2, 1, ()),
+        (1, 2, ("--config.mesh.fsdp=2", "--config.matcher.backend=host")),
+    ],
+)
+def test_going_on_alone_or_on_another_mesh(jobs, tmp_path, before, after, flags):
+    """The same losses up to rounding; the matcher calls back to the host of each process."""
+    workdir = copy_at_2(jobs, before, tmp_path / "copy")
+    outputs = run(workdir, jobs[0] / "data", after, *flags)
+    assert all("Resuming from step 2 of" in output for output in outputs)
+    assert_close(workdir, jobs[0] / str(before), since=2)
+    assert results(workdir)["images"] == 11
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(jobs, tmp_path):
+    address, workdir = f"localhost:{free_port()}", tmp_path / "run"
+    flags = ("--config.train.steps=100000", f"--coordinator={address}", "--num_processes=2")
+    started = [
+        start_job(workdir, jobs[0] / "data", 4, *flags, f"--process_id={number}")
+        for number in range(2)
+    ]
+    for line in started[0].stdout:
+        if re.search(r"\bstep 3/", line):
+            break
+    started[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [EXIT_CODE] * 2, outputs
+    stopped = {re.search(r"Stopped at step (\d+), which is saved", text)[1] for text in outputs}
+    (step,) = stopped
+    assert load_for_inference(workdir).step == int(step) >= 3
+
+
+@pytest.mark.slow
+def test_a_job_whose_second_process_never_comes(tmp_path):
+    process = start_job(
+        *(tmp_path / "run", tmp_path / "data", 4, f"--coordinator=localhost:{free_port()}"),
+        *("--num_processes=2", "--process_id=0", "--startup_timeout=3"),
     )
-    output = waiting.communicate(timeout=300)[0]
-    assert waiting.returncode == 1
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 1
     assert "after 3 s 1 of 2 processes have not come: 1." in output
