@@ -1,0 +1,87 @@
+"""What one device sends in a training step, on meshes of more and more devices.
+
+  python -m tests.train.growth cpu:8 cpu:64 cpu:256
+  python -m tests.train.growth v5e:2x4 v5e:8x8 v5e:16x16 v5e:2x4/2      (needs libtpu; /2: slices)
+
+The tiny model of the tests is compiled with one image for each device and its parameters split over
+four. Nothing is run, so the devices of the CPU need not exist.
+"""
+
+import sys
+
+import jax
+import pytest
+
+import tests.conftest  # noqa: F401 - chooses the CPU before jax is imported
+from oneformer_jax.train import accelerators, hlo, sharding
+from oneformer_jax.train import state as states
+from tests import tiny
+from tests.train import test_compile
+from tests.train.runs import make_config
+
+
+def collectives(name: str) -> tuple[int, list[hlo.Collective]]:
+    """(number of devices, what a training step communicates on them)."""
+    topology, _, slices = name.partition("/")
+    kind, _, count = topology.partition(":")
+    if kind == "cpu":
+        devices = jax.devices()[: int(count)]
+        assert len(devices) == int(count), f"{name}: set JAX_NUM_CPU_DEVICES"
+    else:
+        devices = accelerators.open_topology(topology, int(slices or 1)).devices
+    config = make_config(**test_compile.SMALL | {"data__batch_size": len(devices)})
+    mesh = sharding.make_mesh(-1, config.mesh.fsdp, devices)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        training = states.make_training(config, tiny.CLASSES, tiny.text_table(), mesh)
+        batch, key = states.abstract_batch(config, mesh), states.abstract_key(mesh)
+        compiled = training.step.lower(training.state, batch, key).compile()
+    return len(devices), hlo.Program(compiled.as_text(), len(devices)).collectives()
+
+
+def sent(found: list[hlo.Collective]) -> dict[str, float]:
+    """Bytes that a device sends, by what they are.
+
+    Raises:
+      AssertionError: something else is sent, such as masks, feature maps or points.
+    """
+    size = test_compile.parameter_bytes(make_config(**test_compile.SMALL))
+    rest = test_compile.check_collectives(found, size)
+    total = sum(collective.sent for collective in found if collective.kind != hlo.HOST)
+    return {"parameters, gradients, sums": rest, "contrastive features": total - rest}
+
+
+def check(amounts: dict[int, dict[str, float]]) -> None:
+    """AssertionError if more is sent on more devices, or more features for an image of the batch.
+
+    The features of the whole batch are compared, so they grow with it. The share (n - 1) / n of a
+    ring comes closer to 1.
+    """
+    least = min(amounts)
+    for devices, parts in amounts.items():
+        for part, size in parts.items():
+            images = devices / least if part == "contrastive features" else 1
+            assert size < 1.2 * images * amounts[least][part], (devices, part, amounts)
+
+
+def main(*names: str) -> None:
+    if any(name.startswith("cpu:") for name in names):
+        count = max(int(name.partition(":")[2]) for name in names if name.startswith("cpu:"))
+        jax.config.update("jax_num_cpu_devices", count)
+    amounts = {}
+    with pytest.MonkeyPatch.context() as patch:
+        test_compile.patch_shardings(patch)
+        for name in names:
+            devices, found = collectives(name)
+            amounts[devices] = sent(found)
+            parts = [f"{part} {int(size):,} bytes" for part, size in amounts[devices].items()]
+            kinds = [
+                f"{kind} {times} times, {int(size):,} bytes"
+                for kind, (times, size) in hlo.sent_by_kind(found).items()
+            ]
+            print(f"{name}, {devices} devices: {'; '.join(parts)} ({'; '.join(kinds)})", flush=True)
+    check(amounts)
+    print("what a device sends does not grow")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
