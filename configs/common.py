@@ -117,6 +117,7 @@ def get_base() -> ConfigDict:
     # Deformable attention: "xla", "pallas_tpu", "pallas_gpu", or "auto", the fastest by a recorded
     # benchmark on the device (docs/kernels.md).
     c.model.sampling = "auto"
+    c.model.neighborhood = "auto"  # the same for DiNAT's attention: "xla", "pallas_tpu" or "auto"
     c.model.dtype = "float32"  # compute dtype of the matrix products: "float32" or "bfloat16"
     c.model.remat = False  # recompute backbone blocks and transformer layers in the backward pass
     c.model.scan_layers = True  # layers that repeat are loops: each is compiled once

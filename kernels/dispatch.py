@@ -41,16 +41,25 @@ def load(package: str, implementation: str, function: str) -> Callable[..., jax.
 
 
 def split_batch(
-    operation: str, argument: str, call: Callable, arrays: int, mesh: Mesh | None, batch: int
+    operation: str,
+    argument: str,
+    call: Callable,
+    arrays: int,
+    mesh: Mesh | None,
+    batch: int,
+    *,
+    shared: int = 0,
 ) -> Callable:
     """`call` under a shard_map over all axes of a mesh that are not manual yet.
 
     Args:
       operation, argument: names for errors.
       call: of so many arrays with the batch as axis 0, like those that it returns.
-      arrays: how many arguments `call` has.
+      arrays: how many arguments `call` has with that axis.
       mesh: None for the one that is set with `jax.set_mesh`, if any.
       batch: size of axis 0.
+      shared: how many more arguments `call` has, which all devices have whole; their gradients are
+        added up over the devices.
 
     Raises:
       ValueError: the mesh does not divide the batch.
@@ -71,7 +80,7 @@ def split_batch(
     return jax.shard_map(
         call,
         mesh=None if manual else mesh,
-        in_specs=(spec,) * arrays,
+        in_specs=(spec,) * arrays + (PartitionSpec(),) * shared,
         out_specs=spec,
         axis_names=set(axes),
         check_vma=False,  # the kernels do not say how their results vary over the mesh

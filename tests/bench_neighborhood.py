@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oneformer_jax.models.backbones.neighborhood import neighborhood_attention
+from kernels.neighborhood_attention import neighborhood_attention
 
 WIDTH = 32  # of a head
 # height, width, heads, dilation: the first blocks of each stage of DiNAT-L on 640 x 640 pixels,

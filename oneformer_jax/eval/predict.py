@@ -27,7 +27,12 @@ from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segm
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.eval.write import write_prediction
 from oneformer_jax.models.layers import ParamKeys
-from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
+from oneformer_jax.models.oneformer import (
+    KERNELS,
+    OneFormer,
+    OneFormerConfig,
+    normalize_images,
+)
 from oneformer_jax.types import TASK_TOKENS, TASKS, Metadata, task_id
 
 # Deepest stride of the model: inputs are padded to multiples of it.
@@ -107,11 +112,13 @@ class Segmenter:
                 f"the model has {config.num_classes} classes, but {metadata.dataset} has "
                 f"{metadata.num_classes}: model and metadata do not belong together"
             )
-        if mesh is not None and mesh.size > 1 and config.sampling not in ("auto", "xla"):
-            raise ValueError(
-                f"model.sampling is {config.sampling!r}, a kernel that a Segmenter cannot split "
-                f'over the {mesh.size} devices of its mesh; use "auto" or "xla", or one device'
-            )
+        for name in KERNELS:
+            kernel = getattr(config, name)
+            if mesh is not None and mesh.size > 1 and kernel not in ("auto", "xla"):
+                raise ValueError(
+                    f"model.{name} is {kernel!r}, a kernel that a Segmenter cannot split over the "
+                    f'{mesh.size} devices of its mesh; use "auto" or "xla", or one device'
+                )
         self.config = config
         self.metadata = metadata
         self.postprocess = postprocess or PostprocessConfig()

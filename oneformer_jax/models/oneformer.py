@@ -43,6 +43,10 @@ WIDE_HEAD = {
 QUERIES = ("task", "no_token", "zeros", "learned")
 QUERY_LOSSES = ("contrastive", "classification", "none")
 SAMPLING = ("auto", "xla", "pallas_tpu", "pallas_gpu")
+NEIGHBORHOOD = ("auto", "xla", "pallas_tpu")
+KERNELS = ("sampling", "neighborhood")  # fields that choose them
+# Fields that no model is stored with.
+OF_THE_PROGRAM = (*KERNELS, "scan_layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +69,8 @@ class OneFormerConfig:
         the port in `transformers` all 77 positions see each other.
       sampling: implementation of the deformable attention, see `kernels.ms_deform_attn`: "auto" is
         the fastest that a recorded benchmark supports on the device.
+      neighborhood: the same for the neighbourhood attention of DiNAT, see
+        `kernels.neighborhood_attention`.
       dtype: compute dtype of the matrix products, "float32" or "bfloat16"; parameters, softmax,
         norm statistics, coordinates and the task token are float32 always.
       remat: recompute blocks in the backward pass instead of keeping their activations.
@@ -94,6 +100,7 @@ class OneFormerConfig:
     text_heads: int = 4
     text_causal: bool = True
     sampling: str = "auto"
+    neighborhood: str = "auto"
     dtype: str = "float32"
     remat: bool = False
     scan_layers: bool = True
@@ -111,9 +118,13 @@ class OneFormerConfig:
             self.hidden_dim % self.num_heads == 0, "hidden_dim", f"divide by {self.num_heads} heads"
         )
         need(0 <= self.num_context < self.num_queries, "num_context", "be 0 to num_queries - 1")
-        for key, known in (("queries", QUERIES), ("query_loss", QUERY_LOSSES)):
+        for key, known in (
+            ("queries", QUERIES),
+            ("query_loss", QUERY_LOSSES),
+            ("sampling", SAMPLING),
+            ("neighborhood", NEIGHBORHOOD),
+        ):
             need(getattr(self, key) in known, key, f"be one of {', '.join(known)}")
-        need(self.sampling in SAMPLING, "sampling", f"be one of {', '.join(SAMPLING)}")
         need(self.dtype in ("float32", "bfloat16"), "dtype", "be float32 or bfloat16")
 
     @property
@@ -184,12 +195,13 @@ class OneFormerConfig:
         return cls.published("internimage_huge", dataset, **(WIDE_HEAD | overrides))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is the inverse, but for `sampling` and `scan_layers`.
+        """Plain values for JSON; `from_dict` is the inverse, but for `OF_THE_PROGRAM`.
 
         These belong to the program that runs the model, not to the model.
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del fields["sampling"], fields["scan_layers"]
+        for name in OF_THE_PROGRAM:
+            del fields[name]
         return fields | {"backbone": backbones.to_dict(self.backbone)}
 
     @classmethod
@@ -211,6 +223,7 @@ class OneFormer(nnx.Module):
             dtype=dtype,
             remat=config.remat,
             scan=config.scan_layers,
+            neighborhood=None if config.neighborhood == "auto" else config.neighborhood,
         )
         self.pixel_decoder = PixelDecoder(config, config.backbone.channels, rngs=rngs, dtype=dtype)
         self.predictor = TransformerDecoder(config, rngs=rngs, dtype=dtype)

@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any
 
 from oneformer_jax.models import backbones
-from oneformer_jax.models.oneformer import NUM_CLASSES, WIDE_HEAD, OneFormerConfig
+from oneformer_jax.models.oneformer import NUM_CLASSES, OF_THE_PROGRAM, WIDE_HEAD, OneFormerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,8 @@ MODELS = (
 _NOT_IN_TENSORS = {
     "query_loss",
     *("num_context", "text_width", "text_layers", "text_heads", "text_causal"),
-    *("encoder_dropout", "query_init_dropout", "dtype", "remat", "sampling", "scan_layers"),
+    *("encoder_dropout", "query_init_dropout", "dtype", "remat"),
+    *OF_THE_PROGRAM,
     *("norm", "drop_path_rate", "layer_scale_init", "dilations"),
 }
 

@@ -19,7 +19,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from oneformer_jax.models import backbones, matcher
-from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.models.oneformer import OF_THE_PROGRAM, OneFormerConfig
 from oneformer_jax.train import accelerators, checkpoint, observe, optim, sharding, start
 from oneformer_jax.train import state as states
 from oneformer_jax.train.evaluator import Evaluator, metric_names
@@ -299,9 +299,7 @@ def evaluate_workdir(
             f"those of the dataset of this config ({metadata.dataset})"
         )
     model = OneFormerConfig.from_dict(trained.model)
-    model = dataclasses.replace(
-        model, sampling=config.model.sampling, scan_layers=config.model.scan_layers
-    )
+    model = dataclasses.replace(model, **{name: config.model[name] for name in OF_THE_PROGRAM})
     evaluator = Evaluator(config, workdir, metadata, model, mesh)
     state = jax.device_put(
         {"params": trained.params, "stats": trained.stats}, sharding.replicated(mesh)

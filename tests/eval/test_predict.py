@@ -413,7 +413,8 @@ def test_a_real_segmenter_writes_files(tmp_path):
     assert size == (70, 48)
 
 
-def test_a_kernel_on_several_devices_is_refused(mesh8):
-    config = tiny.model_config(sampling="pallas_tpu")
-    with pytest.raises(ValueError, match=r"model\.sampling is 'pallas_tpu'.*8 devices"):
+@pytest.mark.parametrize("key", ["sampling", "neighborhood"])
+def test_a_kernel_on_several_devices_is_refused(mesh8, key):
+    config = tiny.model_config(**{key: "pallas_tpu"})
+    with pytest.raises(ValueError, match=rf"model\.{key} is 'pallas_tpu'.*8 devices"):
         predict.Segmenter(config, {}, {}, tiny.metadata(), mesh=mesh8)

@@ -46,3 +46,28 @@ def test_cycles_of_a_loop_that_ends_by_a_condition():
     assert tpu_aot.issue_cycles(text, steps=10) == 3 + 10 * 6
     with pytest.raises(ValueError, match="trip count for the loop of region 7"):
         tpu_aot.issue_cycles(text)
+
+
+PROGRAM = """
+%body.1 (arguments: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %i = s32[]{:T(128)} constant(7)
+  %a = f32[8] fusion(%x), kind=kLoop, backend_config={"estimated_cycles":"10"}
+  %b = f32[8] fusion(%a), kind=kLoop, backend_config={"estimated_cycles":"5"}
+}
+
+%condition.1 (arguments: (s32[], f32[8])) -> pred[] {
+  %trips = s32[]{:T(128)} constant(6)
+  ROOT %less = pred[] compare(%i, %trips), direction=LT
+}
+
+ENTRY %main.2 (x: f32[8]) -> f32[8] {
+  %c = f32[8] copy(%x), backend_config={"estimated_cycles":"100"}
+  %loop = (s32[], f32[8]) while(%tuple), condition=%condition.1, body=%body.1, metadata={}
+}
+"""
+
+
+def test_estimated_cycles_of_a_program_with_a_loop():
+    assert tpu_aot.estimated_cycles(PROGRAM) == 100 + 6 * 15
+    with pytest.raises(ValueError, match=r"no trip count for the loop of body\.1"):
+        tpu_aot.estimated_cycles(PROGRAM.replace("constant(6)", "parameter(0)"))

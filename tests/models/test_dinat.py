@@ -16,6 +16,7 @@ from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import optim, sharding
 from oneformer_jax.train import state as states
 from tests import tiny
+from tests.kernels.test_neighborhood_attention import loop_reference
 from tests.models.test_backbones import (
     array,
     assert_close,
@@ -28,7 +29,6 @@ from tests.models.test_backbones import (
     shapes_of,
     value_and_gradients,
 )
-from tests.models.test_neighborhood import attend
 
 SMALL = backbones.DinatConfig(
     embed_dim=8,
@@ -58,7 +58,7 @@ def _block(x, block, kernel_size, dilation):
     padded[:height, :width] = layer_norm(x, block.norm1)
     heads = block.attn.num_heads
     qkv = linear(padded, block.attn.qkv).reshape(1, *padded.shape[:2], 3, heads, -1)
-    out = attend(*np.moveaxis(qkv, 3, 0), array(block.attn.rpb), kernel_size, dilation)
+    out = loop_reference(*np.moveaxis(qkv, 3, 0), array(block.attn.rpb), kernel_size, dilation)[0]
     x = x + linear(out[0, :height, :width].reshape(x.shape), block.attn.proj)
     return x + linear(gelu(linear(layer_norm(x, block.norm2), block.mlp.fc1)), block.mlp.fc2)
 
@@ -165,6 +165,18 @@ def test_only_norms_are_exempt_from_decay_and_everything_has_a_sharding(mesh8):
     assert "backbone/levels/0/blocks/1/attn/rpb" in groups["backbone/decay"]
     for name in groups["backbone/decay"]:
         sharding.parameter_spec(name, (8, 8), mesh8)
+
+
+def test_a_named_implementation_reaches_every_block():
+    """And is never replaced: the kernel runs on TPUs only."""
+    model = nnx.eval_shape(
+        lambda: backbones.build_backbone(SMALL, rngs=nnx.Rngs(0), neighborhood="pallas_tpu")
+    )
+    blocks = [block for level in model.levels for block in level.blocks]
+    assert [block.attn.implementation for block in blocks] == ["pallas_tpu"] * 5
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' runs on TPUs"):
+        jax.eval_shape(lambda model, image: model(image), model, image)
 
 
 def test_names_and_errors():

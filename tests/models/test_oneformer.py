@@ -52,7 +52,7 @@ def test_config_survives_json():
     for config in (tiny.model_config(), OneFormerConfig.swin_large("ade20k")):
         assert OneFormerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     # On which device it runs is not part of a model.
-    kernel = tiny.model_config(sampling="pallas_tpu")
+    kernel = tiny.model_config(sampling="pallas_tpu", neighborhood="pallas_tpu")
     assert OneFormerConfig.from_dict(kernel.to_dict()) == tiny.model_config()
     with pytest.raises(ValueError, match="unknown model fields \\['widht'\\]"):
         OneFormerConfig.from_dict(config.to_dict() | {"widht": 3})
@@ -66,6 +66,7 @@ def test_config_survives_json():
         ({"num_context": 7}, "model.num_context is 7: it must be 0 to num_queries - 1"),
         ({"dtype": "float16"}, "model.dtype is 'float16'"),
         ({"sampling": "cuda"}, "model.sampling is 'cuda': it must be one of auto, xla, pallas_tpu"),
+        ({"neighborhood": "pallas_gpu"}, "model.neighborhood is 'pallas_gpu': .* xla, pallas_tpu$"),
         ({"num_classes": 0}, "model.num_classes is 0"),
     ],
 )

@@ -104,6 +104,7 @@ def build_backbone(
     dtype=jnp.float32,
     remat: bool = False,
     scan: bool = False,
+    neighborhood: str | None = None,
 ) -> Swin | ConvNeXt | DiNAT | InternImage | ResNet:
     """The module of a config.
 
@@ -113,9 +114,13 @@ def build_backbone(
       dtype: of the matrix products and the outputs; parameters and statistics are float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
       scan: run blocks that repeat as a loop, which is compiled once.
+      neighborhood: implementation of the neighbourhood attention, see
+        `kernels.neighborhood_attention`; of no meaning to backbones without one.
     """
-    _, module = _KINDS[kind_of(config)]
-    return module(config, rngs=rngs, dtype=dtype, remat=remat, scan=scan)
+    kind = kind_of(config)
+    _, module = _KINDS[kind]
+    options = {"implementation": neighborhood} if kind == "dinat" else {}
+    return module(config, rngs=rngs, dtype=dtype, remat=remat, scan=scan, **options)
 
 
 def to_dict(config: BackboneConfig) -> dict[str, Any]:

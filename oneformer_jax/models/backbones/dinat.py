@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels.neighborhood_attention import neighborhood_attention
 from oneformer_jax.models.backbones.common import (
     Mlp,
     StagedConfig,
@@ -23,7 +24,6 @@ from oneformer_jax.models.backbones.common import (
     linear_init,
     random_items,
 )
-from oneformer_jax.models.backbones.neighborhood import neighborhood_attention
 from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
 from oneformer_jax.models.stack import Stack, run
 
@@ -140,11 +140,17 @@ class DiNAT(nnx.Module):
         dtype=jnp.float32,
         remat: bool = False,
         scan: bool = False,
+        implementation: str | None = None,
     ):
-        """`dtype` is that of the matrix products; see `stack.Stack` for `remat` and `scan`."""
+        """`dtype` is that of the matrix products; see `stack.Stack` for `remat` and `scan`.
+
+        `implementation` is that of `kernels.neighborhood_attention`.
+        """
         self.dtype = dtype
         self.patch_embed = ConvTokenizer(config.embed_dim, rngs=rngs, dtype=dtype)
-        options = dict(rngs=rngs, dtype=dtype, remat=remat, scan=scan)
+        options = dict(
+            rngs=rngs, dtype=dtype, remat=remat, scan=scan, implementation=implementation
+        )
         self.levels = nnx.List(
             Level(config, stage, rates, **options)
             for stage, rates in enumerate(drop_path_rates(config))
@@ -208,6 +214,7 @@ class Level(nnx.Module):
         dtype,
         remat: bool,
         scan: bool,
+        implementation: str | None,
     ):
         width = config.channels[stage]
         self.rates = rates
@@ -220,6 +227,7 @@ class Level(nnx.Module):
                 mlp_ratio=config.mlp_ratio,
                 rngs=rngs,
                 dtype=dtype,
+                implementation=implementation,
             )
             for dilation in config.dilations[stage]
         )
@@ -249,10 +257,17 @@ class DinatBlock(nnx.Module):
         mlp_ratio: float,
         rngs: nnx.Rngs,
         dtype,
+        implementation: str | None,
     ):
         self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.attn = NeighborhoodAttention(
-            width, num_heads, kernel_size, dilation, rngs=rngs, dtype=dtype
+            width,
+            num_heads,
+            kernel_size,
+            dilation,
+            rngs=rngs,
+            dtype=dtype,
+            implementation=implementation,
         )
         self.norm2 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs, dtype=dtype)
@@ -276,10 +291,12 @@ class NeighborhoodAttention(nnx.Module):
         *,
         rngs: nnx.Rngs,
         dtype,
+        implementation: str | None,
     ):
         self.num_heads = num_heads
         self.kernel_size = kernel_size
         self.dilation = dilation
+        self.implementation = implementation
         table = (num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
         self.rpb = nnx.Param(linear_init(rngs.params(), table))
         self.qkv = linear(width, 3 * width, rngs=rngs, dtype=dtype)
@@ -304,6 +321,7 @@ class NeighborhoodAttention(nnx.Module):
             self.rpb[...],
             kernel_size=self.kernel_size,
             dilation=self.dilation,
+            implementation=self.implementation,
         )
         return self.proj(out[:, :height, :width].reshape(x.shape))
 

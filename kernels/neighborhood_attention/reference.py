@@ -1,4 +1,4 @@
-"""Dilated neighbourhood attention (arXiv 2204.07143, 2209.15001), with dense products on tiles.
+"""Plain-JAX neighbourhood attention by dense products on tiles, "xla": the reference.
 
 Along each axis a query at position i sees the positions of its residue class, p = i modulo the
 dilation, and among them the `kernel_size` nearest; at the borders this window moves inwards, so it
@@ -115,39 +115,14 @@ def neighborhood_attention(
     rpb: jax.Array,
     *,
     kernel_size: int,
-    dilation: int = 1,
+    dilation: int,
 ) -> jax.Array:
-    """Attention of each pixel to kernel_size x kernel_size pixels around it.
+    """As `api.neighborhood_attention`, whose checks have been passed.
 
     A few heads are done at a time, so that besides its arguments and its result this takes a few
     times the memory of `query`, for gradients too: nothing that a step forms is kept.
-
-    Args:
-      query: [B, H, W, N, D] of N heads of width D; it is scaled by D**-0.5 here.
-      key: as `query`.
-      value: as `query`.
-      rpb: [N, 2 * kernel_size - 1, 2 * kernel_size - 1], what is added to the logit of a key at
-        (rows, columns) = index - (kernel_size - 1) from the query, in steps of the dilation.
-      kernel_size: edge of the neighbourhood, odd.
-      dilation: distance between neighbours.
-
-    Returns:
-      [B, H, W, N, D] in the type of `value`; logits and softmax are float32.
-
-    Raises:
-      ValueError: H or W is less than kernel_size * dilation (pad the map), or `rpb` does not fit.
     """
     _, height, width, heads, channels = query.shape
-    if min(height, width) < kernel_size * dilation:
-        raise ValueError(
-            f"a map of {height} x {width} has no neighbourhood of {kernel_size} pixels in steps of "
-            f"{dilation}: pad its sides to {kernel_size * dilation} or more"
-        )
-    if rpb.shape != (heads, 2 * kernel_size - 1, 2 * kernel_size - 1):
-        raise ValueError(
-            f"rpb has shape {rpb.shape}: it must be [{heads} heads, {2 * kernel_size - 1}, "
-            f"{2 * kernel_size - 1}] for kernel_size {kernel_size}"
-        )
     rows = Axis.cut(height, kernel_size, dilation)
     columns = Axis.cut(width, kernel_size, dilation)
     most = STEP * heads * channels / (rows.expansion * columns.expansion)
