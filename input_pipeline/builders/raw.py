@@ -174,9 +174,11 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         )
 
     def _download_and_prepare(self, dl_manager, download_config=None):
+        # A hook of TFDS that `download_and_prepare` above takes the place of: never on the way.
         raise NotImplementedError("download_and_prepare writes the records")
 
     def _as_dataset(self, split, decoders=None, read_config=None, shuffle_files=False):
+        # A hook for tf.data, which the project does not use: nothing here needs TensorFlow.
         raise NotImplementedError("ArrayRecord files are read with as_data_source")
 
 

@@ -79,8 +79,8 @@ def compile_programs(
 
     Without `predict`, the training step alone.
 
-    With `quick` the compiler takes a fraction of the time, and finds programs that need more memory
-    than those of a run: what fits then, fits.
+    With `quick` the compiler takes a fraction of the time and fuses less. Its programs needed more
+    memory than those of a run wherever both were compiled, which the compiler does not promise.
 
     Raises:
       ValueError: the config and the devices do not fit each other.

@@ -217,7 +217,10 @@ def test_what_the_forward_pass_keeps(remat, scan):
     def layers_with(shape):
         return sum(count for count, found in sizes if found == shape)
 
-    # The parameters themselves, once.
+    # The parameters themselves, once, and not whole: both of a layer are gathered forward, gathered
+    # again backward, and their gradients constrained in turn.
     assert layers_with((4, 32)) == layers_with((32, 4)) == 3
+    program = str(jax.make_jaxpr(jax.grad(lambda p: apply(p).sum()))(nnx.to_pure_dict(params)))
+    assert program.count("= sharding_constraint") == 3 * 2 * (1 if scan else 3)
     # The argument of the cosine, or its derivative: `recompute` hides the others.
     assert layers_with((3, 32)) <= (0 if remat else 2 * 3)
