@@ -4,7 +4,8 @@
 
 Compiles the training step ahead of time (`pip install "jax[tpu]"`), with parameters sharded over
 all chips and recomputation, by the quick way of compile mode, whose memory is an upper bound; each
-in a process of its own. From 16 chips down, until one does not fit. What was compiled is in the
+in a process of its own. Chips of much memory are tried from the fewest up, until one topology
+holds the recipe, the others from 16 chips down, until one does not. What was compiled is in the
 output file, so a second start goes on; recipes with the same program share it.
 """
 
@@ -23,15 +24,19 @@ import sys
 import time
 
 DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
-# Of at most 16 chips, since a chip takes at least one image; numbers of chips that divide 16.
-TOPOLOGIES = {
-    "v4": ("2x2x4", "2x2x2", "2x2x1"),
+# Of at most 16 chips, since a chip takes at least one image; numbers of chips that divide 16. In
+# the order in which they are tried.
+UP = {
+    "v4": ("2x2x1", "2x2x2", "2x2x4"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4"),
+    "tpu7x": ("2x2x1", "2x2x2"),  # of two devices a chip
+}
+DOWN = {
     "v5e": ("4x4", "2x4", "2x2", "1x1"),
-    "v5p": ("2x2x4", "2x2x2", "2x2x1"),
     "v6e": ("4x4", "2x4", "2x2", "1x1"),
-    "tpu7x": ("2x2x2", "2x2x1"),  # of two devices a chip
     "h100": ("16", "8", "4", "2", "1"),
 }
+TOPOLOGIES = UP | DOWN
 
 
 def load(dataset: str, variant: str):
@@ -89,15 +94,19 @@ def table(results: dict, kinds: list[str], rows: list[tuple[str, str, str]]) -> 
     for dataset, variant, key in rows:
         cells = []
         for kind in kinds:
-            tried = [(t, results.get(f"{key}@{kind}:{t}")) for t in TOPOLOGIES[kind]]
-            fitting = [(t, r) for t, r in tried if r and r.get("fits")]
+            names = TOPOLOGIES[kind]
+            found = [results.get(f"{key}@{kind}:{name}") for name in names]
+            tried = [result for result in found if result]
+            fitting = [(n, r) for n, r in zip(names, found, strict=True) if r and r.get("fits")]
             if fitting:
                 name, result = fitting[-1]
-                cells.append(f"{name}, {result['gib']:.1f} GiB")
-            elif any(r and "error" in r for _, r in tried):
+                least = kind in UP or len(tried) > len(fitting) or len(tried) == len(names)
+                open_end = "" if least else " or smaller"
+                cells.append(f"{name}{open_end}, {result['gib']:.1f} GiB")
+            elif any("error" in result for result in tried):
                 cells.append("fails to compile")
             else:
-                cells.append("none" if any(r for _, r in tried) else "not compiled")
+                cells.append("none" if len(tried) == len(names) else "not compiled")
         lines.append(f"| {dataset}:{variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -122,11 +131,13 @@ def main() -> None:
         for variant in importlib.import_module(f"configs.{dataset}").VARIANTS
         if arguments.only in variant
     ]
-    # First all recipes on the largest topology, then those that fit on the next one, and so on.
+    # First all recipes on the first topology, then on the next one those that it may settle.
     for place in range(max(len(TOPOLOGIES[kind]) for kind in kinds)):
         for kind, (dataset, variant, key) in itertools.product(kinds, rows):
-            before = [f"{key}@{kind}:{t}" for t in TOPOLOGIES[kind][:place]]
-            if place >= len(TOPOLOGIES[kind]) or not all(results[n].get("fits") for n in before):
+            if place >= len(TOPOLOGIES[kind]):
+                continue
+            before = [results[f"{key}@{kind}:{t}"] for t in TOPOLOGIES[kind][:place]]
+            if any(result.get("fits") != (kind in DOWN) for result in before):
                 continue
             topology = f"{kind}:{TOPOLOGIES[kind][place]}"
             if (name := f"{key}@{topology}") in results:

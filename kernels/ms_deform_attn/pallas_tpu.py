@@ -266,6 +266,7 @@ def _padded_width(width: int) -> int:
 
 
 def _forward(settings: Settings, tile: int, levels: int, cells, points, table) -> jax.Array:
+    order = quad_rows.scalar_order(cells, tile)
     return dispatch.merge_mapped_axes(
         functools.partial(
             quad_rows.forward,
@@ -274,10 +275,11 @@ def _forward(settings: Settings, tile: int, levels: int, cells, points, table) -
             vmem_bytes=settings.vmem_bytes,
             interpret=settings.interpret,
         )
-    )(cells, points, table)
+    )(order, points, table)
 
 
 def _backward(settings: Settings, tile: int, levels: int, cells, points, table, gradient):
+    order = quad_rows.scalar_order(2 * cells, tile)
     return dispatch.merge_mapped_axes(
         functools.partial(
             quad_rows.backward,
@@ -286,4 +288,4 @@ def _backward(settings: Settings, tile: int, levels: int, cells, points, table, 
             vmem_bytes=settings.vmem_bytes,
             interpret=settings.interpret,
         )
-    )(cells, points, table, gradient)
+    )(order, cells, points, table, gradient)

@@ -41,7 +41,7 @@ MAX_TILE = 512  # queries of a grid step
 MAX_TILE_SAMPLES = 12 * MAX_TILE  # bounds the scratch of the backward kernel
 GROUP = 4  # points of one level whose rows are read before any is written
 # Per loop body of the backward kernel, so that the ends of a body's schedule weigh little.
-UPDATED_BLOCKS = 8  # divides 128 / 8
+UPDATED_BLOCKS = 4  # divides 128 / 8
 DENSE_PARTS = 4  # of 128 queries
 VMEM_RESERVE = 10 * 2**20  # blocks, scratch and the compiler's own, beside the tables
 
@@ -56,8 +56,19 @@ def tile_size(queries: int, samples: int) -> int:
     return min(sizes, key=lambda size: (-(-queries // size) * size, -size))
 
 
+def scalar_order(cells: jax.Array, tile: int) -> jax.Array:
+    """Indices as the scalar core reads them: [A, K, Q] -> [A, tiles, K * 8, 128].
+
+    Block j of a tile holds the queries j, j + tile/8, j + 2 * tile/8... so that this is a reshape.
+    """
+    batch, samples, queries = cells.shape
+    x = cells.reshape(batch, samples, queries // tile, SUBLANES, tile // SUBLANES)
+    x = jnp.pad(x, ((0, 0),) * 4 + ((0, LANES - tile // SUBLANES),))
+    return jnp.swapaxes(x, 1, 2).reshape(batch, queries // tile, samples * SUBLANES, LANES)
+
+
 def forward(
-    cells: jax.Array,
+    order: jax.Array,
     points: jax.Array,
     table: jax.Array,
     *,
@@ -69,7 +80,8 @@ def forward(
     """Weighted sums of table rows.
 
     Args:
-      cells: int32 [A, K, Q], rows of the table, level by level.
+      order: int32 [A, Q / tile, K * 8, 128], the `scalar_order` of table rows [A, K, Q], level
+        by level.
       points: float32 [A, 3, K, Q]: fraction along x, fraction along y, attention weight.
       table: float32 [A * G, R, 128]; R is a multiple of 8.
       levels: samples of different levels never have the same row.
@@ -80,7 +92,7 @@ def forward(
     Returns:
       float32 [A * G, 32, Q].
     """
-    batch, samples, queries = cells.shape
+    batch, _, samples, queries = points.shape
     groups = table.shape[0] // batch
     # With room for two tables the next head's is fetched while this one's is in use.
     once = 2 * table.shape[1] * ROW_BYTES > vmem_bytes - VMEM_RESERVE
@@ -106,10 +118,11 @@ def forward(
         ],
         compiler_params=_compiler_params(vmem_bytes, interpret),
         interpret=interpret,
-    )(_scalar_order(cells, tile), points, table)
+    )(order, points, table)
 
 
 def backward(
+    order: jax.Array,
     cells: jax.Array,
     points: jax.Array,
     table: jax.Array,
@@ -123,7 +136,9 @@ def backward(
     """Gradients of `forward` in points and table.
 
     Args:
-      cells, points, table, levels, tile, vmem_bytes, interpret: as of `forward`.
+      order: the `scalar_order` of 2 * cells, twice `forward`'s.
+      cells: int32 [A, K, Q], the rows that `order` holds.
+      points, table, levels, tile, vmem_bytes, interpret: as of `forward`.
       gradient: float32 [A * G, 32, Q], of the output.
 
     Returns:
@@ -160,7 +175,7 @@ def backward(
         ],
         compiler_params=_compiler_params(vmem_bytes, interpret),
         interpret=interpret,
-    )(_scalar_order(2 * cells, tile), cells, points, gradient, table)
+    )(order, cells, points, gradient, table)
 
 
 def _block(samples: int) -> int:
@@ -186,17 +201,6 @@ def _compiler_params(vmem_bytes: int, interpret) -> pltpu.CompilerParams:
         dimension_semantics=("parallel", "arbitrary"),
         vmem_limit_bytes=None if interpret else vmem_bytes,
     )
-
-
-def _scalar_order(cells: jax.Array, tile: int) -> jax.Array:
-    """Indices as the scalar core reads them: [A, K, Q] -> [A, tiles, K * 8, 128].
-
-    Block j of a tile holds the queries j, j + tile/8, j + 2 * tile/8... so that this is a reshape.
-    """
-    batch, samples, queries = cells.shape
-    x = cells.reshape(batch, samples, queries // tile, SUBLANES, tile // SUBLANES)
-    x = jnp.pad(x, ((0, 0),) * 4 + ((0, LANES - tile // SUBLANES),))
-    return jnp.swapaxes(x, 1, 2).reshape(batch, queries // tile, samples * SUBLANES, LANES)
 
 
 def _forward_kernel(
@@ -286,15 +290,15 @@ def _backward_kernel(
         _fill_with_zeros(pair)
         _copy_every_other(table.at[head], pair, 0, True, moved, unroll)
 
-    fraction_x, fraction_y, weight = points_ref[0], points_ref[1], points_ref[2]
-    corner_weights = _corner_weights(fraction_x, fraction_y, weight)
-    for c, merged in enumerate(_merged_weights(cells_ref[...], corner_weights, points)):
-        weights_ref[c] = merged
     await_indices()
 
     def make_additions(i):
         """What each sample adds to its row of the gradient: weights times output gradients."""
         queries = pl.ds(_aligned(i * LANES), LANES)
+        corner_weights = _corner_weights(*(points_ref[n, :, queries] for n in range(3)))
+        merged = _merged_weights(cells_ref[:, queries], corner_weights, points)
+        for c, weights in enumerate(merged):
+            weights_ref[c, :, queries] = weights
         gradient = gradient_ref[:, queries]
         for k in range(samples):
             products = [gradient * weights_ref[c, k : k + 1, queries] for c in range(len(CORNERS))]
@@ -325,7 +329,11 @@ def _backward_kernel(
         _loop(count, update, count if unroll else 1)
 
     def multiply(i):
-        """Inner products of rows and output gradients: the gradient of the corner weights."""
+        """Inner products of rows and output gradients: the gradient of the corner weights.
+
+        From these, the gradient of the points. Here, as in `make_additions`, arithmetic of all
+        samples runs beside the transposes.
+        """
         queries = pl.ds(_aligned(i * LANES), LANES)
         gradient = gradient_ref[:, queries]
         for k in range(samples):
@@ -334,21 +342,22 @@ def _backward_kernel(
                 products_ref[c, k : k + 1, queries] = jnp.sum(
                     corner * gradient, axis=0, keepdims=True
                 )
+        fraction_x, fraction_y, weight = (points_ref[n, :, queries] for n in range(3))
+        # The products as a bilinear patch: along x at its upper and lower edge, then along y.
+        corners = (products_ref[c, :, queries] for c in range(len(CORNERS)))
+        upper_left, upper_right, lower_left, lower_right = corners
+        upper_slope, lower_slope = upper_right - upper_left, lower_right - lower_left
+        upper = upper_left + fraction_x * upper_slope
+        lower = lower_left + fraction_x * lower_slope
+        slope = upper_slope + fraction_y * (lower_slope - upper_slope)
+        d_points_ref[0, :, queries] = weight * slope
+        d_points_ref[1, :, queries] = weight * (lower - upper)
+        d_points_ref[2, :, queries] = upper + fraction_y * (lower - upper)
 
     parts = tile // LANES
     _loop(parts, make_additions, math.gcd(parts, DENSE_PARTS) if unroll else 1)
     _loop(blocks // UPDATED_BLOCKS, update_rows, 1)
     _loop(parts, multiply, math.gcd(parts, DENSE_PARTS) if unroll else 1)
-
-    products = [products_ref[c] for c in range(len(CORNERS))]
-    d_points_ref[0] = weight * (
-        (1 - fraction_y) * (products[1] - products[0]) + fraction_y * (products[3] - products[2])
-    )
-    d_points_ref[1] = weight * (
-        (1 - fraction_x) * (products[2] - products[0]) + fraction_x * (products[3] - products[1])
-    )
-    unit = _corner_weights(fraction_x, fraction_y, jnp.ones_like(weight))
-    d_points_ref[2] = sum(u * p for u, p in zip(unit, products, strict=True))
 
     @pl.when(t == pl.num_programs(1) - 1)
     def _():
@@ -447,16 +456,20 @@ def _merged_weights(cells, corner_weights, points: int):
 
     Only the last write to a row remains of a group, and by this it holds the whole sum.
     """
-    merged = [[] for _ in CORNERS]
-    for k in range(cells.shape[0]):
-        first = k - (k % points) % GROUP
-        same = [cells[j : j + 1] == cells[k : k + 1] for j in range(first, k)]
-        for out, weights in zip(merged, corner_weights, strict=True):
-            total = weights[k : k + 1]
-            for j, equal in zip(range(first, k), same, strict=True):
-                total += jnp.where(equal, weights[j : j + 1], 0.0)
-            out.append(total)
-    return [jnp.concatenate(rows, axis=0) for rows in merged]
+    samples = cells.shape[0]
+
+    def shifted(x, lag):
+        return jnp.concatenate([jnp.zeros((lag, x.shape[1]), x.dtype), x[: samples - lag]], axis=0)
+
+    merged = list(corner_weights)
+    for lag in range(1, min(points, GROUP)):
+        same = cells == shifted(cells, lag)  # false for samples of different levels
+        if points > GROUP:
+            place = lax.broadcasted_iota(jnp.int32, cells.shape, 0) % points % GROUP
+            same &= place >= lag
+        for c, weights in enumerate(corner_weights):
+            merged[c] += jnp.where(same, shifted(weights, lag), 0.0)
+    return merged
 
 
 def _to_lanes(corners):

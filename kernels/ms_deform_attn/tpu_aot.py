@@ -70,10 +70,10 @@ def compile_seconds(target: str, image: tuple[int, int]) -> dict:
         cells, points = pallas_tpu._select(call.spatial_shapes, levels, *places)
         table = pallas_tpu._table(call.spatial_shapes, levels, value)
         gradient = jnp.zeros((table.shape[0], quad_rows.CHANNELS, cells.shape[-1]), jnp.float32)
-        return cells, points, table, gradient
+        return quad_rows.scalar_order(cells, tile), cells, points, table, gradient
 
     inputs = [jax.ShapeDtypeStruct(size, jnp.float32) for size in call.shapes(batch=1).values()]
-    *arrays, gradient = jax.eval_shape(arguments, *inputs)
+    order, cells, points, table, gradient = jax.eval_shape(arguments, *inputs)
 
     def kernel(run, *arrays):
         vmem = pltpu.get_tpu_info().vmem_capacity_bytes
@@ -82,10 +82,12 @@ def compile_seconds(target: str, image: tuple[int, int]) -> dict:
     return {
         "image": list(image),
         "forward": tpu_aot.compile_cpu_seconds(
-            target, functools.partial(kernel, quad_rows.forward), arrays
+            target, functools.partial(kernel, quad_rows.forward), [order, points, table]
         ),
         "backward": tpu_aot.compile_cpu_seconds(
-            target, functools.partial(kernel, quad_rows.backward), [*arrays, gradient]
+            target,
+            functools.partial(kernel, quad_rows.backward),
+            [order, cells, points, table, gradient],
         ),
     }
 

@@ -67,8 +67,9 @@ class OneFormerConfig:
       hidden_dim: D; a multiple of 32 (GroupNorm) and of `num_heads`.
       text_causal: whether a text's tokens see only those before them, as in the official code. In
         the port in `transformers` all 77 positions see each other.
-      sampling: implementation of the deformable attention, see `kernels.ms_deform_attn`: "auto" is
-        the fastest that a recorded benchmark supports on the device.
+      sampling: implementation of the deformable attention, InternImage's too, see
+        `kernels.ms_deform_attn`: "auto" is the fastest that a recorded benchmark supports on the
+        device.
       neighborhood: the same for the neighbourhood attention of DiNAT, see
         `kernels.neighborhood_attention`.
       dtype: compute dtype of the matrix products, "float32" or "bfloat16"; parameters, softmax,
@@ -217,13 +218,14 @@ class OneFormer(nnx.Module):
 
     def __init__(self, config: OneFormerConfig, *, rngs: nnx.Rngs, training: bool):
         dtype = jnp.dtype(config.dtype)
+        kernels = {key: getattr(config, key) for key in KERNELS}
         self.backbone = backbones.build_backbone(
             config.backbone,
             rngs=rngs,
             dtype=dtype,
             remat=config.remat,
             scan=config.scan_layers,
-            neighborhood=None if config.neighborhood == "auto" else config.neighborhood,
+            **{key: None if name == "auto" else name for key, name in kernels.items()},
         )
         self.pixel_decoder = PixelDecoder(config, config.backbone.channels, rngs=rngs, dtype=dtype)
         self.predictor = TransformerDecoder(config, rngs=rngs, dtype=dtype)

@@ -39,8 +39,6 @@ def run(
     *stacks: Stack,
     items: Any = None,
     updates: bool = False,
-    start: int = 0,
-    stop: int | None = None,
 ) -> tuple[Any, list[Any]]:
     """Applies `x, output = step(x, item, *layers)` for the layers 0, 1, 2... of the stacks.
 
@@ -54,14 +52,12 @@ def run(
       stacks: equally long; the first one's `remat` and `scan` count.
       items: a tree of arrays with a leading axis for the layers; `step` gets one slice as `item`.
       updates: whether layers update statistics (`nnx.BatchStat`).
-      start: first layer.
-      stop: the layer after the last; None is the length of the stacks.
 
     Returns:
       x, and the outputs in the order of the layers.
     """
     remat, scan = stacks[0].remat, stacks[0].scan
-    indices = range(start, len(stacks[0]) if stop is None else stop)
+    indices = range(len(stacks[0]))
     if not scan and not remat and all(stack.gather is None for stack in stacks):
         outputs = []
         for i in indices:
@@ -94,8 +90,7 @@ def run(
     kinds = [tuple(graphdef for graphdef, *_ in split[i]) for i in indices]
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), states[i]) for i in indices]
     first, period, rounds = find_loop(list(zip(kinds, shapes, strict=True))) if scan else (0, 0, 0)
-    first += start
-    i = start
+    i = 0
     while i < indices.stop:
         if i != first or not rounds:
             x, output, stats = layer(x, _at(items, i), states[i], i, looped=False)

@@ -53,7 +53,7 @@ def test_where_a_sequence_repeats(kinds, expected):
     assert find_loop(kinds) == expected
 
 
-def outcome(scan, *, remat=False, gather=None, jit=True, **options):
+def outcome(scan, *, remat=False, gather=None, jit=True):
     """Result, outputs, statistics and gradients of two stacks of unequal layers."""
     stacks = []
     for seed in (0, 100):
@@ -69,7 +69,7 @@ def outcome(scan, *, remat=False, gather=None, jit=True, **options):
 
     def loss(params):
         merged = nnx.merge(graphdef, params, stats)
-        x, outputs = run(step, jnp.asarray(X), *merged, items=SCALES, updates=True, **options)
+        x, outputs = run(step, jnp.asarray(X), *merged, items=SCALES, updates=True)
         kept = [o for o, _ in outputs], nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
         return (x**2).mean() + sum(o for o, _ in outputs), (x, *kept)
 
@@ -84,17 +84,14 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("options", [{}, {"start": 2, "stop": 7}, {"stop": 1}])
-def test_a_loop_equals_its_layers(options, remat):
-    found, expected = outcome(True, remat=remat, **options), outcome(False, **options)
+def test_a_loop_equals_its_layers(remat):
+    found, expected = outcome(True, remat=remat), outcome(False)
     assert_close(found, expected)
     (_, (_, outputs, stats)), gradients = found
-    assert len(outputs) == options.get("stop", len(SHIFTS)) - options.get("start", 0)
-    # Layers that ran moved their statistics and have a gradient, and no others.
+    assert len(outputs) == len(SHIFTS)
     for i in range(len(SHIFTS)):
-        ran = i in range(options.get("start", 0), options.get("stop", len(SHIFTS)))
-        assert np.any(stats[0][i]["mean"] != 0) == ran
-        assert np.any(gradients[1][i]["kernel"] != 0) == ran
+        assert np.any(stats[0][i]["mean"] != 0)
+        assert np.any(gradients[1][i]["kernel"] != 0)
 
 
 def test_a_repeated_layer_is_traced_once():
@@ -152,7 +149,7 @@ BACKBONES = {
         drop_path_rate=0.2,
     ),
     "internimage": dict(
-        embed_dim=8, depths=(1, 1, 4, 1), groups=(2, 2, 4, 4), norm_after=(1,), drop_path_rate=0.2
+        embed_dim=8, depths=(1, 1, 5, 1), groups=(2, 2, 4, 4), norm_after=(1, 3), drop_path_rate=0.2
     ),
     "resnet": dict(depths=(1, 1, 4, 1), stem_width=4, norm="batch"),
 }

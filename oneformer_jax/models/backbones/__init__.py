@@ -104,6 +104,7 @@ def build_backbone(
     dtype=jnp.float32,
     remat: bool = False,
     scan: bool = False,
+    sampling: str | None = None,
     neighborhood: str | None = None,
 ) -> Swin | ConvNeXt | DiNAT | InternImage | ResNet:
     """The module of a config.
@@ -114,12 +115,14 @@ def build_backbone(
       dtype: of the matrix products and the outputs; parameters and statistics are float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
       scan: run blocks that repeat as a loop, which is compiled once.
-      neighborhood: implementation of the neighbourhood attention, see
-        `kernels.neighborhood_attention`; of no meaning to backbones without one.
+      sampling: implementation of InternImage's deformable attention, see `kernels.ms_deform_attn`.
+      neighborhood: the same for DiNAT's neighbourhood attention, see
+        `kernels.neighborhood_attention`.
     """
     kind = kind_of(config)
     _, module = _KINDS[kind]
-    options = {"implementation": neighborhood} if kind == "dinat" else {}
+    kernels = {"internimage": {"sampling": sampling}, "dinat": {"implementation": neighborhood}}
+    options = kernels.get(kind, {})
     return module(config, rngs=rngs, dtype=dtype, remat=remat, scan=scan, **options)
 
 

@@ -111,11 +111,15 @@ class InternImage(nnx.Module):
         dtype=jnp.float32,
         remat: bool = False,
         scan: bool = False,
+        sampling: str | None = None,
     ):
-        """`dtype` is that of all products; see `stack.Stack` for `remat` and `scan`."""
+        """`dtype` is that of all products; see `stack.Stack` for `remat` and `scan`.
+
+        `sampling`: implementation of the deformable attention, see `kernels.ms_deform_attn`.
+        """
         self.dtype = dtype
         self.patch_embed = Stem(config.embed_dim, rngs=rngs, dtype=dtype)
-        options = dict(rngs=rngs, dtype=dtype, remat=remat, scan=scan)
+        options = dict(rngs=rngs, dtype=dtype, remat=remat, scan=scan, sampling=sampling)
         self.levels = nnx.List(
             Level(config, stage, rates, **options)
             for stage, rates in enumerate(drop_path_rates(config))
@@ -173,6 +177,7 @@ class Level(nnx.Module):
         dtype,
         remat: bool,
         scan: bool,
+        sampling: str | None,
     ):
         width = config.channels[stage]
         self.rates = rates
@@ -183,6 +188,7 @@ class Level(nnx.Module):
                 config.groups[stage],
                 dw_kernel_size=config.dw_kernel_size,
                 mlp_ratio=config.mlp_ratio,
+                sampling=sampling,
                 rngs=rngs,
                 dtype=dtype,
             )
@@ -197,16 +203,30 @@ class Level(nnx.Module):
         """The blocks and the norm on [B, H, W, C], without the down-sampling."""
 
         def step(x, item, block):
-            return block(x, *item), None
+            random, post_norm = item
+            x = block(x, *random)
+            if post_norm is not None:
+                applies, weights = post_norm
+                norm = nnx.merge(nnx.graphdef(self.norm), weights)
+                x = jax.lax.cond(applies, norm, lambda x: x, x)
+            return x, None
 
-        items = random_items(key, self.rates)
-        start = 0
-        for last, norm in zip(self.norm_after, self.post_norms, strict=True):
-            x, _ = run(step, x, self.blocks, items=items, start=start, stop=last + 1)
-            x = norm(x)
-            start = last + 1
-        x, _ = run(step, x, self.blocks, items=items, start=start)
+        items = (random_items(key, self.rates), self._post_norms_by_block())
+        x, _ = run(step, x, self.blocks, items=items)
         return self.norm(x)
+
+    def _post_norms_by_block(self) -> tuple[np.ndarray, nnx.State] | None:
+        """Whether a norm follows each block, and its parameters; None if there is none.
+
+        As values rather than as structure, so that all blocks are one loop with one body.
+        """
+        if not self.norm_after:
+            return None
+        norms = dict(zip(self.norm_after, map(nnx.state, self.post_norms), strict=True))
+        unused = jax.tree.map(jnp.zeros_like, nnx.state(self.norm))
+        blocks = range(len(self.rates))
+        weights = jax.tree.map(lambda *x: jnp.stack(x), *(norms.get(i, unused) for i in blocks))
+        return np.isin(blocks, self.norm_after), weights
 
 
 class InternImageBlock(nnx.Module):
@@ -219,11 +239,12 @@ class InternImageBlock(nnx.Module):
         *,
         dw_kernel_size: int,
         mlp_ratio: float,
+        sampling: str | None,
         rngs: nnx.Rngs,
         dtype,
     ):
         self.norm1 = _norm(width, rngs=rngs, dtype=dtype)
-        self.dcn = DCNv3(width, groups, dw_kernel_size, rngs=rngs, dtype=dtype)
+        self.dcn = DCNv3(width, groups, dw_kernel_size, sampling=sampling, rngs=rngs, dtype=dtype)
         self.res_post_norm1 = _norm(width, rngs=rngs, dtype=dtype)
         self.norm2 = _norm(width, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs, dtype=dtype)
@@ -245,8 +266,18 @@ class DCNv3(nnx.Module):
     them with learned shares; then it mixes in the pixel's own value.
     """
 
-    def __init__(self, width: int, groups: int, dw_kernel_size: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(
+        self,
+        width: int,
+        groups: int,
+        dw_kernel_size: int,
+        *,
+        sampling: str | None,
+        rngs: nnx.Rngs,
+        dtype,
+    ):
         self.groups = groups
+        self.sampling = sampling
         zeros = nnx.initializers.zeros_init()
         self.dw_conv = torch_conv(
             width,
@@ -277,7 +308,8 @@ class DCNv3(nnx.Module):
         y = y.reshape(batch, height * width, -1).astype(jnp.float32)
         offsets = self.offset(y).reshape(batch, height * width, self.groups, POINTS, 2)
         shares = self.mask(y).reshape(batch, height * width, self.groups, POINTS)
-        out = sample(value, offsets, jax.nn.softmax(shares), (height, width))
+        shares = jax.nn.softmax(shares)
+        out = sample(value, offsets, shares, (height, width), implementation=self.sampling)
         scale = y @ self.center_feature_scale_proj_weight[...].T
         scale = jax.nn.sigmoid(scale + self.center_feature_scale_proj_bias[...])[..., None]
         out = (out * (1 - scale) + value * scale).astype(value.dtype)
@@ -296,7 +328,12 @@ class Downsample(nnx.Module):
 
 
 def sample(
-    value: jax.Array, offsets: jax.Array, shares: jax.Array, shape: tuple[int, int]
+    value: jax.Array,
+    offsets: jax.Array,
+    shares: jax.Array,
+    shape: tuple[int, int],
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Sums of bilinear samples around each pixel; outside of the map is zero.
 
@@ -309,6 +346,7 @@ def sample(
         columns one after another: (-1, -1), (-1, 0), (-1, 1), (0, -1) and so on.
       shares: float32 [B, H * W, G, 9].
       shape: (H, W).
+      implementation: see `kernels.ms_deform_attn`.
 
     Returns:
       [B, H * W, G, D] in the type of `value`.
@@ -329,7 +367,13 @@ def sample(
 
     @recompute
     def step(value, locations, shares):
-        return ms_deform_attn(value, (shape,), locations[:, :, :, None], shares[:, :, :, None])
+        return ms_deform_attn(
+            value,
+            (shape,),
+            locations[:, :, :, None],
+            shares[:, :, :, None],
+            implementation=implementation,
+        )
 
     out = jax.lax.map(lambda x: step(*x), (split(value), split(locations), split(shares)))
     return jnp.moveaxis(out, 0, 2).reshape(batch, pixels, groups, channels)
