@@ -345,7 +345,7 @@ def run_compile(config: ConfigDict, **options: bool) -> bool:
     from input_pipeline import datasets, tokenizer
     from oneformer_jax.train import accelerators, compile
 
-    topology = accelerators.open_topology(config.mesh.topology, config.mesh.slices)
+    compile.spare_the_host()
     try:
         info = datasets.dataset_info(config.dataset.name)
     except ValueError:
@@ -354,7 +354,7 @@ def run_compile(config: ConfigDict, **options: bool) -> bool:
         config,
         num_classes=len(info.class_names),
         text_table=tokenizer.text_table(info.class_names, config.data.text_template),
-        topology=topology,
+        topology=accelerators.open_topology(config.mesh.topology, config.mesh.slices),
         **options,
     )
 

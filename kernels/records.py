@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+
+def median_milliseconds(call: Callable[[], object], repeats: int) -> float:
+    """Of calls that return when their work is done; two before them warm up."""
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds[2:])
+
+
+def show(records: list[dict], path: pathlib.Path | None) -> None:
+    """Prints the table; with `path` the records become JSON there, too."""
+    print(table(records))
+    if path is not None:
+        path.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
 
 
 def table(records: list[dict]) -> str:

@@ -56,6 +56,7 @@ def compile_one(dataset: str, variant: str, topology: str) -> dict:
     from input_pipeline import datasets, tokenizer
     from oneformer_jax.train import accelerators, compile
 
+    compile.spare_the_host()
     found = accelerators.open_topology(topology)
     config = load(dataset, variant)
     config.model.remat = True

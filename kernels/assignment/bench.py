@@ -12,12 +12,11 @@ whatever device is here. Nothing here is a measurement of a device that is not t
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import pathlib
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from kernels.assignment import IMPLEMENTATIONS, gpu_aot, linear_sum_assignment, 
 from kernels.assignment.cases import KINDS, PUBLISHED, Case
 from kernels.assignment.pallas_tpu import MAX_BLOCK
 from kernels.gpu_aot import TARGETS as GPU_TARGETS
-from kernels.records import keep, table
+from kernels.records import keep, median_milliseconds, show
 from kernels.tpu_aot import TARGETS as TPU_TARGETS
 
 
@@ -76,7 +75,9 @@ def measure(
             records.append(record)
             arguments = case.costs(kind), valid_columns(case, count)
             if implementation == "scipy":
-                record["milliseconds"] = _median(lambda: solve_with_scipy(*arguments), repeats)  # noqa: B023
+                record["milliseconds"] = median_milliseconds(
+                    functools.partial(solve_with_scipy, *arguments), repeats
+                )
                 continue
             arguments = jax.device_put(arguments, device)
             try:
@@ -90,22 +91,12 @@ def measure(
             except NotImplementedError as error:
                 record["error"] = str(error)
                 continue
-            record["milliseconds"] = _median(
+            record["milliseconds"] = median_milliseconds(
                 lambda: jax.block_until_ready(compiled(*arguments)),  # noqa: B023
                 repeats,
             )
             record["temporary_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
     return records
-
-
-def _median(call: Callable[[], object], repeats: int) -> float:
-    """Milliseconds; the first two calls warm up."""
-    seconds = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds[2:])
 
 
 def predict(record: dict, case: Case, kinds: Sequence[str], counts: Sequence[int]) -> list[dict]:
@@ -191,9 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ImportError, RuntimeError, NotImplementedError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    print(table(records))
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
+    show(records, options.json)
     return 0
 
 

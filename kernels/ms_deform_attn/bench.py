@@ -12,9 +12,7 @@ Nothing here is a measurement of a device that is not there.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import statistics
 import sys
 import time
 
@@ -24,7 +22,7 @@ import jax.numpy as jnp
 from kernels.gpu_aot import TARGETS as GPU_TARGETS
 from kernels.ms_deform_attn import IMPLEMENTATIONS, gpu_aot, ms_deform_attn, tpu_aot
 from kernels.ms_deform_attn.shapes import PUBLISHED, CallShape
-from kernels.records import keep, table
+from kernels.records import keep, median_milliseconds, show
 from kernels.tpu_aot import TARGETS as TPU_TARGETS
 
 # Bytes per second of device memory, by the start of `device_kind` in lower case; vendors' data.
@@ -98,12 +96,10 @@ def measure(
         except NotImplementedError as error:
             record["error"] = str(error)
             continue
-        seconds = []
-        for _ in range(repeats + 2):  # the first two warm up
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(value, locations, weights))
-            seconds.append(time.perf_counter() - start)
-        record["milliseconds"] = 1e3 * statistics.median(seconds[2:])
+        record["milliseconds"] = median_milliseconds(
+            lambda: jax.block_until_ready(compiled(value, locations, weights)),  # noqa: B023
+            repeats,
+        )
         record["temporary_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
         least = least_bytes(shape, batch, dtype)[name]
         record["gigabytes_per_second"] = least / record["milliseconds"] / 1e6
@@ -226,9 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ImportError, RuntimeError, NotImplementedError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    print(table(records))
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
+    show(records, options.json)
     return 0
 
 

@@ -32,9 +32,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-CHANNELS = 32  # of one corner
-LANES = 4 * CHANNELS
-SUBLANES = 8  # queries of a block: the rows of a vector register
+from kernels.tpu_rows import LANES, SUBLANES, fetch_indices, fill_with_zeros, index_scratch
+
+CHANNELS = LANES // 4  # of one corner
 MAX_SAMPLES = CHANNELS  # a query's weights take one lane per sample and corner
 ROW_BYTES = 4 * LANES
 MAX_TILE = 512  # queries of a grid step
@@ -110,7 +110,7 @@ def forward(
         out_specs=pl.BlockSpec((None, CHANNELS, tile), lambda n, t: (n, 0, t)),
         out_shape=jax.ShapeDtypeStruct((batch * groups, CHANNELS, queries), jnp.float32),
         scratch_shapes=[
-            *_index_scratch(samples),
+            *index_scratch(samples * SUBLANES),
             pltpu.VMEM((tile, LANES), jnp.float32),
             pltpu.VMEM((tile, LANES), jnp.float32),
             rows,
@@ -165,7 +165,7 @@ def backward(
             jax.ShapeDtypeStruct(table.shape, jnp.float32),
         ],
         scratch_shapes=[
-            *_index_scratch(samples),
+            *index_scratch(samples * SUBLANES),
             pltpu.VMEM((len(CORNERS), samples, tile), jnp.float32),
             pltpu.VMEM((len(CORNERS), samples, tile), jnp.float32),
             rows,
@@ -185,14 +185,6 @@ def _block(samples: int) -> int:
 
 def _points_spec(samples: int, tile: int, groups: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, 3, samples, tile), lambda n, t: (n // groups, 0, 0, t))
-
-
-def _index_scratch(samples: int):
-    """Two buffers of a tile's indices [sample and sublane, buffer, block], and their semaphores."""
-    return (
-        pltpu.SMEM((samples * SUBLANES, 2, LANES), jnp.int32),
-        pltpu.SemaphoreType.DMA((2,)),
-    )
 
 
 def _compiler_params(vmem_bytes: int, interpret) -> pltpu.CompilerParams:
@@ -219,7 +211,9 @@ def _forward_kernel(
     _, samples, tile = points_ref.shape
     block = _block(samples)
     stride = tile // SUBLANES
-    await_indices, slot = _fetch_indices(index_hbm, indices, arrived, groups)
+    await_indices, slot = fetch_indices(
+        index_hbm, indices, arrived, part=pl.program_id(0) // groups, tile_axis=1
+    )
     weights_ref[...] = _to_lanes(_corner_weights(points_ref[0], points_ref[1], points_ref[2])).T
     await_indices()
 
@@ -283,11 +277,13 @@ def _backward_kernel(
     blocks = tile // SUBLANES
     # Row 2 r of `pair` is row r of the table, row 2 r + 1 its gradient.
     head, t = pl.program_id(0), pl.program_id(1)
-    await_indices, slot = _fetch_indices(index_hbm, indices, arrived, groups)
+    await_indices, slot = fetch_indices(
+        index_hbm, indices, arrived, part=pl.program_id(0) // groups, tile_axis=1
+    )
 
     @pl.when(t == 0)
     def _():
-        _fill_with_zeros(pair)
+        fill_with_zeros(pair)
         _copy_every_other(table.at[head], pair, 0, True, moved, unroll)
 
     await_indices()
@@ -405,42 +401,6 @@ def _loop(count: int, body, unroll: int):
 def _aligned(row):
     """A row that is a multiple of 128."""
     return row if isinstance(row, int) else pl.multiple_of(row, LANES)
-
-
-def _fetch_indices(index_hbm, indices, arrived, groups: int):
-    """Starts to copy the next tile's indices; returns what waits for this tile's, and their slot.
-
-    The first tile of a head starts its own copy, so heads can be given to several cores.
-    """
-    head, t = pl.program_id(0) // groups, pl.program_id(1)
-    slot = lax.rem(t, 2)
-
-    def copy(t, slot):
-        return pltpu.make_async_copy(index_hbm.at[head, t], indices.at[:, slot], arrived.at[slot])
-
-    @pl.when(t == 0)
-    def _():
-        copy(t, slot).start()
-
-    @pl.when(t + 1 < pl.num_programs(1))
-    def _():
-        copy(t + 1, 1 - slot).start()
-
-    return copy(t, slot).wait, slot
-
-
-def _fill_with_zeros(ref):
-    """Zeroes an array of rows; their number is a multiple of 8."""
-    step = 8 * SUBLANES
-    whole, rest = divmod(ref.shape[0], step)
-
-    def fill(i):
-        ref[pl.ds(pl.multiple_of(i * step, step), step), :] = jnp.zeros((step, LANES), ref.dtype)
-
-    if whole:
-        _loop(whole, fill, 1)
-    if rest:
-        ref[pl.ds(whole * step, rest), :] = jnp.zeros((rest, LANES), ref.dtype)
 
 
 def _corner_weights(fraction_x, fraction_y, weight):

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import pathlib
-import statistics
 import sys
 import time
 
@@ -69,12 +67,10 @@ def measure(call: CallShape, implementation: str, *, batch: int, dtype, repeats:
             continue
         record["temporary_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
         if repeats:
-            seconds = []
-            for _ in range(repeats + 2):  # the first two warm up
-                start = time.perf_counter()
-                jax.block_until_ready(compiled(*arrays))
-                seconds.append(time.perf_counter() - start)
-            record["milliseconds"] = 1e3 * statistics.median(seconds[2:])
+            record["milliseconds"] = records.median_milliseconds(
+                lambda: jax.block_until_ready(compiled(*arrays)),  # noqa: B023
+                repeats,
+            )
     return found
 
 
@@ -148,11 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ImportError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    print(records.table(found))
+    records.show(found, options.json)
     for implementation, milliseconds in totals.items():
         print(f"{implementation}: {milliseconds:.1f} ms for all of these blocks")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return 0
 
 

@@ -27,8 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-SUBLANES = 8  # points of a block: the rows of a vector register
+from kernels.tpu_rows import LANES, SUBLANES, fetch_indices, fill_with_zeros, index_scratch
+
 ROWS = 4  # of the table that a point reads: two and the two below them
 GROUP = 32  # points of one loop body
 STEP = 8  # points whose rows are read before any is written
@@ -93,7 +93,7 @@ def forward(
         out_specs=_points_spec(tile),
         out_shape=jax.ShapeDtypeStruct((len(index), points, depth), jnp.float32),
         scratch_shapes=[
-            *_index_scratch(GROUP),
+            *index_scratch(GROUP),
             pltpu.VMEM((tile, LANES), jnp.float32),
             rows,
             rows,
@@ -137,7 +137,7 @@ def backward(
         out_specs=anywhere,
         out_shape=jax.ShapeDtypeStruct((len(index), pixels, depth), dtype),
         scratch_shapes=[
-            *_index_scratch(GROUP + 1),
+            *index_scratch(GROUP + 1),
             pltpu.VMEM((tile, LANES), jnp.float32),
             pltpu.VMEM((ROWS * tile, LANES), jnp.float32),
             pltpu.VMEM((pixels, LANES), jnp.float32),
@@ -160,11 +160,6 @@ def _weights_spec(count: int, tile: int) -> pl.BlockSpec:
 
 def _points_spec(tile: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, tile, LANES), lambda a, d, t: (a, t, d))
-
-
-def _index_scratch(rows: int):
-    """Two buffers of a tile's indices [row, buffer, group], and their semaphores."""
-    return pltpu.SMEM((rows, 2, LANES), jnp.int32), pltpu.SemaphoreType.DMA((2,))
 
 
 def _compiler_params(vmem_bytes: int, interpret) -> pltpu.CompilerParams:
@@ -204,7 +199,9 @@ def _forward_kernel(
     if table.dtype == jnp.bfloat16:
         table = table.bitcast(jnp.uint32)
     table = table.at[0]
-    await_indices, slot = _fetch_indices(index_hbm, indices, arrived)
+    await_indices, slot = fetch_indices(
+        index_hbm, indices, arrived, part=pl.program_id(0), tile_axis=2
+    )
     lanes_ref[...] = _to_lanes(weights_ref[...])
     await_indices()
 
@@ -258,11 +255,13 @@ def _backward_kernel(
 ):
     tile = gradient_ref.shape[0]
     image, part, t = (pl.program_id(axis) for axis in range(3))
-    await_indices, slot = _fetch_indices(index_hbm, indices, arrived)
+    await_indices, slot = fetch_indices(
+        index_hbm, indices, arrived, part=pl.program_id(0), tile_axis=2
+    )
 
     @pl.when(t == 0)
     def _():
-        _fill_with_zeros(sums)
+        fill_with_zeros(sums)
 
     lanes_ref[...] = _to_lanes(weights_ref[...])
 
@@ -349,28 +348,6 @@ def _backward_kernel(
             write(n).wait()
 
 
-def _fetch_indices(index_hbm, indices, arrived):
-    """Starts to copy the next tile's indices; returns what waits for this tile's, and their slot.
-
-    The first tile of a map starts its own copy, so maps can be given to several cores.
-    """
-    image, t = pl.program_id(0), pl.program_id(2)
-    slot = lax.rem(t, 2)
-
-    def copy(t, slot):
-        return pltpu.make_async_copy(index_hbm.at[image, t], indices.at[:, slot], arrived.at[slot])
-
-    @pl.when(t == 0)
-    def _():
-        copy(t, slot).start()
-
-    @pl.when(t + 1 < pl.num_programs(2))
-    def _():
-        copy(t + 1, 1 - slot).start()
-
-    return copy(t, slot).wait, slot
-
-
 def _loop(count: int, body, unroll: bool):
     """body(0), body(1)... with Python numbers if unrolled, else in a loop."""
     if unroll:
@@ -399,17 +376,3 @@ def _broadcast_lane(x, lane: int):
     return jnp.take_along_axis(
         x, jnp.full(x.shape, lane, jnp.int32), axis=1, mode="promise_in_bounds"
     )
-
-
-def _fill_with_zeros(ref):
-    """Zeroes an array of rows."""
-    step = 8 * SUBLANES
-    whole, rest = divmod(ref.shape[0], step)
-
-    def fill(i, _):
-        ref[pl.ds(pl.multiple_of(i * step, step), step), :] = jnp.zeros((step, LANES), ref.dtype)
-
-    if whole:
-        lax.fori_loop(0, whole, fill, None)
-    if rest:
-        ref[pl.ds(whole * step, rest), :] = jnp.zeros((rest, LANES), ref.dtype)

@@ -11,17 +11,14 @@ that is not there, and as a share of the training step: `python -m tests.bench_p
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import statistics
 import sys
-import time
 
 import jax
 
 from kernels.point_sampling import IMPLEMENTATIONS, sample_features, tpu_aot
 from kernels.point_sampling.shapes import PUBLISHED, CallShape
-from kernels.records import keep, table
+from kernels.records import keep, median_milliseconds, show
 from kernels.tpu_aot import TARGETS
 
 DTYPES = ("float32", "bfloat16")
@@ -60,12 +57,10 @@ def measure(
         except NotImplementedError as error:
             record["error"] = str(error)
             continue
-        seconds = []
-        for _ in range(repeats + 2):  # the first two warm up
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(features, points, given))
-            seconds.append(time.perf_counter() - start)
-        record["milliseconds"] = 1e3 * statistics.median(seconds[2:])
+        record["milliseconds"] = median_milliseconds(
+            lambda: jax.block_until_ready(compiled(features, points, given)),  # noqa: B023
+            repeats,
+        )
         record["temporary_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
     return records
 
@@ -115,9 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ImportError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    print(table(records))
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
+    show(records, options.json)
     return 0
 
 

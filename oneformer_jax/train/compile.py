@@ -7,6 +7,7 @@ does not fit into memory is a verdict of the report, and `suggest` looks for set
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ GIB = 2**30
 LARGEST = 8  # buffers listed for each program
 # What the compiler is told for a quick answer: it then fuses less, and so needs more memory.
 QUICK = {"exec_time_optimization_effort": -1.0}
+_M_ARENA_MAX = -8  # of malloc.h
 MAX_FSDP = 16  # devices over which `suggest` shards a parameter at most
 
 
@@ -129,6 +131,17 @@ def compile_programs(
             quick=quick,
         )
     return [train, prediction]
+
+
+def spare_the_host() -> None:
+    """Sets up a process that does nothing but compile; to be called before it has many threads."""
+    # A program for a device that is not here cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
+    # One pool of memory for all of the compiler's threads: what one frees serves the others. Only
+    # the allocator of glibc has the call.
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:

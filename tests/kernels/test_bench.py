@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
+from kernels import records as records_of
 from kernels import tpu_aot
 from kernels.ms_deform_attn import bench
 from kernels.ms_deform_attn.shapes import CallShape
@@ -27,7 +28,7 @@ def test_measured_records_and_refusals():
     assert all(record["milliseconds"] > 0 and record["batch"] == 2 for record in records)
     refused = bench.measure(SMALL, "pallas_tpu", **options)
     assert all("runs on TPUs" in record["error"] for record in refused)
-    lines = bench.table([*records, *refused]).splitlines()
+    lines = records_of.table([*records, *refused]).splitlines()
     assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
 
 
