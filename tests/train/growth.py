@@ -38,14 +38,14 @@ def collectives(name: str) -> tuple[int, list[hlo.Collective]]:
     return len(devices), hlo.Program(compiled.as_text(), len(devices)).collectives()
 
 
-def sent(found: list[hlo.Collective]) -> dict[str, float]:
+def sent(found: list[hlo.Collective], *, on_tpu: bool = False) -> dict[str, float]:
     """Bytes that a device sends, by what they are.
 
     Raises:
       AssertionError: something else is sent, such as masks, feature maps or points.
     """
     size = test_compile.parameter_bytes(make_config(**test_compile.SMALL))
-    rest = test_compile.check_collectives(found, size)
+    rest = test_compile.check_collectives(found, size, on_tpu=on_tpu)
     total = sum(collective.sent for collective in found if collective.kind != hlo.HOST)
     return {"parameters, gradients, sums": rest, "contrastive features": total - rest}
 
@@ -72,7 +72,7 @@ def main(*names: str) -> None:
         test_compile.patch_shardings(patch)
         for name in names:
             devices, found = collectives(name)
-            amounts[devices] = sent(found)
+            amounts[devices] = sent(found, on_tpu=not name.startswith("cpu:"))
             parts = [f"{part} {int(size):,} bytes" for part, size in amounts[devices].items()]
             kinds = [
                 f"{kind} {times} times, {int(size):,} bytes"
