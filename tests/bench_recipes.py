@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import resource
@@ -37,6 +38,9 @@ DOWN = {
     "h100": ("16", "8", "4", "2", "1"),
 }
 TOPOLOGIES = UP | DOWN
+# Of a device; what a kind that was not compiled for is expected to hold, and the share that counts.
+MEMORY_GIB = {"v4": 31.2, "v5p": 95.7, "tpu7x": 94.7, "v5e": 15.7, "v6e": 31.2, "h100": 55.8}
+EXPECTED_SHARE = 0.8
 
 
 def load(dataset: str, variant: str):
@@ -85,29 +89,49 @@ def run(dataset: str, variant: str, topology: str) -> dict:
     command = [sys.executable, "-m", "tests.bench_recipes", "--one", dataset, variant, topology]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1][:500]}
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        return {"error": last[0][:500]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def num_devices(kind: str, topology: str) -> int:
+    return math.prod(map(int, topology.split("x"))) * (2 if kind == "tpu7x" else 1)
+
+
+def cell(results: dict, kind: str, key: str) -> str:
+    """The smallest topology of a kind that holds a recipe and its memory; "~": only expected to."""
+    names = TOPOLOGIES[kind]
+    found = {name: results.get(f"{key}@{kind}:{name}") for name in names}
+    tried = [result for result in found.values() if result]
+    fitting = [name for name, result in found.items() if result and result.get("fits")]
+    if fitting:
+        least = kind in UP or len(fitting) < len(tried) or len(tried) == len(names)
+        gib = found[fitting[-1]]["gib"]
+        return f"{fitting[-1]}{'' if least else ' or smaller'}, {gib:.1f} GiB"
+    if any("error" in result for result in tried):
+        return "fails to compile"
+    if len(tried) == len(names):
+        return "none"
+    # As many devices of another kind, or fewer, took clearly less memory than one of these has.
+    needs = [
+        (num_devices(other, name), result["gib"])
+        for other, others in TOPOLOGIES.items()
+        for name in others
+        if (result := results.get(f"{key}@{other}:{name}")) and result.get("fits")
+    ]
+    untried = [name for name, result in found.items() if not result]
+    for name in sorted(untried, key=lambda name: num_devices(kind, name)):
+        count = num_devices(kind, name)
+        if any(n <= count and gib < EXPECTED_SHARE * MEMORY_GIB[kind] for n, gib in needs):
+            return f"~ {name}"
+    return "not compiled"
+
+
 def table(results: dict, kinds: list[str], rows: list[tuple[str, str, str]]) -> str:
-    """Markdown; of each kind the smallest topology that holds the recipe, with its memory."""
+    """Markdown; a row for each recipe."""
     lines = ["| recipe | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for dataset, variant, key in rows:
-        cells = []
-        for kind in kinds:
-            names = TOPOLOGIES[kind]
-            found = [results.get(f"{key}@{kind}:{name}") for name in names]
-            tried = [result for result in found if result]
-            fitting = [(n, r) for n, r in zip(names, found, strict=True) if r and r.get("fits")]
-            if fitting:
-                name, result = fitting[-1]
-                least = kind in UP or len(tried) > len(fitting) or len(tried) == len(names)
-                open_end = "" if least else " or smaller"
-                cells.append(f"{name}{open_end}, {result['gib']:.1f} GiB")
-            elif any("error" in result for result in tried):
-                cells.append("fails to compile")
-            else:
-                cells.append("none" if len(tried) == len(names) else "not compiled")
+        cells = [cell(results, kind, key) for kind in kinds]
         lines.append(f"| {dataset}:{variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -53,14 +53,14 @@ def sent(found: list[hlo.Collective], *, on_tpu: bool = False) -> dict[str, floa
 def check(amounts: dict[int, dict[str, float]]) -> None:
     """AssertionError if more is sent on more devices, or more features for an image of the batch.
 
-    The features of the whole batch are compared, so they grow with it. The share (n - 1) / n of a
-    ring comes closer to 1.
+    The share (n - 1) / n of a ring comes closer to 1. The features of the whole batch are compared,
+    so they grow with it: those of queries and of texts are gathered, and so are their gradients.
     """
-    least = min(amounts)
+    rest, features = "parameters, gradients, sums", "contrastive features"
+    least = amounts[min(amounts)][rest]
     for devices, parts in amounts.items():
-        for part, size in parts.items():
-            images = devices / least if part == "contrastive features" else 1
-            assert size < 1.2 * images * amounts[least][part], (devices, part, amounts)
+        assert parts[rest] < 1.2 * least, (devices, amounts)
+        assert parts[features] <= 4 * 4 * test_compile.FEATURES * devices, (devices, amounts)
 
 
 def main(*names: str) -> None:

@@ -35,6 +35,7 @@ SMALL = {
     "eval__batch_size": 3,
     "mesh__fsdp": 4,
 }
+FEATURES = 9 * 32  # numbers of an image that the contrastive loss compares, of either kind
 SIDES = [(352 // stride, 160 // stride) for stride in (1, 2, 4, 8, 16, 32)]
 PIXELS = [h * w for h, w in SIDES]
 # Sides, pixels, pixels of the three levels together; points: all, candidates, uncertain, fresh.
@@ -81,8 +82,7 @@ def check_collectives(collectives, size, *, on_tpu=False):
     Returns:
       Bytes that one device sends, without the contrastive features.
     """
-    features = 9 * 32  # of an image
-    contrast = [c for c in collectives if any(features in s.dims for s in c.shapes)]
+    contrast = [c for c in collectives if any(FEATURES in s.dims for s in c.shapes)]
     rest = [c for c in collectives if c not in contrast and c.kind != hlo.HOST]
     assert 0 < len(contrast) < 8
     for collective in rest:
