@@ -1,12 +1,13 @@
 """The smallest topology of each kind that holds each published recipe at its batch of 16 images.
 
-    python -m tests.bench_recipes --kinds=v5e,v5p --output=runs/recipes.json
+    python -m tests.bench_recipes --kinds=v5e,v5p
 
 Compiles the training step ahead of time (`pip install "jax[tpu]"`), with parameters sharded over
 all chips and recomputation, by the quick way of compile mode, whose memory is an upper bound; each
 in a process of its own. Chips of much memory are tried from the fewest up, until one topology
 holds the recipe, the others from 16 chips down, until one does not. What was compiled is in the
-output file, so a second start goes on; recipes with the same program share it.
+output file, so a second start goes on; recipes with the same program share it. A change of `model`,
+`loss` or `matcher` in the configs makes it another program.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 
+RECORDED = pathlib.Path(__file__).with_name("recipes.json")  # with libtpu 0.0.42.1
 DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
 # Of at most 16 chips, since a chip takes at least one image; numbers of chips that divide 16. In
 # the order in which they are tried.
@@ -110,9 +112,10 @@ def cell(results: dict, kind: str, key: str) -> str:
         return f"{fitting[-1]}{'' if least else ' or smaller'}, {gib:.1f} GiB"
     if any("error" in result for result in tried):
         return "fails to compile"
-    if len(tried) == len(names):
+    if len(tried) == len(names) or (tried and kind in DOWN):
         return "none"
-    # As many devices of another kind, or fewer, took clearly less memory than one of these has.
+    # From a topology of another kind with as many devices or fewer: of what one of them needs, the
+    # share of one of these. Nothing is concluded from more devices.
     needs = [
         (num_devices(other, name), result["gib"])
         for other, others in TOPOLOGIES.items()
@@ -122,7 +125,8 @@ def cell(results: dict, kind: str, key: str) -> str:
     untried = [name for name, result in found.items() if not result]
     for name in sorted(untried, key=lambda name: num_devices(kind, name)):
         count = num_devices(kind, name)
-        if any(n <= count and gib < EXPECTED_SHARE * MEMORY_GIB[kind] for n, gib in needs):
+        most = EXPECTED_SHARE * MEMORY_GIB[kind]
+        if any(n <= count and gib * n / count < most for n, gib in needs):
             return f"~ {name}"
     return "not compiled"
 
@@ -141,7 +145,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="v5e,v5p")
     parser.add_argument("--datasets", default=",".join(DATASETS))
     parser.add_argument("--only", default="", help="part of the variant's name")
-    parser.add_argument("--output", default="runs/recipes.json")
+    parser.add_argument("--output", default=str(RECORDED))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:

@@ -18,7 +18,7 @@ import main
 import oneformer_jax
 from configs import synthetic
 from oneformer_jax.models.oneformer import OneFormer
-from oneformer_jax.train import checkpoint, sharding
+from oneformer_jax.train import checkpoint, compile, sharding
 from oneformer_jax.train import state as states
 from tests import tiny
 
@@ -124,6 +124,7 @@ def test_a_wrong_command_is_one_line(arguments, code, parts, monkeypatch, capsys
     argv = ["main.py", *arguments]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+    monkeypatch.setattr(compile, "spare_the_host", lambda: None)  # this process has other tests
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_:
         main.main(main.parse_flags(argv))
     assert exit_.value.code == code
