@@ -27,7 +27,8 @@ GIB = 2**30
 LARGEST = 8  # buffers listed for each program
 # What the compiler is told for a quick answer: it then fuses less, and so needs more memory.
 QUICK = {"exec_time_optimization_effort": -1.0}
-_M_ARENA_MAX = -8  # of malloc.h
+# Of glibc's malloc.h.
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 MAX_FSDP = 16  # devices over which `suggest` shards a parameter at most
 
 
@@ -137,11 +138,12 @@ def spare_the_host() -> None:
     """Sets up a process that does nothing but compile; to be called before it has many threads."""
     # A program for a device that is not here cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)
-    # One pool of memory for all of the compiler's threads: what one frees serves the others. Only
-    # the allocator of glibc has the call.
+    # One pool of memory for all of the compiler's threads: what one frees serves the others; and
+    # large arrays go back to the system. Only the allocator of glibc has the call.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**19)
 
 
 def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:
