@@ -165,8 +165,9 @@ def main() -> None:
         for kind, (dataset, variant, key) in itertools.product(kinds, rows):
             if place >= len(TOPOLOGIES[kind]):
                 continue
-            before = [results[f"{key}@{kind}:{t}"] for t in TOPOLOGIES[kind][:place]]
-            if any(result.get("fits") != (kind in DOWN) for result in before):
+            # Settled where one fits on the way up, none does on the way down, or an error came.
+            before = (f"{key}@{kind}:{t}" for t in TOPOLOGIES[kind][:place])
+            if any(results[name].get("fits") != (kind in DOWN) for name in before):
                 continue
             topology = f"{kind}:{TOPOLOGIES[kind][place]}"
             if (name := f"{key}@{topology}") in results:

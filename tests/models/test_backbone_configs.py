@@ -1,8 +1,11 @@
-"""Backbones by name: sizes, overrides, JSON and refusals."""
+"""Backbones by name: sizes, overrides, JSON, refusals, and the kernels that they are told to use."""
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from oneformer_jax.models import backbones
 
@@ -85,3 +88,23 @@ def test_unknown_kind_and_foreign_config():
         backbones.from_dict({"depths": [1, 1, 1, 1]})
     with pytest.raises(ValueError, match="dict is not the config of a backbone"):
         backbones.to_dict({})
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "find"),
+    [
+        ("dinat", "neighborhood", lambda block: block.attn.implementation),
+        ("internimage", "sampling", lambda block: block.dcn.sampling),
+    ],
+)
+def test_a_named_implementation_reaches_every_block(kind, option, find):
+    """And is never replaced: the kernel runs on TPUs only."""
+    options = {option: "pallas_tpu"}
+    model = nnx.eval_shape(
+        lambda: backbones.build_backbone(CONFIGS[kind], rngs=nnx.Rngs(0), **options)
+    )
+    blocks = [block for level in model.levels for block in level.blocks]
+    assert [find(block) for block in blocks] == ["pallas_tpu"] * 5
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' runs on TPUs"):
+        jax.eval_shape(lambda model, image: model(image), model, image)

@@ -167,18 +167,6 @@ def test_only_norms_are_exempt_from_decay_and_everything_has_a_sharding(mesh8):
         sharding.parameter_spec(name, (8, 8), mesh8)
 
 
-def test_a_named_implementation_reaches_every_block():
-    """And is never replaced: the kernel runs on TPUs only."""
-    model = nnx.eval_shape(
-        lambda: backbones.build_backbone(SMALL, rngs=nnx.Rngs(0), neighborhood="pallas_tpu")
-    )
-    blocks = [block for level in model.levels for block in level.blocks]
-    assert [block.attn.implementation for block in blocks] == ["pallas_tpu"] * 5
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    with pytest.raises(NotImplementedError, match="'pallas_tpu' runs on TPUs"):
-        jax.eval_shape(lambda model, image: model(image), model, image)
-
-
 def test_names_and_errors():
     config = backbones.backbone_config("dinat_large", drop_path_rate=0.1)
     assert backbones.from_dict(backbones.to_dict(config)) == config

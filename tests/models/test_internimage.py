@@ -205,18 +205,6 @@ def test_drop_path_drops_whole_samples():
     assert 16 < unchanged.sum() < 32  # both branches dropped: 0.81
 
 
-def test_a_named_implementation_reaches_every_block():
-    """And is never replaced: the kernel runs on TPUs only."""
-    model = nnx.eval_shape(
-        lambda: backbones.build_backbone(SMALL, rngs=nnx.Rngs(0), sampling="pallas_tpu")
-    )
-    blocks = [block for level in model.levels for block in level.blocks]
-    assert [block.dcn.sampling for block in blocks] == ["pallas_tpu"] * 5
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    with pytest.raises(NotImplementedError, match="'pallas_tpu' runs on TPUs"):
-        jax.eval_shape(lambda model, image: model(image), model, image)
-
-
 def test_published_models():
     for config, counts in (
         (OneFormerConfig.internimage_huge("cityscapes"), (1114.733, 1097.190)),

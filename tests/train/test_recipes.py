@@ -61,3 +61,30 @@ def test_recipes_with_the_same_program_share_their_results():
         "| cityscapes:convnext_large | 2x2x1, 8.0 GiB |",
         f"| cityscapes:{name} | 2x2x1, 8.0 GiB |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits", "expected"),
+    [
+        ("v5p", ("2x2x1", "2x2x2", "2x2x4"), ["2x2x1"]),
+        ("v5p", ("2x2x4",), ["2x2x1", "2x2x2", "2x2x4"]),
+        ("v5e", (), ["4x4"]),
+        ("v5e", ("4x4", "2x4"), ["4x4", "2x4", "2x2"]),
+    ],
+)
+def test_nothing_is_compiled_that_cannot_change_the_table(
+    kind, fits, expected, tmp_path, monkeypatch
+):
+    tried = []
+
+    def run(dataset, variant, topology):
+        del dataset, variant
+        tried.append(topology.partition(":")[2])
+        return {"fits": tried[-1] in fits, "gib": 1.0}
+
+    monkeypatch.setattr(bench_recipes, "run", run)
+    arguments = ["bench_recipes", f"--kinds={kind}", "--datasets=coco", "--only=swin_tiny"]
+    monkeypatch.setattr("sys.argv", [*arguments, f"--output={tmp_path / 'found.json'}"])
+    bench_recipes.main()
+    bench_recipes.main()  # goes on where it was left: nothing to do
+    assert tried == expected
