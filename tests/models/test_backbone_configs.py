@@ -1,4 +1,4 @@
-"""Backbones by name: sizes, overrides, JSON, refusals, and the kernels that they are told to use."""
+"""Backbones by name: sizes, overrides, JSON, refusals, and which kernels they are told to use."""
 
 import json
 
