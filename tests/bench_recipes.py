@@ -4,18 +4,18 @@
 
 Compiles the training step ahead of time (`pip install "jax[tpu]"`), with parameters sharded over
 all chips and recomputation, by the quick way of compile mode, whose memory is an upper bound; each
-in a process of its own. Chips of much memory are tried from the fewest up, until one topology
-holds the recipe, the others from 16 chips down, until one does not. What was compiled is in the
-output file, so a second start goes on; recipes with the same program share it. A change of `model`,
-`loss` or `matcher` in the configs makes it another program.
+in a process of its own. What a step needs on one topology tells about where it is expected to fit
+and where not; only what that leaves open is compiled, from the fewest chips up. What was compiled
+is in the output file, so a second start goes on; recipes with the same program share it. A change
+of `model`, `loss` or `matcher` in the configs makes it another program.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import hashlib
 import importlib
-import itertools
 import json
 import math
 import os
@@ -27,22 +27,22 @@ import time
 
 RECORDED = pathlib.Path(__file__).with_name("recipes.json")  # with libtpu 0.0.42.1
 DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
-# Of at most 16 chips, since a chip takes at least one image; numbers of chips that divide 16. In
-# the order in which they are tried.
-UP = {
+# Of at most 16 devices, since a device takes at least one image; numbers that divide 16.
+TOPOLOGIES = {
+    "v5e": ("1x1", "2x2", "2x4", "4x4"),
+    "v6e": ("1x1", "2x2", "2x4", "4x4"),
     "v4": ("2x2x1", "2x2x2", "2x2x4"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4"),
     "tpu7x": ("2x2x1", "2x2x2"),  # of two devices a chip
+    "h100": ("1", "2", "4", "8", "16"),
 }
-DOWN = {
-    "v5e": ("4x4", "2x4", "2x2", "1x1"),
-    "v6e": ("4x4", "2x4", "2x2", "1x1"),
-    "h100": ("16", "8", "4", "2", "1"),
-}
-TOPOLOGIES = UP | DOWN
-# Of a device; what a kind that was not compiled for is expected to hold, and the share that counts.
+# The first to be compiled; for the other kinds of a family its figure is the first evidence.
+FIRST = {"tpu": "v5p:2x2x1", "gpu": "h100:8"}
+# Of a device, as the compiler says it; for GPUs as `accelerators` has it.
 MEMORY_GIB = {"v4": 31.2, "v5p": 95.7, "tpu7x": 94.7, "v5e": 15.7, "v6e": 31.2, "h100": 55.8}
-EXPECTED_SHARE = 0.8
+# What a device needs on another topology, as a factor on equal shares of state and images: other
+# chips, and for each halving of the devices what is not shared among them.
+OTHER_CHIPS, NOT_SHARED = 1.2, 1.35
 
 
 def load(dataset: str, variant: str):
@@ -96,39 +96,98 @@ def run(dataset: str, variant: str, topology: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def num_devices(kind: str, topology: str) -> int:
-    return math.prod(map(int, topology.split("x"))) * (2 if kind == "tpu7x" else 1)
+def num_devices(topology: str) -> int:
+    kind, _, shape = topology.partition(":")
+    return math.prod(map(int, shape.split("x"))) * (2 if kind == "tpu7x" else 1)
+
+
+def family(kind: str) -> str:
+    return "gpu" if kind == "h100" else "tpu"
+
+
+def expected(results: dict, key: str, topology: str) -> tuple[float, float]:
+    """(least, most) GiB that a device is expected to need, by what others of its family needed.
+
+    State and images are shared among the devices, so each has twice as much on half as many, but
+    for what each has anyway. (0, infinity) if nothing is known.
+    """
+    count = num_devices(topology)
+    least, most = 0.0, math.inf
+    for name, result in results.items():
+        program, _, other = name.partition("@")
+        same = family(other.partition(":")[0]) == family(topology.partition(":")[0])
+        if program != key or not same or other == topology or "gib" not in result:
+            continue
+        ratio = num_devices(other) / count
+        gib = result["gib"] * ratio
+        least = max(least, gib / OTHER_CHIPS / NOT_SHARED ** max(math.log2(ratio), 0))
+        # Of what does not fit the compiler may have counted a part.
+        if result["fits"]:
+            most = min(most, gib * OTHER_CHIPS * NOT_SHARED ** max(-math.log2(ratio), 0))
+    return least, most
+
+
+def fits(results: dict, key: str, topology: str) -> bool | None:
+    """Whether the step fits, as compiled or as expected; None where neither says so."""
+    if result := results.get(f"{key}@{topology}"):
+        return result.get("fits")
+    memory = MEMORY_GIB[topology.partition(":")[0]]
+    least, most = expected(results, key, topology)
+    if most < memory:
+        return True
+    return False if least > memory else None
+
+
+def smallest(results: dict, key: str, kind: str) -> tuple[str, bool | None]:
+    """(the smallest topology that holds a recipe, True), ("", False) if none does.
+
+    Or, not to be said yet, (the topology to compile for next, None).
+    """
+    names = [f"{kind}:{shape}" for shape in TOPOLOGIES[kind]]
+    first = FIRST[family(kind)]
+    known = any(expected(results, key, name)[0] for name in names)
+    if not known and f"{key}@{first}" not in results:
+        return first, None
+    for name in names:
+        if (fitting := fits(results, key, name)) is not False:
+            return name, fitting
+    return "", False
 
 
 def cell(results: dict, kind: str, key: str) -> str:
-    """The smallest topology of a kind that holds a recipe and its memory; "~": only expected to."""
-    names = TOPOLOGIES[kind]
-    found = {name: results.get(f"{key}@{kind}:{name}") for name in names}
-    tried = [result for result in found.values() if result]
-    fitting = [name for name, result in found.items() if result and result.get("fits")]
+    """The smallest topology of a kind that holds a recipe and its memory; "~": as expected.
+
+    "~ 2x2 to 4x4": 2x2 may hold it, 4x4 will.
+    """
+    name, fitting = smallest(results, key, kind)
+    result = results.get(f"{key}@{name}")
     if fitting:
-        least = kind in UP or len(fitting) < len(tried) or len(tried) == len(names)
-        gib = found[fitting[-1]]["gib"]
-        return f"{fitting[-1]}{'' if least else ' or smaller'}, {gib:.1f} GiB"
-    if any("error" in result for result in tried):
+        shape = name.partition(":")[2]
+        return f"{shape}, {result['gib']:.1f} GiB" if result else f"~ {shape}"
+    if result and "error" in result:
         return "fails to compile"
-    if len(tried) == len(names) or (tried and kind in DOWN):
-        return "none"
-    # From a topology of another kind with as many devices or fewer: of what one of them needs, the
-    # share of one of these. Nothing is concluded from more devices.
-    needs = [
-        (num_devices(other, name), result["gib"])
-        for other, others in TOPOLOGIES.items()
-        for name in others
-        if (result := results.get(f"{key}@{other}:{name}")) and result.get("fits")
-    ]
-    untried = [name for name, result in found.items() if not result]
-    for name in sorted(untried, key=lambda name: num_devices(kind, name)):
-        count = num_devices(kind, name)
-        most = EXPECTED_SHARE * MEMORY_GIB[kind]
-        if any(n <= count and gib * n / count < most for n, gib in needs):
-            return f"~ {name}"
-    return "not compiled"
+    if fitting is None:
+        names = [f"{kind}:{shape}" for shape in TOPOLOGIES[kind]]
+        if not any(expected(results, key, other)[0] for other in names):
+            return "not compiled"
+        enough = (other.partition(":")[2] for other in names if fits(results, key, other))
+        return f"~ {name.partition(':')[2]} to {next(enough, 'none')}"
+    return "none" if f"{key}@{kind}:{TOPOLOGIES[kind][-1]}" in results else "~ none"
+
+
+def unexpected(results: dict) -> tuple[int, list[str]]:
+    """(how many compiled steps others told about, those that needed more or less than expected)."""
+    told, wrong = 0, []
+    for name, result in results.items():
+        least, most = expected(results, *name.split("@"))
+        if result.get("fits") and (least, most) != (0.0, math.inf):
+            told += 1
+            if not least <= result["gib"] <= most:
+                wrong.append(
+                    f"{result['recipe']}@{name.partition('@')[2]} {result['gib']:.1f} GiB, "
+                    f"not {least:.1f} to {most:.1f}"
+                )
+    return told, wrong
 
 
 def table(results: dict, kinds: list[str], rows: list[tuple[str, str, str]]) -> str:
@@ -140,19 +199,54 @@ def table(results: dict, kinds: list[str], rows: list[tuple[str, str, str]]) -> 
     return "\n".join(lines)
 
 
+def wanted(results: dict, kinds: list[str], rows: list[tuple[str, str, str]]) -> dict:
+    """{key@topology: (dataset, variant, topology)}: what has to be compiled next."""
+    found = {}
+    for kind in kinds:
+        for dataset, variant, key in rows:
+            topology, fitting = smallest(results, key, kind)
+            name = f"{key}@{topology}"
+            if fitting is None and name not in results:
+                found.setdefault(name, (dataset, variant, topology))
+    return found
+
+
+def compile_all(
+    output: pathlib.Path, kinds: list[str], rows: list[tuple[str, str, str]], jobs: int
+) -> dict:
+    """Compiles what is wanted, `jobs` at a time, until nothing is; keeps `output` up to date."""
+    results = json.loads(output.read_text()) if output.exists() else {}
+    running: dict[concurrent.futures.Future, tuple[str, str]] = {}
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        while True:
+            under_way = {name for name, _ in running.values()}
+            for name, place in wanted(results, kinds, rows).items():
+                if name not in under_way and len(running) < jobs:
+                    running[pool.submit(run, *place)] = (name, ":".join(place[:2]))
+            if not running:
+                return results
+            for done in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                name, recipe = running.pop(done)
+                results[name] = {"recipe": recipe, **done.result()}
+                output.parent.mkdir(parents=True, exist_ok=True)
+                partial = output.with_suffix(".partial")
+                partial.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+                partial.replace(output)
+                print(f"{recipe} {name.partition('@')[2]} {done.result()}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", default="v5e,v5p")
     parser.add_argument("--datasets", default=",".join(DATASETS))
     parser.add_argument("--only", default="", help="part of the variant's name")
+    parser.add_argument("--jobs", type=int, default=1, help="at a time; up to 9 GiB of memory each")
     parser.add_argument("--output", default=str(RECORDED))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(compile_one(*arguments.one)))
         return
-    output = pathlib.Path(arguments.output)
-    results = json.loads(output.read_text()) if output.exists() else {}
     kinds = arguments.kinds.split(",")
     rows = [
         (dataset, variant, fingerprint(load(dataset, variant)))
@@ -160,26 +254,10 @@ def main() -> None:
         for variant in importlib.import_module(f"configs.{dataset}").VARIANTS
         if arguments.only in variant
     ]
-    # First all recipes on the first topology, then on the next one those that it may settle.
-    for place in range(max(len(TOPOLOGIES[kind]) for kind in kinds)):
-        for kind, (dataset, variant, key) in itertools.product(kinds, rows):
-            if place >= len(TOPOLOGIES[kind]):
-                continue
-            # Settled where one fits on the way up, none does on the way down, or an error came.
-            before = (f"{key}@{kind}:{t}" for t in TOPOLOGIES[kind][:place])
-            if any(results[name].get("fits") != (kind in DOWN) for name in before):
-                continue
-            topology = f"{kind}:{TOPOLOGIES[kind][place]}"
-            if (name := f"{key}@{topology}") in results:
-                continue
-            result = run(dataset, variant, topology)
-            results[name] = {"recipe": f"{dataset}:{variant}", **result}
-            output.parent.mkdir(parents=True, exist_ok=True)
-            partial = output.with_suffix(".partial")
-            partial.write_text(json.dumps(results, indent=1))
-            partial.replace(output)
-            print(f"{dataset}:{variant} {topology} {result}", flush=True)
+    results = compile_all(pathlib.Path(arguments.output), kinds, rows, arguments.jobs)
     print(table(results, kinds, rows))
+    told, wrong = unexpected(results)
+    print(f"expected of {told} steps and found otherwise by the compiler: {wrong or 'none'}")
 
 
 if __name__ == "__main__":

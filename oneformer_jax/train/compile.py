@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ LARGEST = 8  # buffers listed for each program
 QUICK = {"exec_time_optimization_effort": -1.0}
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+TRIM_SECONDS = 3.0  # from one return of free memory to the next; each takes about 0.05 s
 MAX_FSDP = 16  # devices over which `suggest` shards a parameter at most
 
 
@@ -138,12 +140,20 @@ def spare_the_host() -> None:
     """Sets up a process that does nothing but compile; to be called before it has many threads."""
     # A program for a device that is not here cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)
-    # One pool of memory for all of the compiler's threads: what one frees serves the others; and
-    # large arrays go back to the system. Only the allocator of glibc has the call.
+    # The compiler's threads free what others could use: two pools of memory for all of them (with
+    # a single one they wait for each other), large arrays outside these, and what is free goes
+    # back to the system all the time. Only the allocator of glibc has these calls.
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_ARENA_MAX, 1)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.mallopt(_M_ARENA_MAX, 2)
         libc.mallopt(_M_MMAP_THRESHOLD, 2**19)
+        threading.Thread(target=_give_back, args=(libc,), name="malloc_trim", daemon=True).start()
+
+
+def _give_back(libc: ctypes.CDLL) -> None:
+    while True:
+        time.sleep(TRIM_SECONDS)
+        libc.malloc_trim(0)
 
 
 def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:
