@@ -24,6 +24,7 @@ _COLLECTIVES = (
     "collective-broadcast",
 )
 HOST = "host transfer"
+SLICES = "between slices"
 # Results that are no memory of their own.
 _ALIASES = re.compile(
     r"parameter|tuple|get-tuple-element|bitcast|while|conditional|call|optimization-barrier"
@@ -78,12 +79,14 @@ class Collective:
     """One communication of a compiled program.
 
     Attributes:
-      kind: "all-reduce", "all-gather", ... or "host transfer".
-      shapes: what it yields on one device.
+      kind: "all-reduce", "all-gather", ..., "host transfer" or, over the network that joins TPU
+        slices, "between slices".
+      shapes: what it yields on one device; between slices, what a device hands over.
       group: devices that take part together.
       times: how often a step runs it (more than once within loops).
       source: file and line that made it, or "".
-      name: the compiler's name of the operation, such as "jit(train_step)/jvp()/dot_general".
+      name: the compiler's name of the operation, such as "jit(train_step)/jvp()/dot_general";
+        between slices, what it is for: "ALL_REDUCE", "ALL_GATHER".
     """
 
     kind: str
@@ -95,7 +98,10 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends per step, by the ring algorithms' least amounts."""
+        """Bytes that one device sends per step, by the ring algorithms' least amounts.
+
+        To and from the host both count; between slices, what a device hands over counts once.
+        """
         size = sum(shape.bytes for shape in self.shapes)
         share = (self.group - 1) / self.group
         factor = {
@@ -278,7 +284,7 @@ class Program:
         for number, (computation, instruction, times) in enumerate(self._reached()):
             kind = instruction.opcode.removesuffix("-start")
             shapes = _shapes(instruction.type)
-            group = 2
+            group, purpose = 2, ""
             if kind in _COLLECTIVES:
                 group = self._group(instruction.line)
                 if instruction.opcode.endswith("-start") and kind != "all-reduce":
@@ -293,13 +299,17 @@ class Program:
                         for s in shapes
                     )
             elif kind in ("send", "recv") and "is_host_transfer=true" in instruction.line:
-                kind, shapes = HOST, shapes[:1]
+                # The network between slices is reached by way of the host.
+                purpose = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+                if purpose and kind == "recv":
+                    continue
+                kind, shapes = SLICES if purpose else HOST, shapes[:1]
             else:
                 continue
             # Pieces of one communication, spread over other work, share its channel.
             channel = instruction.attribute(r"channel_id=(\d+)")
             key = (kind, channel) if channel else number
-            name = instruction.attribute(r'op_name="([^"]*)"')
+            name = purpose or instruction.attribute(r'op_name="([^"]*)"')
             if group > 1 and shapes and key not in found:
                 source = self._source(instruction)
                 found[key] = Collective(kind, shapes, group, times, source, name)

@@ -20,8 +20,8 @@ from tests.train import test_compile
 from tests.train.runs import make_config
 
 
-def collectives(name: str) -> tuple[int, list[hlo.Collective]]:
-    """(number of devices, what a training step communicates on them)."""
+def collectives(name: str) -> tuple[int, int, list[hlo.Collective]]:
+    """(number of slices, of all devices, what a training step communicates on them)."""
     topology, _, slices = name.partition("/")
     kind, _, count = topology.partition(":")
     if kind == "cpu":
@@ -35,19 +35,41 @@ def collectives(name: str) -> tuple[int, list[hlo.Collective]]:
         training = states.make_training(config, tiny.CLASSES, tiny.text_table(), mesh)
         batch, key = states.abstract_batch(config, mesh), states.abstract_key(mesh)
         compiled = training.step.lower(training.state, batch, key).compile()
-    return len(devices), hlo.Program(compiled.as_text(), len(devices)).collectives()
+    found = hlo.Program(compiled.as_text(), len(devices)).collectives()
+    return int(slices or 1), len(devices), found
 
 
 def sent(found: list[hlo.Collective], *, on_tpu: bool = False) -> dict[str, float]:
-    """Bytes that a device sends, by what they are.
+    """Bytes that a device sends within its slice, by what they are.
 
     Raises:
       AssertionError: something else is sent, such as masks, feature maps or points.
     """
     size = test_compile.parameter_bytes(make_config(**test_compile.SMALL))
     rest = test_compile.check_collectives(found, size, on_tpu=on_tpu)
-    total = sum(collective.sent for collective in found if collective.kind != hlo.HOST)
+    total = sum(c.sent for c in found if c.kind not in (hlo.HOST, hlo.SLICES))
     return {"parameters, gradients, sums": rest, "contrastive features": total - rest}
+
+
+def sent_between_slices(found: list[hlo.Collective]) -> float:
+    """Bytes that a device hands over to the network between slices.
+
+    Raises:
+      AssertionError: they are neither sums, all together no more than the gradients of all
+        parameters, nor the contrastive features of the device's image.
+    """
+    crossing = [c for c in found if c.kind == hlo.SLICES]
+    assert {c.name for c in crossing} == {"ALL_REDUCE", "ALL_GATHER"}, crossing
+    features = [c for c in crossing if c.name == "ALL_GATHER"]
+    assert all(c.elements == test_compile.FEATURES for c in features), features
+    config = states.model_config(make_config(**test_compile.SMALL), tiny.CLASSES)
+    params = states.abstract_params(config)
+    # All devices encode the same texts: what is summed are the gradients of these.
+    del params["text_encoder"]["token_embedding"]
+    gradients = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    sums = sum(c.sent for c in crossing if c.name == "ALL_REDUCE")
+    assert 0 < sums <= gradients, (sums, gradients)
+    return sums + sum(c.sent for c in features)
 
 
 def check(amounts: dict[int, dict[str, float]]) -> None:
@@ -71,9 +93,12 @@ def main(*names: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         test_compile.patch_shardings(patch)
         for name in names:
-            devices, found = collectives(name)
+            slices, devices, found = collectives(name)
             amounts[devices] = sent(found, on_tpu=not name.startswith("cpu:"))
             parts = [f"{part} {int(size):,} bytes" for part, size in amounts[devices].items()]
+            if slices > 1:
+                size = sent_between_slices(found)
+                parts.append(f"between slices {int(size):,} bytes")
             kinds = [
                 f"{kind} {times} times, {int(size):,} bytes"
                 for kind, (times, size) in hlo.sent_by_kind(found).items()

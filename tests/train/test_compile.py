@@ -80,10 +80,11 @@ def check_collectives(collectives, size, *, on_tpu=False):
       on_tpu: whether they are those of a program for TPUs.
 
     Returns:
-      Bytes that one device sends, without the contrastive features.
+      Bytes that one device sends, without the contrastive features; within its slice.
     """
+    collectives = [c for c in collectives if c.kind not in (hlo.HOST, hlo.SLICES)]
     contrast = [c for c in collectives if any(FEATURES in s.dims for s in c.shapes)]
-    rest = [c for c in collectives if c not in contrast and c.kind != hlo.HOST]
+    rest = [c for c in collectives if c not in contrast]
     assert 0 < len(contrast) < 8
     for collective in rest:
         dims = {side for shape in collective.shapes for side in shape.dims}

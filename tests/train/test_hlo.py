@@ -73,6 +73,8 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %start = (f32[4]{0}, f32[32]{0}, u32[], u32[]) all-gather-start(%x), channel_id=11, replica_groups=[1,8]<=[8], dimensions={0}
   %alone = f32[9]{0} all-reduce(%x), channel_id=12, replica_groups={{0},{1}}, to_apply=%add
   %host = (f32[6]{0}, u32[], token[]) send(%x, %w), channel_id=13, is_host_transfer=true
+  %over = (bf16[5,7]{1,0}, u32[], token[]) send(%x, %w), channel_id=14, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %back = (bf16[5,7]{1,0}, u32[], token[]) recv(%w), channel_id=15, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %out = f32[4]{0} copy(%x)
 }
 """.replace("{root}", str(hlo.ROOT))
@@ -87,6 +89,7 @@ def test_collectives_of_a_text():
         ("all-gather", 1600),
         ("all-gather", 32),
         (hlo.HOST, 6),
+        (hlo.SLICES, 35),
     }
     loop = by_kind["all-reduce", 4]
     assert (loop.group, loop.times) == (4, 10)
@@ -95,6 +98,8 @@ def test_collectives_of_a_text():
     assert by_kind["all-gather", 1600].sent == pytest.approx(3 / 4 * 3200)  # its pieces count once
     assert by_kind["all-gather", 32].sent == pytest.approx(7 / 8 * 128)
     assert by_kind[hlo.HOST, 6].sent == 24
+    between = by_kind[hlo.SLICES, 35]
+    assert (between.name, between.sent) == ("ALL_REDUCE", 70)  # what comes back does not count
     sent = hlo.sent_by_kind(found)
     assert sent["all-gather"] == (2, pytest.approx(2400 + 112))
     assert next(iter(sent)) == "reduce-scatter"
