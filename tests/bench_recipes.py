@@ -68,6 +68,8 @@ def compile_one(dataset: str, variant: str, topology: str) -> dict:
     config.model.remat = True
     config.mesh.data = -1
     config.mesh.fsdp = len(found.devices)
+    if family(topology.partition(":")[0]) == "gpu":
+        config.matcher.backend = "device"  # the host's cannot be compiled without a GPU
     info = datasets.dataset_info(config.dataset.name)
     start = time.perf_counter()
     (report,) = compile.compile_programs(

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,6 +62,9 @@ _GPUS = {
     ),
     "h200": _Gpu("NVIDIA H200", 132, 141 * 10**9, 4800 * 10**9, 50 << 20, 1.98, (9, 0), 232448),
 }
+# Without the GPU the compiler cannot try which way of its own matrix products fits, and fails where
+# the first it thinks of does not: they are left to cuBLAS.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # Share of a GPU's memory that XLA's allocator takes (XLA_PYTHON_CLIENT_MEM_FRACTION).
 _GPU_MEMORY_SHARE = 0.75
 
@@ -75,11 +79,13 @@ class Topology:
       name: as given, or the kind of this machine's devices.
       devices: jax devices, real or described.
       memory: bytes that programs may use on one device, or None if unknown.
+      options: what the compiler has to be told for these devices.
     """
 
     name: str
     devices: tuple[Any, ...]
     memory: int | None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -169,7 +175,8 @@ def _gpu_topology(name: str, gpu: _Gpu, count: int) -> Topology:
         )
     except Exception as error:
         raise _no_topology(name, error, "jax[cuda12]") from error
-    return Topology(name, tuple(found.devices), int(gpu.memory * _GPU_MEMORY_SHARE))
+    memory = int(gpu.memory * _GPU_MEMORY_SHARE)
+    return Topology(name, tuple(found.devices), memory, _GPU_OPTIONS)
 
 
 def _no_topology(name: str, error: Exception, extra: str) -> ValueError:

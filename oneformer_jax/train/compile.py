@@ -90,6 +90,7 @@ def compile_programs(
     Raises:
       ValueError: the config and the devices do not fit each other.
     """
+    _check_matcher(config, topology)
     mesh = _mesh(config, topology)
     sharding.check_batches(config.data.batch_size, config.optim.accumulate, mesh)
     # Kernels ask the mesh for which chip they are compiled.
@@ -134,6 +135,15 @@ def compile_programs(
             quick=quick,
         )
     return [train, prediction]
+
+
+def _check_matcher(config: ConfigDict, topology: Topology) -> None:
+    on_gpu = topology.devices[0].platform == "gpu"
+    if on_gpu and jax.default_backend() != "gpu" and config.matcher.backend == "host":
+        raise ValueError(
+            f"matcher.backend is 'host': to compile a callback for {topology.name} JAX needs a GPU "
+            "on this machine. Add --config.matcher.backend=device; nothing else of the step changes"
+        )
 
 
 def spare_the_host() -> None:
@@ -207,7 +217,8 @@ def _compile(
     flops = count_flops(traced.jaxpr)
     memory = {part: size for part, size in parts.items() if size}
     try:
-        compiled = traced.lower().compile(compiler_options=QUICK if quick else None)
+        options = {**topology.options, **(QUICK if quick else {})}
+        compiled = traced.lower().compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
         sizes = accelerators.out_of_memory(error)
         if sizes is None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import coco
+from kernels import gpu_aot
 from kernels.point_sampling import sample_features
 from oneformer_jax.models import matcher
 from oneformer_jax.train import accelerators, compile, hlo, sharding
@@ -235,6 +237,24 @@ def test_the_training_step_compiles_for_a_tpu(capsys):
     tight = dataclasses.replace(topology, memory=2**20)
     train, predict = compile.compile_programs(config, tight, quick=True, **settings)
     assert not train.fits and train.quick and predict.quick
+
+
+@pytest.mark.skipif(gpu_aot.missing() is not None, reason=f"not installed: {gpu_aot.missing()}")
+def test_the_training_step_compiles_for_gpus(capsys):
+    topology = accelerators.open_topology("h100:4")
+    settings = dict(num_classes=tiny.CLASSES, text_table=tiny.text_table(), topology=topology)
+    config = make_config(**SMALL | {"data__batch_size": 4, "matcher__backend": "device"})
+    assert compile.run(config, **settings)
+    text = capsys.readouterr().out
+    assert "training step: fits" in text and "of 55.88 GiB" in text
+    assert "NVIDIA H100" in text and "all-reduce" in text
+
+
+def test_a_callback_cannot_be_compiled_for_gpus_that_are_not_here():
+    topology = Topology("h100:4", (types.SimpleNamespace(platform="gpu"),), None)
+    config = make_config(**SMALL | {"matcher__backend": "host"})
+    with pytest.raises(ValueError, match=r"h100:4.*--config\.matcher\.backend=device"):
+        programs(config, topology)
 
 
 @needs_libtpu
