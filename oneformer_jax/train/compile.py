@@ -30,7 +30,7 @@ LARGEST = 8  # buffers listed for each program
 QUICK = {"exec_time_optimization_effort": -1.0}
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-TRIM_SECONDS = 3.0  # from one return of free memory to the next; each takes about 0.05 s
+TRIM_SECONDS = 3.0  # between returns of free memory, 0.05 s each in a process of 4 GiB
 MAX_FSDP = 16  # devices over which `suggest` shards a parameter at most
 
 
