@@ -2,12 +2,12 @@
 
     python -m tests.bench_recipes --kinds=v5e,v5p
 
-Compiles the training step ahead of time (`pip install "jax[tpu]"`), with parameters sharded over
-all chips and recomputation, by the quick way of compile mode, whose memory is an upper bound; each
-in a process of its own. What a step needs on one topology tells about where it is expected to fit
-and where not; only what that leaves open is compiled, from the fewest chips up. What was compiled
-is in the output file, so a second start goes on; recipes with the same program share it. A change
-of `model`, `loss` or `matcher` in the configs makes it another program.
+Compiles the training step ahead of time (`pip install "jax[tpu]"`, for h100 `"jax[cuda12]"`), with
+parameters sharded over all chips and recomputation, by the quick way of compile mode, whose memory
+is an upper bound; each in a process of its own. What a step needs on one topology tells about where
+it is expected to fit and where not; only what that leaves open is compiled, from the fewest chips
+up. What was compiled is in the output file, so a second start goes on; recipes with the same
+program share it. A change of `model`, `loss` or `matcher` in the configs makes it another program.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ FIRST = {"tpu": "v5p:2x2x1", "gpu": "h100:8"}
 # Of a device, as the compiler says it; for GPUs as `accelerators` has it.
 MEMORY_GIB = {"v4": 31.2, "v5p": 95.7, "tpu7x": 94.7, "v5e": 15.7, "v6e": 31.2, "h100": 55.8}
 # What a device needs on another topology, as a factor on equal shares of state and images: other
-# chips, and for each halving of the devices what is not shared among them.
-OTHER_CHIPS, NOT_SHARED = 1.1, 1.35
+# chips, and for each halving of the devices what is not shared among them. Chosen so that all that
+# is recorded is within: `unexpected` says what is not.
+OTHER_CHIPS, NOT_SHARED = 1.2, 1.35
 
 
 def load(dataset: str, variant: str):
@@ -178,11 +179,11 @@ def cell(results: dict, kind: str, key: str) -> str:
 
 
 def unexpected(results: dict) -> tuple[int, list[str]]:
-    """(how many compiled steps others told about, those that needed more or less than expected)."""
+    """(how many compiled steps others tell about, those that needed more or less than expected)."""
     told, wrong = 0, []
     for name, result in results.items():
         least, most = expected(results, *name.split("@"))
-        if result.get("fits") and (least, most) != (0.0, math.inf):
+        if "gib" in result and (least, most) != (0.0, math.inf):
             told += 1
             if not least <= result["gib"] <= most:
                 wrong.append(
@@ -259,7 +260,7 @@ def main() -> None:
     results = compile_all(pathlib.Path(arguments.output), kinds, rows, arguments.jobs)
     print(table(results, kinds, rows))
     told, wrong = unexpected(results)
-    print(f"expected of {told} steps and found otherwise by the compiler: {wrong or 'none'}")
+    print(f"of {told} steps that others tell about, not as expected: {', '.join(wrong) or 'none'}")
 
 
 if __name__ == "__main__":

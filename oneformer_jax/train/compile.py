@@ -141,8 +141,8 @@ def _check_matcher(config: ConfigDict, topology: Topology) -> None:
     on_gpu = topology.devices[0].platform == "gpu"
     if on_gpu and jax.default_backend() != "gpu" and config.matcher.backend == "host":
         raise ValueError(
-            f"matcher.backend is 'host': to compile a callback for {topology.name} JAX needs a GPU "
-            "on this machine. Add --config.matcher.backend=device; nothing else of the step changes"
+            f"matcher.backend is 'host': JAX cannot compile a callback for {topology.name} without "
+            "these GPUs. Add --config.matcher.backend=device; nothing else of the step changes"
         )
 
 

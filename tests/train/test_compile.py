@@ -1,8 +1,11 @@
 """Compile mode: a report of real programs, the verdict on memory, the advice; TPUs by libtpu."""
 
+import ctypes
 import dataclasses
 import functools
 import importlib.util
+import subprocess
+import sys
 import types
 
 import jax
@@ -255,6 +258,40 @@ def test_a_callback_cannot_be_compiled_for_gpus_that_are_not_here():
     config = make_config(**SMALL | {"matcher__backend": "host"})
     with pytest.raises(ValueError, match=r"h100:4.*--config\.matcher\.backend=device"):
         programs(config, topology)
+
+
+GIVES_BACK = """
+import gc, time, jax
+from oneformer_jax.train import compile
+
+def resident():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmRSS"))
+
+compile.TRIM_SECONDS = {seconds}
+compile.spare_the_host()
+assert not jax.config.jax_enable_compilation_cache
+held = [bytes(2000) for _ in range(200_000)]
+most = resident()
+last = held.pop()  # the end of the heap stays in use
+held.clear()
+gc.collect()
+end = time.monotonic() + 2
+while resident() > most - 300_000 and time.monotonic() < end:
+    time.sleep(0.05)
+print("given back" if resident() < most - 300_000 else "kept")
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc's allocator")
+@pytest.mark.parametrize(("seconds", "expected"), [(0.1, "given back"), (1000.0, "kept")])
+def test_free_memory_goes_back_to_the_system(seconds, expected):
+    done = subprocess.run(
+        [sys.executable, "-c", GIVES_BACK.format(seconds=seconds)],
+        capture_output=True,
+        text=True,
+        cwd=hlo.ROOT,
+    )
+    assert done.stdout.strip() == expected, done.stderr
 
 
 @needs_libtpu
