@@ -14,13 +14,17 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from absl import logging
+from orbax.checkpoint import multihost
 
 # Ports of jax.distributed on Cloud TPU and GKE; SLURM's follows from the job's number.
 _TPU_PORT = 8476
 _SLURM_PORTS = 4096
+# Longer than any compilation: a process that is lost meanwhile is noticed by JAX itself.
+_COMPILATION_SECONDS = 6 * 3600
 
 
 class DistributedError(ValueError):
@@ -167,6 +171,24 @@ def start(place: Place | None, timeout: float = 300.0) -> None:
         *(jax.process_index(), jax.process_count(), host),
         *(jax.local_device_count(), jax.device_count(), jax.devices()[0].device_kind),
     )
+
+
+def compile_everywhere(function: Any, *arguments: Any, name: str) -> None:
+    """Compiles a jitted function and returns when all processes have, so that none runs it alone.
+
+    A collective does not wait as long as another process may compile: on CPUs JAX gives up after
+    30 s. A call with such arguments then compiles nothing more.
+
+    Args:
+      function: of `jax.jit`; one process alone compiles it at its first call as ever.
+      arguments: arrays; nothing is donated here.
+      name: of the program, given once in a run.
+    """
+    if jax.process_count() == 1:
+        return
+    function.lower(*arguments).compile()
+    wait = multihost.get_barrier_sync_fn()
+    wait(key=f"oneformer_jax: {name} compiled", timeout_ms=1000 * _COMPILATION_SECONDS)
 
 
 @contextlib.contextmanager

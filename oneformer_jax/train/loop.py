@@ -22,6 +22,7 @@ from oneformer_jax.models import backbones, matcher
 from oneformer_jax.models.oneformer import OF_THE_PROGRAM, OneFormerConfig
 from oneformer_jax.train import accelerators, checkpoint, observe, optim, sharding, start
 from oneformer_jax.train import state as states
+from oneformer_jax.train.distributed import compile_everywhere
 from oneformer_jax.train.evaluator import Evaluator, metric_names
 from oneformer_jax.train.flops import count_flops
 from oneformer_jax.train.preemption import Preempted, Preemption
@@ -185,6 +186,8 @@ def train(
                     )
                 arrays = {name: value for name, value in batch.items() if name != "index"}
                 arrays = sharding.put_batch(arrays, mesh)
+            if step == first_step + 1:
+                compile_everywhere(training.step, state, arrays, run_key, name="training step")
             profiler.before(step)
             state, metrics = training.step(state, arrays, run_key)
             preemption.wake()  # the first step is compiled: from now on there is something to lose

@@ -175,6 +175,38 @@ def test_a_checkpoint_reads_the_same_on_other_processes_and_another_mesh(tmp_pat
     assert split == other["params"]["layers"][0]["kernel"].sharding
 
 
+COMPILE = """
+import sys, time
+import tests.conftest
+import jax
+import numpy as np
+from oneformer_jax.train import distributed, sharding
+
+distributed.start(distributed.find_place({}, sys.argv[1], 2, sys.argv[2]), 60)
+
+@jax.jit
+def total(x):
+    time.sleep(3 * jax.process_index())  # the second process takes longer
+    print("traced at", time.monotonic())
+    return x.sum()
+
+x = sharding.put_batch(np.ones(jax.local_device_count()), sharding.make_mesh())
+distributed.compile_everywhere(total, x, name="total")
+print("compiled at", time.monotonic())
+print("total", float(total(x)))
+"""
+
+
+def test_no_process_runs_a_program_before_all_have_compiled_it():
+    address = f"localhost:{free_port()}"
+    outputs = finish([start(("-c", COMPILE, address, number), 1) for number in range(2)])
+    found = [dict(re.findall(r"(\w+) (?:at )?(\d+\.\d+)$", text, re.M)) for text in outputs]
+    assert [float(times["total"]) for times in found] == [16.0, 16.0]
+    assert [text.count("traced at") for text in outputs] == [1, 1]
+    assert float(found[0]["compiled"]) > float(found[1]["traced"])
+    assert float(found[1]["traced"]) > float(found[0]["traced"]) + 2
+
+
 # ------------------------------------------------------------------ whole jobs
 
 OVERRIDES = {
