@@ -8,6 +8,8 @@ is an upper bound; each in a process of its own. What a step needs on one topolo
 it is expected to fit and where not; only what that leaves open is compiled, from the fewest chips
 up. What was compiled is in the output file, so a second start goes on; recipes with the same
 program share it. A change of `model`, `loss` or `matcher` in the configs makes it another program.
+A record with "at_most" is of a version that added up all temporary arrays of a TPU's program, of
+which never all are there at once: the step fits and needs less.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ MEMORY_GIB = {"v4": 31.2, "v5p": 95.7, "tpu7x": 94.7, "v5e": 15.7, "v6e": 31.2, 
 # chips, and for each halving of the devices what is not shared among them. Chosen so that all that
 # is recorded is within: `unexpected` says what is not.
 OTHER_CHIPS, NOT_SHARED = 1.2, 1.35
+NOTHING = 0.0, math.inf  # the GiB of which nothing is known
 
 
 def load(dataset: str, variant: str):
@@ -112,10 +115,10 @@ def expected(results: dict, key: str, topology: str) -> tuple[float, float]:
     """(least, most) GiB that a device is expected to need, by what others of its family needed.
 
     State and images are shared among the devices, so each has twice as much on half as many, but
-    for what each has anyway. (0, infinity) if nothing is known.
+    for what each has anyway. `NOTHING` if nothing is known.
     """
     count = num_devices(topology)
-    least, most = 0.0, math.inf
+    least, most = NOTHING
     for name, result in results.items():
         program, _, other = name.partition("@")
         same = family(other.partition(":")[0]) == family(topology.partition(":")[0])
@@ -123,7 +126,8 @@ def expected(results: dict, key: str, topology: str) -> tuple[float, float]:
             continue
         ratio = num_devices(other) / count
         gib = result["gib"] * ratio
-        least = max(least, gib / OTHER_CHIPS / NOT_SHARED ** max(math.log2(ratio), 0))
+        if "at_most" not in result:
+            least = max(least, gib / OTHER_CHIPS / NOT_SHARED ** max(math.log2(ratio), 0))
         if result["fits"]:  # else it may be a part of what is needed
             most = min(most, gib * OTHER_CHIPS * NOT_SHARED ** max(-math.log2(ratio), 0))
     return least, most
@@ -147,7 +151,7 @@ def smallest(results: dict, key: str, kind: str) -> tuple[str, bool | None]:
     """
     names = [f"{kind}:{shape}" for shape in TOPOLOGIES[kind]]
     first = FIRST[family(kind)]
-    known = any(expected(results, key, name)[0] for name in names)
+    known = any(expected(results, key, name) != NOTHING for name in names)
     if not known and f"{key}@{first}" not in results:
         return first, None
     for name in names:
@@ -165,12 +169,14 @@ def cell(results: dict, kind: str, key: str) -> str:
     result = results.get(f"{key}@{name}")
     if fitting:
         shape = name.partition(":")[2]
-        return f"{shape}, {result['gib']:.1f} GiB" if result else f"~ {shape}"
+        if not result:
+            return f"~ {shape}"
+        return f"{shape}, {'≤ ' if 'at_most' in result else ''}{result['gib']:.1f} GiB"
     if result and "error" in result:
         return "fails to compile"
     if fitting is None:
         names = [f"{kind}:{shape}" for shape in TOPOLOGIES[kind]]
-        if not any(expected(results, key, other)[0] for other in names):
+        if all(expected(results, key, other) == NOTHING for other in names):
             return "not compiled"
         enough = (other.partition(":")[2] for other in names if fits(results, key, other))
         return f"~ {name.partition(':')[2]} to {next(enough, 'none')}"
@@ -182,7 +188,7 @@ def unexpected(results: dict) -> tuple[int, list[str]]:
     told, wrong = 0, []
     for name, result in results.items():
         least, most = expected(results, *name.split("@"))
-        if "gib" in result and (least, most) != (0.0, math.inf):
+        if "gib" in result and "at_most" not in result and (least, most) != NOTHING:
             told += 1
             # Of what does not fit the compiler may have counted a part.
             if result["gib"] > most or (result["fits"] and result["gib"] < least):

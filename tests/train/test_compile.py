@@ -229,6 +229,29 @@ def test_a_topology_that_does_not_exist():
 
 
 @needs_libtpu
+def test_the_memory_is_what_a_tpus_compiler_compares():
+    """Not all temporary arrays together, which with arguments and results would be 384 MiB."""
+    topology = accelerators.open_topology("v5e:1x1")
+    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    x = jax.ShapeDtypeStruct((2048, 2048), jnp.float32, sharding=place)
+
+    def loop(x):
+        return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, length=9)[0].sum()
+
+    def report(mebibytes):
+        options = {"xla_tpu_max_hbm_size_mib": str(mebibytes)}
+        limited = dataclasses.replace(topology, options=options)
+        return compile._compile("loop", jax.jit(jax.grad(loop)), (x,), {}, limited, 1, quick=True)
+
+    free = report(1000)
+    size = free.peak - free.memory["program"]
+    assert report(size // 2**20 + 1).memory == free.memory
+    refused = report(size // 2**20 - 1)
+    assert free.fits and not refused.fits
+    assert refused.peak == pytest.approx(size, abs=2**20)
+
+
+@needs_libtpu
 def test_the_training_step_compiles_for_a_tpu(capsys):
     topology = accelerators.open_topology("v5e:2x2")
     config = make_config(**SMALL | {"data__batch_size": 4, "matcher__backend": "host"})

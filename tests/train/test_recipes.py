@@ -51,6 +51,18 @@ def test_the_smallest_topology(kind, found, expected):
     assert cell(results(**found), kind, KEY) == expected
 
 
+def test_a_record_of_at_most_so_much_tells_what_fits_but_not_what_does_not():
+    found = results(v5p_2x2x1=20.0)
+    found[f"{KEY}@v5p:2x2x1"]["at_most"] = True
+    assert cell(found, "v5p", KEY) == "2x2x1, ≤ 20.0 GiB"
+    assert cell(found, "tpu7x", KEY) == "~ 2x2x1"
+    assert cell(found, "v5e", KEY) == "~ 1x1 to 4x4"
+    assert cell(found | results(v5e_2x2=None), "v5e", KEY) == "~ 2x4 to 4x4"
+    assert cell(found | results(v6e_1x1=28.0), "v5e", KEY) == "~ 2x2"
+    # It is no evidence against what others say, here 3.1 to 8.2 GiB.
+    assert bench_recipes.unexpected(found | results(v5e_1x1=15.0)) == (1, [])
+
+
 def test_what_was_found_to_be_otherwise():
     assert bench_recipes.unexpected(results(v5p_2x2x1=20.0)) == (0, [])
     assert bench_recipes.unexpected(results(v5p_2x2x1=19.0, v5e_2x4=11.0, v5e_2x2=None)) == (3, [])
