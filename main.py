@@ -74,7 +74,7 @@ _SKIP_BROKEN = flags.DEFINE_bool(
 _SUGGEST = flags.DEFINE_bool(
     "suggest", False, "compile: if the training does not fit, look for settings that do."
 )
-_QUICK = flags.DEFINE_bool("quick", False, "compile: faster; memory is an upper bound.")
+_QUICK = flags.DEFINE_bool("quick", False, "compile: faster, by other programs than a run has.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,

@@ -3,13 +3,13 @@
     python -m tests.bench_recipes --kinds=v5e,v5p
 
 Compiles the training step ahead of time (`pip install "jax[tpu]"`, for h100 `"jax[cuda12]"`), with
-parameters sharded over all chips and recomputation, by the quick way of compile mode, whose memory
-is an upper bound; each in a process of its own. What a step needs on one topology tells about where
-it is expected to fit and where not; only what that leaves open is compiled, from the fewest chips
-up. What was compiled is in the output file, so a second start goes on; recipes with the same
-program share it. A change of `model`, `loss` or `matcher` in the configs makes it another program.
-A record with "at_most" is of a version that added up all temporary arrays of a TPU's program, of
-which never all are there at once: the step fits and needs less.
+parameters sharded over all chips and recomputation, by the quick way of compile mode (a run's own
+program may need more or less); each in a process of its own. What a step needs on one topology
+tells about where it is expected to fit and where not; only what that leaves open is compiled, from
+the fewest chips up. What was compiled is in the output file, so a second start goes on; recipes
+with the same program share it. A change of `model`, `loss` or `matcher` in the configs makes it
+another program. A record with "at_most" is of a version that added up all temporary arrays of a
+TPU's program, of which never all are there at once: the step fits and needs less.
 """
 
 from __future__ import annotations

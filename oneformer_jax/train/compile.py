@@ -26,7 +26,7 @@ from oneformer_jax.train.flops import count_flops
 
 GIB = 2**30
 LARGEST = 8  # buffers listed for each program
-# What the compiler is told for a quick answer: it then fuses less, and so needs more memory.
+# What the compiler is told for a quick answer: it then makes a slower program of other memory.
 QUICK = {"exec_time_optimization_effort": -1.0}
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
@@ -51,7 +51,7 @@ class Report:
       collectives: the communications one by one; empty if it does not fit.
       buffers: the largest arrays; empty if it does not fit.
       seconds: of tracing and compiling.
-      quick: compiled with the least effort: the memory is an upper bound.
+      quick: compiled with the least effort: not the program of a run, which may need more or less.
     """
 
     name: str
@@ -84,8 +84,8 @@ def compile_programs(
 
     Without `predict`, the training step alone.
 
-    With `quick` the compiler takes a fraction of the time and fuses less. Its programs needed more
-    memory than those of a run wherever both were compiled, which the compiler does not promise.
+    With `quick` the compiler takes a fraction of the time and makes other programs than a run has:
+    those may need less, since they are fused more, or more, since they use memory that is there.
 
     Raises:
       ValueError: the config and the devices do not fit each other.
@@ -320,10 +320,10 @@ def verdict(report: Report) -> str:
         return f"compiled, {_gib(report.peak)}"
     used = f"{_gib(report.peak)} of {_gib(report.limit)}"
     if report.fits:
-        most = "at most " if report.quick else ""
-        return f"fits, {most}{used}, {_gib(report.limit - report.peak)} free"
+        how = "fits as compiled with --quick" if report.quick else "fits"
+        return f"{how}, {used}, {_gib(report.limit - report.peak)} free"
     if report.quick:
-        return f"MAY NOT FIT, at most {used}: compile without --quick to know"
+        return f"MAY NOT FIT, {used} as compiled with --quick: compile without --quick to know"
     return f"DOES NOT FIT, {used}, {_gib(report.peak - report.limit)} too much"
 
 
