@@ -27,7 +27,12 @@ from oneformer_jax.train.flops import count_flops
 GIB = 2**30
 LARGEST = 8  # buffers listed for each program
 # What the compiler is told for a quick answer: it then makes a slower program of other memory.
-QUICK = {"exec_time_optimization_effort": -1.0}
+# Newer versions of JAX have the levels only.
+QUICK: Mapping[str, Any] = (
+    {"exec_time_optimization_effort": -1.0}
+    if hasattr(jax.config, "jax_exec_time_optimization_effort")
+    else {"optimization_level": "O0"}
+)
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 TRIM_SECONDS = 3.0  # between returns of free memory, 0.05 s each in a process of 4 GiB
