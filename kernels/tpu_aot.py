@@ -137,6 +137,12 @@ def schedules(dump: pathlib.Path, kernel: str) -> list[str]:
     return [f.read_text(errors="replace") for f in files if "schedule-analysis" not in f.name]
 
 
+def count_calls(program: str, kernel: str) -> int:
+    """How often a compiled program's text calls the kernels of that name."""
+    # jax 0.12 lets the name of an operand follow: "%kernel.1.gradient_ref".
+    return len(re.findall(rf"%{kernel}(?:\.\w+)* = ", program))
+
+
 def compile_for(target: str, function, arguments):
     """The compiled program of `function` for one chip of `target`."""
     import jax

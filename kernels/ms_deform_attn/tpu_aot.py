@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import re
 import time
 from collections.abc import Iterator, Sequence
 
@@ -136,7 +135,7 @@ def report(target: str, image: tuple[int, int], dump: pathlib.Path) -> dict:
     tiles = -(-call.pixels // quad_rows.tile_size(call.pixels, 12))
     for name in ("forward", "backward"):
         found = tpu_aot.schedules(dump, f"ms_deform_attn_{name}")
-        calls = len(re.findall(rf"%ms_deform_attn_{name}[.\d]* = ", program))
+        calls = tpu_aot.count_calls(program, f"ms_deform_attn_{name}")
         result[name] = {"kernels": calls}
         if len(found) == calls:  # of equal kernels the compiler dumps one
             cycles = sum(tpu_aot.issue_cycles(text, tiles) for text in found)

@@ -68,7 +68,7 @@ def report(target: str, call: tuple[str, str], dump: pathlib.Path) -> dict:
     for direction in DIRECTIONS:
         kernel = f"point_sampling_{direction}"
         found = tpu_aot.schedules(dump, kernel)
-        count = len(re.findall(rf"%{kernel}[.\d]* = ", program))
+        count = tpu_aot.count_calls(program, kernel)
         result[direction] = {"kernels": count}
         if len(found) == count:  # of equal kernels the compiler dumps one
             cycles = sum(uniform_cycles(text, shape, CORES.get(target, 1)) for text in found)

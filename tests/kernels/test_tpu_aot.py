@@ -71,3 +71,12 @@ def test_estimated_cycles_of_a_program_with_a_loop():
     assert tpu_aot.estimated_cycles(PROGRAM) == 100 + 6 * 15
     with pytest.raises(ValueError, match=r"no trip count for the loop of body\.1"):
         tpu_aot.estimated_cycles(PROGRAM.replace("constant(6)", "parameter(0)"))
+
+
+def test_calls_of_a_kernel_are_counted():
+    program = """
+  %read.2 = f32[8] custom-call(%x), custom_call_target="tpu_custom_call"
+  %read.1.gradient_ref = f32[8] custom-call(%read.2), custom_call_target="tpu_custom_call"
+  %read_all.1 = f32[8] custom-call(%read.1.gradient_ref), custom_call_target="tpu_custom_call"
+"""
+    assert tpu_aot.count_calls(program, "read") == 2
