@@ -43,9 +43,11 @@ FIRST = {"tpu": "v5p:2x2x1", "gpu": "h100:8"}
 # Of a device, as the compiler says it; for GPUs as `accelerators` has it.
 MEMORY_GIB = {"v4": 31.2, "v5p": 95.7, "tpu7x": 94.7, "v5e": 15.7, "v6e": 31.2, "h100": 55.8}
 # What a device needs on another topology, as a factor on equal shares of state and images: other
-# chips, and for each halving of the devices what is not shared among them. Chosen so that all that
-# is recorded is within: `unexpected` says what is not.
-OTHER_CHIPS, NOT_SHARED = 1.2, 1.35
+# chips; for each halving of the devices what is not shared among them; and what one image alone
+# needs less than a share of several. Chosen so that all that is recorded is within: `unexpected`
+# says what is not.
+OTHER_CHIPS, NOT_SHARED, ONE_IMAGE = 1.2, 1.35, 1.2
+BATCH = 16
 NOTHING = 0.0, math.inf  # the GiB of which nothing is known
 
 
@@ -115,7 +117,8 @@ def expected(results: dict, key: str, topology: str) -> tuple[float, float]:
     """(least, most) GiB that a device is expected to need, by what others of its family needed.
 
     State and images are shared among the devices, so each has twice as much on half as many, but
-    for what each has anyway. `NOTHING` if nothing is known.
+    for what each has anyway; one image alone on a device may need less than its share of several.
+    `NOTHING` if nothing is known.
     """
     count = num_devices(topology)
     least, most = NOTHING
@@ -126,10 +129,13 @@ def expected(results: dict, key: str, topology: str) -> tuple[float, float]:
             continue
         ratio = num_devices(other) / count
         gib = result["gib"] * ratio
+        alone = ONE_IMAGE if BATCH in (count, num_devices(other)) else 1
         if "at_most" not in result:
-            least = max(least, gib / OTHER_CHIPS / NOT_SHARED ** max(math.log2(ratio), 0))
+            less = OTHER_CHIPS * (alone if ratio < 1 else 1)
+            least = max(least, gib / less / NOT_SHARED ** max(math.log2(ratio), 0))
         if result["fits"]:  # else it may be a part of what is needed
-            most = min(most, gib * OTHER_CHIPS * NOT_SHARED ** max(-math.log2(ratio), 0))
+            more = OTHER_CHIPS * (alone if ratio > 1 else 1)
+            most = min(most, gib * more * NOT_SHARED ** max(-math.log2(ratio), 0))
     return least, most
 
 
