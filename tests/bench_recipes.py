@@ -41,7 +41,7 @@ TOPOLOGIES = {
 # The first to be compiled; for the other kinds of a family its figure is the first evidence.
 FIRST = {"tpu": "v5p:2x2x1", "gpu": "h100:8"}
 # Of a device, as the compiler says it; for GPUs as `accelerators` has it.
-MEMORY_GIB = {"v4": 31.2, "v5p": 95.7, "tpu7x": 94.7, "v5e": 15.7, "v6e": 31.2, "h100": 55.8}
+MEMORY_GIB = {"v4": 30.7, "v5p": 95.7, "tpu7x": 94.7, "v5e": 15.7, "v6e": 31.2, "h100": 55.8}
 # What a device needs on another topology, as a factor on equal shares of state and images: other
 # chips; for each halving of the devices what is not shared among them; and what one image alone
 # needs less than a share of several. Chosen so that all that is recorded is within: `unexpected`
