@@ -47,7 +47,7 @@ MEMORY_GIB = {"v4": 30.7, "v5p": 95.7, "tpu7x": 94.7, "v5e": 15.7, "v6e": 31.2, 
 # needs less than a share of several. Chosen so that all that is recorded is within: `unexpected`
 # says what is not.
 OTHER_CHIPS, NOT_SHARED, ONE_IMAGE = 1.2, 1.35, 1.2
-BATCH = 16
+BATCH = 16  # images, of every recipe: on so many devices each is alone
 NOTHING = 0.0, math.inf  # the GiB of which nothing is known
 
 
