@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="v5e,v5p")
     parser.add_argument("--datasets", default=",".join(DATASETS))
     parser.add_argument("--only", default="", help="part of the variant's name")
-    parser.add_argument("--jobs", type=int, default=1, help="at a time; up to 9 GiB of memory each")
+    parser.add_argument("--jobs", type=int, default=1, help="at a time; up to 11 GiB of RAM each")
     parser.add_argument("--output", default=str(RECORDED))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
