@@ -6,6 +6,7 @@ does not fit into memory is a verdict of the report, and `suggest` looks for set
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import ctypes
 import dataclasses
@@ -55,7 +56,7 @@ class Report:
       sent: kind of communication -> (times, bytes that one device sends) per call.
       collectives: the communications one by one; empty if it does not fit.
       buffers: the largest arrays; empty if it does not fit.
-      seconds: of tracing and compiling.
+      seconds: of tracing and compiling, other programs beside it.
       quick: compiled with the least effort: not the program of a run, which may need more or less.
     """
 
@@ -98,8 +99,11 @@ def compile_programs(
     _check_matcher(config, topology)
     mesh = _mesh(config, topology)
     sharding.check_batches(config.data.batch_size, config.optim.accumulate, mesh)
-    # Kernels ask the mesh for which chip they are compiled.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as beside,
+        # Kernels ask the mesh for which chip they are compiled.
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+    ):
         training = states.make_training(config, num_classes, text_table, mesh)
         state = training.state
         batch = states.abstract_batch(config, mesh)
@@ -109,7 +113,29 @@ def compile_programs(
             "averages": _bytes_per_device(state.get("ema", {})),
             "batch": _bytes_per_device(batch),
         }
-        train = _compile(
+        if predict:
+            params = states.inference_params(state.get("ema", state["params"]))
+            arguments = abstract_eval_batch(config, mesh)
+            resident = parts["optimizer"] + parts["averages"]
+            resident += parts["parameters"] - _bytes_per_device((params, state["stats"]))
+            # The compiler is at work on this one while the other is traced, which one core does.
+            prediction = beside.submit(
+                _trace(
+                    "prediction step",
+                    states.jit_predict(training.model, mesh),
+                    (params, state["stats"], *arguments),
+                    {
+                        "parameters": _bytes_per_device((params, state["stats"])),
+                        "rest of the state": resident,
+                        "batch": _bytes_per_device(arguments),
+                    },
+                    topology,
+                    arguments[0].shape[0],
+                    resident=resident,
+                    quick=quick,
+                )
+            )
+        train = _trace(
             "training step",
             training.step,
             (state, batch, states.abstract_key(mesh)),
@@ -117,29 +143,8 @@ def compile_programs(
             topology,
             config.data.batch_size,
             quick=quick,
-        )
-        if not predict:
-            return [train]
-        params = states.inference_params(state.get("ema", state["params"]))
-        arguments = abstract_eval_batch(config, mesh)
-        resident = parts["optimizer"] + parts["averages"]
-        resident += parts["parameters"] - _bytes_per_device((params, state["stats"]))
-        parts = {
-            "parameters": _bytes_per_device((params, state["stats"])),
-            "rest of the state": resident,
-            "batch": _bytes_per_device(arguments),
-        }
-        prediction = _compile(
-            "prediction step",
-            states.jit_predict(training.model, mesh),
-            (params, state["stats"], *arguments),
-            parts,
-            topology,
-            arguments[0].shape[0],
-            resident=resident,
-            quick=quick,
-        )
-    return [train, prediction]
+        )()
+        return [train, prediction.result()] if predict else [train]
 
 
 def _check_matcher(config: ConfigDict, topology: Topology) -> None:
@@ -205,7 +210,7 @@ def _bytes_per_device(tree: Any) -> int:
     )
 
 
-def _compile(
+def _trace(
     name: str,
     function: Any,
     arguments: tuple[Any, ...],
@@ -215,47 +220,57 @@ def _compile(
     *,
     resident: int = 0,
     quick: bool,
-) -> Report:
-    """Compiles `function`; `resident` bytes of every device are taken by other arrays."""
+) -> Callable[[], Report]:
+    """Traces `function`; what is returned compiles it, in any thread.
+
+    `resident` bytes of every device are taken by other arrays.
+    """
     start = time.perf_counter()
     traced = function.trace(*arguments)
     flops = count_flops(traced.jaxpr)
-    memory = {part: size for part, size in parts.items() if size}
-    try:
-        options = {**topology.options, **(QUICK if quick else {})}
-        compiled = traced.lower().compile(compiler_options=options or None)
-    except jax.errors.JaxRuntimeError as error:
-        sizes = accelerators.out_of_memory(error)
-        if sizes is None:
-            raise
-        need, limit = sizes[0], sizes[1] or topology.memory
-        # The compiler names either all of the program's memory or its temporaries alone.
-        need = max(need, (limit or 0) + 1)
-        seconds = time.perf_counter() - start
-        return Report(name, False, memory, need, limit, flops, images, {}, (), (), seconds, quick)
-    stats = compiled.memory_analysis()
-    program = hlo.Program(compiled.as_text(), len(topology.devices))
-    peak = _program_memory(stats, topology)
-    peak += stats.generated_code_size_in_bytes + resident
-    memory["activations and temporaries"] = peak - (
-        sum(memory.values()) + stats.generated_code_size_in_bytes
-    )
-    memory["program"] = stats.generated_code_size_in_bytes
-    collectives = program.collectives()
-    return Report(
-        name=name,
-        fits=topology.memory is None or peak <= topology.memory,
-        memory={part: size for part, size in memory.items() if size},
-        peak=peak,
-        limit=topology.memory,
-        flops=flops,
-        images=images,
-        sent=hlo.sent_by_kind(collectives),
-        collectives=tuple(collectives),
-        buffers=tuple(program.largest_buffers(LARGEST)),
-        seconds=time.perf_counter() - start,
-        quick=quick,
-    )
+    lowered = traced.lower()
+    tracing = time.perf_counter() - start
+
+    def compile_it() -> Report:
+        start = time.perf_counter()
+        memory = {part: size for part, size in parts.items() if size}
+        try:
+            options = {**topology.options, **(QUICK if quick else {})}
+            compiled = lowered.compile(compiler_options=options or None)
+        except jax.errors.JaxRuntimeError as error:
+            sizes = accelerators.out_of_memory(error)
+            if sizes is None:
+                raise
+            need, limit = sizes[0], sizes[1] or topology.memory
+            # The compiler names either all of the program's memory or its temporaries alone.
+            need = max(need, (limit or 0) + 1)
+            spent = tracing + time.perf_counter() - start
+            return Report(name, False, memory, need, limit, flops, images, {}, (), (), spent, quick)
+        stats = compiled.memory_analysis()
+        program = hlo.Program(compiled.as_text(), len(topology.devices))
+        peak = _program_memory(stats, topology)
+        peak += stats.generated_code_size_in_bytes + resident
+        memory["activations and temporaries"] = peak - (
+            sum(memory.values()) + stats.generated_code_size_in_bytes
+        )
+        memory["program"] = stats.generated_code_size_in_bytes
+        collectives = program.collectives()
+        return Report(
+            name=name,
+            fits=topology.memory is None or peak <= topology.memory,
+            memory={part: size for part, size in memory.items() if size},
+            peak=peak,
+            limit=topology.memory,
+            flops=flops,
+            images=images,
+            sent=hlo.sent_by_kind(collectives),
+            collectives=tuple(collectives),
+            buffers=tuple(program.largest_buffers(LARGEST)),
+            seconds=tracing + time.perf_counter() - start,
+            quick=quick,
+        )
+
+    return compile_it
 
 
 def _program_memory(stats: Any, topology: Topology) -> int:

@@ -241,7 +241,7 @@ def test_the_memory_is_what_a_tpus_compiler_compares():
     def report(mebibytes):
         options = {"xla_tpu_max_hbm_size_mib": str(mebibytes)}
         limited = dataclasses.replace(topology, options=options)
-        return compile._compile("loop", jax.jit(jax.grad(loop)), (x,), {}, limited, 1, quick=True)
+        return compile._trace("loop", jax.jit(jax.grad(loop)), (x,), {}, limited, 1, quick=True)()
 
     free = report(1000)
     size = free.peak - free.memory["program"]
