@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import subprocess
 import sys
+import threading
 import types
 
 import jax
@@ -69,6 +70,19 @@ def reports(here):
     with pytest.MonkeyPatch.context() as patch:
         patch_shardings(patch)
         return programs(make_config(**SMALL), here)
+
+
+def test_the_prediction_step_is_compiled_while_the_training_step_is_traced(here, monkeypatch):
+    started = threading.Event()
+
+    def trace(name, *_, **__):
+        if name == "prediction step":
+            return lambda: started.set() or name
+        assert started.wait(60), "the training step is traced before the other is compiled"
+        return lambda: name
+
+    monkeypatch.setattr(compile, "_trace", trace)
+    assert programs(make_config(**SMALL), here) == ["training step", "prediction step"]
 
 
 def parameter_bytes(config):
