@@ -155,13 +155,13 @@ def _check_matcher(config: ConfigDict, topology: Topology) -> None:
 
 
 def spare_the_host() -> None:
-    """Sets up a process that does nothing but compile; to be called before it has many threads."""
+    """Sets up a process that does nothing but compile."""
     # A program for a device that is not here cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)
     # Each of the compiler's threads has a pool of memory of its own, and what is free in one is of
-    # no use to the others: it goes back to the system all the time. Fewer pools take 5 % less, but
-    # the threads then wait for each other, for a quarter to a half of the time by the luck of who
-    # shares one. Only the allocator of glibc has the call.
+    # no use to the others: it goes back to the system all the time. Two pools for all of them take
+    # 5 % less memory, but up to half as much time again: the threads wait for each other, more or
+    # less as chance puts them together. Only the allocator of glibc has the call.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         threading.Thread(target=_give_back, args=(libc,), name="malloc_trim", daemon=True).start()
