@@ -1,0 +1,142 @@
+"""Files of every room: bounded reading, JSON by a schema, atomic writing, lists of names in words.
+
+A leaf: it imports nothing of this package, so every room may use it, also the loader's workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import pathlib
+import shutil
+import stat
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+# Descriptions of models, datasets and checkpoints are kilobytes; the index of a model in hundreds
+# of shards is under a megabyte. A text of this size becomes at most about 500 MB of objects.
+JSON_LIMIT = 16 << 20
+
+
+class FileError(ValueError):
+    """A file that cannot be used; the message names it, says why, and the way out."""
+
+
+def read_bytes(
+    path: str | os.PathLike[str], *, limit: int, error: type[Exception] = FileError
+) -> bytes:
+    """Reads a regular file of at most `limit` bytes.
+
+    A pipe or a device, which may never end, is refused before it is opened for reading.
+
+    Raises:
+      error: it is missing, not a regular file, cannot be read, or is larger; the message names it.
+    """
+    try:
+        # Without O_NONBLOCK the opening of a pipe would wait for its writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise error(f"{path} is not a regular file; expected a file of at most {limit:,} B")
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise error(f"{path} is missing") from None
+    except OSError as cause:
+        raise error(f"{path} cannot be read ({cause.strerror})") from cause
+    if len(data) > limit:
+        raise error(f"{path} has more than {limit:,} bytes, the most that such a file may have")
+    return data
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    schema: type[T] = dict[str, Any],
+    *,
+    limit: int = JSON_LIMIT,
+    error: type[Exception] = FileError,
+) -> T:
+    """Reads a JSON file whose content must be of the type `schema`.
+
+    Args:
+      path: of the file.
+      schema: what `msgspec` can decode: a Struct, dict[str, int], ...
+      limit: the most bytes that the file may have.
+      error: what is raised.
+
+    Raises:
+      error: see `read_bytes`; or the content is not JSON or not of that type, in which case the
+        message has the place, as in `$.layers[3].width`.
+    """
+    return parse_json(read_bytes(path, limit=limit, error=error), schema, path, error=error)
+
+
+def parse_json(
+    data: bytes | str,
+    schema: type[T] = dict[str, Any],
+    where: str | os.PathLike[str] = "the text",
+    *,
+    error: type[Exception] = FileError,
+) -> T:
+    """Decodes JSON that must be of the type `schema`; `where` names it in the `error`.
+
+    NaN and Infinity, which JSON does not have, are refused.
+    """
+    try:
+        return msgspec.json.decode(data, type=schema)
+    except msgspec.ValidationError as cause:
+        raise error(f"{where} holds an unexpected value: {cause}") from None
+    except (msgspec.DecodeError, ValueError) as cause:
+        raise error(f"{where} is damaged ({cause}); restore or fetch it again") from None
+    except RecursionError:
+        raise error(f"{where} is nested too deeply for a file of this kind") from None
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Gives a temporary name beside `path`; what lies there becomes `path` if the block ends well.
+
+    The content is on the disk before it gets its name: after a power cut `path` is old or new,
+    never half. A block that raises leaves `path` as it was and no temporary file. The folder of
+    `path` must exist.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        if temporary.is_file():
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file (text as UTF-8) with all of its content, or not at all: see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def first_few(items: Iterable[Any], shown: int = 5, separator: str = ", ") -> str:
+    """Lists the first items and how many more there are: "a, b and 3 more"."""
+    texts = [str(item) for item in items]
+    more = len(texts) - shown
+    text = separator.join(texts[:shown])
+    if more <= 0:
+        return text
+    return f"{text}{' ' if separator.strip() == ',' else separator}and {more:,} more"
+
+
+def did_you_mean(word: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """Suggests the nearest known words: " (did you mean 'a' or 'b'?)", or "" if none is near."""
+    near = difflib.get_close_matches(str(word), list(known), count, cutoff)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
