@@ -17,9 +17,8 @@ import math
 import pathlib
 import re
 
-from kernels import records, tpu_aot
-from kernels.point_sampling import sample_features, shapes
-from kernels.point_sampling import tpu_aot as point_aot
+from kernels.bench import records, tpu
+from kernels.point_sampling import bench, sample_features, shapes
 
 SLOTS, NUM_POINTS, CANDIDATES, SLOTS_AT_A_TIME, PREDICTIONS = 100, 12544, 37632, 8, 10
 CHOSEN = NUM_POINTS * 3 // 4
@@ -92,9 +91,9 @@ def report(target: str, case: list, dump: pathlib.Path) -> dict:
     """{"cycles", "at_least", "temporary_bytes", "case"} of a part."""
     name, points, dtype, implementation = case
     function, arguments = part(name, points, dtype, implementation)
-    compiled = tpu_aot.compile_for(target, function, arguments)
+    compiled = tpu.compile_for(target, function, arguments)
     shape = shapes.CallShape(name, points, (SIDE, SIDE), WIDTH)
-    cores = point_aot.CORES.get(target, 1)
+    cores = bench.OPERATION.cores.get(target, 1)
     cycles, at_least = program_cycles(compiled.as_text(), dump, shape, cores)
     temporary = compiled.memory_analysis().temp_size_in_bytes
     return {
@@ -125,12 +124,12 @@ def program_cycles(program: str, dump: pathlib.Path, shape, cores: int) -> tuple
         counted = []
         for text in texts:
             if "point_sampling" in name:
-                counted.append(point_aot.uniform_cycles(text, shape, cores))
+                counted.append(bench.uniform_cycles(text, shape, cores))
                 continue
             try:
-                counted.append(tpu_aot.issue_cycles(text))
+                counted.append(tpu.issue_cycles(text))
             except ValueError:
-                counted.append(tpu_aot.issue_cycles(text, steps=1))
+                counted.append(tpu.issue_cycles(text, steps=1))
                 at_least = True
         total += max(float(estimate[1]) if estimate else 0.0, min(counted, default=0.0))
     return total, at_least
@@ -138,7 +137,7 @@ def program_cycles(program: str, dump: pathlib.Path, shape, cores: int) -> tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", choices=tpu_aot.TARGETS, default="v5e")
+    parser.add_argument("--target", choices=tpu.TARGETS, default="v5e")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--samplings", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--implementations", nargs="+", default=["xla", "pallas_tpu"])
@@ -156,8 +155,8 @@ def main() -> None:
             )
         )
     )
-    found = {tuple(r["case"]): r for r in tpu_aot.run(__spec__.name, options.target, cases)}
-    clock = tpu_aot.TARGETS[options.target].clock
+    found = {tuple(r["case"]): r for r in tpu.run(__spec__.name, options.target, cases)}
+    clock = tpu.TARGETS[options.target].clock
     rows = []
     for sampling in options.samplings:
         for name, points, times in PARTS[sampling]:
@@ -188,6 +187,6 @@ if __name__ == "__main__":
     import sys
 
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
-        tpu_aot.serve(report)
+        tpu.serve(report)
     else:
         main()

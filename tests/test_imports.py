@@ -47,7 +47,7 @@ RULES = {
     "oneformer_jax.types": ("", "jax numpy"),
     "oneformer_jax.files": ("", "msgspec"),
     "kernels": ("kernels", "jax numpy"),
-    "kernels.assignment.bench": ("kernels", "jax numpy scipy"),  # what it competes with
+    "kernels.assignment.bench": ("kernels", "jax numpy scipy"),  # SciPy is the rival
     # How an image file becomes an array, the same in training, evaluation and prediction.
     "input_pipeline.images": ("oneformer_jax.files", "cv2 numpy PIL"),
     # Tables only: the public API may read the classes of a dataset in them.

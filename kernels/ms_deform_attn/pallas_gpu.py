@@ -17,8 +17,8 @@ On GPUs older than Ampere, on other makers' GPUs and on other platforms there is
 plain JAX ("xla") works there.
 
 None of this has yet run on a GPU. It has been compiled for sm_80, sm_89, sm_90a and sm_100a
-(`gpu_aot.py`) and run in Pallas's interpreters. `tests/kernels/test_pallas_gpu.py -k on_device` is
-the check to run first on a machine with a GPU.
+(`kernels.bench`) and run in Pallas's interpreters. `tests/kernels/test_pallas_gpu.py -k on_device`
+is the check to run first on a machine with a GPU.
 
 The gradient of the values is a sum over all points that read a pixel. By default the kernels form
 it by atomic adds, whose order, and so whose last bits, change from run to run. With

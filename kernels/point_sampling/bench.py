@@ -1,118 +1,101 @@
-"""Times every implementation of point sampling at the sizes of the COCO recipe.
+"""The calls of the losses that read features at points, for `kernels.bench`.
 
-    python -m kernels.point_sampling.bench                     # on the device that is here
-    python -m kernels.point_sampling.bench --target=v5e        # compile for one that is not
-
-On a device: the median time of reading, and of reading and the gradient together, and the temporary
-memory. Ahead of time: static issue cycles of the TPU kernels. What XLA's version costs on a TPU
-that is not there, and as a share of the training step: `python -m tests.bench_points`.
+What XLA's version costs on a TPU that is not there, and as a share of the training step:
+`python -m tests.bench_points`.
 """
 
 from __future__ import annotations
 
-import argparse
-import pathlib
-import sys
+import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from kernels.point_sampling import IMPLEMENTATIONS, sample_features, tpu_aot
+from kernels.bench import tpu
+from kernels.bench.operation import Operation
+from kernels.point_sampling import IMPLEMENTATIONS, band_rows, sample_features
 from kernels.point_sampling.shapes import PUBLISHED, CallShape
-from kernels.records import keep, median_milliseconds, show
-from kernels.tpu_aot import TARGETS
-
-DTYPES = ("float32", "bfloat16")
 
 
-def measure(
-    shape: CallShape, implementation: str, *, batch: int, dtype: str, repeats: int
-) -> list[dict]:
-    """One record per pass; {"error"} in place of figures where the implementation refuses."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    features = jax.random.normal(keys[0], (batch, *shape.size, shape.depth), dtype)
-    points = jax.random.uniform(keys[1], (batch, shape.points, 2))
-    given = jax.random.normal(keys[2], (batch, shape.points, shape.depth))
+class PointSampling(Operation[CallShape]):
+    """Arrays: features and points, as of `sample_features`."""
 
-    def forward(features, points, given):
-        return sample_features(features, points, implementation=implementation)
+    def labels(self, case: CallShape, dtype: str) -> dict[str, Any]:
+        return {"call": case.name, "dtype": dtype}
 
-    def both(features, points, given):
-        out, pull_back = jax.vjp(lambda f: forward(f, points, given), features)
-        return out, pull_back(given)
+    def arguments(self, case: CallShape, batch: int, dtype: str) -> list[jax.ShapeDtypeStruct]:
+        return [
+            jax.ShapeDtypeStruct((batch, *case.size, case.depth), jnp.dtype(dtype)),
+            jax.ShapeDtypeStruct((batch, case.points, 2), jnp.float32),
+        ]
 
-    records = []
-    for name, function in (("forward", forward), ("forward and backward", both)):
-        record = {
-            "call": shape.name,
-            "points": shape.points,
-            "batch": batch,
-            "dtype": dtype,
-            "implementation": implementation,
-            "device": jax.devices()[0].device_kind,
-            "pass": name,
-        }
-        records.append(record)
-        try:
-            compiled = jax.jit(function).lower(features, points, given).compile()
-        except NotImplementedError as error:
-            record["error"] = str(error)
-            continue
-        record["milliseconds"] = median_milliseconds(
-            lambda: jax.block_until_ready(compiled(features, points, given)),  # noqa: B023
-            repeats,
+    def inputs(self, case: CallShape, batch: int, dtype: str) -> list[jax.Array]:
+        """Uniform points."""
+        features, points = super().inputs(case, batch, dtype)
+        return [features, jax.random.uniform(jax.random.key(2), points.shape)]
+
+    def call(self, case: CallShape, implementation: str) -> Callable[..., jax.Array]:
+        return lambda features, points: sample_features(
+            features, points, implementation=implementation
         )
-        record["temporary_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
-    return records
+
+    def cycles(self, text: str, case: CallShape, cores: int) -> float:
+        return uniform_cycles(text, case, cores)
 
 
-def _rows(record: dict) -> list[dict]:
-    """A record of `tpu_aot` as two rows of a table."""
-    shared = {key: record[key] for key in ("libtpu", "target", "call", "dtype")}
-    memory = {"temporary_megabytes": record["temporary_bytes"] / 1e6}
-    return [{**shared, "pass": name, **record[name]} | memory for name in tpu_aot.DIRECTIONS]
+OPERATION = PointSampling(
+    name="point_sampling",
+    implementations=IMPLEMENTATIONS,
+    cases={shape.name: shape for shape in PUBLISHED},
+    key=("call", "dtype"),
+    # they share the groups of channels
+    cores={"v4": 2, "v5p": 2},
+)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.point_sampling.bench")
-    parser.add_argument("--target", choices=TARGETS)
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--batch", type=int, default=2, help="images (targets: always 1)")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=pathlib.Path, help="also write the records here")
-    parser.add_argument(
-        "--record", action="store_true", help="make a target's cycles those the tests expect"
-    )
-    options = parser.parse_args(arguments)
-    if options.record and not options.target:
-        parser.error("--record needs a --target")
-    try:
-        if options.target:
-            calls = [(shape.name, dtype) for shape in PUBLISHED for dtype in options.dtypes]
-            found = list(tpu_aot.run(options.target, calls))
-            if options.record:
-                keep(tpu_aot.RECORDED, found, ("libtpu", "target", "call", "dtype"))
-            records = [row for record in found for row in _rows(record)]
+def uniform_cycles(text: str, shape, cores: int = 1) -> float:
+    """Issue cycles on one of the cores of a kernel's schedule, for one image and uniform points.
+
+    What runs rarely counts as often as it does: the loop within a loop takes the points of a group
+    one by one, where some of a step share pixels; the loop with copies rounds a finished map.
+    """
+    height, width = shape.size
+    tile = band_rows.tile_size(shape.points)
+    tiles = -(-shape.points // tile)
+    maps = -(-shape.depth // band_rows.LANES) / cores
+    frequent, loops = _without_loops(text)
+    cycles = tpu.issue_cycles(frequent, tiles)
+    for depth, body in loops:
+        if depth == 3:
+            pairs = band_rows.GROUP * (band_rows.STEP - 1) // 2
+            shared = 1 - (1 - 9 / (height * width)) ** pairs
+            trips = shared * tiles * tile * maps
         else:
-            records = [
-                record
-                for shape in PUBLISHED
-                for dtype in options.dtypes
-                for implementation in options.implementations or IMPLEMENTATIONS
-                for record in measure(
-                    shape,
-                    implementation,
-                    batch=options.batch,
-                    dtype=dtype,
-                    repeats=options.repeats,
-                )
-            ]
-    except (ImportError, RuntimeError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    show(records, options.json)
-    return 0
+            trips = maps * height * width / band_rows.chunk_size(height * width)
+        cycles += trips * (len(body) + tpu.BRANCH_DELAY)
+    return cycles
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _without_loops(text: str) -> tuple[str, list[tuple[int, list[str]]]]:
+    """The text without its rare loops, and these: (depth, bundles).
+
+    Loops of depth 3, and of depth 2 if they copy memory; the steps of the grid are a loop of depth
+    1. A bundle begins with as many ">" as loops are around it.
+    """
+    blocks: list[tuple[int, list[str]]] = []
+    for line in text.splitlines():
+        bundle = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*: (>*)", line)
+        depth = len(bundle[2]) if bundle else None
+        starts = bundle and (bundle[1] == "LB" or not blocks or blocks[-1][0] != depth)
+        if starts or not blocks:
+            blocks.append((depth or 0, []))
+        blocks[-1][1].append(line)
+    rare = [
+        (depth, body)
+        for depth, body in blocks
+        if depth == 3 or (depth == 2 and any("dma" in line for line in body))
+    ]
+    kept = [line for block in blocks if block not in rare for line in block[1]]
+    return "\n".join(kept), rare

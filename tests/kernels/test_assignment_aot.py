@@ -1,4 +1,4 @@
-"""The assignment kernels: limits, what is compiled for absent devices, and the benchmark."""
+"""The assignment kernels: limits, and what is compiled for absent devices."""
 
 import functools
 import json
@@ -10,10 +10,12 @@ import pytest
 import test_assignment as shared
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.assignment import api, bench, gpu_aot, pallas_gpu, pallas_tpu, tpu_aot
-from kernels.assignment.cases import PUBLISHED, Case
-from kernels.gpu_aot import missing
-from kernels.tpu_aot import TARGETS
+from kernels.assignment import api, pallas_gpu, pallas_tpu
+from kernels.assignment.bench import OPERATION
+from kernels.assignment.shapes import PUBLISHED
+from kernels.bench import operation
+from kernels.bench.gpu import missing
+from kernels.bench.tpu import TARGETS
 
 MIB = 2**20
 
@@ -59,7 +61,7 @@ class TestTpuBlocks:
 
 
 LIBTPU = "0.0.42.1"  # the version of the figures in docs/kernels.md
-RECORDED = json.loads(tpu_aot.RECORDED.read_text("utf-8"))
+RECORDED = json.loads(OPERATION.recorded.read_text("utf-8"))
 
 
 class TestTpuSchedule:
@@ -68,7 +70,8 @@ class TestTpuSchedule:
     @pytest.mark.parametrize("target", ["v5e", "v5p"])
     def test_cycles(self, target):
         try:
-            reports = list(tpu_aot.run(target, PUBLISHED[::3], memory=False))
+            names = ["150x100-random-20", "250x250-random-20"]
+            reports = operation.compile_for_tpu(OPERATION, target, names, memory=False)
         except ModuleNotFoundError as error:
             pytest.skip(str(error))
         for found in reports:
@@ -78,7 +81,7 @@ class TestTpuSchedule:
                 pytest.skip(f"no recorded cycles for {name}")
             for key in ("step_cycles", "other_cycles"):
                 assert found[key] == pytest.approx(same[0][key], rel=0.05), (
-                    f"{key} {name}: record with python -m kernels.assignment.bench"
+                    f"{key} {name}: record with python -m kernels.bench"
                 )
 
     def test_what_was_recorded(self):
@@ -113,7 +116,8 @@ class TestGpu:
     def test_compiles_without_spills(self, target):
         if what := missing():
             pytest.skip(f"not installed: {what}")
-        kernels = gpu_aot.report(PUBLISHED[0], "pallas_gpu", target=target)["solve"]["kernels"]
+        found = operation.compile_for_gpu(OPERATION, target, "150x100-random-20", "pallas_gpu")
+        kernels = found["forward"]["kernels"]
         (ours,) = [k for k in kernels if k["name"] == "linear_sum_assignment"]
         assert 0 < ours["registers"] <= 128 and ours["spill_bytes"] == 0, ours
 
@@ -127,54 +131,3 @@ def test_on_device_costs_what_scipys_does(name):
     cost, valid = shared.problems(name)
     run = jax.jit(functools.partial(api.linear_sum_assignment, implementation="pallas_gpu"))
     shared.check(cost, valid, run(*jax.device_put((cost, valid), GPU)))
-
-
-class TestBench:
-    SMALL = Case("test", rows=5, columns=4, problems=3)
-
-    def test_cases(self):
-        for kind in ("random", "places", "alike"):
-            costs = self.SMALL.costs(kind)
-            assert costs.shape == (3, 5, 4) and costs.dtype == np.float32
-            assert np.array_equal(costs, self.SMALL.costs(kind))
-        with pytest.raises(ValueError, match="unknown kind 'equal' of costs; use one of random"):
-            self.SMALL.costs("equal")
-
-    def test_steps(self):
-        assert bench.count_steps(self.SMALL, "random", 0) == 0
-        assert bench.count_steps(self.SMALL, "random", 1) == 1
-        assert bench.count_steps(self.SMALL, "alike", 4) >= 4 + 3 + 2 + 1
-
-    def test_measured_records_and_refusals(self):
-        records = [
-            record
-            for name in ("xla", "scipy", "pallas_tpu")
-            for record in bench.measure(self.SMALL, name, ["random"], [2, 4], repeats=1)
-        ]
-        assert [record["valid"] for record in records] == [2, 4] * 3
-        assert all(record["milliseconds"] > 0 for record in records[:4])
-        assert all("runs on TPUs" in record["error"] for record in records[4:])
-
-    def test_prediction(self):
-        record = dict(target="v5e", step_cycles=100, other_cycles=50, temporary_bytes=10**6)
-        (row,) = bench.predict(record, self.SMALL, ["random"], [1])
-        assert row["steps"] == 1 and row["milliseconds"] == pytest.approx(1e3 * 150 / 1.5e9)
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["--sizes", "5x4"], "use any of 150x100"),
-            (["--valid", "101"], "use 0 to 100"),
-            (["--record"], "--record needs"),
-            (["--target=v5e", "--problems", "41"], "cycles are of one block, 1 to 40"),
-        ],
-    )
-    def test_options_that_do_not_fit(self, arguments, message, capsys):
-        with pytest.raises(SystemExit):
-            bench.main(arguments)
-        assert message in capsys.readouterr().err
-
-    def test_missing_compiler_is_named(self, monkeypatch, capsys):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        assert bench.main(["--target=v5e", "--sizes", "150x100"]) == 1
-        assert 'pip install "jax[tpu]"' in capsys.readouterr().err

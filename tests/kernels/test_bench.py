@@ -1,53 +1,215 @@
-"""The benchmark of deformable attention: its records and its options."""
+"""The benchmark of the kernels: its cases, records and options, and the recorded cycles."""
+
+import dataclasses
+import fnmatch
+import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from kernels import records as records_of
-from kernels import tpu_aot
-from kernels.ms_deform_attn import bench
-from kernels.ms_deform_attn.shapes import CallShape
+from kernels.assignment import bench as assignment_bench
+from kernels.assignment.shapes import Case
+from kernels.bench import cli, gpu, operation, records, tpu
+from kernels.ms_deform_attn import shapes as ms_shapes
+from kernels.neighborhood_attention import shapes as na_shapes
+from kernels.point_sampling import shapes as point_shapes
 
-SMALL = CallShape("test", (32, 64), heads=1, head_dim=4, points=1)
-
-
-def test_least_traffic():
-    # 2 + 8 + 32 pixels, 4 channels, and 3 points of x, y and weight for each.
-    value, points = 42 * 4 * 4, 42 * 3 * 12
-    found = bench.least_bytes(SMALL, 1, jnp.float32)
-    assert found == {
-        "forward": 2 * value + points,
-        "forward and backward": 5 * value + 3 * points,
-    }
-
-
-def test_measured_records_and_refusals():
-    options = dict(batch=2, dtype=jnp.float32, repeats=1)
-    records = bench.measure(SMALL, "xla", **options)
-    assert [record["pass"] for record in records] == ["forward", "forward and backward"]
-    assert all(record["milliseconds"] > 0 and record["batch"] == 2 for record in records)
-    refused = bench.measure(SMALL, "pallas_tpu", **options)
-    assert all("runs on TPUs" in record["error"] for record in refused)
-    lines = records_of.table([*records, *refused]).splitlines()
-    assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
+OPERATIONS = {name: operation.load(name) for name in operation.OPERATIONS}
+SMALL = {
+    "ms_deform_attn": ms_shapes.CallShape("test", (32, 64), heads=1, head_dim=4, points=1),
+    "neighborhood_attention": na_shapes.CallShape(6, 7, heads=1, kernel_size=3, dilation=1),
+    "point_sampling": point_shapes.CallShape("test", 20, (4, 5), 3),
+    "assignment": Case("test", rows=5, columns=4, valid=2, problems=3),
+}
+LIBTPU = "0.0.42.1"  # the version of the figures in docs/kernels.md
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--images", "33x32"], "use any of 512x512"),
-        (["--record"], "--record needs"),
-        (["--compile-seconds"], "--compile-seconds needs"),
-        (["--target=v3"], "invalid choice"),
-    ],
-)
-def test_options_that_do_not_fit(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        bench.main(arguments)
-    assert message in capsys.readouterr().err
+@pytest.mark.parametrize("name", OPERATIONS)
+class TestEveryOperation:
+    def test_measured_records_and_refusals(self, name):
+        op, options = OPERATIONS[name], dict(batch=2, dtype=OPERATIONS[name].dtypes[0], repeats=1)
+        found = operation.measure(op, SMALL[name], "xla", **options)
+        passes = ["forward", "forward and backward"][: len(found)]
+        assert [record["pass"] for record in found] == passes
+        assert len(found) == 1 + bool(op.differentiated)
+        assert all(record["milliseconds"] > 0 and record["batch"] == 2 for record in found)
+        refused = operation.measure(op, SMALL[name], "pallas_tpu", **options)
+        assert all("runs on TPUs" in record["error"] for record in refused)
+        lines = records.table([*found, *refused]).splitlines()
+        assert len(lines) == 2 + len(found) + len(refused)
+        assert len({line.count("|") for line in lines}) == 1
+
+    def test_labels_and_recorded_fields_tell_every_case_apart(self, name):
+        op = OPERATIONS[name]
+        labels = [str(op.labels(case, dtype)) for case in op.cases.values() for dtype in op.dtypes]
+        fields = [key for key in op.key if key != "implementation"]
+        assert set(fields) <= set(op.labels(next(iter(op.cases.values())), op.dtypes[0]))
+        if name != "neighborhood_attention":  # models share maps
+            assert len(set(labels)) == len(labels)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--cases", "33x32"], "use any of "),
+            (["--record"], "--record needs"),
+            (["--target=v3"], "invalid choice"),
+            (["--dtype=float16"], "use one of"),
+            (["--implementations", "cuda"], "use any of xla"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, name, arguments, message, capsys):
+        with pytest.raises(SystemExit):
+            cli.main([name, *arguments])
+        assert message in capsys.readouterr().err
+
+    def test_a_missing_compiler_is_named(self, name, monkeypatch, capsys):
+        monkeypatch.setattr(tpu.importlib.util, "find_spec", lambda name: None)
+        first = next(iter(OPERATIONS[name].cases))
+        assert cli.main([name, "--target=v5e", "--cases", first]) == 1
+        assert 'pip install "jax[tpu]"' in capsys.readouterr().err
+
+    def test_recorded_cycles_are_of_published_cases(self, name):
+        op = OPERATIONS[name]
+        published = {
+            tuple(str(op.labels(case, dtype).get(key)) for key in op.key if key != "implementation")
+            for case in op.cases.values()
+            for dtype in op.dtypes
+        }
+        recorded = json.loads(op.recorded.read_text("utf-8"))
+        assert recorded
+        for record in recorded:
+            found = tuple(str(record[key]) for key in op.key if key != "implementation")
+            assert found in published and record["target"] in tpu.TARGETS
 
 
-def test_missing_compiler_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(tpu_aot.importlib.util, "find_spec", lambda name: None)
-    assert bench.main(["--target=v5e", "--images", "512x512"]) == 1
-    assert 'pip install "jax[tpu]"' in capsys.readouterr().err
+class TestTables:
+    def test_records_are_kept_by_their_key(self, tmp_path):
+        path = tmp_path / "cycles.json"
+        records.keep(path, [dict(a=1, b=1, c=5), dict(a=0, b=1)], "ab")
+        records.keep(path, [dict(a=1, b=1, d=6)], "ab")
+        assert json.loads(path.read_text()) == [dict(a=0, b=1), dict(a=1, b=1, c=5, d=6)]
+
+    def test_the_table_is_printed_and_written(self, tmp_path, capsys, monkeypatch):
+        op = dataclasses.replace(
+            OPERATIONS["point_sampling"], cases={"one": SMALL["point_sampling"]}
+        )
+        monkeypatch.setattr(operation, "load", {"point_sampling": op}.get)
+        arguments = ["point_sampling", "--repeats=1", "--json", str(tmp_path / "found.json")]
+        assert cli.main([*arguments, "--implementations", "xla", "--cases", "o*"]) == 0
+        assert "| test |" in capsys.readouterr().out
+        assert len(json.loads((tmp_path / "found.json").read_text())) == 2
+
+    def test_a_record_is_a_line_for_each_pass(self):
+        record = dict(target="v5e", temporary_bytes=2e6, forward=dict(cycles=1), backward={})
+        rows = OPERATIONS["ms_deform_attn"].predict(record, SMALL["ms_deform_attn"])
+        shared = dict(target="v5e", temporary_megabytes=2.0)
+        assert rows == [shared | {"pass": "forward", "cycles": 1}, shared | {"pass": "backward"}]
+
+
+class TestDeformableAttention:
+    def test_least_traffic(self):
+        # 2 + 8 + 32 pixels, 4 channels, and 3 points of x, y and weight for each.
+        value, points = 42 * 4 * 4, 42 * 3 * 12
+        found = OPERATIONS["ms_deform_attn"].least_bytes(SMALL["ms_deform_attn"], 1, "float32")
+        assert found == {
+            "forward": 2 * value + points,
+            "forward and backward": 5 * value + 3 * points,
+        }
+
+    def test_points_lie_around_their_query(self):
+        op, case = OPERATIONS["ms_deform_attn"], SMALL["ms_deform_attn"]
+        value, locations, weights = op.inputs(case, 2, "bfloat16")
+        assert value.dtype == jnp.bfloat16 and locations.shape == (2, 42, 1, 3, 1, 2)
+        assert jnp.abs(locations - 0.5).max() < 20 and weights.shape == (2, 42, 1, 3, 1)
+
+
+class TestNeighborhoodAttention:
+    def test_calls_of_a_model(self):
+        calls = na_shapes.ModelShape("test", (640, 640)).calls()
+        assert sum(call.blocks for call in calls) == 3 + 4 + 18 + 5
+        # Maps smaller than the neighbourhood are padded to it.
+        assert na_shapes.CallShape(220, 220, 6, 11, 20, 1) in calls
+        assert na_shapes.CallShape(40, 40, 24, 11, 3, 2) in calls
+        names = [shape.name for shape in na_shapes.PUBLISHED]
+        assert len(set(names)) == len(names)
+
+    def test_the_sum_counts_every_block(self):
+        op = OPERATIONS["neighborhood_attention"]
+        names = fnmatch.filter(op.cases, "1024x1024-6-*")
+        found = {
+            "target": "v5e",
+            "implementation": "pallas_tpu",
+            "forward": dict(milliseconds=1.0),
+            "backward": dict(milliseconds=2.0),
+            "xla_milliseconds": 0.5,
+            "temporary_bytes": 1e6,
+        }
+        rows = []
+        for name in names:
+            labels = op.labels(op.cases[name], "bfloat16")
+            rows += op.predict(found | labels, op.cases[name])
+        assert op.summary(rows) == "pallas_tpu: 10.5 ms for all of these blocks"
+
+
+class TestAssignment:
+    def test_costs_of_every_kind_are_the_same_every_time(self):
+        for kind in ("random", "places", "alike"):
+            case = dataclasses.replace(SMALL["assignment"], kind=kind)
+            assert case.costs().shape == (3, 5, 4) and case.costs().dtype == np.float32
+            assert np.array_equal(case.costs(), case.costs())
+        with pytest.raises(ValueError, match="unknown kind 'equal' of costs; use one of random"):
+            dataclasses.replace(SMALL["assignment"], kind="equal").costs()
+
+    def test_steps(self):
+        def steps(kind, valid):
+            case = dataclasses.replace(SMALL["assignment"], kind=kind, valid=valid)
+            return assignment_bench.count_steps(case)
+
+        assert steps("random", 0) == 0
+        assert steps("random", 1) == 1
+        assert steps("alike", 4) >= 4 + 3 + 2 + 1
+
+    def test_scipy_is_timed_on_the_host(self):
+        options = dict(batch=1, dtype="float32", repeats=1)
+        op = OPERATIONS["assignment"]
+        (found,) = operation.measure(op, SMALL["assignment"], "scipy", **options)
+        assert found["device"] == "host" and found["milliseconds"] > 0
+
+    def test_the_prediction_counts_the_steps(self):
+        case = dataclasses.replace(SMALL["assignment"], kind="random", valid=1)
+        record = dict(target="v5e", step_cycles=100, other_cycles=50, temporary_bytes=10**6)
+        (row,) = OPERATIONS["assignment"].predict(record, case)
+        assert row["steps"] == 1 and row["milliseconds"] == pytest.approx(1e3 * 150 / 1.5e9)
+
+
+class TestGpus:
+    def test_unknown_targets_and_missing_kernels_are_refused(self):
+        with pytest.raises(ValueError, match=r"unknown target 'v100'; use one of a100"):
+            operation.compile_for_gpu(OPERATIONS["ms_deform_attn"], "v100", "512x512", "xla")
+        with pytest.raises(NotImplementedError, match="has no kernel for GPUs"):
+            operation.compile_for_gpu(OPERATIONS["point_sampling"], "h200", "losses", "pallas_gpu")
+
+    @pytest.mark.parametrize("name", ["ms_deform_attn", "assignment"])
+    def test_both_implementations_are_compiled(self, name, monkeypatch):
+        """The compiler is left out: what it would be given must trace."""
+        import jax
+
+        traced = {}
+
+        def compile_(label, function, arguments):
+            traced[label] = jax.eval_shape(function, *arguments)
+            return dict(
+                kernels=[dict(registers=8, spill_bytes=0)], temp_bytes=1e6, compile_seconds=1
+            )
+
+        def run(module, target, request):
+            return {"target": target, **operation.gpu_report(request, compile_)}
+
+        monkeypatch.setattr(gpu, "run", run)
+        op = OPERATIONS[name]
+        first = next(iter(op.cases))
+        report = operation.compile_for_gpu(op, "h200", first, "xla")
+        assert set(traced) == set(operation.PASSES[: 1 + bool(op.differentiated)])
+        rows = operation.gpu_rows(op, report, {})
+        assert [row["registers"] for row in rows] == [8] * len(traced)

@@ -11,7 +11,9 @@ import pytest
 import test_neighborhood_attention as shared
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.neighborhood_attention import api, pallas_tpu, strips, tile_kernels, tpu_aot
+from kernels.bench import operation
+from kernels.neighborhood_attention import api, pallas_tpu, strips, tile_kernels
+from kernels.neighborhood_attention.bench import OPERATION
 from kernels.neighborhood_attention.shapes import HEAD_DIM, PUBLISHED
 
 MIB = 2**20
@@ -118,7 +120,7 @@ class TestPlan:
             attend(5000, 40, 3, interpret=True, vmem_bytes=16 * MIB)
 
 
-RECORDED = json.loads(tpu_aot.RECORDED.read_text("utf-8"))
+RECORDED = json.loads(OPERATION.recorded.read_text("utf-8"))
 LIBTPU = "0.0.42.1"  # the version of the figures in docs/kernels.md
 # The quick tests take a map in strips and one in residue classes.
 QUICK = [("v5e", 0), ("v5e", 1), ("v5p", 0)]
@@ -130,16 +132,22 @@ class TestSchedule:
 
     def compare(self, target, call, memory):
         try:
-            (found,) = tpu_aot.run(target, [call], memory=memory)
+            (found,) = operation.compile_for_tpu(
+                OPERATION, target, [f"1024x1024-{call.heads}-{call.dilation}"], memory=memory
+            )
         except ModuleNotFoundError as error:
             pytest.skip(str(error))
-        same = [r for r in RECORDED if all(r[k] == found[k] for k in tpu_aot.KEY)]
+        same = [
+            r
+            for r in RECORDED
+            if all(r[k] == found[k] for k in ("libtpu", "target", *OPERATION.key))
+        ]
         if not same:  # another version of the compiler schedules differently
             pytest.skip(f"no recorded cycles for libtpu {found['libtpu']}, {target}, {call}")
         (recorded,) = same
         for name in ("forward", "backward"):
             assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
-                f"{name} {target} {call}: python -m kernels.neighborhood_attention.bench --record"
+                f"{name} {target} {call}: record with python -m kernels.bench"
             )
         if memory and "temporary_bytes" in recorded:
             assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]

@@ -17,8 +17,10 @@ import test_ms_deform_attn as shared
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kernels import dispatch
-from kernels.gpu_aot import missing
-from kernels.ms_deform_attn import gpu_aot, pallas_gpu
+from kernels.bench import operation
+from kernels.bench.gpu import missing
+from kernels.ms_deform_attn import pallas_gpu
+from kernels.ms_deform_attn.bench import OPERATION
 from kernels.ms_deform_attn.reference import ms_deform_attn_gather
 from kernels.ms_deform_attn.shapes import CallShape
 
@@ -256,12 +258,8 @@ class TestGuards:
 class TestAheadOfTime:
     """Compilation for GPUs that are not there."""
 
-    SHAPE = CallShape("512", (512, 512))
-
-    def report(self, **options):
-        shape = self.SHAPE
-        sizes = shape.spatial_shapes, shape.pixels, shape.heads, shape.head_dim, shape.points
-        return gpu_aot.report(1, *sizes, **options)
+    def report(self, target="h200", **options):
+        return operation.compile_for_gpu(OPERATION, target, "512x512", "pallas_gpu", **options)
 
     def ours(self, part):
         kernels = {k["name"]: k for k in part["kernels"] if k["name"].startswith("ms_deform_attn")}
@@ -287,9 +285,9 @@ class TestAheadOfTime:
         # 23 MB, the shares of the corners and their gradient 8 MB each.
         assert report["backward"]["temp_bytes"] < 80e6
 
-    @pytest.mark.parametrize("target", ["a100", "l4"])
-    def test_mosaic_is_refused_where_it_would_abort(self, target):
-        with pytest.raises(NotImplementedError, match=rf"does not run on {target}"):
+    @pytest.mark.parametrize(("target", "capability"), [("a100", r"8\.0"), ("l4", r"8\.9")])
+    def test_mosaic_is_refused_where_it_would_abort(self, target, capability):
+        with pytest.raises(NotImplementedError, match=rf"not run on a GPU of .*{capability}"):
             self.report(target=target, backend="mosaic")
 
     def test_unknown_names(self):

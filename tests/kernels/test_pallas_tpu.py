@@ -11,9 +11,11 @@ import test_ms_deform_attn as shared
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels.ms_deform_attn import api, pallas_tpu, quad_rows, tpu_aot
+from kernels.bench import operation
+from kernels.bench.tpu import TARGETS
+from kernels.ms_deform_attn import api, pallas_tpu, quad_rows
+from kernels.ms_deform_attn.bench import OPERATION
 from kernels.ms_deform_attn.shapes import PUBLISHED
-from kernels.tpu_aot import TARGETS
 
 MIB = 2**20
 # Table rows beyond the numbers that the kernels may read count as reads out of bounds, and what no
@@ -139,7 +141,7 @@ def test_tile_pads_little():
 
 
 LIBTPU = "0.0.42.1"  # the version of the figures in docs/kernels.md
-RECORDED = json.loads(tpu_aot.RECORDED.read_text("utf-8"))
+RECORDED = json.loads(OPERATION.recorded.read_text("utf-8"))
 QUICK = [("v5e", (512, 512)), ("v5e", (640, 640)), ("v5p", (512, 512))]
 ALL = [(target, shape.image_size) for target in ("v5e", "v5p") for shape in PUBLISHED]
 
@@ -149,7 +151,8 @@ class TestSchedule:
 
     def compare(self, target, image, memory):
         try:
-            (found,) = tpu_aot.run(target, [image], memory=memory)
+            name = "x".join(map(str, image))
+            (found,) = operation.compile_for_tpu(OPERATION, target, [name], memory=memory)
         except ModuleNotFoundError as error:
             pytest.skip(str(error))
         same = [r for r in RECORDED if all(r[k] == found[k] for k in ("libtpu", "target", "image"))]
@@ -159,7 +162,7 @@ class TestSchedule:
         for name in ("forward", "backward"):
             assert found[name]["kernels"] == 1
             assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
-                f"{name} {target} {image}: record with python -m kernels.ms_deform_attn.bench"
+                f"{name} {target} {image}: record with python -m kernels.bench"
             )
         if memory and "temporary_bytes" in recorded:
             assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]
@@ -172,15 +175,6 @@ class TestSchedule:
     @pytest.mark.parametrize(("target", "image"), ALL)
     def test_every_published_shape(self, target, image):
         self.compare(target, image, memory=True)
-
-    @pytest.mark.slow
-    def test_time_to_compile_each_kernel(self):
-        try:
-            (found,) = tpu_aot.run_compile_seconds("v5e", [(512, 512)])
-        except ModuleNotFoundError as error:
-            pytest.skip(str(error))
-        assert found["image"] == [512, 512]
-        assert found["forward"] > 0 and found["backward"] > 0
 
     def test_what_was_recorded_is_what_was_promised(self):
         """v5e at 1024 x 1024; what the tests need, and every target once, is there."""

@@ -12,6 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from kernels.bench import operation
 from kernels.point_sampling import (
     IMPLEMENTATIONS,
     api,
@@ -19,7 +20,6 @@ from kernels.point_sampling import (
     bench,
     pallas_tpu,
     sample_features,
-    tpu_aot,
 )
 from kernels.point_sampling.shapes import PUBLISHED, CallShape
 
@@ -328,32 +328,14 @@ class TestArguments:
             sample_features(*make_inputs(4, 5), mesh=mesh8)
 
 
-SMALL = CallShape("test", 20, (4, 5), 3)
-
-
-class TestBench:
-    def test_measured_records_and_refusals(self):
-        options = dict(batch=2, dtype="float32", repeats=1)
-        records = bench.measure(SMALL, "xla", **options)
-        assert [record["pass"] for record in records] == ["forward", "forward and backward"]
-        assert all(record["milliseconds"] > 0 and record["batch"] == 2 for record in records)
-        refused = bench.measure(SMALL, "pallas_tpu", **options)
-        assert all("runs on TPUs" in record["error"] for record in refused)
-
-    def test_recording_needs_a_target(self, capsys):
-        with pytest.raises(SystemExit):
-            bench.main(["--record"])
-        assert "--record needs" in capsys.readouterr().err
-
-
 class TestSchedule:
     """Static issue cycles of the compiled kernels, against the recorded ones."""
 
-    RECORDED = json.loads(tpu_aot.RECORDED.read_text("utf-8"))
+    RECORDED = json.loads(bench.OPERATION.recorded.read_text("utf-8"))
 
     def compare(self, target, call, dtype):
         try:
-            (found,) = tpu_aot.run(target, [(call, dtype)])
+            (found,) = operation.compile_for_tpu(bench.OPERATION, target, [call], dtype=dtype)
         except ModuleNotFoundError as error:
             pytest.skip(str(error))
         keys = ("libtpu", "target", "call", "dtype")
@@ -361,19 +343,19 @@ class TestSchedule:
         if not same:  # another version of the compiler schedules differently
             pytest.skip(f"no recorded cycles for libtpu {found['libtpu']}, {target}, {call}")
         (recorded,) = same
-        for name in tpu_aot.DIRECTIONS:
+        for name in operation.PASSES:
             assert found[name]["kernels"] == recorded[name]["kernels"]
             assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
-                f"{name} {target}: record with python -m kernels.point_sampling.bench"
+                f"{name} {target}: record with python -m kernels.bench"
             )
         assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]
 
-    @pytest.mark.parametrize("dtype", bench.DTYPES)
+    @pytest.mark.parametrize("dtype", bench.OPERATION.dtypes)
     def test_one_call(self, dtype):
         self.compare("v5e", "losses", dtype)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("dtype", bench.DTYPES)
+    @pytest.mark.parametrize("dtype", bench.OPERATION.dtypes)
     @pytest.mark.parametrize("call", [shape.name for shape in PUBLISHED])
     @pytest.mark.parametrize("target", ["v5e", "v5p"])
     def test_every_call(self, target, call, dtype):
@@ -382,7 +364,7 @@ class TestSchedule:
     def test_the_kernels_take_less_than_three_percent_of_a_step(self):
         """v5e, all calls of a step, of 34 ms an image (docs/performance.md)."""
         records = [r for r in self.RECORDED if r["target"] == "v5e" and r["libtpu"] == "0.0.42.1"]
-        for dtype in bench.DTYPES:
+        for dtype in bench.OPERATION.dtypes:
             matching, losses = (
                 next(r for r in records if r["dtype"] == dtype and r["call"] == shape.name)
                 for shape in PUBLISHED
@@ -416,4 +398,4 @@ class TestSchedule:
         frequent = 1 + 2 * (1 + 4 * 7 + 2 + 4)
         shared = 1 - (1 - 9 / 65536) ** 112
         expected = frequent + shared * 256 * (3 + 4)
-        assert tpu_aot.uniform_cycles(text, shape) == pytest.approx(expected)
+        assert bench.uniform_cycles(text, shape) == pytest.approx(expected)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import coco
-from kernels import gpu_aot
+from kernels.bench import gpu
 from kernels.point_sampling import sample_features
 from oneformer_jax.models import matcher
 from oneformer_jax.train import accelerators, compile, hlo, sharding
@@ -279,7 +279,7 @@ def test_the_training_step_compiles_for_a_tpu(capsys):
     assert not train.fits and train.quick and predict.quick
 
 
-@pytest.mark.skipif(gpu_aot.missing() is not None, reason=f"not installed: {gpu_aot.missing()}")
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"not installed: {gpu.missing()}")
 def test_the_training_step_compiles_for_gpus(capsys):
     topology = accelerators.open_topology("h100:4")
     settings = dict(num_classes=tiny.CLASSES, text_table=tiny.text_table(), topology=topology)

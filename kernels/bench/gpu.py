@@ -5,8 +5,8 @@ Needs no GPU and no driver, but the CUDA packages of jax with the compiler, `ptx
     pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 
 of the same version as jax (0.10 to 0.12). The compilers read where to dump from the environment,
-and the old ones among the GPUs can abort the process, so the `gpu_aot` module of an operation
-reports from a process of its own: `run` starts it, and `serve` is its main program.
+and the old ones among the GPUs can abort the process, so
+reports come from a process of their own: `run` starts it, and `serve` is its main program.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def missing() -> str | None:
 def compute_capability(target: str) -> str:
     """Of one of `TARGETS`; ValueError for an unknown one."""
     if target not in TARGETS:
-        raise ValueError(f"gpu_aot: unknown target {target!r}; use one of {', '.join(TARGETS)}")
+        raise ValueError(f"gpu: unknown target {target!r}; use one of {', '.join(TARGETS)}")
     return TARGETS[target][1]
 
 
@@ -74,7 +74,7 @@ def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
     """
     capability = compute_capability(target)
     if (what := missing()) is not None:
-        raise RuntimeError(f"gpu_aot: needs {what}")
+        raise RuntimeError(f"gpu: needs {what}")
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -84,7 +84,7 @@ def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
             "TF_CPP_MIN_LOG_LEVEL": "2",
         }
         command = [sys.executable, "-m", module, target, json.dumps(dict(request)), folder]
-        root = pathlib.Path(__file__).resolve().parents[1]
+        root = pathlib.Path(__file__).resolve().parents[2]
         try:
             done = subprocess.run(
                 command,
@@ -96,11 +96,11 @@ def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
             )
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(
-                f"gpu_aot: compiling for {target} took over {_TIMEOUT_SECONDS} s"
+                f"gpu: compiling for {target} took over {_TIMEOUT_SECONDS} s"
             ) from error
         if done.returncode:
             raise RuntimeError(
-                f"gpu_aot: compiling for {target} failed (exit code {done.returncode}):\n"
+                f"gpu: compiling for {target} failed (exit code {done.returncode}):\n"
                 f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
             )
         found = json.loads(pathlib.Path(folder, "report.json").read_text("utf-8"))

@@ -1,6 +1,6 @@
 """What is read from the output of the GPU compilers."""
 
-from kernels import gpu_aot
+from kernels.bench import gpu
 
 
 def test_output_of_ptxas():
@@ -14,7 +14,7 @@ ptxas info    : Compiling entry function 'loop_fusion' for 'sm_90a'
     56 bytes stack frame, 16 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 255 registers, used 0 barriers
 """
-    assert gpu_aot.kernel_resources(text) == [
+    assert gpu.kernel_resources(text) == [
         dict(name="ms_deform_attn_forward", registers=48, spill_bytes=0, stack_bytes=0),
         dict(name="loop_fusion", registers=255, spill_bytes=16, stack_bytes=56),
     ]

@@ -5,8 +5,8 @@ for one. With its dump flags it also writes the final schedule of every kernel: 
 one issued per cycle. Bundles times the trip counts of the loops around them are the kernel's issue
 cycles. Waiting for memory copies is not in them, nor what a real memory system adds.
 
-The flags must be in the environment before JAX starts, so the `tpu_aot` module of an operation
-reports from a process of its own: `run` starts it, and `serve` is its main program.
+The flags must be in the environment before JAX starts, so reports come
+from a process of their own: `run` starts it, and `serve` is its main program.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def run(
         process = subprocess.run(
             [sys.executable, "-m", module, request],
             env=variables,
-            cwd=pathlib.Path(__file__).resolve().parents[1],
+            cwd=pathlib.Path(__file__).resolve().parents[2],
             capture_output=True,
             text=True,
         )
@@ -139,8 +139,9 @@ def schedules(dump: pathlib.Path, kernel: str) -> list[str]:
 
 def count_calls(program: str, kernel: str) -> int:
     """How often a compiled program's text calls the kernels of that name."""
-    # jax 0.12 lets the name of an operand follow: "%kernel.1.gradient_ref".
-    return len(re.findall(rf"%{kernel}(?:\.\w+)* = ", program))
+    # A transformation of JAX can stand around the name, "%jvp_kernel_.1"; jax 0.12 lets the name of
+    # an operand follow, "%kernel.1.gradient_ref".
+    return len(re.findall(rf"%(?:\w+_)?{kernel}_*(?:\.\w+)* = ", program))
 
 
 def compile_for(target: str, function, arguments):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 def median_milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Of calls that return when their work is done; two before them warm up."""
+    """Median wall time of `call`, which must block until done; two calls before warm up."""
     seconds = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
@@ -19,15 +19,14 @@ def median_milliseconds(call: Callable[[], object], repeats: int) -> float:
     return 1e3 * statistics.median(seconds[2:])
 
 
-def show(records: list[dict], path: pathlib.Path | None) -> None:
-    """Prints the table; with `path` the records become JSON there, too."""
-    print(table(records))
-    if path is not None:
-        path.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
+def write(path: pathlib.Path, records: Iterable[dict]) -> None:
+    """Writes records as a JSON list, one a line."""
+    lines = [json.dumps(record) for record in records]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
 
 
 def table(records: list[dict]) -> str:
-    """Markdown, one line per record; its columns are all keys that occur."""
+    """Formats records as Markdown, one line each; its columns are all keys that occur."""
     columns = list(dict.fromkeys(key for record in records for key in record))
 
     def cell(value) -> str:
@@ -41,7 +40,7 @@ def table(records: list[dict]) -> str:
 
 
 def keep(path: pathlib.Path, found: Iterable[dict], key: Sequence[str]) -> None:
-    """Puts records in a JSON file, one a line, in place of older ones with equal fields `key`.
+    """Adds records to a JSON file, in place of older ones with equal fields `key`.
 
     Fields that only the older record has stay.
     """
@@ -51,5 +50,4 @@ def keep(path: pathlib.Path, found: Iterable[dict], key: Sequence[str]) -> None:
     for record in found:
         name = str(identity(record))
         new[name] = {**new.get(name, {}), **record}
-    lines = [json.dumps(record) for record in sorted(new.values(), key=identity)]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
+    write(path, sorted(new.values(), key=identity))

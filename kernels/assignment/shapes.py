@@ -19,12 +19,16 @@ class Case:
       name: whose sizes these are.
       rows: queries.
       columns: slots for segments.
+      kind: of costs, see `costs`.
+      valid: columns of each problem that hold a segment.
       problems: of one call.
     """
 
     name: str
     rows: int
     columns: int
+    kind: str = "places"
+    valid: int = 20
     problems: int = 20
 
     @property
@@ -32,29 +36,25 @@ class Case:
         """The shape of the costs."""
         return self.problems, self.rows, self.columns
 
-    def with_problems(self, problems: int) -> Case:
-        return dataclasses.replace(self, problems=problems)
-
-    def costs(self, kind: str, seed: int = 0) -> np.ndarray:
+    def costs(self, seed: int = 0) -> np.ndarray:
         """Random costs, float32 [problems, rows, columns].
 
-        Args:
-          kind: "random": independent ones, so that conflicts are few. "places": distances between
-            points of a plane, as of a trained model, where segments want the queries near them.
-            "alike": all columns want the same rows in nearly the same order, the worst case.
+        Kind "random": independent ones, so that conflicts are few. "places": distances between
+        points of a plane, as of a trained model, where segments want the queries near them.
+        "alike": all columns want the same rows in nearly the same order, the worst case.
         """
         rng = np.random.default_rng(seed)
-        if kind == "random":
+        if self.kind == "random":
             costs = rng.normal(size=self.sizes)
-        elif kind == "places":
+        elif self.kind == "places":
             rows, columns = (rng.random((self.problems, n, 2)) for n in self.sizes[1:])
             costs = 10 * np.linalg.norm(rows[:, :, None] - columns[:, None], axis=-1)
-        elif kind == "alike":
+        elif self.kind == "alike":
             costs = rng.normal(size=(self.problems, self.rows, 1)) + 0.01 * rng.normal(
                 size=self.sizes
             )
         else:
-            raise ValueError(f"unknown kind {kind!r} of costs; use one of {', '.join(KINDS)}")
+            raise ValueError(f"unknown kind {self.kind!r} of costs; use one of {', '.join(KINDS)}")
         return costs.astype(np.float32)
 
 

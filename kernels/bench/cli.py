@@ -1,0 +1,116 @@
+"""Times the implementations of an operation at its published calls.
+
+    python -m kernels.bench ms_deform_attn                     # on the device that is there
+    python -m kernels.bench ms_deform_attn --target=v5e        # compile for one that is not
+
+On a device: the median time by pass, the temporary memory and the time to compile. Ahead of time:
+static issue cycles (TPU), or registers and spills (GPU), and memory; no measurement of a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import pathlib
+import sys
+from typing import Any
+
+from kernels.bench import gpu, operation, records, tpu
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("operation", choices=operation.OPERATIONS)
+    parser.add_argument("--target", choices=[*tpu.TARGETS, *gpu.TARGETS])
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="may hold *; default: all")
+    parser.add_argument("--implementations", nargs="+", metavar="NAME")
+    parser.add_argument("--dtype", help="default: the first of the operation")
+    parser.add_argument("--batch", type=int, default=1, help="images (TPU targets: always 1)")
+    parser.add_argument("--repeats", type=int, default=20, help="0: memory only")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the records to this file")
+    parser.add_argument(
+        "--record", action="store_true", help="make a TPU target's cycles those the tests expect"
+    )
+    parser.add_argument(
+        "--no-memory", action="store_true", help="TPU targets: cycles only, in half the time"
+    )
+    options = parser.parse_args(arguments)
+    op = operation.load(options.operation)
+    if options.record and options.target not in tpu.TARGETS:
+        parser.error("--record needs a --target that is a TPU")
+    patterns = options.cases or ["*"]
+    if unknown := [p for p in patterns if not fnmatch.filter(op.cases, p)]:
+        parser.error(f"--cases {' '.join(unknown)}: use any of {' '.join(op.cases)}")
+    if options.dtype not in (None, *op.dtypes):
+        parser.error(f"--dtype {options.dtype}: use one of {' '.join(op.dtypes)}")
+    known = [*op.implementations, *op.rivals]
+    if unknown := [name for name in options.implementations or () if name not in known]:
+        parser.error(f"--implementations {' '.join(unknown)}: use any of {' '.join(known)}")
+    options.cases = [name for name in op.cases if any(fnmatch.fnmatch(name, p) for p in patterns)]
+    options.dtype = options.dtype or op.dtypes[0]
+    try:
+        found = _found(op, options)
+    except (ImportError, RuntimeError, NotImplementedError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    print(records.table(found))
+    if line := op.summary(found):
+        print(line)
+    if options.json is not None:
+        records.write(options.json, found)
+    return 0
+
+
+def _found(op: operation.Operation, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of the table that the options ask for."""
+    if options.target in tpu.TARGETS:
+        found = []
+        for implementation in options.implementations or ("pallas_tpu",):
+            reports = operation.compile_for_tpu(
+                op,
+                options.target,
+                options.cases,
+                dtype=options.dtype,
+                implementation=implementation,
+                memory=not options.no_memory,
+            )
+            if options.record:
+                records.keep(op.recorded, reports, ("libtpu", "target", *op.key))
+            for name, report in zip(options.cases, reports, strict=True):
+                found += op.predict(report, op.cases[name])
+        return found
+    if options.target:
+        return [
+            row
+            for name in options.cases
+            for implementation in options.implementations or ("pallas_gpu", "xla")
+            for row in operation.gpu_rows(
+                operation.compile_for_gpu(
+                    op,
+                    options.target,
+                    name,
+                    implementation,
+                    dtype=options.dtype,
+                    batch=options.batch,
+                ),
+                op.labels(op.cases[name], options.dtype) | {"implementation": implementation},
+            )
+        ]
+    return [
+        record
+        for name in options.cases
+        for implementation in options.implementations or (*op.implementations, *op.rivals)
+        for record in operation.measure(
+            op,
+            op.cases[name],
+            implementation,
+            batch=options.batch,
+            dtype=options.dtype,
+            repeats=options.repeats,
+        )
+    ]

@@ -1,0 +1,371 @@
+"""An operation as the benchmarks see it: its published calls, and how each is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import jax
+
+from kernels.bench import gpu, records, tpu
+
+Case = TypeVar("Case")
+Array = jax.Array | jax.ShapeDtypeStruct
+
+OPERATIONS = ("ms_deform_attn", "neighborhood_attention", "point_sampling", "assignment")
+PASSES = ("forward", "backward")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operation(Generic[Case]):
+    """What one operation tells the benchmarks; the module `kernels.NAME.bench` has its instance.
+
+    Attributes:
+      name: of its folder, and of its kernels: `NAME_forward` and `NAME_backward`.
+      implementations: of its api, the first of them plain JAX.
+      cases: the published calls by name.
+      dtypes: of its arrays, the first by default.
+      differentiated: positions of the arguments that have gradients; () for an operation without.
+      key: fields that tell one recorded call from another, beside the compiler and the target.
+      rivals: implementations of others that run on the host, by name: functions of `inputs`.
+      cores: target -> cores of the chip among which a kernel shares its loops; 1 where it is none.
+    """
+
+    name: str
+    implementations: Sequence[str]
+    cases: Mapping[str, Case]
+    dtypes: Sequence[str] = ("float32", "bfloat16")
+    differentiated: Sequence[int] = (0,)
+    key: Sequence[str] = ()
+    rivals: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    cores: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def recorded(self) -> pathlib.Path:
+        """The file of what `--target=TPU --record` found; tests hold the kernels to it."""
+        return ROOT / self.name / "tpu_cycles.json"
+
+    def labels(self, case: Case, dtype: str) -> dict[str, Any]:
+        """Columns of a table that tell one call from another."""
+        raise NotImplementedError
+
+    def arguments(self, case: Case, batch: int, dtype: str) -> Sequence[jax.ShapeDtypeStruct]:
+        """The arrays of a call of `batch` images."""
+        raise NotImplementedError
+
+    def call(self, case: Case, implementation: str) -> Callable[..., jax.Array]:
+        """The operation of these arrays."""
+        raise NotImplementedError
+
+    def inputs(self, case: Case, batch: int, dtype: str) -> Sequence[jax.Array]:
+        """Arrays with numbers; normal ones where an operation has nothing better."""
+        arguments = self.arguments(case, batch, dtype)
+        keys = jax.random.split(jax.random.key(0), len(arguments))
+        return [
+            jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, arguments, strict=True)
+        ]
+
+    def least_bytes(self, case: Case, batch: int, dtype: str) -> Mapping[str, int]:
+        """Traffic with memory by pass if every array is read or written once; {} where unknown."""
+        return {}
+
+    def gpu_call(
+        self, case: Case, implementation: str, capability: str, **options: Any
+    ) -> Callable:
+        """As `call`, for a GPU that is not there."""
+        raise NotImplementedError(f"{self.name} has no kernel for GPUs")
+
+    def count(self, target: str, case: Case, program: str, dump: pathlib.Path) -> dict[str, Any]:
+        """Figures of the compiled kernels from their schedules.
+
+        Returns:
+          Per pass {"kernels", "cycles", "milliseconds"}: how many kernels there are and their issue
+          cycles on one core, without cycles if some of the kernels are equal, of which the compiler
+          dumps one.
+        """
+        found = {}
+        for name in PASSES[: 1 + bool(self.differentiated)]:
+            texts = tpu.schedules(dump, f"{self.name}_{name}")
+            calls = tpu.count_calls(program, f"{self.name}_{name}")
+            if not texts:
+                continue
+            found[name] = {"kernels": calls}
+            if len(texts) == calls:
+                cycles = sum(self.cycles(text, case, self.cores.get(target, 1)) for text in texts)
+                found[name]["cycles"] = round(cycles)
+                found[name]["milliseconds"] = round(1e3 * cycles / tpu.TARGETS[target].clock, 3)
+        return found
+
+    def cycles(self, text: str, case: Case, cores: int) -> float:
+        """Issue cycles of a kernel by its schedule."""
+        return tpu.issue_cycles(text)
+
+    def predict(self, record: Mapping[str, Any], case: Case) -> list[dict[str, Any]]:
+        """The lines of a table for a record of a TPU target: one per pass."""
+        shared = {key: value for key, value in record.items() if not isinstance(value, dict)}
+        shared = _in_megabytes(shared)
+        passes = [name for name in PASSES if name in record]
+        return [{**shared, "pass": name, **record[name]} for name in passes] or [shared]
+
+    def summary(self, found: Sequence[Mapping[str, Any]]) -> str:
+        """A line below the table, or ""."""
+        return ""
+
+    def passes(self, case: Case, implementation: str) -> dict[str, Callable]:
+        """The timed functions by name: of the gradient of the output, if any, and the arrays."""
+        call = self.call(case, implementation)
+        if not self.differentiated:
+            return {"forward": call}
+        return {
+            "forward": lambda gradient, *arrays: call(*arrays),
+            "forward and backward": with_gradients(call, self.differentiated),
+        }
+
+
+def load(name: str) -> Operation:
+    """The operation of one of `OPERATIONS`."""
+    return importlib.import_module(f"kernels.{name}.bench").OPERATION
+
+
+def with_gradients(call: Callable, differentiated: Sequence[int]) -> Callable:
+    """The function (output's gradient, *arrays) -> (output, *gradients)."""
+
+    def both(gradient, *arrays):
+        def of(*chosen):
+            every = list(arrays)
+            for index, array in zip(differentiated, chosen, strict=True):
+                every[index] = array
+            return call(*every)
+
+        out, pull_back = jax.vjp(of, *(arrays[i] for i in differentiated))
+        return out, *pull_back(gradient)
+
+    return both
+
+
+def output_gradient(call: Callable, arrays: Sequence[Array]) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the gradient of a call's output."""
+    out = jax.eval_shape(call, *arrays)
+    return jax.ShapeDtypeStruct(out.shape, out.dtype)
+
+
+# ------------------------------------------------------------------ on the device that is there
+
+
+def measure(
+    operation: Operation, case: Any, implementation: str, *, batch: int, dtype: str, repeats: int
+) -> list[dict[str, Any]]:
+    """One record per pass; {"error"} stands in place of figures where the implementation refuses.
+
+    Args:
+      operation: what is timed.
+      case: one of its cases.
+      implementation: of the operation, or one that runs on the host.
+      batch: images.
+      dtype: of the arrays.
+      repeats: how often each call is timed; 0 reports the compiled program's memory alone.
+    """
+    device = jax.devices()[0]
+    known = operation.labels(case, dtype) | {"batch": batch, "implementation": implementation}
+    arrays = list(operation.inputs(case, batch, dtype))
+    if implementation in operation.rivals:
+        took = records.median_milliseconds(
+            lambda: operation.rivals[implementation](*arrays), repeats
+        )
+        return [{**known, "device": "host", "pass": "forward", "milliseconds": took}]
+    if operation.differentiated:
+        gradient = output_gradient(operation.call(case, operation.implementations[0]), arrays)
+        arrays.insert(0, jax.random.normal(jax.random.key(1), gradient.shape, gradient.dtype))
+    arrays = jax.device_put(arrays, device)
+    least = operation.least_bytes(case, batch, dtype)
+    found = []
+    for name, function in operation.passes(case, implementation).items():
+        record = {**known, "device": device.device_kind, "pass": name}
+        found.append(record)
+        try:
+            start = time.perf_counter()
+            compiled = jax.jit(function).lower(*arrays).compile()
+        except NotImplementedError as error:
+            record["error"] = str(error)
+            continue
+        record["compile_seconds"] = time.perf_counter() - start
+        record["temporary_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
+        if repeats:
+            record["milliseconds"] = records.median_milliseconds(
+                lambda: jax.block_until_ready(compiled(*arrays)),  # noqa: B023
+                repeats,
+            )
+            if name in least:
+                record["least_gigabytes_per_second"] = least[name] / record["milliseconds"] / 1e6
+    return found
+
+
+# ------------------------------------------------------------------ for devices that are not there
+
+
+def compile_for_tpu(
+    operation: Operation,
+    target: str,
+    names: Sequence[str],
+    *,
+    dtype: str | None = None,
+    implementation: str = "pallas_tpu",
+    memory: bool = True,
+) -> list[dict[str, Any]]:
+    """Compiles calls of one image, with their gradients, in a process of their own.
+
+    Args:
+      operation: what is compiled.
+      target: a key of `tpu.TARGETS`.
+      names: of its cases.
+      dtype: of the arrays; the operation's first by default.
+      implementation: of the operation.
+      memory: whether to report what depends on XLA's optimisations, in several times the time.
+
+    Returns:
+      Records of {"libtpu", "target", "implementation"}, the labels, `Operation.count`,
+      "temporary_bytes", "xla_milliseconds" (XLA's own estimate of all but kernels, where the text
+      of the program tells all trip counts) and "compile_seconds".
+
+    Raises:
+      ModuleNotFoundError: libtpu is not installed.
+      RuntimeError: the compiler refused; with its message.
+    """
+    dtype = dtype or operation.dtypes[0]
+    cases = [[operation.name, name, dtype, implementation] for name in names]
+    return list(tpu.run(__spec__.name, target, cases, memory=memory))
+
+
+def tpu_report(target: str, request: Sequence[str], dump: pathlib.Path) -> dict[str, Any]:
+    """The record of one call, in the process of its own."""
+    name, case_name, dtype, implementation = request
+    operation = load(name)
+    case = operation.cases[case_name]
+    arrays = list(operation.arguments(case, 1, dtype))
+    call = operation.call(case, implementation)
+    function = call
+    if operation.differentiated:
+        plain = operation.call(case, operation.implementations[0])
+        arrays.insert(0, output_gradient(plain, arrays))
+        function = with_gradients(call, operation.differentiated)
+    start = time.perf_counter()
+    compiled = tpu.compile_for(target, function, arrays)
+    seconds = time.perf_counter() - start
+    program = compiled.as_text()
+    record = {
+        **operation.labels(case, dtype),
+        "implementation": implementation,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "compile_seconds": round(seconds, 1),
+    }
+    try:
+        cycles = tpu.estimated_cycles(program)
+        record["xla_milliseconds"] = round(1e3 * cycles / tpu.TARGETS[target].clock, 3)
+    except ValueError:  # a loop whose trips the text does not tell
+        pass
+    return record | operation.count(target, case, program, dump)
+
+
+def compile_for_gpu(
+    operation: Operation,
+    target: str,
+    name: str,
+    implementation: str,
+    *,
+    dtype: str | None = None,
+    batch: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """Compiles forward and backward pass of a call for a GPU, in a process of its own.
+
+    The backward pass is compiled alone: arguments and the output's gradient in, gradients out.
+
+    Args:
+      operation: what is compiled.
+      target: one of `gpu.TARGETS`.
+      name: of one of its cases.
+      implementation: of the operation.
+      dtype: of the arrays; the operation's first by default.
+      batch: images.
+      **options: for `Operation.gpu_call`.
+
+    Returns:
+      What `gpu.run` returns; "forward" and, if it has gradients, "backward" as of `gpu.serve`.
+
+    Raises:
+      ValueError: an unknown target.
+      NotImplementedError: the implementation does not run on the target.
+      RuntimeError: the CUDA packages are missing, or the compiler failed; its output is the text.
+    """
+    capability = gpu.compute_capability(target)
+    operation.gpu_call(operation.cases[name], implementation, capability, **options)  # refuses here
+    request = {
+        "operation": operation.name,
+        "case": name,
+        "implementation": implementation,
+        "dtype": dtype or operation.dtypes[0],
+        "batch": batch,
+        "capability": capability,
+        "options": options,
+    }
+    return gpu.run(__spec__.name, target, request)
+
+
+def gpu_report(request: Mapping[str, Any], compile_: Callable) -> dict[str, Any]:
+    """The record of one call, in the process of its own."""
+    operation = load(request["operation"])
+    case = operation.cases[request["case"]]
+    call = operation.gpu_call(
+        case, request["implementation"], request["capability"], **request["options"]
+    )
+    arrays = operation.arguments(case, request["batch"], request["dtype"])
+    found = {"forward": compile_("forward", call, arrays)}
+    if operation.differentiated:
+        plain = operation.call(case, operation.implementations[0])
+        both = with_gradients(call, operation.differentiated)
+        found["backward"] = compile_(
+            "backward", lambda *x: both(*x)[1:], [output_gradient(plain, arrays), *arrays]
+        )
+    return found
+
+
+def gpu_rows(
+    operation: Operation, report: Mapping[str, Any], labels: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The lines of a table for what `compile_for_gpu` returns: one per pass."""
+    rows = []
+    for name in (name for name in PASSES if name in report):
+        kernels = report[name]["kernels"]
+        ends = {
+            "pass": name,
+            "kernels": len(kernels),
+            "registers": max((k["registers"] for k in kernels), default=0),
+            "spill_bytes": sum(k["spill_bytes"] for k in kernels),
+            "temporary_megabytes": report[name]["temp_bytes"] / 1e6,
+            "compile_seconds": report[name]["compile_seconds"],
+        }
+        rows.append({"target": report["target"], **labels, **ends})
+    return rows
+
+
+def _in_megabytes(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its bytes in megabytes."""
+    return {
+        key.replace("_bytes", "_megabytes"): value / 1e6 if key.endswith("_bytes") else value
+        for key, value in record.items()
+    }
+
+
+if __name__ == "__main__":
+    import sys
+
+    # `gpu.run` names the target first, `tpu.run` gives one JSON object.
+    if sys.argv[1].startswith("{"):
+        tpu.serve(tpu_report)
+    else:
+        gpu.serve(gpu_report)
