@@ -25,6 +25,16 @@ def check_implementation(
         )
 
 
+def platform() -> str:
+    """The platform that is traced for: "cpu", "gpu" or "tpu".
+
+    It is that of the mesh that the trace was told of (`jax.sharding.use_abstract_mesh`), which may
+    stand for devices that are not there, else that of the default device.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def load(package: str, implementation: str, function: str) -> Callable[..., jax.Array]:
     """A function of the module kernels.PACKAGE.IMPLEMENTATION, imported when it is first used.
 

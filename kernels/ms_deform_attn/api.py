@@ -11,7 +11,11 @@ from jax.sharding import Mesh
 
 from kernels import dispatch
 from kernels.ms_deform_attn.dense import ms_deform_attn_dense
-from kernels.ms_deform_attn.reference import SpatialShapes, ms_deform_attn_gather
+from kernels.ms_deform_attn.reference import (
+    SpatialShapes,
+    ms_deform_attn_chunks,
+    ms_deform_attn_gather,
+)
 
 # A query's row of the dense matrix, float32 over all pixels of all levels, may take 4 KiB per head:
 # 1024 pixels, which square images of up to 216 pixels have at the strides 32, 16 and 8. Beyond
@@ -27,9 +31,14 @@ FASTEST_MEASURED = {"cpu": "xla"}
 
 
 def xla(value, spatial_shapes, sampling_locations, attention_weights):
-    """Plain JAX: matrix products for small maps, else gathers."""
+    """Plain JAX: matrix products for small maps, else gathers in the platform's best form."""
     row_bytes = 4 * sum(h * w for h, w in spatial_shapes)
-    run = ms_deform_attn_dense if row_bytes <= DENSE_MAX_ROW_BYTES else ms_deform_attn_gather
+    if row_bytes <= DENSE_MAX_ROW_BYTES:
+        run = ms_deform_attn_dense
+    elif dispatch.platform() == "cpu":
+        run = ms_deform_attn_chunks
+    else:
+        run = ms_deform_attn_gather
     return run(value, spatial_shapes, sampling_locations, attention_weights)
 
 

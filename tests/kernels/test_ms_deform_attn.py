@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import synthetic
-from kernels.ms_deform_attn import IMPLEMENTATIONS, api, ms_deform_attn
+from kernels.ms_deform_attn import IMPLEMENTATIONS, api, ms_deform_attn, reference
 from kernels.ms_deform_attn.dense import ms_deform_attn_dense
-from kernels.ms_deform_attn.reference import ms_deform_attn_gather
+from kernels.ms_deform_attn.reference import ms_deform_attn_chunks, ms_deform_attn_gather
 from kernels.ms_deform_attn.shapes import PUBLISHED, SMALL_DEFAULT, CallShape
 
 # Most of the time of these tests is the compiler's, and its care is wasted on maps of 4 x 5.
@@ -238,7 +239,7 @@ class MsDeformAttnTests:
 
 
 class XlaTests(MsDeformAttnTests):
-    """One of the two functions between which "xla" chooses by size."""
+    """One of the functions among which "xla" chooses by size and platform."""
 
     function: object
 
@@ -255,6 +256,35 @@ class XlaTests(MsDeformAttnTests):
 class TestGather(XlaTests):
     implementation = "xla, gather"
     function = staticmethod(ms_deform_attn_gather)
+
+
+class TestChunks(XlaTests):
+    implementation = "xla, chunks"
+    function = staticmethod(ms_deform_attn_chunks)
+
+    @pytest.fixture(autouse=True)
+    def _several_chunks(self, monkeypatch):
+        """Of 3 queries each, in most tests with a last one that is not full."""
+
+        def chunked(value, shapes, locations, weights):
+            row_bytes = 4 * value.shape[0] * locations.shape[2] * 4 * locations.shape[4]
+            monkeypatch.setattr(reference, "CHUNK_BYTES", 3 * row_bytes * value.shape[-1])
+            return ms_deform_attn_chunks(value, shapes, locations, weights)
+
+        self.function = chunked
+
+    def test_rows_of_few_queries_are_in_memory_at_a_time(self):
+        sizes = CallShape("512", (512, 512)).shapes(batch=1)
+        arguments = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes.values()]
+        shapes = CallShape("512", (512, 512)).spatial_shapes
+
+        def run(*arguments):
+            return ms_deform_attn_chunks(arguments[0], shapes, *arguments[1:])
+
+        with_gradients = jax.jit(lambda *a: jax.vjp(run, *a)[1](run(*a)))
+        memory = with_gradients.lower(*arguments).compile().memory_analysis()
+        # All rows of the three levels are 264 MB.
+        assert memory.temp_size_in_bytes < 60e6
 
 
 class TestDense(XlaTests):
@@ -280,7 +310,7 @@ class TestChoice:
 
     def chosen(self, monkeypatch, shape: CallShape, implementation):
         calls = []
-        for name in ("gather", "dense"):
+        for name in ("gather", "dense", "chunks"):
             monkeypatch.setattr(
                 api, f"ms_deform_attn_{name}", lambda *_, name=name: calls.append(name)
             )
@@ -295,13 +325,25 @@ class TestChoice:
         return calls
 
     @pytest.mark.parametrize("implementation", [None, "xla"])
-    def test_default_goes_by_size(self, monkeypatch, implementation):
+    @pytest.mark.parametrize(("platform", "large"), [("cpu", "chunks"), ("tpu", "gather")])
+    def test_default_goes_by_size_and_platform(self, monkeypatch, implementation, platform, large):
+        monkeypatch.setattr(api.dispatch, "platform", lambda: platform)
         assert self.chosen(monkeypatch, SMALL_DEFAULT, implementation) == ["dense"]
         for shape in PUBLISHED:
-            assert self.chosen(monkeypatch, shape, implementation) == ["gather"], shape.name
+            assert self.chosen(monkeypatch, shape, implementation) == [large], shape.name
+
+    def test_the_platform_is_that_of_the_mesh_that_is_traced_for(self):
+        assert api.dispatch.platform() == "cpu"
+        device = SimpleNamespace(platform="tpu")
+        mesh = SimpleNamespace(abstract_device=device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+            assert api.dispatch.platform() == "tpu"
 
     @pytest.mark.parametrize("shape", [SMALL_DEFAULT, *PUBLISHED], ids=lambda s: s.name)
-    @pytest.mark.parametrize("function", [ms_deform_attn_gather, ms_deform_attn_dense])
+    @pytest.mark.parametrize(
+        "function", [ms_deform_attn_gather, ms_deform_attn_dense, ms_deform_attn_chunks]
+    )
     def test_real_shapes_trace(self, shape, function):
         sizes = shape.shapes(batch=2)
         out = jax.eval_shape(
