@@ -242,8 +242,8 @@ def _form(folder: Path) -> tuple[bool, bool]:
     names = sorted(found.features_dict.features) if found.features_dict else []
     raise _damaged(
         folder / FEATURES,
-        "does not describe the records of a builder of input_pipeline.builders"
-        + (f"; its features are {first_few(names, 8)}" if names else ""),
+        "does not describe the records of a builder of input_pipeline.builders; it has "
+        f"{first_few(names, 8) or 'no features'}",
     )
 
 
