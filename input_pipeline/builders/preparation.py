@@ -28,8 +28,9 @@ import tensorflow_datasets as tfds
 
 from input_pipeline import prepared
 from input_pipeline.builders import raw, schema
-from input_pipeline.files import exclusive, sync, write_atomically, writing
+from input_pipeline.files import exclusive, sync, writing
 from input_pipeline.records import RecordError, decode_image, encode_dense
+from oneformer_jax.files import write_atomically
 
 BUILDERS = {
     "coco": "CocoPanoptic",
