@@ -9,12 +9,12 @@ ValueError and OSError for a description; what is read without an error must be 
 
 import contextlib
 import copy
+import faulthandler
 import functools
 import json
 import pathlib
 import random
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -97,7 +97,7 @@ def damaged_json(rng: random.Random, content) -> str:
             with contextlib.suppress(KeyError, IndexError):
                 holder[key] = copy.deepcopy(other[other_key])
         else:
-            holder[key] = rng.choice(ODD_VALUES)
+            holder[key] = copy.deepcopy(rng.choice(ODD_VALUES))
     return json.dumps(content)
 
 
@@ -151,7 +151,7 @@ def _child(target: str, count: int, seed: int) -> None:
 
         cases = {"description": description, "files": files, "examples": examples}[target]
         for number in range(count):
-            signal.alarm(SECONDS)
+            faulthandler.dump_traceback_later(SECONDS, exit=True)  # also out of C++
             for allowed, case in cases():
                 try:
                     case()
@@ -161,7 +161,7 @@ def _child(target: str, count: int, seed: int) -> None:
                 except BaseException:
                     print(f"{target} {number} of seed {seed}", file=sys.stderr)
                     raise
-        signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "MB", *outcomes.values())
 
 
