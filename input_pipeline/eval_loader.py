@@ -18,6 +18,7 @@ from input_pipeline.loader import (
     Batch,
     Source,
     check_processes,
+    naming,
     note_broken,
     read_options,
     require,
@@ -192,7 +193,8 @@ class _LoadEvalBatch:
             yield transforms.resize_for_test(resized, edge, config.tta_max_size)
 
     def _read(self, index: int, bucket: Bucket) -> Mapping[str, Any]:
-        record = self.source[index]
+        with naming(f"record {index} of {self.source!r}"):
+            record = self.source[index]
         shape = record["image"].shape[:2]
         if (np.array(_view_sizes(shape, self.config)) > np.array(bucket)).any():
             raise RecordError(
@@ -291,7 +293,8 @@ def eval_loader(
     buckets: dict[Bucket, list[int]] = {}
     for index in chosen:
         try:
-            size = source.image_size(index) if known_sizes else source[index]["image"].shape[:2]
+            with naming(f"record {index} of {source!r}"):
+                size = source.image_size(index) if known_sizes else source[index]["image"].shape[:2]
         except RecordError as error:
             if not config.skip_broken:
                 raise

@@ -11,30 +11,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from input_pipeline.records import RecordError
+from oneformer_jax.files import FileError, first_few, read_bytes
 
 _SHOWN_NAMES = 8
+_MAX_BYTES = 1 << 30
 
 
 def found_in(path: Path) -> str:
-    """What lies at or near `path`, for error messages."""
+    """Lists what lies at or near `path`, for error messages."""
     folder = path
     while not folder.is_dir():
         folder = folder.parent
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    shown = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
-    return f"{folder} holds {shown or 'nothing'}"
+    return f"{folder} holds {first_few(names, _SHOWN_NAMES) or 'nothing'}"
 
 
 def read_file(path: Path) -> bytes:
-    """Content of a file that belongs to a record.
+    """Reads a file that belongs to a record.
 
     Raises:
-      RecordError: it is missing or cannot be read.
+      RecordError: it is missing, no regular file, larger than any image, or cannot be read.
     """
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
+        return read_bytes(path, limit=_MAX_BYTES)
+    except FileError as error:
+        reason = str(error).removeprefix(f"{path} ")
+        raise RecordError(f"{path}: cannot be read ({reason}); restore the file") from error
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -47,20 +49,6 @@ def sync(path: Path) -> None:
     """Waits until the content of a file is on the disk; until then it could be lost with power."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there with all of its content, or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class WriteError(OSError):

@@ -13,6 +13,7 @@ picklable if worker processes read it. Optional methods: `has_things(i) -> bool`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from input_pipeline import targets, transforms
+from input_pipeline import targets, transforms, workers
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.records import RecordError
 
@@ -155,7 +156,8 @@ class _LoadTrainBatch:
             index = int(self.kept[(number + i) % len(self.kept)])
             if index not in self.broken:
                 try:
-                    return index, read(index)
+                    with naming(f"record {index} of {self.source!r}"):
+                        return index, read(index)
                 except RecordError as error:
                     if not self.config.skip_broken:
                         raise
@@ -171,15 +173,24 @@ class _LoadTrainBatch:
         # keeps the broken one's generator, so that it is not the same sample twice in an epoch.
         rng = np.random.default_rng((config.seed, epoch, int(self.kept[number])))
         index, record = self._read(number, report)
+        with naming(f"record {index} ({record['file_name']})"):
+            sample, dropped = self._make_sample(rng, record)
+        report["dropped"] += dropped
+        return {**sample, "index": np.int32(index)}
+
+    def _make_sample(
+        self, rng: np.random.Generator, record: Mapping[str, Any]
+    ) -> tuple[Batch, int]:
+        """Augments a record and makes its targets; returns also the number of segments left out."""
+        config = self.config
         record = transforms.augment(rng, record, config.augment)
         task = targets.sample_task(rng, config.semantic_prob, config.instance_prob)
         target = targets.make_targets(
             record["panoptic"], record["segments"], task, config.num_slots, self.info.is_thing
         )
-        report["dropped"] += target.dropped
         num_classes = len(self.info.class_names)
         types = self.info.is_thing if config.text_types else None
-        return {
+        sample = {
             "image": record["image"],
             "image_size": np.array(record["image"].shape[:2], np.int32),
             "segment_map": target.segment_map,
@@ -189,8 +200,22 @@ class _LoadTrainBatch:
                 target.classes, target.valid, task, config.num_texts, num_classes, types
             ),
             "task": np.int32(task),
-            "index": np.int32(index),
         }
+        return sample, target.dropped
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Names the record in an error that does not; the data is the likely fault of a ValueError."""
+    try:
+        yield
+    except RecordError:
+        raise
+    except (ValueError, OSError) as error:
+        raise RecordError(f"{where}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while reading {where}")
+        raise
 
 
 class TrainIterator(Iterator[Batch]):
@@ -202,11 +227,12 @@ class TrainIterator(Iterator[Batch]):
       dropped_segments: segments left out so far because an image had more than `num_slots`.
     """
 
-    def __init__(self, batches: grain.DatasetIterator, position: int):
+    def __init__(self, batches: grain.DatasetIterator, position: int, with_workers: bool):
         # Ends the workers also when this object is dropped or the interpreter exits, and then lets
         # go of them: during the interpreter's teardown Grain cannot free their shared memory.
         self._batches = [batches]
         self._close = weakref.finalize(self, _close_and_drop, self._batches)
+        self._to_start = with_workers
         self.position = position
         self.broken: dict[int, str] = {}
         self.dropped_segments = 0
@@ -214,11 +240,24 @@ class TrainIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         if not self._batches:
             raise ValueError("the training iterator is closed; make a new one with train_loader")
-        batch, report = next(self._batches[0])
+        try:
+            batch, report = self._read()
+        except RuntimeError as error:
+            died = workers.explain(error)
+            if died is None:
+                raise
+            raise died from None
         self.position += 1
         self.dropped_segments += report["dropped"]
         note_broken(self.broken, report["broken"])
         return batch
+
+    def _read(self) -> tuple[Batch, dict[str, Any]]:
+        batches = self._batches[0]
+        if not self._to_start:
+            return next(batches)
+        self._to_start = False
+        return workers.call_shielded(lambda: next(batches))
 
     def close(self) -> None:
         """Ends the reading threads or worker processes."""
@@ -274,6 +313,7 @@ def train_loader(
     Raises:
       ValueError: an empty dataset, or `require_things` with a source that cannot tell.
       RecordError: (while iterating) a broken record, unless `config.skip_broken`.
+      workers.WorkerError: (while iterating) a worker process died.
     """
     check_processes(process_index, process_count)
     require(start_step >= 0, f"start_step is {start_step}; it must be >= 0")
@@ -302,8 +342,9 @@ def train_loader(
         # A worker reads in its main thread. Grain buffers a worker's batches twice: in its queue
         # and in a thread of this process that empties the queue.
         batches = batches.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(
-            grain.MultiprocessingOptions(config.num_workers, max(config.prefetch // 2, 1))
+            grain.MultiprocessingOptions(config.num_workers, max(config.prefetch // 2, 1)),
+            worker_init_fn=workers.start,
         )
     else:
         batches = batches.to_iter_dataset(read_options(config.num_threads, config.prefetch))
-    return TrainIterator(iter(batches), start_step)
+    return TrainIterator(iter(batches), start_step, config.num_workers > 0)

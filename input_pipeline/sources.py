@@ -7,7 +7,6 @@ their files where they are used, so loader workers may share one.
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import os
 import shutil
@@ -15,23 +14,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from input_pipeline import datasets
+from input_pipeline import datasets, prepared
+from input_pipeline.array_records import TfdsSource
 from input_pipeline.coco_format import CocoFolderSource, load_coco_json
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.files import exclusive, writing
-from input_pipeline.records import (
-    RecordError,
-    checked_index,
-    decode_dense,
-    decode_dense_compact,
-    decode_image,
-    decode_labels,
-    decode_panoptic,
-    decode_panoptic_compact,
-    make_record,
-)
+from input_pipeline.records import RecordError
+from oneformer_jax.files import did_you_mean
 
 __all__ = [
     "CocoFolderSource",
@@ -52,140 +41,18 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation")
 
-# (map stored in the dense form, compact record wanted) -> decoder of the map.
-_DECODERS = {
-    (False, False): decode_panoptic,
-    (False, True): decode_panoptic_compact,
-    (True, False): decode_dense,
-    (True, True): decode_dense_compact,
-}
-
-
-class TfdsSource:
-    """Reads a prepared dataset (`builders.schema`) through `tfds.data_source`.
-
-    Args:
-      builder_dir: the folder with dataset_info.json, or a prepared TFDS builder.
-      split: name of a split.
-
-    Attributes:
-      info: the class table.
-      left_out: why records of the download are not there, a line each.
-
-    Raises:
-      FileNotFoundError: nothing is prepared there.
-      ValueError: unknown split, an empty split, or another schema.
-    """
-
-    def __init__(self, builder_dir: str | os.PathLike | tfds.core.DatasetBuilder, split: str):
-        from input_pipeline.builders import schema
-
-        self._dir = str(getattr(builder_dir, "data_dir", builder_dir))
-        self._split = split
-        self._data = None
-        if not Path(self._dir, "dataset_info.json").is_file():
-            raise FileNotFoundError(
-                f"no prepared dataset in {self._dir} (a prepared one has dataset_info.json); call "
-                "input_pipeline.sources.prepare first"
-            )
-        info = self._builder().info
-        if "panoptic_image" not in info.features:
-            raise ValueError(
-                f"{self._dir} holds {info.full_name}, which has no panoptic_image; it was not "
-                "prepared by a builder of input_pipeline.builders"
-            )
-        if split not in list(info.splits):
-            raise ValueError(
-                f"{self._dir} has no split {split!r}; it has {', '.join(sorted(info.splits))}"
-            )
-        self._length = int(info.splits[split].num_examples)
-        if not self._length:
-            raise ValueError(f"split {split!r} of {self._dir} is empty")
-        self._dense = schema.is_dense(info.features)
-        self.info = schema.info_from_metadata(info.metadata)
-        self.left_out = tuple(info.metadata.get("left_out", {}).get(split, ()))
-        facts = info.metadata["records"][split]
-        self._sizes = np.array([facts["height"], facts["width"]], np.int32).T
-        self._has_things = np.array(facts["has_things"], bool)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __repr__(self) -> str:
-        return f"TfdsSource({self._dir!r}, {self._split!r}, {len(self)} records)"
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_data": None}  # open files stay in their process
-
-    def _builder(self) -> tfds.core.DatasetBuilder:
-        import tensorflow_datasets as tfds
-
-        return tfds.builder_from_directory(self._dir)
-
-    def _open(self):
-        if self._data is None:
-            from input_pipeline.builders import schema
-
-            builder = self._builder()
-            self._data = builder.as_data_source(
-                split=self._split, decoders=schema.skip_decoding(builder.info.features)
-            )
-        return self._data
-
-    def has_things(self, index: int) -> bool:
-        """Whether image `index` has a segment of a thing that is no crowd; reads no image."""
-        return bool(self._has_things[index])
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width of image `index`; reads no image."""
-        height, width = self._sizes[index].tolist()
-        return height, width
-
-    def __getitem__(self, index: int) -> dict:
-        """Record `index`, in the order in which it was written.
-
-        Raises:
-          RecordError: the record is broken.
-          IndexError: no such index.
-        """
-        return self._record(index, compact=False)
-
-    def compact(self, index: int) -> dict:
-        """As `source[index]`, but a compact record (see `records`)."""
-        return self._record(index, compact=True)
-
-    def _record(self, index: int, *, compact: bool) -> dict:
-        from input_pipeline.builders import schema
-
-        index = checked_index(index, len(self))
-        example = self._open()[index]
-        image_id, file_name = example["image/id"].decode(), example["image/filename"].decode()
-        where = f"{self._dir}, {self._split} record {index} ({file_name})"
-        segments = schema.segment_table(example[schema.OBJECTS])
-        segments.check(self.info.num_classes, where)
-        decode = _DECODERS[self._dense, compact]
-        record = make_record(
-            decode_image(example["image"], where),
-            decode(example["panoptic_image"], segments, where),
-            segments.numbered() if compact else segments,
-            image_id=image_id,
-            file_name=file_name,
-            where=where,
-        )
-        if schema.SEMANTIC in example and not compact:
-            semantic = decode_labels(example[schema.SEMANTIC], where)
-            record["semantic"] = np.where(semantic, semantic - 1, self.info.ignore_label)
-        return record
-
 
 def is_prepared(builder_dir: str | os.PathLike) -> bool:
-    """Whether a prepared dataset is complete: its description and every shard that it names."""
-    import tensorflow_datasets as tfds
+    """Tells whether a prepared dataset has its description and every file that this names.
 
-    if not Path(builder_dir, "dataset_info.json").is_file():
+    Raises:
+      ValueError: the description is damaged.
+    """
+    try:
+        splits = prepared.read(builder_dir).splits.values()
+    except FileNotFoundError:
         return False
-    splits = tfds.builder_from_directory(str(builder_dir)).info.splits.values()
-    return all(Path(path).is_file() for split in splits for path in split.filepaths)
+    return not any(split.missing() for split in splits)
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> Path:
@@ -353,17 +220,17 @@ def open_source(
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(str(word), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{hint} known are {', '.join(known)}"
+    return f"{did_you_mean(word, known)}; known are {', '.join(known)}"
 
 
 def _open_synthetic(data_dir: str | os.PathLike, split: str, options: dict) -> TfdsSource:
     from input_pipeline.builders.synthetic import SyntheticConfig, SyntheticPanoptic
 
-    builder = SyntheticPanoptic(config=SyntheticConfig(**options), data_dir=data_dir)
-    return TfdsSource(prepare(builder), split)
+    config = SyntheticConfig(**options)
+    folder = prepared.folder_of(SyntheticPanoptic, data_dir, config.name)
+    if not is_prepared(folder):
+        prepare(SyntheticPanoptic(config=config, data_dir=data_dir))
+    return TfdsSource(folder, split)
 
 
 def _open_official(name: str, data_dir: Path, split: str, options: dict) -> TfdsSource:
@@ -371,7 +238,7 @@ def _open_official(name: str, data_dir: Path, split: str, options: dict) -> Tfds
 
     builder = builder_class(name)
     command = f"python main.py --mode=prepare --dataset={name} --source=DIR --data_dir={data_dir}"
-    folder = data_dir / builder.name / str(builder.VERSION)
+    folder = prepared.folder_of(builder, data_dir)
     if not (folder / "dataset_info.json").is_file():
         raise FileNotFoundError(
             f"{name} is not prepared in dataset.data_dir ({folder} has no dataset_info.json). "
@@ -411,7 +278,7 @@ def _open_coco_folder(
         raise ValueError(f"{root} has no {split} split: the option {split}_json is empty")
     name, table = options["name"] or root.resolve().name, options["table"]
     if options["prepare"]:
-        done = Path(data_dir, CocoFolder.name, name, str(CocoFolder.VERSION))
+        done = prepared.folder_of(CocoFolder, data_dir, name)
         if not is_prepared(done):
             config = CocoFolderConfig(
                 name=name,
@@ -419,7 +286,7 @@ def _open_coco_folder(
                 info=_coco_folder_info(name, table, folders),
                 skip_broken=options["skip_broken"],
             )
-            done = prepare(CocoFolder(config=config, data_dir=data_dir))
+            prepare(CocoFolder(config=config, data_dir=data_dir))
         _check_fresh(done, folders[split], split, options)
         return TfdsSource(done, split)
     folder = folders[split]
@@ -478,28 +345,22 @@ def _coco_folder_info(name: str, table: str, folders: Mapping[str, FolderSplit])
 
 def _check_fresh(done: Path, folder: FolderSplit, split: str, options: Mapping) -> None:
     """Raises ValueError if what was prepared is not what the options describe."""
-    import tensorflow_datasets as tfds
-
-    from input_pipeline.builders import schema
-
-    stored = tfds.builder_from_directory(str(done)).info.metadata
+    stored = prepared.read(done)
     way_out = f"delete {done} to prepare it again, or choose another option name"
-    if split not in stored["fingerprints"]:
+    if split not in stored.fingerprints:
         raise ValueError(f"{done} was prepared without the {split} split; {way_out}")
     # The original files may be gone (a copy of the prepared ones is enough to train).
-    if Path(folder.json_path).is_file() and stored["fingerprints"][split] != folder.fingerprint():
+    if Path(folder.json_path).is_file() and stored.fingerprints[split] != folder.fingerprint():
         raise ValueError(
             f"{done} was prepared from other annotations than {folder.json_path} has now; {way_out}"
         )
-    if options["table"] and schema.info_from_metadata(stored) != datasets.dataset_info(
-        options["table"]
-    ):
+    if options["table"] and stored.info != datasets.dataset_info(options["table"]):
         raise ValueError(
             f"{done} was not prepared with the class table {options['table']!r}; {way_out}"
         )
-    if stored["skipped"] and not options["skip_broken"]:
+    if stored.skipped and not options["skip_broken"]:
         raise ValueError(
-            f"{done} was prepared without {len(stored['skipped'])} broken record(s), the first: "
-            f"{stored['skipped'][0]}\nSet skip_broken to use it as it is, or repair them and "
+            f"{done} was prepared without {len(stored.skipped)} broken record(s), the first: "
+            f"{stored.skipped[0]}\nSet skip_broken to use it as it is, or repair them and "
             "delete the folder"
         )

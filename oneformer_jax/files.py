@@ -40,11 +40,14 @@ def read_bytes(
     """
     try:
         # Without O_NONBLOCK the opening of a pipe would wait for its writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(opened).st_mode):
                 raise error(f"{path} is not a regular file; expected a file of at most {limit:,} B")
-            data = file.read(limit + 1)
+            with open(opened, "rb", closefd=False) as file:
+                data = file.read(limit + 1)
+        finally:
+            os.close(opened)  # `open` would not close that of a folder, which it refuses
     except FileNotFoundError:
         raise error(f"{path} is missing") from None
     except OSError as cause:

@@ -33,7 +33,7 @@ MODULE_OF = {
     "tensorflow-datasets": "tensorflow_datasets",
 }
 # Declared although nothing here imports it: TFDS needs it to find the builders of a package.
-FOR_OTHERS = {"importlib_resources", "array_record"}
+FOR_OTHERS = {"importlib_resources"}
 
 
 def requirement_lines() -> list[str]:

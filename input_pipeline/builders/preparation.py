@@ -26,9 +26,11 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from input_pipeline import prepared
 from input_pipeline.builders import raw, schema
-from input_pipeline.files import exclusive, sync, write_atomically, writing
+from input_pipeline.files import exclusive, sync, writing
 from input_pipeline.records import RecordError, decode_image, encode_dense
+from oneformer_jax.files import write_atomically
 
 BUILDERS = {
     "coco": "CocoPanoptic",
@@ -114,7 +116,11 @@ def prepare(
     log: Log = print,
 ) -> Path:
     """Prepares a dataset by name; see `prepare_builder`."""
-    builder = builder_class(dataset)(source=source, data_dir=Path(data_dir).expanduser())
+    known, data_dir = builder_class(dataset), Path(data_dir).expanduser()
+    folder = prepared.folder_of(known, data_dir)
+    if (folder / prepared.DESCRIPTION).exists():
+        prepared.read(folder)  # checked before TFDS, which a builder lets read it
+    builder = known(source=source, data_dir=data_dir)
     return prepare_builder(builder, splits=splits, skip_broken=skip_broken, log=log)
 
 
@@ -243,9 +249,10 @@ class _Store:
         }
         self.splits: dict[str, tfds.core.SplitInfo] = {}
         if (target / "dataset_info.json").is_file():
-            info = tfds.builder_from_directory(str(target)).info
-            self.metadata.update(info.metadata)
-            self.splits.update(info.splits)
+            found = prepared.read(target)
+            self.metadata.update(prepared.read_metadata(target))
+            for split, files in found.splits.items():
+                self._enter(split, list(files.lengths), files.num_bytes)
 
     def template(self, split: str) -> tfds.core.ShardedFileTemplate:
         return tfds.core.ShardedFileTemplate(
@@ -270,13 +277,16 @@ class _Store:
         report.with_things = sum(self.metadata["records"][split]["has_things"])
 
     def add(self, split: str, lengths: list[int], num_bytes: int) -> None:
+        self._enter(split, lengths, num_bytes)
+        self._write()
+
+    def _enter(self, split: str, lengths: list[int], num_bytes: int) -> None:
         self.splits[split] = tfds.core.SplitInfo(
             name=split,
             shard_lengths=lengths,
             num_bytes=num_bytes,
             filename_template=self.template(split),
         )
-        self._write()
 
     def remove(self, split: str) -> None:
         """Takes a split out of the description, before its files change."""

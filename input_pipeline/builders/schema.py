@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from input_pipeline.datasets import DatasetInfo
-from input_pipeline.records import SegmentTable
+from input_pipeline.records import RecordError, SegmentTable
 
 OBJECTS = "panoptic_objects"
 # PNG of class id + 1, 0 unlabelled; only in datasets whose semantic annotation is one of its own.
@@ -48,17 +50,6 @@ def features(*, dense: bool, semantic: bool = False) -> tfds.features.FeaturesDi
     )
 
 
-def is_dense(feature_dict: Mapping) -> bool:
-    """Whether the segment maps of a dataset with these features are in the dense form."""
-    return feature_dict["panoptic_image"].shape[-1] == 1
-
-
-def skip_decoding(feature_dict: Mapping) -> dict:
-    """Decoders that leave all images compressed: OpenCV decodes them faster than TFDS would."""
-    keys = ("image", "panoptic_image", SEMANTIC)
-    return {key: tfds.decode.SkipDecoding() for key in keys if key in feature_dict}
-
-
 def example(
     image: bytes,
     panoptic_png: bytes,
@@ -84,11 +75,81 @@ def example(
     }
 
 
-def segment_table(objects: Mapping[str, np.ndarray]) -> SegmentTable:
-    """The segments of a stored example."""
-    return SegmentTable.from_lists(
-        objects["id"], objects["label"], objects["is_crowd"], objects["area"]
-    )
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A stored example; images are as compressed as they came."""
+
+    image: bytes
+    panoptic_png: bytes
+    semantic_png: bytes | None
+    segments: SegmentTable
+    image_id: str
+    file_name: str
+
+
+def parse(data: bytes, where: str, *, semantic: bool) -> Example:
+    """Reads a serialised example of `features`.
+
+    Unlike TFDS's own parser it checks what it finds: a record may be damaged, or of another schema
+    than its folder's description.
+
+    Args:
+      data: the serialised tf.train.Example.
+      where: what messages call the record.
+      semantic: whether it must have a semantic map.
+
+    Raises:
+      RecordError: not such an example, or fields are missing or of another type or number.
+    """
+    try:
+        fields = tf_example_pb2.Example.FromString(data).features.feature
+    except Exception as error:  # DecodeError, of whichever runtime protobuf has
+        raise RecordError(
+            f"{where}: not a serialised example ({error}); prepare the dataset again"
+        ) from error
+    try:
+        objects = [
+            _integers(fields, f"{OBJECTS}/{key}") for key in ("id", "label", "is_crowd", "area")
+        ]
+        if len(set(map(len, objects))) > 1:
+            raise ValueError(
+                f"fields of {OBJECTS} have {[len(values) for values in objects]} values"
+            )
+        for key, values in zip(("is_crowd", "area"), objects[2:], strict=True):
+            if min(values, default=0) < 0 or (key == "is_crowd" and max(values, default=0) > 1):
+                raise ValueError(f"{OBJECTS}/{key} is out of range")
+        return Example(
+            image=_text(fields, "image"),
+            panoptic_png=_text(fields, "panoptic_image"),
+            semantic_png=_text(fields, SEMANTIC) if semantic else None,
+            segments=SegmentTable.from_lists(*objects),
+            image_id=_text(fields, "image/id").decode(),
+            file_name=_text(fields, "image/filename").decode(),
+        )
+    except ValueError as error:
+        raise RecordError(
+            f"{where}: not a record of this dataset ({error}); prepare the dataset again"
+        ) from error
+
+
+def _field(fields: Mapping[str, Any], key: str, kind: str) -> Sequence[Any]:
+    if key not in fields:
+        raise ValueError(f"no field {key}")
+    found = fields[key].WhichOneof("kind")
+    if found != kind:
+        raise ValueError(f"field {key} is a {found}, not a {kind}")
+    return getattr(fields[key], kind).value
+
+
+def _text(fields: Mapping[str, Any], key: str) -> bytes:
+    values = _field(fields, key, "bytes_list")
+    if len(values) != 1:
+        raise ValueError(f"field {key} has {len(values)} values, not 1")
+    return values[0]
+
+
+def _integers(fields: Mapping[str, Any], key: str) -> Sequence[int]:
+    return _field(fields, key, "int64_list")
 
 
 def metadata(info: DatasetInfo) -> tfds.core.MetadataDict:
@@ -116,17 +177,4 @@ def note_record(
     facts["width"].append(shape[1])
     facts["has_things"].append(
         any(info.is_thing[k] for k in segments.categories[segments.crowd == 0])
-    )
-
-
-def info_from_metadata(stored: Mapping) -> DatasetInfo:
-    """The class table that `metadata` stored."""
-    table = dict(stored["info"])
-    return DatasetInfo(
-        dataset=table["dataset"],
-        class_names=tuple(table["class_names"]),
-        is_thing=tuple(table["is_thing"]),
-        colors=tuple(tuple(color) for color in table["colors"]),
-        category_ids=tuple(table["category_ids"]),
-        ignore_label=table["ignore_label"],
     )

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import pathlib
 import pickle
 
 import cv2
@@ -11,6 +13,7 @@ from PIL import Image
 
 from input_pipeline import records, sources
 from input_pipeline.coco_format import CocoFolderSource
+from input_pipeline.files import read_file
 from input_pipeline.records import RecordError
 
 
@@ -252,6 +255,23 @@ def test_class_out_of_the_table_is_a_record_error():
     table = records.SegmentTable.from_lists([5], [7], [0], [1])
     with pytest.raises(RecordError, match="here: segment 5 has class 7, but the dataset has 3"):
         table.check(3, "here")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (os.mkfifo, "is not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a regular file"),
+        (pathlib.Path.mkdir, "is not a regular file"),
+        (lambda path: None, "is missing"),
+    ],
+    ids=["pipe", "device", "folder", "missing"],
+)
+def test_a_file_of_a_record_must_be_a_regular_file(tmp_path, make, reason):
+    path = tmp_path / "image.jpg"
+    make(path)
+    with pytest.raises(RecordError, match=rf"image\.jpg: cannot be read \({reason}.*restore"):
+        read_file(path)
 
 
 # --------------------------------------------------------------------------- broken datasets
