@@ -7,6 +7,7 @@ official PyTorch code. Attribute paths follow the official parameter names.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -190,6 +191,8 @@ class OneFormerConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> OneFormerConfig:
         """The config that `to_dict` wrote; ValueError names what is unknown, missing or absurd."""
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"the model is {rules.shown(fields)}; it must be fields with values")
         known = tuple(f.name for f in dataclasses.fields(cls))
         rules.require_names("model", fields, known, needed=("num_classes", "backbone"))
         return cls(**(fields | {"backbone": backbones.from_dict(fields["backbone"])}))
