@@ -439,10 +439,6 @@ def load_for_inference(path: epath.PathLike, *, use_ema: bool = True) -> Trained
     """
     workdir, checkpoint = _find_checkpoint(_absolute(path))
     model = read_json(workdir / MODEL_FILE, expected="the model's settings")
-    try:  # before anything is made by what a stranger's file says
-        OneFormerConfig.from_dict(model)
-    except ValueError as error:
-        raise CheckpointError(f"{workdir / MODEL_FILE} describes no model: {error}") from error
     settings = read_json(workdir / CONFIG_FILE, expected="the run's configuration")
     found = read_json(workdir / METADATA_FILE, expected="the classes of the data set")
     try:
