@@ -29,6 +29,9 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from oneformer_jax import config_rules
+from oneformer_jax.files import first_few
+
 COMMON = os.path.join("configs", "common.py")  # every key of a config
 TASKS = ("panoptic", "instance", "semantic", "all")
 FORMATS = ("workdir", "official", "hugging_face")
@@ -41,6 +44,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
 )
 _MODES = ("train", "eval", "predict", "convert", "prepare", "inspect", "compile", "replay")
+WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay")  # modes that read the config
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _CHECKPOINT = flags.DEFINE_integer(
     "checkpoint", None, "eval, predict, replay: the step; the newest when not given.", 0
@@ -113,7 +117,7 @@ def config_argument(argv: Sequence[str]) -> str | None:
 
 def overridden_keys(argv: Sequence[str]) -> list[str]:
     """Keys that `argv` overrides: "optim.lr" of "--config.optim.lr=3e-4"."""
-    matches = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
+    matches = (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
     return [match[1] for match in matches if match]
 
 
@@ -150,19 +154,20 @@ def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
     return "; ".join(messages)
 
 
-def wrong_tuples(defaults: ConfigDict, values: dict[str, object]) -> str:
-    """One line about overridden tuples whose elements are not of the default's type, or "".
+def wrong_values(config: ConfigDict, path: str, overrides: Sequence[str]) -> str:
+    """A line for each of the first wrong values of `config`, or "" if there are none.
 
-    ml_collections checks the type of every other value, but takes any tuple for a tuple.
+    Args:
+      config: with the overrides.
+      path: of the config file, to which the values belong that are not overridden.
+      overrides: keys that are.
     """
-    for key, value in values.items():
-        default = functools.reduce(getattr, key.split("."), defaults) if "[" not in key else None
-        if isinstance(default, tuple) and default:
-            wanted = type(default[0])
-            accepted = (int, float) if wanted is float else (wanted,)
-            if not all(type(element) in accepted for element in value):
-                return f"--config.{key}: {value} is not a tuple of {wanted.__name__}, as {default}"
-    return ""
+    lines = []
+    for fault in config_rules.find_faults(config):
+        overridden = any(re.sub(r"\[.*", "", key) == fault.key for key in overrides)
+        source = "--config." if overridden else f"{path}: "
+        lines.append(f"{source}{fault.key}={fault.shown}: it must {fault.text}")
+    return first_few(lines, 10, "\n")
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -180,14 +185,19 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         if not overrides and not isinstance(error, flags.Error):
             raise  # the config file itself is at fault
-        message = str(error).strip().splitlines()[-1]
-        if "Error whilst parsing config file" in str(error):  # and then its whole traceback
-            fail(f"--config={path}: {message}", 2)
+        message = str(error).strip()
+        if "Error whilst parsing config file" in message:  # and then its whole traceback
+            fail(f"--config={path}: {message.splitlines()[-1]}", 2)
+        message = message.replace("\n", "\\n")  # of the value
+        message = message if len(message) < 500 else f"{message[:500]}..."
+        if not any(key in message for key in overrides) and not isinstance(error, flags.Error):
+            message = f"--config.{first_few(overrides)}: {message}"
     if overrides:
         # Loaded once more, without the overrides, to say what the parser does not.
         defaults = flags.FLAGS["config"].parser.parse(path)
         message = unknown_keys(defaults, overrides) or message
-        message = message or wrong_tuples(defaults, flags.FLAGS["config"].override_values)
+    if path is not None and not message and _MODE.value in WITH_CONFIG:
+        message = wrong_values(_CONFIG.value, path, overrides)
     if message:
         fail(message, 2)
     return rest
@@ -412,13 +422,9 @@ def train_loader_config(config: ConfigDict):
 
 def task_probabilities(data: ConfigDict) -> tuple[float, float]:
     """Probabilities of the semantic and of the instance task; the rest is panoptic."""
+    config_rules.require({"data.only_task": data.only_task})
     if not data.only_task:
         return data.semantic_prob, data.instance_prob
-    if data.only_task not in TASKS[:3]:
-        raise ValueError(
-            f"data.only_task is {data.only_task!r}; use one of {', '.join(TASKS[:3])}, or an empty "
-            "text to train all of them"
-        )
     return float(data.only_task == "semantic"), float(data.only_task == "instance")
 
 

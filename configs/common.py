@@ -1,8 +1,9 @@
 """Every default of the program, each with its meaning: the only place where defaults live.
 
 A config file starts from `get_base()` and sets what differs. The config is locked when the program
-starts, so a mistyped override is an error. Published values are those of the official code
-(github.com/SHI-Labs/OneFormer), which override its own file defaults in every recipe.
+starts, so a mistyped override is an error. The values that each key accepts stand in
+`oneformer_jax/config_rules.py`; a new key needs a rule there. Published values are those of the
+official code (github.com/SHI-Labs/OneFormer), which override its own file defaults in every recipe.
 """
 
 from collections.abc import Mapping

@@ -24,6 +24,7 @@ from input_pipeline.loader import (
     require,
 )
 from input_pipeline.records import RecordError
+from oneformer_jax import config_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +63,20 @@ class EvalLoaderConfig:
             self.batch_size >= 1,
             f"eval.batch_size leaves {self.batch_size} images per process; each needs at least 1",
         )
-        for key in ("short_edge", "max_size", "num_threads", "prefetch"):
+        for key in ("num_threads", "prefetch"):
             value = getattr(self, key)
-            require(value >= 1, f"eval.{key} is {value}; it must be >= 1")
-        require(
-            self.bucket_multiple >= 32 and self.bucket_multiple % 32 == 0,
-            f"eval.bucket_multiple is {self.bucket_multiple}; it must be a multiple of 32",
+            require(value >= 1, f"eval loader: {key} is {value}; it must be >= 1")
+        keys = ("short_edge", "max_size", "bucket_multiple", "limit", "max_buckets")
+        config_rules.require(
+            {f"eval.{key}": getattr(self, key) for key in keys}
+            | {
+                "eval.tta.short_edges": self.tta_short_edges,
+                "eval.tta.max_size": self.tta_max_size,
+            }
         )
-        require(self.limit >= 0, f"eval.limit is {self.limit}; it must be >= 0 (0 is all)")
         require(
-            self.max_buckets >= 0,
-            f"eval.max_buckets is {self.max_buckets}; it must be >= 0 (0 is no limit)",
-        )
-        require(
-            not self.tta_short_edges or min(*self.tta_short_edges, self.tta_max_size) >= 1,
-            f"eval.tta.short_edges is {self.tta_short_edges} and eval.tta.max_size "
-            f"{self.tta_max_size}; all must be >= 1",
+            not self.tta_short_edges or self.tta_max_size >= 1,
+            f"eval.tta.max_size is {self.tta_max_size}; the views of an image need at least 1",
         )
 
 

@@ -26,10 +26,9 @@ from absl import flags, logging
 from input_pipeline import targets, transforms, workers
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.records import RecordError
+from oneformer_jax import config_rules
 
 Batch = dict[str, Any]
-
-_STRIDE = 32  # images that enter the model have sides that are multiples of this
 
 
 class Source(Protocol):
@@ -80,39 +79,28 @@ class LoaderConfig:
     require_things: bool = False
 
     def __post_init__(self) -> None:
-        crop = tuple(self.augment.crop_size)
-        rounded = tuple(-(-side // _STRIDE) * _STRIDE for side in crop)
-        require(
-            crop == rounded,
-            f"data.crop_size is {crop}; both sides must be multiples of {_STRIDE}, the coarsest "
-            f"stride of the backbones: use {rounded}",
-        )
         require(
             self.batch_size >= 1,
             f"data.batch_size leaves {self.batch_size} images per process; each needs at least 1",
         )
         require(
-            1 <= self.num_slots <= targets.MAX_SLOTS,
-            f"data.num_slots is {self.num_slots}; it must be between 1 and {targets.MAX_SLOTS}, "
-            "because the map of target slots is 8 bits deep",
-        )
-        require(
             self.num_texts >= 0,
             f"model.num_queries - model.num_context is {self.num_texts}; it cannot be negative",
         )
-        require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be in [0, 2**32)")
-        for key in ("semantic_prob", "instance_prob"):
-            value = getattr(self, key)
-            require(0 <= value <= 1, f"data.{key} is {value}; it must be between 0 and 1")
-        both = self.semantic_prob + self.instance_prob
-        require(
-            both <= 1 + 1e-9,
-            f"data.semantic_prob + data.instance_prob is {both}; together they must not exceed 1, "
-            "the rest is the panoptic task",
+        config_rules.require(
+            {
+                "seed": self.seed,
+                "data.crop_size": self.augment.crop_size,
+                "data.num_slots": self.num_slots,
+                "data.semantic_prob": self.semantic_prob,
+                "data.instance_prob": self.instance_prob,
+                "data.workers": self.num_workers,
+                "data.threads": self.num_threads,
+                "data.prefetch": self.prefetch,
+                "data.skip_broken": self.skip_broken,
+                "data.require_things": self.require_things,
+            }
         )
-        require(self.num_workers >= 0, f"data.workers is {self.num_workers}; it must be >= 0")
-        require(self.num_threads >= 1, f"data.threads is {self.num_threads}; it must be >= 1")
-        require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be >= 1")
 
 
 def check_processes(process_index: int, process_count: int) -> None:

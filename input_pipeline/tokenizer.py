@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import html
-import re
 from collections.abc import Sequence
 
 import instant_clip_tokenizer
 import numpy as np
 
 from input_pipeline.datasets import TASKS
+from oneformer_jax import config_rules
 
 CONTEXT_LENGTH = 77
 _ARTICLES = {"panoptic": "a", "instance": "an", "semantic": "a"}
@@ -65,13 +65,8 @@ def names_type(template: str) -> bool:
     Raises:
       ValueError: it lacks {CLS}, or has something in braces besides {CLS} and {TYPE}.
     """
-    fields = re.findall(r"{.*?}|[{}]", template)
-    if "{CLS}" not in fields or set(fields) - {"{CLS}", "{TYPE}"}:
-        raise ValueError(
-            f"data.text_template is {template!r}; it must hold {{CLS}}, for the name of the class, "
-            "may hold {TYPE}, for thing or stuff, and no other braces"
-        )
-    return "{TYPE}" in fields
+    config_rules.require({"data.text_template": template})
+    return "{TYPE}" in template
 
 
 def text_table(class_names: Sequence[str], template: str = TEXT_TEMPLATE) -> np.ndarray:

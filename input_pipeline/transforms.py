@@ -23,10 +23,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from oneformer_jax import config_rules, rules
+
 Record = Mapping[str, Any]
 
-KINDS = ("unified", "lsj", "none")
 PAD_VALUE = 128  # of training images; test-time padding is 0
+_CROP_SIZE = rules.Tuple(rules.Integer(1, 65_536), 2, 2, note=", (height, width)")
 _NUM_SCALES = 16  # sizes of the short edge between the ends of `AugmentConfig.scale`
 
 
@@ -64,30 +66,9 @@ class AugmentConfig:
     flip_prob: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"unknown data.augment.kind {self.kind!r}; use one of {', '.join(KINDS)}"
-            )
-        if len(self.crop_size) != 2 or min(self.crop_size) < 1:
-            raise ValueError(
-                f"data.crop_size is {self.crop_size!r}; it must be (height, width), both at least 1"
-            )
-        if not 0.0 <= self.flip_prob <= 1.0:
-            raise ValueError(
-                f"data.augment.flip_prob is {self.flip_prob}; it must be between 0 and 1"
-            )
-        for key in ("short_edge", "max_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"data.augment.{key} is {getattr(self, key)}; it must be >= 1")
-        for key in ("brightness", "hue"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"data.augment.{key} is {getattr(self, key)}; it must be >= 0")
-        for key in ("scale", "lsj_scale", "contrast", "saturation"):
-            low, high = getattr(self, key)
-            if not 0.0 < low <= high:
-                raise ValueError(
-                    f"data.augment.{key} is {(low, high)}; it must be (low, high), 0 < low <= high"
-                )
+        config_rules.require_fields("data.augment", self, but=("crop_size",))
+        # Multiples of 32 are what a model needs: see `loader.LoaderConfig`.
+        rules.require("data.", {"crop_size": self.crop_size}, {"crop_size": _CROP_SIZE})
 
     def short_edges(self) -> tuple[int, ...]:
         """The 16 sizes of the short edge from which "unified" draws, in pixels."""

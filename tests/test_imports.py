@@ -46,6 +46,8 @@ RULES = {
     ),
     "oneformer_jax.types": ("", "jax numpy"),
     "oneformer_jax.files": ("", "msgspec"),
+    "oneformer_jax.rules": ("oneformer_jax.files", ""),
+    "oneformer_jax.config_rules": ("oneformer_jax.files oneformer_jax.rules", ""),
     "kernels": ("kernels", "jax numpy"),
     "kernels.assignment.bench": ("kernels", "jax numpy scipy"),  # SciPy is the rival
     # How an image file becomes an array, the same in training, evaluation and prediction.
@@ -62,8 +64,8 @@ RULES = {
     "tests": (None, None),  # not checked, and nobody may import it
 }
 
-# Rooms that import nothing of this repository, and that every other room but kernels may import.
-LEAVES = {"oneformer_jax.files"}
+# Rooms that import nothing but each other, and that every other room but kernels may import.
+LEAVES = {"oneformer_jax.files", "oneformer_jax.rules", "oneformer_jax.config_rules"}
 
 OURS = {room.split(".")[0] for room in RULES}
 FOLDERS = ("oneformer_jax", "configs", "input_pipeline", "kernels")

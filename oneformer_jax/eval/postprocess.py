@@ -21,8 +21,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from oneformer_jax import config_rules
 from oneformer_jax.eval.strips import canvas_size, mask_strips, this_host
+from oneformer_jax.rules import Flag, Number, require
 from oneformer_jax.types import Metadata, task_id
+
+# Of the fields of `PostprocessConfig` that are no keys of a config.
+_RULES = {
+    "instance_score_threshold": Number(0, 1),
+    "things_only_instances": Flag(),
+    "ade_instance_remap": Flag(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +60,8 @@ class PostprocessConfig:
     ade_instance_remap: bool = False
 
     def __post_init__(self):
-        for name in ("object_mask_threshold", "overlap_threshold", "instance_score_threshold"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"postprocess {name} is {value}; it must lie in 0..1")
-        if self.topk < 1:
-            raise ValueError(f"postprocess topk is {self.topk}; it must be at least 1")
+        config_rules.require_fields("eval", self, but=tuple(_RULES))
+        require("postprocess ", vars(self), _RULES)
         if self.ade_instance_remap and not self.things_only_instances:
             raise ValueError(
                 "postprocess ade_instance_remap numbers things only: set things_only_instances too"

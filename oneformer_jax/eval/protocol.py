@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from oneformer_jax import config_rules
 from oneformer_jax.eval.instance_json import InstanceAnnotations
 from oneformer_jax.eval.metrics import MeanIoU, PanopticQuality
 from oneformer_jax.eval.metrics_ap import CocoAP
@@ -13,7 +14,6 @@ from oneformer_jax.types import TASKS, Metadata, task_id
 Metric = PanopticQuality | MeanIoU | CocoAP | CityscapesAP | CityscapesIoU
 
 PROTOCOLS = ("coco", "ade20k", "cityscapes", "mapillary")
-INSTANCE_IDS = ("contiguous", "thing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,7 @@ class Protocol:
     annotations: InstanceAnnotations | None = None
 
     def __post_init__(self):
-        if self.name not in PROTOCOLS:
-            raise ValueError(f"eval.protocol is {self.name!r}; use auto or {', '.join(PROTOCOLS)}")
-        if self.instance_ids not in INSTANCE_IDS:
-            raise ValueError(
-                f"eval.instance_ids is {self.instance_ids!r}; use auto or {', '.join(INSTANCE_IDS)}"
-            )
+        config_rules.require({"eval.protocol": self.name, "eval.instance_ids": self.instance_ids})
         if self.annotations is not None and self.name not in ("coco", "ade20k"):
             raise ValueError(
                 f"eval.instance_json is set, but the protocol {self.name} does not score instances "
@@ -85,7 +80,7 @@ def choose_protocol(
       metadata: the classes; its `dataset` decides where the rest is "auto". Datasets without a
         protocol of their own are scored as COCO.
       name: one of `PROTOCOLS`, or "auto".
-      instance_ids: one of `INSTANCE_IDS`, or "auto": "thing" for ade20k only.
+      instance_ids: "contiguous", "thing", or "auto": "thing" for ade20k only.
       instance_json: a COCO instance file whose instances are the ground truth of AP, or "".
 
     Raises:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from oneformer_jax import config_rules
 from oneformer_jax.eval.postprocess import Segmentation
 from oneformer_jax.eval.strips import canvas_size, mask_strips, strip_rows, this_host
 from oneformer_jax.types import Metadata
@@ -42,16 +43,9 @@ class TtaConfig:
     flip: bool = True
 
     def __post_init__(self):
-        if not self.short_edges or min(self.short_edges) < 1:
-            raise ValueError(
-                f"eval.tta.short_edges is {self.short_edges}; use sizes of at least 1 pixel"
-            )
-        if self.max_size < max(self.short_edges):
-            raise ValueError(
-                f"eval.tta.max_size is {self.max_size}; it must be at least the largest of "
-                f"eval.tta.short_edges, {max(self.short_edges)} (0: {_MAX_SIZE_FACTOR} times "
-                "eval.short_edge)"
-            )
+        config_rules.require_fields("eval.tta", self)
+        if not self.short_edges or not self.max_size:
+            raise ValueError("the views of an image need sizes: see `from_settings` for defaults")
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], short_edge: int) -> TtaConfig:

@@ -21,14 +21,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from kernels.point_sampling import IMPLEMENTATIONS, sample_features
+from kernels.point_sampling import sample_features
+from oneformer_jax import config_rules, rules
 from oneformer_jax.models import matcher, points
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.points import Purpose
 from oneformer_jax.types import TASKS, Predictions
-
-POINT_SAMPLING = ("per_mask", "shared")
-POINT_KERNELS = ("auto", *IMPLEMENTATIONS)
 
 # "per_mask" forms the logit maps of this many slots at a time.
 SLOTS_AT_A_TIME = 8
@@ -75,23 +73,9 @@ class LossConfig:
     matcher: MatcherConfig = dataclasses.field(default_factory=MatcherConfig)
 
     def __post_init__(self):
-        if self.point_sampling not in POINT_SAMPLING:
-            raise ValueError(
-                f"loss.point_sampling is {self.point_sampling!r}; "
-                f"use one of {', '.join(POINT_SAMPLING)}"
-            )
-        if self.point_kernel not in POINT_KERNELS:
-            raise ValueError(
-                f"loss.point_kernel is {self.point_kernel!r}; use one of {', '.join(POINT_KERNELS)}"
-            )
-        if self.num_points < 1:
-            raise ValueError(f"loss.num_points is {self.num_points}; use at least 1")
-        if self.oversample_ratio < 1:
-            raise ValueError(f"loss.oversample_ratio is {self.oversample_ratio}; use at least 1")
-        if not 0 <= self.importance_ratio <= 1:
-            raise ValueError(f"loss.importance_ratio is {self.importance_ratio}; use 0 to 1")
-        if self.replica_groups < 1:
-            raise ValueError(f"loss.replica_groups is {self.replica_groups}; use at least 1")
+        config_rules.require_fields("loss", self, but=("max_logit_scale", "matcher"))
+        scale = {"max_logit_scale": self.max_logit_scale}
+        rules.require("loss.", scale, {"max_logit_scale": rules.Number(0, 10_000, above=True)})
 
     @property
     def num_candidates(self) -> int:

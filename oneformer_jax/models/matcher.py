@@ -20,9 +20,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from scipy import optimize
 
-from kernels.assignment import IMPLEMENTATIONS, linear_sum_assignment
+from kernels.assignment import linear_sum_assignment
+from oneformer_jax import config_rules
 
-BACKENDS = ("host", "device")
 BATCH_AXES = ("data", "fsdp")
 
 # What a NaN costs, as in the official matcher; other costs are clipped to +-COST_LIMIT so that
@@ -51,22 +51,7 @@ class MatcherConfig:
     implementation: str = "auto"
 
     def __post_init__(self):
-        _check_backend(self.backend, self.implementation)
-
-
-def _check_backend(backend: str, implementation: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"matcher.backend is {backend!r}; use one of {', '.join(BACKENDS)}")
-    choices = ("auto", *IMPLEMENTATIONS)
-    if implementation not in choices:
-        raise ValueError(
-            f"matcher.implementation is {implementation!r}; use one of {', '.join(choices)}"
-        )
-    if backend == "host" and implementation != "auto":
-        raise ValueError(
-            f"matcher.implementation is {implementation!r}, which solves on the device, but "
-            "matcher.backend is 'host'; set matcher.backend to 'device'"
-        )
+        config_rules.require_fields("matcher", self)
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -142,7 +127,7 @@ def match(
       matched: bool [N, B, M].
       nonfinite: int32 scalar, how many entries of valid columns were not finite.
     """
-    _check_backend(backend, implementation)
+    config_rules.require({"matcher.backend": backend, "matcher.implementation": implementation})
     cost = lax.stop_gradient(cost.astype(jnp.float32))
     nonfinite = jnp.sum(~jnp.isfinite(cost) & valid[:, None, :], dtype=jnp.int32)
     cost = jnp.clip(jnp.where(jnp.isnan(cost), NAN_COST, cost), -COST_LIMIT, COST_LIMIT)

@@ -7,6 +7,7 @@ official PyTorch code. Attribute paths follow the official parameter names.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from oneformer_jax import config_rules, rules
 from oneformer_jax.models import backbones
 from oneformer_jax.models.decoder import TransformerDecoder
 from oneformer_jax.models.layers import MLP, Key, linear, split_key
 from oneformer_jax.models.pixel_decoder import PixelDecoder
 from oneformer_jax.models.text import CONTEXT_LENGTH, TextEncoder
+from oneformer_jax.rules import Integer
 from oneformer_jax.types import Predictions
 
 # RGB statistics of ImageNet on 0..255 values.
@@ -40,10 +43,6 @@ WIDE_HEAD = {
     "text_heads": 16,
 }
 
-QUERIES = ("task", "no_token", "zeros", "learned")
-QUERY_LOSSES = ("contrastive", "classification", "none")
-SAMPLING = ("auto", "xla", "pallas_tpu", "pallas_gpu")
-NEIGHBORHOOD = ("auto", "xla", "pallas_tpu")
 KERNELS = ("sampling", "neighborhood")  # fields that choose them
 # Fields that no model is stored with.
 OF_THE_PROGRAM = (*KERNELS, "scan_layers")
@@ -107,26 +106,10 @@ class OneFormerConfig:
     scan_layers: bool = True
 
     def __post_init__(self):
-        def need(ok, key, rule):
-            if not ok:
-                raise ValueError(f"model.{key} is {getattr(self, key)!r}: it must {rule}")
-
-        need(self.num_classes > 0, "num_classes", "be positive")
-        need(
-            self.hidden_dim % 32 == 0, "hidden_dim", "be a multiple of 32 (GroupNorm has 32 groups)"
-        )
-        need(
-            self.hidden_dim % self.num_heads == 0, "hidden_dim", f"divide by {self.num_heads} heads"
-        )
-        need(0 <= self.num_context < self.num_queries, "num_context", "be 0 to num_queries - 1")
-        for key, known in (
-            ("queries", QUERIES),
-            ("query_loss", QUERY_LOSSES),
-            ("sampling", SAMPLING),
-            ("neighborhood", NEIGHBORHOOD),
-        ):
-            need(getattr(self, key) in known, key, f"be one of {', '.join(known)}")
-        need(self.dtype in ("float32", "bfloat16"), "dtype", "be float32 or bfloat16")
+        classes = {"num_classes": self.num_classes}
+        rules.require("model.", classes, {"num_classes": Integer(1, 65_535)})
+        backbones.kind_of(self.backbone)
+        config_rules.require_fields("model", self, but=("num_classes", "backbone"))
 
     @property
     def num_texts(self) -> int:
@@ -207,9 +190,11 @@ class OneFormerConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> OneFormerConfig:
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ValueError(f"unknown model fields {unknown}; known are {sorted(known)}")
+        """The config that `to_dict` wrote; ValueError names what is unknown, missing or absurd."""
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"the model is {rules.shown(fields)}; it must be fields with values")
+        known = tuple(f.name for f in dataclasses.fields(cls))
+        rules.require_names("model", fields, known, needed=("num_classes", "backbone"))
         return cls(**(fields | {"backbone": backbones.from_dict(fields["backbone"])}))
 
 

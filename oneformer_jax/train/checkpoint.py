@@ -25,6 +25,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from oneformer_jax import config_rules
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import folders
 from oneformer_jax.train.workdir import differing_keys, first_few, is_full
@@ -144,10 +145,7 @@ class Checkpoints:
           keep_best: how many of the best stay besides; those without `best_metric` do not compete.
           best_metric: name of a score, such as "panoptic/PQ"; higher is better. None: no best.
         """
-        if keep < 1:
-            raise ValueError(f"train.keep is {keep}; at least the last one must stay")
-        if keep_best < 0:
-            raise ValueError(f"train.keep_best is {keep_best}; use 0 or more")
+        config_rules.require({"train.keep": keep, "train.keep_best": keep_best})
         self.directory = _absolute(workdir) / CHECKPOINT_FOLDER
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)

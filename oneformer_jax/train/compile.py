@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from oneformer_jax import config_rules
 from oneformer_jax.train import accelerators, hlo, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.accelerators import Topology
@@ -432,6 +433,7 @@ def run(
     log: Callable[[str], None] = print,
 ) -> bool:
     """Compiles, prints the report and the advice; whether everything fits as configured."""
+    config_rules.check(config, but=("dataset",))
     settings = dict(num_classes=num_classes, text_table=text_table, quick=quick)
     reports = compile_programs(config, topology, **settings)
     log(describe(config, topology, reports))

@@ -12,6 +12,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from oneformer_jax import config_rules
 from oneformer_jax.eval import postprocess, tta, visualize
 from oneformer_jax.eval.evaluate import EvalResult, evaluate, format_results, write_results
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
@@ -58,8 +59,9 @@ class Evaluator:
         self._protocol = protocol_of(config, metadata)
         self._tasks = scored_tasks(config, self._protocol)
         self._tta = tta_config(config)
-        if config.eval.limit < 0:
-            raise ValueError(f"eval.limit is {config.eval.limit}; use a number of images, 0 is all")
+        config_rules.require(
+            {"eval.limit": config.eval.limit, "train.pictures": config.train.pictures}
+        )
         self._predict = states.jit_predict(model, mesh)
         self._last: EvalResult | None = None
 
@@ -270,9 +272,8 @@ def scored_tasks(config: ConfigDict, protocol: Protocol) -> tuple[str, ...]:
     Raises:
       ValueError: one is no task, or none is left.
     """
+    config_rules.require({"eval.tasks": config.eval.tasks})
     tasks = tuple(config.eval.tasks)
-    if not tasks or set(tasks) - set(TASKS):
-        raise ValueError(f"eval.tasks is {tasks}; use one or more of {', '.join(TASKS)}")
     scored = tuple(task for task in tasks if task in protocol.tasks)
     if not scored:
         raise ValueError(

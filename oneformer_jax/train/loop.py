@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from oneformer_jax import config_rules
 from oneformer_jax.models import backbones, matcher
 from oneformer_jax.models.oneformer import OF_THE_PROGRAM, OneFormerConfig
 from oneformer_jax.train import accelerators, checkpoint, observe, optim, sharding, start
@@ -66,9 +67,10 @@ def train(
     """
     started = time.monotonic()
     # ---- Settings: what is wrong with them is said before anything is written -------------------
+    config_rules.check(config, but=("dataset",))  # the data is handed in
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batches(config.data.batch_size, config.optim.accumulate, mesh)
-    check_train(config, metadata)
+    check_best_metric(config, metadata)
     model = states.model_config(config, metadata.num_classes)
     rates = states.optim_config(config)
     states.loss_config(config)
@@ -258,14 +260,8 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_train(config: ConfigDict, metadata: Metadata) -> None:
-    """ValueError that names the key if `config.train` or the metric of keep-best makes no sense."""
-    for name, least in (("log_every", 1), ("eval_every", 0), ("checkpoint_every", 0)):
-        if config.train[name] < least:
-            meaning = " (0: at the end only)" if least == 0 else ""
-            raise ValueError(
-                f"train.{name} is {config.train[name]}; use {least} or more steps{meaning}"
-            )
+def check_best_metric(config: ConfigDict, metadata: Metadata) -> None:
+    """ValueError unless the metric of keep-best is one of these classes and their protocol."""
     names = metric_names(config, metadata)
     best = config.eval.best_metric
     if config.train.keep_best > 0 and best not in names:
@@ -288,8 +284,9 @@ def evaluate_workdir(
 
     Raises:
       CheckpointError: the workdir has no such checkpoint, or other classes than `metadata`.
-      ValueError: wrong values in `config.eval`.
+      ValueError: wrong values in `config`.
     """
+    config_rules.check(config, but=("dataset",))
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     observe.quiet_libraries()
     path = workdir

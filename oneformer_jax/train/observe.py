@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from oneformer_jax import config_rules
 from oneformer_jax.train.tensorboard import JsonLinesWriter, SummaryWriter, metric_writers
 
 METRICS_FILE = "metrics.jsonl"
@@ -450,8 +451,7 @@ class ProfileTrigger:
           start: first step of the profile; 0 is none.
           steps: how many steps a profile covers.
         """
-        if steps < 1:
-            raise ValueError(f"train.profile_steps is {steps}; use 1 or more")
+        config_rules.require({"train.profile_start": start, "train.profile_steps": steps})
         self._workdir = os.fspath(workdir)
         self._file = os.path.join(self._workdir, PROFILE_FILE)
         self._start = start

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-SCHEDULES = ("poly", "step")
+from oneformer_jax import config_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,32 +62,9 @@ class OptimConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "boundaries", tuple(self.boundaries))
-
-        def require(good: bool, field: str, rule: str):
-            if not good:
-                key = "train.steps" if field == "steps" else f"optim.{field}"
-                raise ValueError(f"{key} is {getattr(self, field)!r}; it must be {rule}")
-
-        require(self.steps > 0, "steps", "at least 1")
-        require(self.lr > 0, "lr", "positive")
-        require(self.backbone_multiplier >= 0, "backbone_multiplier", "0 or more")
-        require(self.weight_decay >= 0, "weight_decay", "0 or more")
-        require(0 <= self.b1 < 1, "b1", "in [0, 1)")
-        require(0 <= self.b2 < 1, "b2", "in [0, 1)")
-        require(self.eps > 0, "eps", "positive")
-        require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
-        require(self.power >= 0, "power", "0 or more")
-        require(self.decay_factor > 0, "decay_factor", "positive")
-        require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
-        require(0 <= self.warmup_factor <= 1, "warmup_factor", "in [0, 1]")
-        require(self.clip_norm >= 0, "clip_norm", "0 (off) or a positive norm")
-        # Before rounding: in a run of a few steps two fractions may well fall on one step.
-        places = [b * self.steps if b < 1 else b for b in self.boundaries]
-        require(
-            all(0 < place < self.steps for place in places) and places == sorted(set(places)),
-            "boundaries",
-            f"positive, ascending and below train.steps = {self.steps}",
-        )
+        keys = {f"optim.{f.name}": getattr(self, f.name) for f in dataclasses.fields(self)}
+        keys["train.steps"] = keys.pop("optim.steps")
+        config_rules.require(keys)
 
     @property
     def boundary_steps(self) -> tuple[int, ...]:

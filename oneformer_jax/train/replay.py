@@ -19,6 +19,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from oneformer_jax import config_rules
 from oneformer_jax.train import checkpoint, folders, observe, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.checkpoint import CheckpointError
@@ -26,7 +27,6 @@ from oneformer_jax.train.observe import NonFiniteLoss
 from oneformer_jax.types import Metadata
 
 FOLDER = "nonfinite"
-MODES = ("stop", "skip")
 MAX_IN_A_ROW = 10  # skipped steps after which a run stops all the same
 MAX_WRITTEN = 3  # batches of skipped steps that one start writes
 
@@ -45,8 +45,7 @@ class Watch:
         mode: "stop" or "skip", see `configs/common.py`.
         image_ids: positions in the data source -> image ids.
         """
-        if mode not in MODES:
-            raise ValueError(f"train.on_nonfinite is {mode!r}; use one of {', '.join(MODES)}")
+        config_rules.require({"train.on_nonfinite": mode})
         self._workdir = workdir
         self._skip = mode == "skip"
         self._image_ids = image_ids
@@ -135,6 +134,7 @@ def replay(
     Raises:
       CheckpointError: nothing was recorded.
     """
+    config_rules.check(config, but=("dataset",))
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     folder = _recorded(workdir, step)
     report = checkpoint.read_json(folder / "report.json", expected="a recorded step")

@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from oneformer_jax import config_rules
+
 AXES = ("data", "fsdp")
 BATCH_SPEC = PartitionSpec(AXES)
 
@@ -49,11 +51,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     """
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
-    for key, size in (("mesh.data", data), ("mesh.fsdp", fsdp)):
-        if size != -1 and size < 1:
-            raise ValueError(f"{key} is {size}; use a positive number or -1 (all that are left)")
-    if data == -1 and fsdp == -1:
-        raise ValueError("mesh.data and mesh.fsdp are both -1; give one of them a number")
+    config_rules.require({"mesh.data": data, "mesh.fsdp": fsdp})
     if data == -1 or fsdp == -1:
         key, given = ("mesh.fsdp", fsdp) if data == -1 else ("mesh.data", data)
         if count % given:
@@ -94,10 +92,7 @@ def check_batch(batch_size: int, mesh: Mesh, key: str = "data.batch_size") -> No
 
 def check_batches(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """ValueError that names the key if batch, micro-batches and devices do not divide."""
-    if accumulate < 1 or batch_size % accumulate:
-        raise ValueError(
-            f"optim.accumulate {accumulate} does not divide data.batch_size {batch_size}"
-        )
+    config_rules.require({"data.batch_size": batch_size, "optim.accumulate": accumulate})
     name = (
         "data.batch_size"
         if accumulate == 1

@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from oneformer_jax import config_rules
 from oneformer_jax.train import checkpoint
 from oneformer_jax.weights import convert, files, names, start
 from oneformer_jax.weights.start import Start
@@ -27,11 +28,7 @@ def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> St
     Raises:
       ValueError: both are given, or a file that cannot be read or does not fit.
     """
-    if init.backbone and init.checkpoint:
-        raise ValueError(
-            "init.backbone and init.checkpoint are both given; a whole model brings its own "
-            "backbone, so leave one of them empty"
-        )
+    config_rules.require({"init.backbone": init.backbone, "init.checkpoint": init.checkpoint})
     expected = dict(names.flatten(params)) | dict(names.flatten(stats))
     if init.backbone:
         return start.from_backbone(os.path.expanduser(init.backbone), expected, backbone)

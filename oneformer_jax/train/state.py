@@ -35,11 +35,11 @@ def model_config(config: ConfigDict, num_classes: int) -> OneFormerConfig:
     """The architecture that `config.model` describes, for a dataset of `num_classes` classes."""
     fields = config.model.to_dict()
     backbone = fields.pop("backbone")
-    return OneFormerConfig(
-        num_classes=num_classes,
-        backbone=backbones.backbone_config(backbone["name"], **backbone["overrides"]),
-        **fields,
-    )
+    try:
+        made = backbones.backbone_config(backbone["name"], **backbone["overrides"])
+    except ValueError as error:
+        raise ValueError(f"model.backbone.overrides: {error}") from error
+    return OneFormerConfig(num_classes=num_classes, backbone=made, **fields)
 
 
 def loss_config(config: ConfigDict) -> LossConfig:

@@ -53,7 +53,7 @@ def test_the_protocol_can_be_chosen():
     protocol = choose_protocol(metadata, name="coco", instance_ids="thing")
     assert (protocol.name, protocol.instance_ids) == ("coco", "thing")
     assert isinstance(protocol.make_metric("instance", metadata), CocoAP)
-    with pytest.raises(ValueError, match=r"eval\.protocol is 'lvis'; use auto or coco"):
+    with pytest.raises(ValueError, match=r"eval\.protocol is 'lvis'; it must be one of auto, coco"):
         choose_protocol(metadata, name="lvis")
     with pytest.raises(ValueError, match=r"eval\.instance_ids is 'own'"):
         choose_protocol(metadata, instance_ids="own")

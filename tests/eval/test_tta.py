@@ -223,4 +223,4 @@ def test_bad_settings_name_their_key():
     with pytest.raises(ValueError, match=r"eval\.tta\.short_edges is \(0, 5\)"):
         TtaConfig((0, 5), 10)
     with pytest.raises(ValueError, match=r"eval\.tta\.max_size is 10.*the largest.*20"):
-        TtaConfig((5, 20), 10)
+        TtaConfig((8, 20), 10)

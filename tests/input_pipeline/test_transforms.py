@@ -271,7 +271,7 @@ def test_color_leaves_ids_and_input_alone_and_is_deterministic():
 # ------------------------------------------------------------------------------------------- chains
 
 
-@pytest.mark.parametrize("kind", transforms.KINDS)
+@pytest.mark.parametrize("kind", ("unified", "lsj", "none"))
 def test_chains_give_static_sizes_by_seed(kind):
     config = AugmentConfig(kind, crop_size=(40, 44), short_edge=24, max_size=96)
     record = make_record(24, 36)

@@ -172,10 +172,10 @@ def test_names_and_errors():
     assert backbones.from_dict(backbones.to_dict(config)) == config
     sizes = {k: v for k, v in backbones.to_dict(SMALL).items() if k != "kind"}
     for fields, message in (
-        ({"dilations": [[1, 3], [2], [1]]}, r"dilations is .*\(2, 1, 1, 1\)"),
-        ({"dilations": [[1, 3, 1], [2], [1], [2]]}, "dilations is .*each block"),
-        ({"dilations": [[1, 0], [2], [1], [2]]}, "dilations is .*positive"),
-        ({"dilations": [1, 2, 3, 4]}, "dilations is .*each block"),
+        ({"dilations": [[1, 3], [2], [1]]}, "dilations is .*a tuple of 4 values"),
+        ({"dilations": [[1, 3, 1], [2], [1], [2]]}, r"each block.*\(2, 1, 1, 1\)"),
+        ({"dilations": [[1, 0], [2], [1], [2]]}, "dilations is .*an integer from 1 to"),
+        ({"dilations": [1, 2, 3, 4]}, "dilations is .*each a tuple"),
         ({"kernel_size": 4}, "kernel_size is 4.*odd"),
         ({"embed_dim": 9}, "embed_dim is 9.*even"),
         ({"num_heads": (3, 3, 3, 3)}, "embed_dim is 8.*num_heads"),

@@ -54,19 +54,19 @@ def test_config_survives_json():
     # On which device it runs is not part of a model.
     kernel = tiny.model_config(sampling="pallas_tpu", neighborhood="pallas_tpu")
     assert OneFormerConfig.from_dict(kernel.to_dict()) == tiny.model_config()
-    with pytest.raises(ValueError, match="unknown model fields \\['widht'\\]"):
+    with pytest.raises(ValueError, match="model: unknown fields 'widht'; known"):
         OneFormerConfig.from_dict(config.to_dict() | {"widht": 3})
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_dim": 40}, "model.hidden_dim is 40: it must be a multiple of 32"),
-        ({"num_heads": 5}, "model.hidden_dim is 32: it must divide by 5 heads"),
-        ({"num_context": 7}, "model.num_context is 7: it must be 0 to num_queries - 1"),
+        ({"hidden_dim": 40}, "model.hidden_dim is 40; it must be a multiple of 32"),
+        ({"num_heads": 5}, "model.hidden_dim is 32; it must be a multiple of model.num_heads = 5"),
+        ({"num_context": 7}, "model.num_context is 7; it must be below model.num_queries = 7"),
         ({"dtype": "float16"}, "model.dtype is 'float16'"),
-        ({"sampling": "cuda"}, "model.sampling is 'cuda': it must be one of auto, xla, pallas_tpu"),
-        ({"neighborhood": "pallas_gpu"}, "model.neighborhood is 'pallas_gpu': .* xla, pallas_tpu$"),
+        ({"sampling": "cuda"}, "model.sampling is 'cuda'; it must be one of auto, xla, pallas_tpu"),
+        ({"neighborhood": "pallas_gpu"}, "model.neighborhood is 'pallas_gpu'; .* xla, pallas_tpu "),
         ({"num_classes": 0}, "model.num_classes is 0"),
     ],
 )

@@ -60,7 +60,7 @@ def test_skip_goes_on_and_gives_up_in_the_end(tmp_path):
     with pytest.raises(NonFiniteLoss, match="step 40"):
         for step in range(31, 60):
             run(step, np.nan)
-    with pytest.raises(ValueError, match=r"train\.on_nonfinite is 'go'; use one of stop, skip"):
+    with pytest.raises(ValueError, match=r"train\.on_nonfinite is 'go'; it must be one of stop"):
         watch(tmp_path, "go")
 
 

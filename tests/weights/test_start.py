@@ -190,7 +190,7 @@ def test_a_wholly_different_model_is_refused(tmp_path):
 def test_both_or_nothing(tmp_path):
     _, (params, stats) = make("resnet")
     assert start.read_start(settings(), params, stats, "resnet") is None
-    with pytest.raises(ValueError, match="both given"):
+    with pytest.raises(ValueError, match="must be empty while"):
         start.read_start(settings(backbone="a", checkpoint="b"), params, stats, "resnet")
     with pytest.raises(FileError, match="nowhere does not exist"):
         start.read_start(settings(backbone=str(tmp_path / "nowhere")), params, stats, "resnet")

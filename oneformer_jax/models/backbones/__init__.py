@@ -8,6 +8,7 @@ config has `channels`, the four numbers of channels.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from oneformer_jax.models.backbones.dinat import DiNAT, DinatConfig
 from oneformer_jax.models.backbones.internimage import InternImage, InternImageConfig
 from oneformer_jax.models.backbones.resnet import ResNet, ResNetConfig
 from oneformer_jax.models.backbones.swin import Swin, SwinConfig
+from oneformer_jax.rules import require_names, shown
 
 BackboneConfig = SwinConfig | ConvNeXtConfig | DinatConfig | InternImageConfig | ResNetConfig
 
@@ -87,13 +89,9 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
     else:
         raise ValueError(f"unknown backbone {name!r}; use one of {', '.join(NAMES)}")
     fields = dataclasses.fields(config_class)
-    known = [f.name for f in fields]
-    if unknown := sorted(set(overrides) - set(known)):
-        raise ValueError(f"backbone {name}: unknown fields {unknown}; known are {known}")
-    if make is config_class:
-        needed = [f.name for f in fields if f.default is dataclasses.MISSING]
-        if missing := [field for field in needed if field not in overrides]:
-            raise ValueError(f"backbone {name}: fields {missing} must be given")
+    known = tuple(f.name for f in fields)
+    needed = tuple(f.name for f in fields if f.default is dataclasses.MISSING)
+    require_names(f"backbone {name}", overrides, known, needed if make is config_class else ())
     return make(**overrides)
 
 
@@ -132,10 +130,12 @@ def to_dict(config: BackboneConfig) -> dict[str, Any]:
 
 
 def from_dict(fields: dict[str, Any]) -> BackboneConfig:
-    """The config that `to_dict` wrote; ValueError for an unknown kind or field."""
+    """The config that `to_dict` wrote; ValueError for what is unknown, missing or absurd."""
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"backbone is {shown(fields)}; it must be fields with values")
     fields = dict(fields)
     kind = fields.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"unknown backbone kind {kind!r}; use one of {', '.join(_KINDS)}")
     return backbone_config(kind, **fields)
 

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from flax import nnx
 
+from oneformer_jax import rules
 from oneformer_jax.models.layers import Key, torch_linear_init
+from oneformer_jax.rules import Integer, Number, Rule, Tuple
 
 STRIDES = (4, 8, 16, 32)
+
+
+def stages(rule: Rule) -> Tuple:
+    """The rule of a field with a value for each of the four stages."""
+    return Tuple(rule, 4, 4)
+
+
+MOST_BLOCKS = 200  # of a stage
+DEPTHS = stages(Integer(1, MOST_BLOCKS))
+HEADS = stages(Integer(1, 1024))
+MLP_RATIO = Number(1, 64)
+DROP_PATH = Number(0, 1, below=True)
 
 # Of the linear layers of a transformer. The official trunc_normal_ of deviation 0.02 cuts at the
 # values ±2, a hundred deviations away.
@@ -21,32 +35,37 @@ linear_init: Callable = nnx.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class StagedConfig:
-    """Base of a backbone's config: sequences become tuples, and there are four stages.
+    """Base of a backbone's config: sequences become tuples, and every field has a rule.
+
+    The bounds are above every model that exists, and low enough that a description from a
+    stranger's file can't ask for one that takes hours to build.
 
     Attributes:
       depths: number of blocks in each of the four stages.
     """
+
+    RULES: ClassVar[Mapping[str, Rule]]  # of every field
 
     depths: tuple[int, ...]
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):  # as JSON and config overrides have it
-                object.__setattr__(self, field.name, tuple(value))
-        self.require_stages("depths")
+            if isinstance(value, list | tuple):  # as JSON and config overrides have it
+                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+                object.__setattr__(self, field.name, value)
+        rules.require(f"{type(self).__name__}: ", vars(self), self.RULES)
 
     def require(self, ok: bool, field: str, rule: str) -> None:
         """ValueError that names the field and the rule, unless `ok`."""
         if not ok:
-            value = getattr(self, field)
-            raise ValueError(f"{type(self).__name__}: {field} is {value!r}: it must {rule}")
+            rules.refuse(f"{type(self).__name__}: ", vars(self), {field: rule})
 
-    def require_stages(self, field: str) -> None:
-        value = getattr(self, field)
-        ok = isinstance(value, tuple) and len(value) == len(STRIDES)
-        ok = ok and all(isinstance(n, int) and n > 0 for n in value)
-        self.require(ok, field, f"hold {len(STRIDES)} positive integers, one for each stage")
+    def require_divisible(self, parts: str) -> None:
+        """ValueError unless each stage's channels divide into the heads or groups of `parts`."""
+        heads = getattr(self, parts)
+        ok = all(c % n == 0 for c, n in zip(self.channels, heads, strict=True))
+        self.require(ok, "embed_dim", f"divide, doubled at each stage, by {parts} {heads}")
 
 
 def check_image(image: jax.Array) -> None:

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from oneformer_jax.models.backbones.common import (
+    DEPTHS,
+    DROP_PATH,
     StagedConfig,
     check_image,
     drop_path_rates,
     random_items,
+    stages,
 )
 from oneformer_jax.models.layers import Key, drop_path, split_key
 from oneformer_jax.models.stack import Stack, run
+from oneformer_jax.rules import Integer, Number, Rule
 
 # The official trunc_normal_ of deviation 0.02 cuts at the values ±2, a hundred deviations away.
 _init = nnx.initializers.normal(0.02)
@@ -37,14 +43,16 @@ class ConvNeXtConfig(StagedConfig):
       layer_scale_init: initial value of every block's `gamma`.
     """
 
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "depths": DEPTHS,
+        "dims": stages(Integer(1, 16_384)),
+        "drop_path_rate": DROP_PATH,
+        "layer_scale_init": Number(0, 1000),
+    }
+
     dims: tuple[int, ...]
     drop_path_rate: float = 0.4
     layer_scale_init: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_stages("dims")
-        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "lie in [0, 1)")
 
     @classmethod
     def large(cls, **overrides) -> ConvNeXtConfig:

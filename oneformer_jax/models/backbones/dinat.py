@@ -7,6 +7,8 @@ the official parameter names.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,11 @@ from flax import nnx
 
 from kernels.neighborhood_attention import neighborhood_attention
 from oneformer_jax.models.backbones.common import (
+    DEPTHS,
+    DROP_PATH,
+    HEADS,
+    MLP_RATIO,
+    MOST_BLOCKS,
     Mlp,
     StagedConfig,
     check_image,
@@ -23,9 +30,11 @@ from oneformer_jax.models.backbones.common import (
     linear,
     linear_init,
     random_items,
+    stages,
 )
 from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
 from oneformer_jax.models.stack import Stack, run
+from oneformer_jax.rules import Integer, Odd, Rule, Tuple
 
 # Dilation of every block in each stage.
 DILATIONS = {
@@ -67,6 +76,16 @@ class DinatConfig(StagedConfig):
       drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
     """
 
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "depths": DEPTHS,
+        "embed_dim": Integer(2, 2048, multiple=2),
+        "num_heads": HEADS,
+        "kernel_size": Odd(3, 63),
+        "dilations": stages(Tuple(Integer(1, 1024), 1, MOST_BLOCKS)),
+        "mlp_ratio": MLP_RATIO,
+        "drop_path_rate": DROP_PATH,
+    }
+
     embed_dim: int
     num_heads: tuple[int, ...]
     kernel_size: int
@@ -76,30 +95,12 @@ class DinatConfig(StagedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_stages("num_heads")
+        self.require_divisible("num_heads")
         self.require(
-            self.embed_dim > 0
-            and self.embed_dim % 2 == 0
-            and all(c % n == 0 for c, n in zip(self.channels, self.num_heads, strict=True)),
-            "embed_dim",
-            f"be even, positive and, doubled at each stage, divide by num_heads {self.num_heads}",
-        )
-        self.require(
-            self.kernel_size >= 3 and self.kernel_size % 2 == 1, "kernel_size", "be odd, 3 or more"
-        )
-        stages = self.dilations if isinstance(self.dilations, tuple) else ()
-        if all(isinstance(stage, tuple | list) for stage in stages):
-            stages = tuple(tuple(stage) for stage in stages)
-            object.__setattr__(self, "dilations", stages)
-        self.require(
-            all(isinstance(stage, tuple) for stage in stages)
-            and tuple(len(stage) for stage in stages) == self.depths
-            and all(isinstance(d, int) and d > 0 for stage in stages for d in stage),
+            tuple(len(stage) for stage in self.dilations) == self.depths,
             "dilations",
-            f"hold a positive integer for each block, in each stage as depths {self.depths} says",
+            f"hold an integer for each block, in each stage as depths {self.depths} says",
         )
-        self.require(self.mlp_ratio > 0, "mlp_ratio", "be positive")
-        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "lie in [0, 1)")
 
     @classmethod
     def large(cls, **overrides) -> DinatConfig:

@@ -8,6 +8,8 @@ a Sequential: a norm has its own name here, without the index inside.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,11 @@ from flax import nnx
 from kernels.ms_deform_attn import ms_deform_attn
 from kernels.recompute import recompute
 from oneformer_jax.models.backbones.common import (
+    DEPTHS,
+    DROP_PATH,
+    HEADS,
+    MLP_RATIO,
+    MOST_BLOCKS,
     Mlp,
     StagedConfig,
     check_image,
@@ -34,6 +41,7 @@ from oneformer_jax.models.layers import (
     xavier_init,
 )
 from oneformer_jax.models.stack import Stack, run
+from oneformer_jax.rules import Integer, Odd, Rule, Tuple
 
 EPSILON = 1e-6  # of the norms
 POINTS = 9
@@ -53,6 +61,16 @@ class InternImageConfig(StagedConfig):
       drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
     """
 
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "depths": DEPTHS,
+        "embed_dim": Integer(2, 2048, multiple=2),
+        "groups": HEADS,
+        "norm_after": Tuple(Integer(0, MOST_BLOCKS - 1), 0, MOST_BLOCKS, "ascending"),
+        "dw_kernel_size": Odd(1, 63),
+        "mlp_ratio": MLP_RATIO,
+        "drop_path_rate": DROP_PATH,
+    }
+
     embed_dim: int
     groups: tuple[int, ...]
     norm_after: tuple[int, ...] = ()
@@ -62,26 +80,12 @@ class InternImageConfig(StagedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_stages("groups")
+        self.require_divisible("groups")
         self.require(
-            self.embed_dim > 0
-            and self.embed_dim % 2 == 0
-            and all(c % n == 0 for c, n in zip(self.channels, self.groups, strict=True)),
-            "embed_dim",
-            f"be even, positive and, doubled at each stage, divide by groups {self.groups}",
-        )
-        self.require(
-            list(self.norm_after) == sorted(set(self.norm_after) & set(range(self.depths[2]))),
+            all(block < self.depths[2] for block in self.norm_after),
             "norm_after",
-            f"be ascending and lie in 0 to {self.depths[2] - 1}, the blocks of the third stage",
+            f"lie in 0 to {self.depths[2] - 1}, the blocks of the third stage",
         )
-        self.require(
-            self.dw_kernel_size > 0 and self.dw_kernel_size % 2 == 1,
-            "dw_kernel_size",
-            "be odd and positive",
-        )
-        self.require(self.mlp_ratio > 0, "mlp_ratio", "be positive")
-        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "lie in [0, 1)")
 
     @classmethod
     def huge(cls, **overrides) -> InternImageConfig:

@@ -7,19 +7,20 @@ official parameter names, with Flax's names for the tensors of a norm: scale, bi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from oneformer_jax.models.backbones.common import StagedConfig, check_image
+from oneformer_jax.models.backbones.common import DEPTHS, StagedConfig, check_image
 from oneformer_jax.models.layers import Key
 from oneformer_jax.models.stack import Stack, run
+from oneformer_jax.rules import Integer, Rule, Word
 
 EPSILON = 1e-5
 MOMENTUM = 0.1  # share of a batch in the running statistics
-
-NORMS = ("frozen", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +35,14 @@ class ResNetConfig(StagedConfig):
       stem_width: channels of the stem; res2 to res5 have 4, 8, 16 and 32 times as many.
     """
 
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "depths": DEPTHS,
+        "norm": Word(("frozen", "batch")),
+        "stem_width": Integer(1, 1024),
+    }
+
     norm: str = "frozen"
     stem_width: int = 64
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.norm in NORMS, "norm", f"be one of {', '.join(NORMS)}")
-        self.require(self.stem_width > 0, "stem_width", "be positive")
 
     @classmethod
     def r50(cls, **overrides) -> ResNetConfig:

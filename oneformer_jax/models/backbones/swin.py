@@ -7,6 +7,8 @@ D head width. Attribute paths are the official parameter names.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,10 @@ import numpy as np
 from flax import nnx
 
 from oneformer_jax.models.backbones.common import (
+    DEPTHS,
+    DROP_PATH,
+    HEADS,
+    MLP_RATIO,
     Mlp,
     StagedConfig,
     check_image,
@@ -25,6 +31,7 @@ from oneformer_jax.models.backbones.common import (
 )
 from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
 from oneformer_jax.models.stack import Stack, run
+from oneformer_jax.rules import Integer, Rule
 
 PATCH = 4
 MASK_VALUE = -100.0
@@ -43,6 +50,15 @@ class SwinConfig(StagedConfig):
       drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
     """
 
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "depths": DEPTHS,
+        "embed_dim": Integer(1, 2048),
+        "num_heads": HEADS,
+        "window_size": Integer(2, 64),  # its table of positions has window_size ** 4 entries
+        "mlp_ratio": MLP_RATIO,
+        "drop_path_rate": DROP_PATH,
+    }
+
     embed_dim: int
     num_heads: tuple[int, ...]
     window_size: int
@@ -51,16 +67,7 @@ class SwinConfig(StagedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_stages("num_heads")
-        self.require(
-            self.embed_dim > 0
-            and all(c % n == 0 for c, n in zip(self.channels, self.num_heads, strict=True)),
-            "embed_dim",
-            f"be positive and, doubled at each stage, divide by num_heads {self.num_heads}",
-        )
-        self.require(self.window_size >= 2, "window_size", "be 2 or more")
-        self.require(self.mlp_ratio > 0, "mlp_ratio", "be positive")
-        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "lie in [0, 1)")
+        self.require_divisible("num_heads")
 
     @classmethod
     def tiny(cls, **overrides) -> SwinConfig:
