@@ -11,32 +11,37 @@ import pytest
 from PIL import Image
 
 from configs import common
+from oneformer_jax.models import functional
+from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD
 from oneformer_jax.train import evaluator as evaluators
 from oneformer_jax.train import observe, sharding
 from oneformer_jax.train.checkpoint import CheckpointError
-from oneformer_jax.types import TASK_TOKENS
+from oneformer_jax.types import TASK_TOKENS, Features
 from tests import tiny
 from tests.train import eval_scenes
 from tests.train.test_observe import read_events, read_lines
 
 
-def colour_model(*_):
+def encode_colours(graph, params, stats, image, *, mesh):
+    """The class of every pixel of the mask logits, as mask features."""
+    del graph, params, stats, mesh
+    red = image[:, 2::4, 2::4, :1] * PIXEL_STD[0] + PIXEL_MEAN[0]
+    return Features(jnp.round(red) // 40, ())
+
+
+def decode_colours(graph, params, stats, features, tokens, *, mesh):
     """One query per class. It is right if the parameter is 1, and finds no stuff as "instance"."""
-
-    def predict(params, stats, image, image_size, tokens):
-        del stats, image_size
-        classes = jnp.arange(tiny.CLASSES)
-        truth = image[:, 2::4, 2::4, 0].astype(jnp.int32) // 40
-        masks = jnp.where(truth[:, None] == classes[:, None, None], 10.0, -10.0)
-        thing = jnp.array(tiny.metadata().is_thing)
-        instance = jnp.all(tokens == jnp.array(TASK_TOKENS[1]), axis=-1)
-        found = thing | ~instance[:, None]
-        target = jnp.where(found, classes, tiny.CLASSES)
-        logits = 10 * jax.nn.one_hot(target, tiny.CLASSES + 1)
-        masks = masks * params["sign"]
-        return types.SimpleNamespace(class_logits=logits[None], mask_logits=lambda: masks)
-
-    return predict
+    del graph, stats, mesh
+    classes = jnp.arange(tiny.CLASSES)
+    truth = features.mask_features[..., 0]
+    masks = jnp.where(truth[:, None] == classes[:, None, None], 10.0, -10.0)
+    thing = jnp.array(tiny.metadata().is_thing)
+    instance = jnp.all(tokens == jnp.array(TASK_TOKENS[1]), axis=-1)
+    found = thing | ~instance[:, None]
+    target = jnp.where(found, classes, tiny.CLASSES)
+    logits = 10 * jax.nn.one_hot(target, tiny.CLASSES + 1)
+    masks = masks * params["sign"]
+    return types.SimpleNamespace(class_logits=logits[None], mask_logits=lambda: masks)
 
 
 GOOD = {"params": {"sign": np.float32(1)}, "stats": {}}
@@ -45,7 +50,9 @@ BAD = {"params": {"sign": np.float32(-1)}, "stats": {}}
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluators.states, "make_predict_step", colour_model)
+    monkeypatch.setattr(functional, "abstract", lambda *_, **__: types.SimpleNamespace(graph=None))
+    monkeypatch.setattr(functional, "encode", encode_colours)
+    monkeypatch.setattr(functional, "decode", decode_colours)
 
     def make(devices=1, dataset="tiny", **settings):
         config = common.get_base()
@@ -189,8 +196,8 @@ def test_views_of_the_semantic_task(make, writer, tmp_path, caplog):
     assert make(**settings).finished(5) == metrics
     plain = make(**{"eval.tasks": ("semantic",)})
     assert plain.finished(5) is None  # its scores are yet to be made
-    # All views have the shape of the plain images: one program.
-    assert "1 for the model" in caplog.text
+    # All views have the shape of the plain images: one program of each kind.
+    assert "1 to encode, 1 to decode" in caplog.text
     with pytest.raises(ValueError, match="needs 1 views"):
         make(**settings).run(GOOD, 5, eval_scenes.batches, writer)
 
