@@ -58,6 +58,11 @@ def abstract(config: OneFormerConfig, *, training: bool) -> Split:
     return split(nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=training)))
 
 
+def init(config: OneFormerConfig, key: jax.Array, *, training: bool) -> Split:
+    """A new model of `config`, its parameters drawn from a PRNG key; see `abstract`."""
+    return split(OneFormer(config, rngs=ParamKeys(key), training=training))
+
+
 def merge(graph: nnx.GraphDef, params: Mapping[str, Any], stats: Mapping[str, Any]) -> OneFormer:
     """The module of a structure, its parameters and its statistics."""
     return nnx.merge(graph, params, stats)

@@ -18,7 +18,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from oneformer_jax.models import backbones, functional
-from oneformer_jax.models.layers import ParamKeys
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
@@ -144,7 +143,7 @@ def make_init(
     """A function from a PRNG key to the state of step 0, to be compiled with its shardings."""
 
     def init(key: jax.Array) -> State:
-        _, params, stats = functional.split(OneFormer(config, rngs=ParamKeys(key), training=True))
+        _, params, stats = functional.init(config, key, training=True)
         state = {
             "step": jnp.zeros((), jnp.int32),
             "params": params,

@@ -63,7 +63,7 @@ def _toy_gradients(weight, batch, key):
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_a_step_is_the_mean_of_its_micro_batches(accumulate, monkeypatch):
-    monkeypatch.setattr(states, "OneFormer", Toy)
+    monkeypatch.setattr(functional, "OneFormer", Toy)
     monkeypatch.setattr(states, "compute_losses", _toy_losses)
     key, batch, decay = jax.random.key(3), tiny.batch(size=8), 0.9
     init = states.make_init(None, OPTIMIZER, ema=True)
@@ -106,7 +106,7 @@ def test_a_step_that_is_not_finite_changes_nothing(skip, monkeypatch):
         bad = jnp.any(batch["task"] == 99)
         return jnp.where(bad, jnp.nan, loss), terms
 
-    monkeypatch.setattr(states, "OneFormer", Toy)
+    monkeypatch.setattr(functional, "OneFormer", Toy)
     monkeypatch.setattr(states, "compute_losses", losses)
     init = states.make_init(None, OPTIMIZER, ema=True)
     step = jax.jit(
