@@ -25,7 +25,7 @@ from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segm
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.protocol import Metric, Protocol
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
-from oneformer_jax.types import TASKS, Metadata, task_id
+from oneformer_jax.types import TASKS, Metadata
 
 # Columns of the table of classes on the screen; the file has the counts of matches too.
 _CLASS_COLUMNS = ("PQ", "SQ", "RQ", "AP", "IoU", "ACC", "iIoU")
@@ -113,13 +113,14 @@ def evaluate(
       ValueError: unknown task, no output, an output that the protocol does not score, no image, or
         predictions and ground truth that do not fit each other.
     """
-    outputs = tuple(dict.fromkeys(outputs))
     protocol = protocol or Protocol()
-    metrics = _metrics(outputs, protocol, metadata)
-    runs = [(task, {task: metric}) for task, metric in metrics.items()]
+    metrics = {task: protocol.make_metric(task, metadata) for task in outputs}
+    if not metrics:
+        raise ValueError(f"evaluate got no outputs; use some of {', '.join(TASKS)}")
+    runs = {task: {task: metric} for task, metric in metrics.items()}
     clock = _score_batches(predictor, batches, runs, metadata, postprocess, protocol, tta, progress)
     result = _result(metrics, metadata, None, protocol, clock)
-    return dataclasses.replace(result, tta=tta is not None and "semantic" in outputs)
+    return dataclasses.replace(result, tta=tta is not None and "semantic" in metrics)
 
 
 def evaluate_tokens(
@@ -128,45 +129,35 @@ def evaluate_tokens(
     *,
     metadata: Metadata,
     postprocess: PostprocessConfig,
-    outputs: Sequence[str] = TASKS,
-    tokens: Sequence[str] = TASKS,
     protocol: Protocol | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> dict[str, EvalResult]:
-    """Scores every output under every token, in one pass; a result for each token.
+    """Scores all outputs of the protocol under every token, in one pass; a result for each token.
 
     A batch is encoded once and decoded once for each token; all outputs are made from that one
-    prediction. For the other arguments and errors see `evaluate`.
+    prediction. For arguments and errors see `evaluate`.
     """
     protocol = protocol or Protocol()
-    outputs = tuple(dict.fromkeys(outputs))
-    runs = {}
-    for token in tokens:
-        task_id(token)
-        runs[token] = _metrics(outputs, protocol, metadata)
+    runs = {
+        token: {task: protocol.make_metric(task, metadata) for task in protocol.tasks}
+        for token in TASKS
+    }
     clock = _score_batches(
-        predictor, batches, list(runs.items()), metadata, postprocess, protocol, None, progress
+        predictor, batches, runs, metadata, postprocess, protocol, None, progress
     )
     return {
         token: _result(metrics, metadata, token, protocol, clock) for token, metrics in runs.items()
     }
 
 
-def _metrics(outputs: Sequence[str], protocol: Protocol, metadata: Metadata) -> dict[str, Metric]:
-    """Empty metrics by output; ValueError if there is no output, or one without a metric."""
-    if not outputs:
-        raise ValueError(f"evaluate got no outputs; use some of {', '.join(TASKS)}")
-    return {task: protocol.make_metric(task, metadata) for task in outputs}
-
-
-# A task token, and the metrics, by output, that score what is predicted under it.
-_Run = tuple[str, Mapping[str, Metric]]
+# By task token: the metrics, by output, that score what is predicted under it.
+_Runs = Mapping[str, Mapping[str, Metric]]
 
 
 def _score_batches(
     predictor: Predictor,
     batches: Iterable[Mapping[str, Any]],
-    runs: Sequence[_Run],
+    runs: _Runs,
     metadata: Metadata,
     postprocess: PostprocessConfig,
     protocol: Protocol,
@@ -179,18 +170,16 @@ def _score_batches(
         ade_instance_remap=protocol.instance_ids == "thing",
         things_only_instances=True,
     )
-    augmented = {"semantic"} if tta is not None else {}
-    plain = [run for run in runs if run[0] not in augmented]
+    plain = {token: m for token, m in runs.items() if tta is None or token != "semantic"}
     clock = _Clock()
     images = 0
     for batch in batches:
         clock.lap("data")
         if plain:
             _score_plain(predictor, batch, plain, metadata, postprocess, clock)
-        for token, metrics in runs:
-            if token in augmented:
-                segmented = _semantic_tta(predictor, batch, tta, metadata, clock)
-                _score(metrics["semantic"], segmented, batch, clock)
+        if len(plain) < len(runs):
+            segmented = _semantic_tta(predictor, batch, tta, metadata, clock)
+            _score(runs["semantic"]["semantic"], segmented, batch, clock)
         images += int(np.sum(batch["valid"]))
         if progress is not None:
             progress(images, clock.seconds()["total"])
@@ -200,7 +189,7 @@ def _score_batches(
 def _score_plain(
     predictor: Predictor,
     batch: Mapping[str, Any],
-    runs: Sequence[_Run],
+    runs: _Runs,
     metadata: Metadata,
     postprocess: PostprocessConfig,
     clock: _Clock,
@@ -210,7 +199,7 @@ def _score_plain(
     The features, and the logits of one token at a time, are all that stays on the devices.
     """
     features = predictor.encode(batch)
-    for token, metrics in runs:
+    for token, metrics in runs.items():
         logits = jax.block_until_ready(predictor.decode(features, token))
         clock.lap("predict")
         # Fillers alone are predicted, which all hosts do together, but not segmented.

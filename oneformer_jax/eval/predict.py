@@ -8,6 +8,7 @@ zeros on the right and below to a multiple of 32. There are no sliding windows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -123,17 +124,17 @@ class Segmenter:
         self._predictor = Predictor(programs, self._params, self._stats, self.mesh)
 
         # Parameters are arguments: as constants they would be compiled into the program.
-        @jax.jit
-        def outputs(params, stats, images, task_tokens) -> Outputs:
+        @functools.partial(jax.jit, static_argnames="size")
+        def outputs(params, stats, images, task_tokens, *, size: int) -> Outputs:
             model = (graph, params, stats)
             features = functional.encode(*model, images, mesh=self.mesh)
             predictions = functional.decode(*model, features, task_tokens, mesh=self.mesh)
-            count = len(predictions.class_logits)
-            masks = [predictions.mask_logits(n) for n in range(count)]
+            classes = predictions.class_logits[:, :size]
+            masks = [predictions.mask_logits(n)[:size] for n in range(len(classes))]
             return Outputs(
-                class_logits=predictions.class_logits[-1],
+                class_logits=classes[-1],
                 mask_logits=masks[-1],
-                aux_class_logits=predictions.class_logits[:-1],
+                aux_class_logits=classes[:-1],
                 aux_mask_logits=jnp.stack(masks[:-1]),
             )
 
@@ -283,26 +284,18 @@ class Segmenter:
         expected = (shape[0], TASK_TOKENS.shape[1])
         if task_tokens.shape != expected:
             raise ValueError(f"task_tokens have shape {task_tokens.shape}; expected {expected}")
-        fillers = 0 if self.mesh is None else -shape[0] % self.mesh.size
-        arrays = (self._shared(array, fillers) for array in (images, task_tokens))
-        outputs = self._outputs(self._params, self._stats, *arrays)
-        if not fillers:
-            return outputs
-        return Outputs(
-            class_logits=outputs.class_logits[:-fillers],
-            mask_logits=outputs.mask_logits[:-fillers],
-            aux_class_logits=outputs.aux_class_logits[:, :-fillers],
-            aux_mask_logits=outputs.aux_mask_logits[:, :-fillers],
-        )
+        arrays = (self._shared(array) for array in (images, task_tokens))
+        return self._outputs(self._params, self._stats, *arrays, size=shape[0])
 
     def task_tokens(self, task: str) -> np.ndarray:
         """Token ids of a task, int32 [77]; ValueError for an unknown task."""
         return TASK_TOKENS[task_id(task)]
 
-    def _shared(self, array: Any, fillers: int) -> Any:
-        """An array [B, ...] with copies of its last row, its rows shared among the devices."""
+    def _shared(self, array: Any) -> Any:
+        """The rows of an array shared among the devices, its last one repeated to fill them up."""
         if self.mesh is None:
             return array
+        fillers = -len(array) % self.mesh.size
         if fillers:
             array = jnp.pad(array, [(0, fillers), *[(0, 0)] * (array.ndim - 1)], mode="edge")
         return jax.device_put(array, NamedSharding(self.mesh, P(self.mesh.axis_names)))

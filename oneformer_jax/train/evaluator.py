@@ -170,7 +170,6 @@ class Evaluator:
             eval_batches(0),
             metadata=self._metadata,
             postprocess=self._postprocess,
-            outputs=self._protocol.tasks,
             protocol=self._protocol,
             progress=_progress_log(),
         )

@@ -187,17 +187,6 @@ def test_every_token_gives_all_metrics_from_its_one_prediction():
             assert results[token].metrics[name] == pytest.approx(100)
 
 
-def test_tokens_and_outputs_can_be_chosen():
-    model = Oracle(things_only)
-    batches = make_batches(range(2))
-    options = dict(outputs=("semantic",), tokens=("instance",))
-    (result,) = evaluate_tokens(model, batches, **options, **SETTINGS).values()
-    assert model.tokens == ["instance"]
-    assert {name.partition("/")[0] for name in result.metrics} == {"semantic"}
-    with pytest.raises(ValueError, match="unknown task 'depth'"):
-        evaluate_tokens(model, [], tokens=("depth",), **SETTINGS)
-
-
 def test_features_of_one_batch_are_kept_at_a_time():
     """Also not those of the batch before, while the next one is encoded."""
 
