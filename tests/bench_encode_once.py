@@ -73,14 +73,17 @@ def measure(call) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="coco:resnet50", help="recipe, FILE:VARIANT")
+    parser.add_argument("--short_edge", type=int, default=0, help="0: the recipe's")
     parser.add_argument("--images", type=int, default=3)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
-    file, variant = options.config.split(":")
-    config = importlib.import_module(f"configs.{file}").get_config(variant)
+    file, *variant = options.config.split(":")
+    config = importlib.import_module(f"configs.{file}").get_config(*variant)
+    if options.short_edge:
+        config.eval.short_edge = options.short_edge
     model = states.model_config(config, bench_metrics.CLASSES)
     init = jax.jit(
         lambda key: functional.init(model, key, training=False)[1:],

@@ -115,13 +115,9 @@ def compile_programs(
             "averages": _bytes_per_device(state.get("ema", {})),
             "batch": _bytes_per_device(batch),
         }
-        # The compiler is at work on these while the other is traced, which one core does.
-        prediction = [
-            beside.submit(compile_it)
-            for compile_it in (
-                _trace_prediction(config, training, mesh, topology, quick) if predict else ()
-            )
-        ]
+        steps = _trace_prediction(config, training, mesh, topology, quick) if predict else ()
+        # The compiler is at work on these while the training step is traced, which one core does.
+        prediction = [beside.submit(step) for step in steps]
         train = _trace(
             "training step",
             training.step,
