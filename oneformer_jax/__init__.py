@@ -4,6 +4,7 @@
     segmenter = oneformer_jax.load("runs/synthetic")  # or an official .pth, or a HF folder
     segmentation = segmenter(image, task="panoptic")  # image: uint8 [H, W, 3], RGB
     segmentation.overlay()
+    segmenter(image, task="all")  # {"panoptic": ..., "instance": ..., "semantic": ...}
 
 The names load when they are first used, so that importing the package does not start JAX.
 """
@@ -67,6 +68,7 @@ def load(
     import dataclasses
 
     from oneformer_jax.eval.predict import Segmenter
+    from oneformer_jax.models import functional
     from oneformer_jax.models.oneformer import OneFormerConfig
     from oneformer_jax.train import checkpoint
     from oneformer_jax.weights import convert, files
@@ -92,7 +94,7 @@ def load(
     found = convert.read_model(path, config=config, **architecture)
     return Segmenter.from_settings(
         found.config,
-        {name: x for name, x in found.params.items() if name not in convert.TEXT_PARTS},
+        functional.inference_params(found.params),
         found.stats,
         classes_of(found, path, metadata),
         found.settings,

@@ -41,6 +41,20 @@ def task_id(task: str) -> int:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Features:
+    """What the model makes of a batch before it is told the task; arrays of the compute dtype.
+
+    Attributes:
+      mask_features: [B, h, w, D] at stride 4.
+      maps: three [B, h_l, w_l, D] at the strides 32, 16 and 8, which the queries attend to.
+    """
+
+    mask_features: jax.Array
+    maps: tuple[jax.Array, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Predictions:
     """What the model computes for a batch; all arrays are float32 except `mask_features`.
 

@@ -18,6 +18,7 @@ import time
 import jax
 import numpy as np
 
+from oneformer_jax.models import functional
 from oneformer_jax.types import Metadata
 from oneformer_jax.weights import convert
 
@@ -43,7 +44,7 @@ def run(step: str, name: str, folder: pathlib.Path) -> dict:
         rng = np.random.default_rng(0)
         params, stats = (
             jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), tree)
-            for tree in convert.abstract_trees(config, text=True)
+            for tree in functional.abstract(config, training=True)[1:]
         )
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     start = time.perf_counter()

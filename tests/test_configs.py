@@ -6,14 +6,12 @@ import importlib
 
 import jax
 import pytest
-from flax import nnx
 
 from configs import common
 from input_pipeline import datasets, loader, transforms
 from oneformer_jax.eval.tta import TtaConfig
-from oneformer_jax.models import published
-from oneformer_jax.models.layers import ParamKeys
-from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormer, OneFormerConfig
+from oneformer_jax.models import functional, published
+from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormerConfig
 from oneformer_jax.train import state as states
 
 DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
@@ -253,8 +251,7 @@ def test_unknown_variants_list_the_known(dataset):
 @functools.cache
 def _millions(config: OneFormerConfig, training: bool) -> float:
     """Trained parameters in millions, to the third decimal."""
-    model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=training))
-    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    leaves = jax.tree.leaves(functional.abstract(config, training=training).params)
     return round(sum(x.size for x in leaves) / 1e6, 3)
 
 

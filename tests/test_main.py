@@ -11,13 +11,12 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from flax import nnx
 from PIL import Image
 
 import main
 import oneformer_jax
 from configs import synthetic
-from oneformer_jax.models.oneformer import OneFormer
+from oneformer_jax.models import functional
 from oneformer_jax.train import checkpoint, compile, sharding
 from oneformer_jax.train import state as states
 from tests import tiny
@@ -304,13 +303,10 @@ def workdir(tmp_path_factory):
     settings = synthetic.get_config()
     settings.eval.short_edge = settings.eval.max_size = 64
     checkpoint.claim_workdir(path, model.to_dict(), settings.to_json(), metadata)
-    abstract = nnx.eval_shape(lambda: OneFormer(model, rngs=nnx.Rngs(0), training=True))
     rng = np.random.default_rng(0)  # in NumPy, because compiling the initialisation takes longer
     params, stats = (
-        jax.tree.map(
-            lambda x: rng.normal(0.5, 0.1, x.shape).astype(x.dtype), nnx.to_pure_dict(part)
-        )
-        for part in nnx.split(abstract, nnx.Param, ...)[1:]
+        jax.tree.map(lambda x: rng.normal(0.5, 0.1, x.shape).astype(x.dtype), part)
+        for part in functional.abstract(model, training=True)[1:]
     )
     state = {"step": np.int32(0), "params": params, "stats": stats, "opt": {}}
     with checkpoint.Checkpoints(path) as checkpoints:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from oneformer_jax.models import backbones
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import Metadata
 
@@ -31,6 +31,20 @@ def model_config(**overrides) -> OneFormerConfig:
         text_heads=2,
     )
     return OneFormerConfig(**(fields | overrides))
+
+
+def random_model(config: OneFormerConfig, *, training: bool = False) -> functional.Split:
+    """A model of random NumPy arrays that all matter: to initialise one is to compile."""
+    graph, *trees = functional.abstract(config, training=training)
+    rng = np.random.default_rng(0)
+
+    def fill(x):
+        values = rng.uniform(0.02, 0.2, x.shape)
+        return values.astype(x.dtype)
+
+    params, stats = jax.tree.map(fill, tuple(trees))
+    params = jax.tree.map(lambda x: x - x.dtype.type(0.11) if x.ndim > 1 else x, params)
+    return functional.Split(graph, params, stats)
 
 
 def metadata() -> Metadata:

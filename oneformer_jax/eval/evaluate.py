@@ -1,9 +1,9 @@
-"""Scores a model on a data set: one forward pass per image and task token, all metrics merged.
+"""Scores a model on a data set: one encoding per image, one decoding per task token.
 
 The official protocol runs every task on its own: PQ with the panoptic token, AP with the instance
-token, mIoU with the semantic token. `evaluate(..., token=None)` does that. With `token="instance"`
-the model gets this one token, and every kind of output is made from its one prediction: a row of
-the paper's table of test-time tokens (arXiv 2211.06220).
+token, mIoU with the semantic token. `evaluate` does that. `evaluate_tokens` scores every kind of
+output under every token, each from the token's one prediction: the paper's table of test-time
+tokens (arXiv 2211.06220).
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_images
+from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.protocol import Metric, Protocol
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
-from oneformer_jax.types import TASKS, Metadata, task_id
-
-# (batch, task) -> class logits [B, Q, K+1] and mask logits [B, Q, h, w] of this process's batch.
-PredictFn = Callable[[Mapping[str, Any], str], tuple[jax.Array, jax.Array]]
+from oneformer_jax.types import TASKS, Metadata
 
 # Columns of the table of classes on the screen; the file has the counts of matches too.
 _CLASS_COLUMNS = ("PQ", "SQ", "RQ", "AP", "IoU", "ACC", "iIoU")
@@ -45,7 +43,8 @@ class EvalResult:
       reasons: name -> why, for every None in `metrics`.
       per_class: K rows in order of class id: `class`, `isthing`, and name -> percent, or None.
       counts: name -> number of images, segments, instances, pixels.
-      seconds: wall time of this process: `data`, `predict`, `postprocess`, `metrics`, `total`.
+      seconds: wall time of this process: `data`, `predict`, `postprocess`, `metrics`, `total`; of
+        all tokens together.
       protocol: name of the protocol.
       tta: whether the semantic scores are of test-time augmentation.
     """
@@ -80,24 +79,23 @@ class _Clock:
 
 
 def evaluate(
-    predict_fn: PredictFn,
+    predictor: Predictor,
     batches: Iterable[Mapping[str, Any]],
     *,
     metadata: Metadata,
     postprocess: PostprocessConfig,
     outputs: Sequence[str] = TASKS,
-    token: str | None = None,
     protocol: Protocol | None = None,
     tta: TtaConfig | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> EvalResult:
-    """Scores `predict_fn` on `batches`; with several processes, each passes its own share.
+    """Scores each output under its own task token; with several processes, each passes its share.
 
-    All processes must pass the same number of batches (fillers included), since `predict_fn`
+    All processes must pass the same number of batches (fillers included), since the predictor
     usually runs on all devices at once.
 
     Args:
-      predict_fn: gets a batch and the name of a task token.
+      predictor: encodes a batch once and decodes it for each output.
       batches: evaluation batches with `image` uint8 [B, Hb, Wb, 3], `image_size`, `original_size`
         int [B, 2], `valid` bool [B] (False: filler) and `records` (B ground truths; see metrics).
         With `tta` also `views`: B-row batches of the same images, each with `image` and
@@ -106,61 +104,116 @@ def evaluate(
       postprocess: thresholds. `ade_instance_remap` and `things_only_instances` shape exported
         results only; here the protocol decides.
       outputs: which of panoptic (PQ), instance (AP) and semantic (mIoU) to score.
-      token: give the model this one task token for all outputs, and run it once per batch; None:
-        each output has a run under its own token.
       protocol: the metrics; None is COCO's.
-      tta: score semantic maps from these views instead of the plain images. With a `token` it is
-        not used, since the one prediction serves all outputs.
+      tta: score semantic maps from these views instead of the plain images.
       progress: called after every batch with the images scored by this process and the seconds
         since the start.
 
     Raises:
-      ValueError: unknown task or token, no output, an output that the protocol does not score, no
-        image, or predictions and ground truth that do not fit each other.
+      ValueError: unknown task, no output, an output that the protocol does not score, no image, or
+        predictions and ground truth that do not fit each other.
     """
-    outputs = tuple(dict.fromkeys(outputs))
-    for task in (*outputs, *([] if token is None else [token])):
-        task_id(task)
-    if not outputs:
-        raise ValueError(f"evaluate got no outputs; use some of {', '.join(TASKS)}")
-    runs = {task: (task,) for task in outputs} if token is None else {token: outputs}
     protocol = protocol or Protocol()
+    metrics = {task: protocol.make_metric(task, metadata) for task in outputs}
+    if not metrics:
+        raise ValueError(f"evaluate got no outputs; use some of {', '.join(TASKS)}")
+    runs = {task: {task: metric} for task, metric in metrics.items()}
+    clock = _score_batches(predictor, batches, runs, metadata, postprocess, protocol, tta, progress)
+    result = _result(metrics, metadata, None, protocol, clock)
+    return dataclasses.replace(result, tta=tta is not None and "semantic" in metrics)
+
+
+def evaluate_tokens(
+    predictor: Predictor,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    metadata: Metadata,
+    postprocess: PostprocessConfig,
+    protocol: Protocol | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> dict[str, EvalResult]:
+    """Scores all outputs of the protocol under every token, in one pass; a result for each token.
+
+    A batch is encoded once and decoded once for each token; all outputs are made from that one
+    prediction. For arguments and errors see `evaluate`.
+    """
+    protocol = protocol or Protocol()
+    runs = {
+        token: {task: protocol.make_metric(task, metadata) for task in protocol.tasks}
+        for token in TASKS
+    }
+    clock = _score_batches(
+        predictor, batches, runs, metadata, postprocess, protocol, None, progress
+    )
+    return {
+        token: _result(metrics, metadata, token, protocol, clock) for token, metrics in runs.items()
+    }
+
+
+# By task token: the metrics, by output, that score what is predicted under it.
+_Runs = Mapping[str, Mapping[str, Metric]]
+
+
+def _score_batches(
+    predictor: Predictor,
+    batches: Iterable[Mapping[str, Any]],
+    runs: _Runs,
+    metadata: Metadata,
+    postprocess: PostprocessConfig,
+    protocol: Protocol,
+    tta: TtaConfig | None,
+    progress: Callable[[int, float], None] | None,
+) -> _Clock:
+    """Adds all batches to the metrics of `runs`, each encoded once; the time that it took."""
     postprocess = dataclasses.replace(
         postprocess,
         ade_instance_remap=protocol.instance_ids == "thing",
         things_only_instances=True,
     )
-    metrics = {task: protocol.make_metric(task, metadata) for task in outputs}
-
+    plain = {token: m for token, m in runs.items() if tta is None or token != "semantic"}
     clock = _Clock()
     images = 0
     for batch in batches:
         clock.lap("data")
-        for model_token, tasks in runs.items():
-            if tta is not None and token is None and tasks == ("semantic",):
-                segmented = _semantic_tta(predict_fn, batch, tta, metadata, clock)
-                _score(metrics["semantic"], segmented, batch, clock)
-                continue
-            logits = jax.block_until_ready(predict_fn(batch, model_token))
-            clock.lap("predict")
-            # Fillers alone are predicted, which all hosts do together, but not segmented.
-            for task in tasks if np.any(batch["valid"]) else ():
-                segmented = segment_images(
-                    *logits,
-                    *_sizes(batch, batch),
-                    batch["image"].shape[1:3],
-                    task=task,
-                    config=postprocess,
-                    metadata=metadata,
-                )
-                _score(metrics[task], segmented, batch, clock)
+        if plain:
+            _score_plain(predictor, batch, plain, metadata, postprocess, clock)
+        if len(plain) < len(runs):
+            segmented = _semantic_tta(predictor, batch, tta, metadata, clock)
+            _score(runs["semantic"]["semantic"], segmented, batch, clock)
         images += int(np.sum(batch["valid"]))
         if progress is not None:
             progress(images, clock.seconds()["total"])
-    metrics = {task: merge_hosts(metric) for task, metric in metrics.items()}
-    augmented = tta is not None and token is None and "semantic" in outputs
-    result = _result(metrics, metadata, token, clock)
-    return dataclasses.replace(result, protocol=protocol.name, tta=augmented)
+    return clock
+
+
+def _score_plain(
+    predictor: Predictor,
+    batch: Mapping[str, Any],
+    runs: _Runs,
+    metadata: Metadata,
+    postprocess: PostprocessConfig,
+    clock: _Clock,
+) -> None:
+    """Encodes a batch, decodes it under each token and scores the outputs.
+
+    The features, and the logits of one token at a time, are all that stays on the devices.
+    """
+    features = predictor.encode(batch)
+    for token, metrics in runs.items():
+        logits = jax.block_until_ready(predictor.decode(features, token))
+        clock.lap("predict")
+        # Fillers alone are predicted, which all hosts do together, but not segmented.
+        for task, metric in metrics.items() if np.any(batch["valid"]) else ():
+            segmented = segment_images(
+                *logits,
+                *_sizes(batch, batch),
+                batch["image"].shape[1:3],
+                task=task,
+                config=postprocess,
+                metadata=metadata,
+            )
+            _score(metric, segmented, batch, clock)
+        del logits
 
 
 def _sizes(view: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +227,7 @@ def _sizes(view: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[np.ndarra
 
 
 def _semantic_tta(
-    predict_fn: PredictFn,
+    predictor: Predictor,
     batch: Mapping[str, Any],
     tta: TtaConfig,
     metadata: Metadata,
@@ -189,7 +242,8 @@ def _semantic_tta(
     scores = SemanticScores(_sizes(batch, batch)[1], metadata)
     for view, flip in with_mirrored(views, tta.flip):
         clock.lap("data")
-        logits = jax.block_until_ready(predict_fn({**batch, **view}, "semantic"))
+        logits = predictor.decode(predictor.encode({**batch, **view}), "semantic")
+        jax.block_until_ready(logits)
         clock.lap("predict")
         if np.any(batch["valid"]):
             scores.add(*logits, _sizes(view, batch)[0], view["image"].shape[1:3], flip=flip)
@@ -239,8 +293,14 @@ def _or_none(value: float) -> float | None:
 
 
 def _result(
-    metrics: Mapping[str, Metric], metadata: Metadata, token: str | None, clock: _Clock
+    metrics: Mapping[str, Metric],
+    metadata: Metadata,
+    token: str | None,
+    protocol: Protocol,
+    clock: _Clock,
 ) -> EvalResult:
+    """The scores of all processes, each of which must call it."""
+    metrics = {task: merge_hosts(metric) for task, metric in metrics.items()}
     images = next(iter(metrics.values())).images
     if not images:
         raise ValueError(
@@ -269,6 +329,7 @@ def _result(
         per_class=rows,
         counts=counts,
         seconds=clock.seconds(),
+        protocol=protocol.name,
     )
 
 

@@ -8,37 +8,30 @@ zeros on the right and below to a multiple of 32. There are no sliding windows.
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image, ImageOps
 
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
+from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.eval.write import write_prediction
-from oneformer_jax.models.layers import ParamKeys
-from oneformer_jax.models.oneformer import (
-    KERNELS,
-    OneFormer,
-    OneFormerConfig,
-    normalize_images,
-)
-from oneformer_jax.types import TASK_TOKENS, TASKS, Metadata, task_id
+from oneformer_jax.models import functional
+from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id
 
 # Deepest stride of the model: inputs are padded to multiples of it.
 STRIDE = 32
-# Mesh axes that share a batch, if the mesh has them.
-BATCH_AXES = ("data", "fsdp")
 # Endings that make a file of a folder an input; anything PIL reads may be given by name.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -69,9 +62,10 @@ class Segmenter:
     """A trained model, ready for images.
 
         segmentation = segmenter(image, task="panoptic")
+        by_task = segmenter(image, task="all")  # the image is encoded once
 
-    A program is compiled for every padded input size (and a few per task for the results), so the
-    first image of a new shape takes longer.
+    Two programs are compiled for every padded input size (and a few per task for the results), so
+    the first image of a new shape takes longer.
     """
 
     def __init__(
@@ -99,7 +93,8 @@ class Segmenter:
           tta: views of the test-time augmentation, for calls that ask for it; None takes the
             official ones of `test_size`.
           mesh: devices that hold the parameters. Arrays not yet on devices are copied to each;
-            `raw` shares a batch among them. None is the default device.
+            `raw` shares a batch among them, and of a single image each computes the same. None is
+            the default device.
 
         Raises:
           ValueError: parameters of another model, metadata of other classes, a bad test size.
@@ -112,47 +107,37 @@ class Segmenter:
                 f"the model has {config.num_classes} classes, but {metadata.dataset} has "
                 f"{metadata.num_classes}: model and metadata do not belong together"
             )
-        for name in KERNELS:
-            kernel = getattr(config, name)
-            if mesh is not None and mesh.size > 1 and kernel not in ("auto", "xla"):
-                raise ValueError(
-                    f"model.{name} is {kernel!r}, a kernel that a Segmenter cannot split over the "
-                    f'{mesh.size} devices of its mesh; use "auto" or "xla", or one device'
-                )
         self.config = config
         self.metadata = metadata
         self.postprocess = postprocess or PostprocessConfig()
         self.test_size = (int(short), int(long))
         self.tta = tta or TtaConfig.from_settings({}, self.test_size[0])
-        self.mesh = mesh
+        # The compiler partitions the programs: axes in Auto mode, whatever the caller's are in.
+        self.mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
-        model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=False))
-        self._graphdef, *shapes = nnx.split(model, nnx.Param, ...)
+        graph, *expected = functional.abstract(config, training=False)
         self._params, self._stats = (
-            self._on_devices(_matching(values, nnx.to_pure_dict(expected)))
-            for values, expected in zip((params, stats), shapes, strict=True)
+            self._on_devices(_matching(values, shapes))
+            for values, shapes in zip((params, stats), expected, strict=True)
         )
+        programs = functional.programs(graph, self.mesh)
+        self._predictor = Predictor(programs, self._params, self._stats, self.mesh)
 
-        # Parameters are arguments: as constants they would be compiled into every program.
-        @jax.jit
-        def predict(params, stats, image, image_size, task_tokens):
-            model = nnx.merge(self._graphdef, params, stats)
-            predictions = model(normalize_images(image, image_size), task_tokens)
-            return predictions.class_logits[-1], predictions.mask_logits()
-
-        @jax.jit
-        def outputs(params, stats, images, task_tokens) -> Outputs:
-            predictions = nnx.merge(self._graphdef, params, stats)(images, task_tokens)
-            count = len(predictions.class_logits)
-            masks = [predictions.mask_logits(n) for n in range(count)]
+        # Parameters are arguments: as constants they would be compiled into the program.
+        @functools.partial(jax.jit, static_argnames="size")
+        def outputs(params, stats, images, task_tokens, *, size: int) -> Outputs:
+            model = (graph, params, stats)
+            features = functional.encode(*model, images, mesh=self.mesh)
+            predictions = functional.decode(*model, features, task_tokens, mesh=self.mesh)
+            classes = predictions.class_logits[:, :size]
+            masks = [predictions.mask_logits(n)[:size] for n in range(len(classes))]
             return Outputs(
-                class_logits=predictions.class_logits[-1],
+                class_logits=classes[-1],
                 mask_logits=masks[-1],
-                aux_class_logits=predictions.class_logits[:-1],
+                aux_class_logits=classes[:-1],
                 aux_mask_logits=jnp.stack(masks[:-1]),
             )
 
-        self._predict = predict
         self._outputs = outputs
 
     @classmethod
@@ -201,59 +186,81 @@ class Segmenter:
         )
 
     def __call__(
-        self, image: np.ndarray, task: str = "panoptic", *, tta: bool = False
-    ) -> Segmentation:
+        self, image: np.ndarray, task: str | Sequence[str] = "panoptic", *, tta: bool = False
+    ) -> Segmentation | dict[str, Segmentation]:
         """Segments one image.
 
         Args:
           image: uint8 [H, W, 3], RGB.
-          task: one of `TASKS`.
+          task: one of `TASKS`, several of them, or "all". The image is encoded once for all of
+            them, and the results are those of single calls.
           tta: semantic task only: average over the views of the test-time augmentation; the
             official ones have 17 times the pixels.
 
         Returns:
-          The segmentation at the size of `image`, which it keeps.
+          The segmentation at the size of `image`, which it keeps; of several tasks, or "all", a
+          dict of them by task.
 
         Raises:
-          ValueError: unknown task, `tta` for another task than semantic, or not such an image.
+          ValueError: unknown task, none, `tta` for another task than semantic, or not such an
+            image.
         """
-        token = self.task_tokens(task)
+        tasks = tasks_of(task)
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(
                 f"image is {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3] in RGB"
             )
-        if tta and task != "semantic":
+        if tta and tasks != ("semantic",):
             raise ValueError(f"tta is for the semantic task only, not for {task!r}")
         resized = resize_shortest_edge(image, *self.test_size)
-        original_size = np.array([image.shape[:2]])
-        if not tta:
+        if tta:
+            found = {"semantic": self._averaged(image, resized)}
+        else:
             view = _padded(resized)
-            (segmentation,) = segment_batch(
-                *self._logits(view, token),
-                view["image_size"],
-                original_size,
-                view["image"].shape[1:3],
-                task=task,
-                config=self.postprocess,
-                metadata=self.metadata,
-                images=[image],
-            )
-            return segmentation
+            features = self._encode(view)
+            found = {one: self._segment(image, view, features, one) for one in tasks}
+        return found[task] if isinstance(task, str) and task != "all" else found
+
+    def _segment(
+        self, image: np.ndarray, view: Mapping[str, Any], features: Features, task: str
+    ) -> Segmentation:
+        (segmentation,) = segment_batch(
+            *self._decode(features, task),
+            view["image_size"],
+            np.array([image.shape[:2]]),
+            view["image"].shape[1:3],
+            task=task,
+            config=self.postprocess,
+            metadata=self.metadata,
+            images=[image],
+        )
+        return segmentation
+
+    def _averaged(self, image: np.ndarray, resized: np.ndarray) -> Segmentation:
+        """The semantic segmentation of `image` from the views of `resized`."""
         views = (
             _padded(resize_shortest_edge(resized, edge, self.tta.max_size))
             for edge in self.tta.short_edges
         )
-        scores = SemanticScores(original_size, self.metadata)
+        scores = SemanticScores(np.array([image.shape[:2]]), self.metadata)
         for view, flip in with_mirrored(views, self.tta.flip):
-            logits = self._logits(view, token)
+            logits = self._decode(self._encode(view), "semantic")
             scores.add(*logits, view["image_size"], view["image"].shape[1:3], flip=flip)
         (segmentation,) = scores.result([image])
         return segmentation
 
-    def _logits(self, view: Mapping[str, Any], token: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        arrays = self._place(view["image"], view["image_size"], token[None])
-        return self._predict(self._params, self._stats, *arrays)
+    def _encode(self, view: Mapping[str, Any]) -> Features:
+        """The features of a batch of one image, a copy of them on each device."""
+        copies = 1 if self.mesh is None else len(self.mesh.local_devices)
+        return self._predictor.encode(
+            {name: np.repeat(array, copies, axis=0) for name, array in view.items()}
+        )
+
+    def _decode(self, features: Features, task: str) -> tuple[jax.Array, ...]:
+        """Class and mask logits of one image, on the first device of this process."""
+        logits = self._predictor.decode(features, task)
+        return tuple(x.addressable_shards[0].data for x in logits)
 
     def raw(self, images: jax.Array, task_tokens: jax.Array) -> Outputs:
         """The model's outputs before any post-processing, all predictions included.
@@ -277,21 +284,21 @@ class Segmenter:
         expected = (shape[0], TASK_TOKENS.shape[1])
         if task_tokens.shape != expected:
             raise ValueError(f"task_tokens have shape {task_tokens.shape}; expected {expected}")
-        images, task_tokens = self._place(images, task_tokens)
-        return self._outputs(self._params, self._stats, images, task_tokens)
+        arrays = (self._shared(array) for array in (images, task_tokens))
+        return self._outputs(self._params, self._stats, *arrays, size=shape[0])
 
     def task_tokens(self, task: str) -> np.ndarray:
         """Token ids of a task, int32 [77]; ValueError for an unknown task."""
         return TASK_TOKENS[task_id(task)]
 
-    def _place(self, *arrays: Any) -> tuple[Any, ...]:
-        """Arrays with a leading batch axis, shared among the mesh's devices if they divide it."""
+    def _shared(self, array: Any) -> Any:
+        """The rows of an array shared among the devices, its last one repeated to fill them up."""
         if self.mesh is None:
-            return arrays
-        axes = tuple(axis for axis in BATCH_AXES if axis in self.mesh.axis_names)
-        devices = math.prod(self.mesh.shape[axis] for axis in axes)
-        spec = P(axes) if len(arrays[0]) % devices == 0 else P()
-        return tuple(jax.device_put(array, NamedSharding(self.mesh, spec)) for array in arrays)
+            return array
+        fillers = -len(array) % self.mesh.size
+        if fillers:
+            array = jnp.pad(array, [(0, fillers), *[(0, 0)] * (array.ndim - 1)], mode="edge")
+        return jax.device_put(array, NamedSharding(self.mesh, P(self.mesh.axis_names)))
 
     def _on_devices(self, tree: Any) -> Any:
         """Copies NumPy leaves to the devices once; JAX arrays stay where they are."""
@@ -299,6 +306,22 @@ class Segmenter:
         return jax.tree.map(
             lambda x: x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x), target), tree
         )
+
+
+def tasks_of(task: str | Sequence[str]) -> tuple[str, ...]:
+    """The tasks that "all", one name, or several ask for, each once.
+
+    Raises:
+      ValueError: an unknown task, or none.
+    """
+    if task == "all":
+        return TASKS
+    tasks = tuple(task) if isinstance(task, Sequence) and not isinstance(task, str) else (task,)
+    for one in tasks:
+        task_id(one)
+    if not tasks:
+        raise ValueError(f"no task is given; use some of {', '.join(TASKS)}, or 'all'")
+    return tuple(dict.fromkeys(tasks))
 
 
 def _padded(image: np.ndarray) -> dict[str, np.ndarray]:
@@ -366,7 +389,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def predict_files(
-    segmenter: Callable[[np.ndarray, str], Segmentation],
+    segmenter: Callable[[np.ndarray, Sequence[str]], dict[str, Segmentation]],
     path: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     task: str = "all",
@@ -386,7 +409,7 @@ def predict_files(
       ImageError: images that cannot be read, each named, after all others are done.
       ValueError: unknown task, a folder without images, or results that would land among them.
     """
-    tasks = TASKS if task == "all" else TASKS[task_id(task) : task_id(task) + 1]
+    tasks = tasks_of(task)
     path, out_dir = pathlib.Path(path), pathlib.Path(out_dir)
     if not path.exists():
         raise ImageError(f"{path}: there is no such image file or folder")
@@ -410,8 +433,8 @@ def predict_files(
             continue
         # Files that differ in their ending only keep it.
         name = file.stem if stems.count(file.stem) == 1 else file.name.replace(".", "_")
-        for one in tasks:
-            written += write_prediction(out_dir, name, segmenter(image, one))
+        for segmentation in segmenter(image, tasks).values():
+            written += write_prediction(out_dir, name, segmentation)
         logging.info("[%d/%d] %s: %s", number, len(files), file, ", ".join(tasks))
     if len(broken) == len(files) == 1:
         raise ImageError(broken[0])

@@ -160,7 +160,7 @@ class TransformerDecoder(nnx.Module):
     def __call__(
         self,
         mask_features: jax.Array,
-        maps: list[jax.Array],
+        maps: tuple[jax.Array, ...],
         task: jax.Array | None,
         key: Key = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:

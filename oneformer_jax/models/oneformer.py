@@ -7,7 +7,11 @@ official PyTorch code. Attribute paths follow the official parameter names.
 from __future__ import annotations
 
 import dataclasses
+<<<<<<< HEAD
 from collections.abc import Mapping
+=======
+from collections.abc import Sequence
+>>>>>>> wt-h
 from typing import Any
 
 import jax
@@ -21,8 +25,12 @@ from oneformer_jax.models.decoder import TransformerDecoder
 from oneformer_jax.models.layers import MLP, Key, linear, split_key
 from oneformer_jax.models.pixel_decoder import PixelDecoder
 from oneformer_jax.models.text import CONTEXT_LENGTH, TextEncoder
+<<<<<<< HEAD
 from oneformer_jax.rules import Integer
 from oneformer_jax.types import Predictions
+=======
+from oneformer_jax.types import Features, Predictions
+>>>>>>> wt-h
 
 # RGB statistics of ImageNet on 0..255 values.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -118,7 +126,7 @@ class OneFormerConfig:
 
     @property
     def has_task(self) -> bool:
-        """Whether the task has a say."""
+        """Whether the model is conditioned on the task."""
         return self.queries != "learned"
 
     @classmethod
@@ -266,24 +274,36 @@ class OneFormer(nnx.Module):
           key: PRNG key of dropout and drop path; None is deterministic.
           train: whether batch norm (if the backbone has it) uses and updates batch statistics.
         """
-        backbone_key, encoder_key, query_key = split_key(key, 3)
-        features = self.backbone(image, key=backbone_key, train=train)
-        mask_features, maps = self.pixel_decoder(features, encoder_key)
-        task = None
-        if self.has_task:
-            task = self.task_mlp(task_tokens.astype(jnp.float32))
-        class_logits, mask_embed, queries = self.predictor(mask_features, maps, task, query_key)
-        predictions = Predictions(class_logits, mask_embed, mask_features, queries)
+        *encoder_keys, query_key = split_key(key, 3)
+        features = self.encode(image, keys=encoder_keys, train=train)
+        predictions = self.decode(features, task_tokens, key=query_key)
         if text_ids is None or self.query_loss == "none":
             return predictions
         if self.query_loss == "classification":
-            logits = self.query_class(queries[:, : text_ids.shape[1]])
+            logits = self.query_class(predictions.queries[:, : text_ids.shape[1]])
             return dataclasses.replace(predictions, query_class_logits=logits)
         return dataclasses.replace(
             predictions,
             text_queries=self.encode_texts(text_tokens, text_ids),
             logit_scale=self.logit_scale[...],
         )
+
+    def encode(
+        self, image: jax.Array, *, keys: Sequence[Key] = (None, None), train: bool = False
+    ) -> Features:
+        """Runs the backbone and the pixel decoder; `keys` are theirs, see `__call__`."""
+        backbone_key, encoder_key = keys
+        maps = self.backbone(image, key=backbone_key, train=train)
+        mask_features, maps = self.pixel_decoder(maps, encoder_key)
+        return Features(mask_features, tuple(maps))
+
+    def decode(self, features: Features, task_tokens: jax.Array, *, key: Key = None) -> Predictions:
+        """Predicts from the features of a batch under a task for each image, see `__call__`."""
+        task = self.task_mlp(task_tokens.astype(jnp.float32)) if self.has_task else None
+        class_logits, mask_embed, queries = self.predictor(
+            features.mask_features, features.maps, task, key
+        )
+        return Predictions(class_logits, mask_embed, features.mask_features, queries)
 
     def encode_texts(self, text_tokens: jax.Array, text_ids: jax.Array) -> jax.Array:
         """Text queries float32 [B, Q, D]: the encoded text lists, then the context embeddings.

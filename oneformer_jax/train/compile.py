@@ -1,7 +1,8 @@
 """Compile mode: the real programs of a run, compiled ahead of time for accelerators not at hand.
 
-The training and the prediction step are those that `loop.train` runs, with the same shardings. What
-does not fit into memory is a verdict of the report, and `suggest` looks for settings that fit.
+The training step and the two steps of prediction are those that `loop.train` runs, with the same
+shardings. What does not fit into memory is a verdict of the report, and `suggest` looks for
+settings that fit.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+<<<<<<< HEAD
 from oneformer_jax import config_rules
+=======
+from oneformer_jax.models import functional
+>>>>>>> wt-h
 from oneformer_jax.train import accelerators, hlo, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.accelerators import Topology
 from oneformer_jax.train.flops import count_flops
+from oneformer_jax.types import TASK_TOKENS
 
 GIB = 2**30
 LARGEST = 8  # buffers listed for each program
@@ -44,7 +50,7 @@ class Report:
     """What compiling one program told.
 
     Attributes:
-      name: "training step" or "prediction step".
+      name: "training step", "encoding step" or "decoding step".
       fits: whether it was compiled within the memory of a device, resident state included.
       memory: name -> bytes on one device, in the order of printing; without "temporaries" and
         "program" if it does not fit.
@@ -85,9 +91,10 @@ def compile_programs(
     quick: bool = False,
     predict: bool = True,
 ) -> list[Report]:
-    """Compiles the training step and, at the largest padded size, the prediction step.
+    """Compiles the training step and, at the largest padded size, the two steps of prediction.
 
-    Without `predict`, the training step alone.
+    Encoding is what the tasks share, decoding is for one task. Without `predict`, the training step
+    alone.
 
     With `quick` the compiler takes a fraction of the time and makes other programs than a run has:
     those may need less, since they are fused more, or more, since they use memory that is there.
@@ -112,28 +119,9 @@ def compile_programs(
             "averages": _bytes_per_device(state.get("ema", {})),
             "batch": _bytes_per_device(batch),
         }
-        if predict:
-            params = states.inference_params(state.get("ema", state["params"]))
-            arguments = abstract_eval_batch(config, mesh)
-            resident = parts["optimizer"] + parts["averages"]
-            resident += parts["parameters"] - _bytes_per_device((params, state["stats"]))
-            # The compiler is at work on this one while the other is traced, which one core does.
-            prediction = beside.submit(
-                _trace(
-                    "prediction step",
-                    states.jit_predict(training.model, mesh),
-                    (params, state["stats"], *arguments),
-                    {
-                        "parameters": _bytes_per_device((params, state["stats"])),
-                        "rest of the state": resident,
-                        "batch": _bytes_per_device(arguments),
-                    },
-                    topology,
-                    arguments[0].shape[0],
-                    resident=resident,
-                    quick=quick,
-                )
-            )
+        steps = _trace_prediction(config, training, mesh, topology, quick) if predict else ()
+        # The compiler is at work on these while the training step is traced, which one core does.
+        prediction = [beside.submit(step) for step in steps]
         train = _trace(
             "training step",
             training.step,
@@ -143,7 +131,47 @@ def compile_programs(
             config.data.batch_size,
             quick=quick,
         )()
-        return [train, prediction.result()] if predict else [train]
+        return [train, *(report.result() for report in prediction)]
+
+
+def _trace_prediction(
+    config: ConfigDict,
+    training: states.Training,
+    mesh: jax.sharding.Mesh,
+    topology: Topology,
+    quick: bool,
+) -> Iterator[Callable[[], Report]]:
+    """The two steps of prediction, each traced when it is asked for; see `_trace`."""
+    state = training.state
+    programs = functional.programs(functional.abstract(training.model, training=False).graph, mesh)
+    params = functional.inference_params(state.get("ema", state["params"]))
+    image, image_size, task_tokens = abstract_eval_batch(config, mesh)
+    features = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=image.sharding),
+        jax.eval_shape(programs.encode, params, state["stats"], image, image_size),
+    )
+    encoder = {name: params[name] for name in functional.ENCODER_PARTS}
+    decoder = {name: tree for name, tree in params.items() if name not in encoder}
+    whole = _bytes_per_device({name: state[name] for name in state if name != "step"})
+    for name, program, read, arguments in (
+        ("encoding step", programs.encode, (encoder, state["stats"]), (image, image_size)),
+        ("decoding step", programs.decode, decoder, (features, task_tokens)),
+    ):
+        parts = {
+            "parameters": _bytes_per_device(read),
+            "rest of the state": whole - _bytes_per_device(read),
+            "batch": _bytes_per_device(arguments),
+        }
+        yield _trace(
+            name,
+            program,
+            (params, state["stats"], *arguments),
+            parts,
+            topology,
+            image.shape[0],
+            resident=parts["rest of the state"],
+            quick=quick,
+        )
 
 
 def _check_matcher(config: ConfigDict, topology: Topology) -> None:
@@ -179,21 +207,22 @@ def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:
 
 
 def abstract_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
-    """(image, image_size, task_tokens) of an evaluation batch at the largest padded size."""
+    """(image, image_size, task tokens) of an evaluation batch at the largest padded size."""
     size = sharding.round_up(config.eval.batch_size, mesh.size)
     height, width = (
         sharding.round_up(side, config.eval.bucket_multiple)
         for side in (config.eval.short_edge, config.eval.max_size)
     )
-    shapes = (((height, width, 3), jnp.uint8), ((2,), jnp.int32), ((77,), jnp.int32))
-    split = sharding.batch_sharding(mesh)
-    return tuple(
-        jax.ShapeDtypeStruct((size, *shape), dtype, sharding=split) for shape, dtype in shapes
+    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    return (
+        jax.ShapeDtypeStruct((size, height, width, 3), jnp.uint8, sharding=split),
+        jax.ShapeDtypeStruct((size, 2), jnp.int32, sharding=split),
+        jax.ShapeDtypeStruct(TASK_TOKENS.shape[1:], jnp.int32, sharding=whole),
     )
 
 
 def num_eval_sizes(config: ConfigDict) -> int:
-    """How many padded sizes images of any shape may get: a compiled prediction step for each."""
+    """How many padded sizes images of any shape may get: two compiled programs for each."""
     # One side is at short_edge and the other anywhere up to max_size, or one is at max_size and the
     # other anywhere up to short_edge.
     multiple = config.eval.bucket_multiple
@@ -299,8 +328,9 @@ def describe(config: ConfigDict, topology: Topology, reports: list[Report]) -> s
         lines += ["", *_describe_one(report, topology)]
     lines += [
         "",
-        f"programs: 1 training step, 1 prediction step for each padded size of the images (at most "
-        f"{num_eval_sizes(config)} with these eval.short_edge, max_size and bucket_multiple)",
+        "programs: 1 training step; 1 encoding and 1 decoding step for each padded size of the "
+        f"images (at most {num_eval_sizes(config)} with these eval.short_edge, max_size and "
+        "bucket_multiple)",
     ]
     return "\n".join(lines)
 

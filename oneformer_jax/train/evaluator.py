@@ -14,15 +14,22 @@ from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
 from oneformer_jax.eval import postprocess, tta, visualize
-from oneformer_jax.eval.evaluate import EvalResult, evaluate, format_results, write_results
+from oneformer_jax.eval.evaluate import (
+    EvalResult,
+    evaluate,
+    evaluate_tokens,
+    format_results,
+    write_results,
+)
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
+from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.protocol import Protocol, choose_protocol
 from oneformer_jax.eval.write import write_png
+from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import checkpoint, sharding
-from oneformer_jax.train import state as states
+from oneformer_jax.train import checkpoint
 from oneformer_jax.train.tensorboard import metric_writers
-from oneformer_jax.types import TASK_TOKENS, TASKS, Metadata, task_id
+from oneformer_jax.types import TASKS, Metadata
 
 # One pass over this host's evaluation batches: of an even sample of so many images, 0 is all.
 Batches = Callable[[int], Iterable[Mapping[str, Any]]]
@@ -59,10 +66,17 @@ class Evaluator:
         self._protocol = protocol_of(config, metadata)
         self._tasks = scored_tasks(config, self._protocol)
         self._tta = tta_config(config)
+<<<<<<< HEAD
         config_rules.require(
             {"eval.limit": config.eval.limit, "train.pictures": config.train.pictures}
         )
         self._predict = states.jit_predict(model, mesh)
+=======
+        if config.eval.limit < 0:
+            raise ValueError(f"eval.limit is {config.eval.limit}; use a number of images, 0 is all")
+        graph = functional.abstract(model, training=False).graph
+        self._programs = functional.programs(graph, mesh)
+>>>>>>> wt-h
         self._last: EvalResult | None = None
 
     def run(
@@ -91,9 +105,9 @@ class Evaluator:
         sizes = getattr(batches, "buckets", None)
         shapes = "" if sizes is None else f", {len(sizes)} padded sizes"
         logging.info("Evaluating step %d (protocol %s%s)", step, self._protocol.name, shapes)
-        predict = self._predictor(state)
+        predictor = self._predictor(state)
         result = evaluate(
-            predict,
+            predictor,
             batches,
             metadata=self._metadata,
             postprocess=self._postprocess,
@@ -104,7 +118,7 @@ class Evaluator:
         )
         scores = {name: value for name, value in result.metrics.items() if value is not None}
         writer.write_scalars(step, scores)
-        self._draw(predict, step, eval_batches(limit), writer)
+        self._draw(predictor, step, eval_batches(limit), writer)
         writer.flush()
         if jax.process_index() == 0:  # last: what `finished` looks for says that all is done
             write_results(self._results_path(step), result)
@@ -117,8 +131,9 @@ class Evaluator:
             shown,
         )
         logging.info(
-            "Programs compiled for evaluation so far: %d for the model, %d for post-processing",
-            self._predict._cache_size(),
+            "Programs compiled for evaluation so far: %d to encode, %d to decode, %d for "
+            "post-processing",
+            *(program._cache_size() for program in self._programs),
             postprocess.program_count() + tta.program_count(),
         )
         self._last = result
@@ -157,21 +172,19 @@ class Evaluator:
         self, state: Mapping[str, Any], step: int, eval_batches: Batches
     ) -> dict[str, dict[str, float | None]]:
         """Every metric under every task token (the paper's test-time token table); kept on disk."""
-        predict = self._predictor(state)
-        table = {}
-        for token in TASKS:
-            logging.info("Evaluating every output under the task token %r", token)
-            result = evaluate(
-                predict,
-                eval_batches(0),
-                metadata=self._metadata,
-                postprocess=self._postprocess,
-                outputs=self._protocol.tasks,
-                token=token,
-                protocol=self._protocol,
-                progress=_progress_log(),
-            )
-            table[token] = {name: result.metrics.get(name) for name in TOKEN_COLUMNS}
+        logging.info("Evaluating every output under each of the task tokens")
+        results = evaluate_tokens(
+            self._predictor(state),
+            eval_batches(0),
+            metadata=self._metadata,
+            postprocess=self._postprocess,
+            protocol=self._protocol,
+            progress=_progress_log(),
+        )
+        table = {
+            token: {name: result.metrics.get(name) for name in TOKEN_COLUMNS}
+            for token, result in results.items()
+        }
         if jax.process_index() == 0:
             checkpoint.write_json(self._table_path(step), table)
         return table
@@ -194,19 +207,11 @@ class Evaluator:
             flush=True,
         )
 
-    def _predictor(self, state: Mapping[str, Any]):
-        params = states.inference_params(state.get("ema", state["params"]))
+    def _predictor(self, state: Mapping[str, Any]) -> Predictor:
+        params = functional.inference_params(state.get("ema", state["params"]))
+        return Predictor(self._programs, params, state["stats"], self._mesh)
 
-        def predict(batch, token):
-            total = len(batch["image"]) * jax.process_count()
-            sharding.check_batch(total, self._mesh, "an evaluation batch of")
-            tokens = np.tile(TASK_TOKENS[task_id(token)], (len(batch["image"]), 1))
-            arrays = (np.asarray(batch["image"]), np.asarray(batch["image_size"]), tokens)
-            return self._predict(params, state["stats"], *sharding.put_batch(arrays, self._mesh))
-
-        return predict
-
-    def _draw(self, predict, step: int, batches: Iterable, writer) -> None:
+    def _draw(self, predictor: Predictor, step: int, batches: Iterable, writer) -> None:
         """One sheet of the first held-out images: a row each of image, truth and three tasks.
 
         Every host predicts, since the program spans all devices; the first one draws.
@@ -215,20 +220,7 @@ class Evaluator:
         pictures, titles = [], []
         for batch in batches if missing > 0 else ():
             valid = np.flatnonzero(batch["valid"])
-            # Fillers take the size of a real image, as in the evaluation: the shapes stay.
-            rows = np.where(batch["valid"], np.arange(len(batch["valid"])), [*valid, 0][0])
-            found = {
-                task: segment_batch(
-                    *predict(batch, task),
-                    batch["image_size"][rows],
-                    batch["original_size"][rows],
-                    batch["image"].shape[1:3],
-                    task=task,
-                    config=self._postprocess,
-                    metadata=self._metadata,
-                )
-                for task in TASKS
-            }
+            found = self._segment(predictor, batch)
             for i in valid[:missing]:
                 record = batch["records"][i]
                 truth = Segmentation.from_record(record, self._metadata, "panoptic")
@@ -245,6 +237,27 @@ class Evaluator:
         sheet = visualize.contact_sheet(pictures, titles, columns=2 + len(TASKS))
         writer.write_images(step, {"predictions": sheet[None]})
         write_png(self._picture_path(step), sheet)
+
+    def _segment(
+        self, predictor: Predictor, batch: Mapping[str, Any]
+    ) -> dict[str, list[Segmentation]]:
+        """The segmentations of a batch for all tasks, from one encoding."""
+        # Fillers take the size of a real image, as in the evaluation: the shapes stay.
+        valid = np.flatnonzero(batch["valid"])
+        rows = np.where(batch["valid"], np.arange(len(batch["valid"])), [*valid, 0][0])
+        features = predictor.encode(batch)
+        return {
+            task: segment_batch(
+                *predictor.decode(features, task),
+                batch["image_size"][rows],
+                batch["original_size"][rows],
+                batch["image"].shape[1:3],
+                task=task,
+                config=self._postprocess,
+                metadata=self._metadata,
+            )
+            for task in TASKS
+        }
 
     def _results_path(self, step: int) -> pathlib.Path:
         return self._workdir / "eval" / str(step) / "results.json"

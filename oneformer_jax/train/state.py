@@ -1,4 +1,4 @@
-"""The training state and the compiled functions: one training step and one prediction step.
+"""The training state and the compiled training step.
 
 State is a plain nested dict {step, params, stats, opt[, ema]}; the module's structure is closed
 over and merged with the parameters inside the differentiated function.
@@ -6,7 +6,6 @@ over and merged with the parameters inside the differentiated function.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,15 +17,14 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from oneformer_jax.models import backbones
-from oneformer_jax.models.layers import ParamKeys
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
 from oneformer_jax.models.stack import Stack
 from oneformer_jax.train import optim, sharding
 from oneformer_jax.train.optim import OptimConfig
-from oneformer_jax.types import TASK_TOKENS, Predictions
+from oneformer_jax.types import TASK_TOKENS
 
 State = dict[str, Any]
 
@@ -53,25 +51,6 @@ def optim_config(config: ConfigDict) -> OptimConfig:
     for name in ("accumulate", "ema_decay"):  # of the training step, not of the optimizer
         del fields[name]
     return OptimConfig(steps=config.train.steps, **fields)
-
-
-def split_model(model: OneFormer) -> tuple[nnx.GraphDef, dict, dict]:
-    """A module as (structure, trained parameters, statistics), the last two as plain dicts."""
-    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
-    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-
-
-def model_graph(config: OneFormerConfig, *, training: bool) -> nnx.GraphDef:
-    """Structure of the model, made without computing any parameter."""
-    model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=training))
-    return nnx.graphdef(model)
-
-
-def abstract_params(config: OneFormerConfig) -> dict:
-    """Shapes and dtypes of the trained parameters, with the text branch."""
-    return jax.eval_shape(
-        lambda: split_model(OneFormer(config, rngs=ParamKeys(0), training=True))[1]
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +86,9 @@ def make_training(
       mesh: see `sharding.make_mesh`.
     """
     model = model_config(config, num_classes)
-    optimizer = optim.make_optimizer(optim_config(config), abstract_params(model))
+    optimizer = optim.make_optimizer(
+        optim_config(config), functional.abstract(model, training=True).params
+    )
     init = make_init(model, optimizer, ema=config.optim.ema_decay > 0)
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.state_shardings(abstract, mesh)
@@ -162,7 +143,7 @@ def make_init(
     """A function from a PRNG key to the state of step 0, to be compiled with its shardings."""
 
     def init(key: jax.Array) -> State:
-        _, params, stats = split_model(OneFormer(config, rngs=ParamKeys(key), training=True))
+        _, params, stats = functional.init(config, key, training=True)
         state = {
             "step": jnp.zeros((), jnp.int32),
             "params": params,
@@ -208,15 +189,15 @@ def make_train_step(
       `input_pipeline.loader`, without `index`. Metrics are float32 scalars: `loss`, its terms,
       `grad_norm`, `param_norm`, `skipped_share` (1 if the update was left out).
     """
-    graphdef = model_graph(config, training=True)
+    graph = functional.abstract(config, training=True).graph
 
     def loss_fn(params, stats, batch, key):
         if param_shardings is None:
-            model = nnx.merge(graphdef, params, stats)
+            model = functional.merge(graph, params, stats)
         else:
-            model = merge_gathered(graphdef, params, stats, param_shardings)
+            model = merge_gathered(graph, params, stats, param_shardings)
         model_key, point_key = jax.random.split(key)
-        with kernels_on(mesh):
+        with functional.on_mesh(mesh):
             predictions = model(
                 normalize_images(batch["image"], batch["image_size"]),
                 jnp.asarray(TASK_TOKENS)[batch["task"]],
@@ -226,7 +207,7 @@ def make_train_step(
                 train=True,
             )
         loss, terms = compute_losses(predictions, batch, point_key, losses, mesh=mesh)
-        return loss, ({"loss": loss} | terms, split_model(model)[2])
+        return loss, ({"loss": loss} | terms, functional.split(model).stats)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -280,28 +261,28 @@ def make_train_step(
     return train_step
 
 
-def merge_gathered(graphdef: nnx.GraphDef, params: dict, stats: dict, shardings: dict) -> OneFormer:
+def merge_gathered(graph: nnx.GraphDef, params: dict, stats: dict, shardings: dict) -> OneFormer:
     """The model with parameters that are whole on every device where they are used.
 
     Those of a `Stack` are gathered layer by layer, in its loop, all others at once.
     """
-    structure = nnx.merge(graphdef, params, stats)
+    structure = functional.merge(graph, params, stats)
     stacks = {path: node for path, node in nnx.iter_graph(structure) if isinstance(node, Stack)}
 
     def whole(path, x, split):
         names = tuple(entry.key for entry in path)
         if any(names[: len(stack)] == stack for stack in stacks):
             return x
-        return gather_parameter(x, split, summed=names[0] in TEXT_PARAMS)
+        return gather_parameter(x, split, summed=names[0] in functional.TEXT_PARTS)
 
     params = jax.tree_util.tree_map_with_path(whole, params, shardings)
-    model = nnx.merge(graphdef, params, stats)
+    model = functional.merge(graph, params, stats)
     for path in stacks:
         stack, split = model, shardings
         for name in path:
             stack = stack[name] if isinstance(name, int) else getattr(stack, name)
             split = split[name]
-        stack.gather = _GatherLayer(split, summed=path[0] in TEXT_PARAMS)
+        stack.gather = _GatherLayer(split, summed=path[0] in functional.TEXT_PARTS)
     return model
 
 
@@ -365,59 +346,3 @@ def mean_metrics(metrics: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]
     fetched = [m for m, skip in zip(fetched, skipped, strict=True) if not skip] or fetched
     means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
     return means | {"skipped_share": float(np.mean(skipped))}
-
-
-def kernels_on(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
-    """While the model is traced in it, its kernels split the batch over all axes of `mesh`.
-
-    The compiler partitions everything else, but no Pallas kernel. `layers.once_per_shard` asks it
-    too.
-    """
-    if mesh is None or mesh.size == 1:
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
-def make_predict_step(
-    config: OneFormerConfig, mesh: jax.sharding.Mesh | None = None
-) -> Callable[..., Predictions]:
-    """The prediction step (params, stats, image, image_size, task_tokens) -> Predictions.
-
-    The text branch is left out: its parameters may be present and are not read. The batch is split
-    over `mesh`.
-    """
-    graphdef = model_graph(config, training=False)
-
-    def predict_step(params, stats, image, image_size, task_tokens) -> Predictions:
-        model = nnx.merge(graphdef, inference_params(params), stats)
-        with kernels_on(mesh):
-            return model(normalize_images(image, image_size), task_tokens)
-
-    return predict_step
-
-
-def jit_predict(config: OneFormerConfig, mesh: jax.sharding.Mesh) -> Any:
-    """The prediction that evaluation runs, compiled on demand.
-
-    (params, stats, image, image_size, task_tokens) -> class logits [B, Q, K+1] and mask logits
-    [B, Q, h, w] of the final prediction; every device keeps the logits of its own images.
-    """
-    predict_step = make_predict_step(config, mesh)
-
-    def predict(params, stats, image, image_size, task_tokens):
-        # Sharded ones are gathered: left to itself, XLA would send feature maps about.
-        params = jax.lax.with_sharding_constraint(params, sharding.replicated(mesh))
-        predictions = predict_step(params, stats, image, image_size, task_tokens)
-        return predictions.class_logits[-1], predictions.mask_logits()
-
-    return jax.jit(predict, out_shardings=sharding.batch_sharding(mesh))
-
-
-TEXT_PARAMS = ("text_encoder", "text_projector", "prompt_ctx", "logit_scale")
-# Top-level parameters that exist in training only.
-TRAINING_PARAMS = (*TEXT_PARAMS, "query_class")
-
-
-def inference_params(params: dict) -> dict:
-    """`params` without what losses alone need: the text branch."""
-    return {name: value for name, value in params.items() if name not in TRAINING_PARAMS}

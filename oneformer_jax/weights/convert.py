@@ -15,19 +15,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from oneformer_jax.models import backbones, published
+from oneformer_jax.models import backbones, functional, published
 from oneformer_jax.models.backbones import SwinConfig
 from oneformer_jax.models.backbones.swin import relative_position_index
-from oneformer_jax.models.layers import ParamKeys
-from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormer, OneFormerConfig
+from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormerConfig
 from oneformer_jax.types import Metadata
 from oneformer_jax.weights import architecture, files, hugging_face, names
 from oneformer_jax.weights.files import FileError, TensorFile
 
-# Top-level parts of the model that exist in training only.
-TEXT_PARTS = ("text_encoder", "text_projector", "prompt_ctx", "logit_scale")
 SETTINGS = ("short_edge", "max_size", "object_mask_threshold", "overlap_threshold", "topk")
 NO_OBJECT_WEIGHT = 0.1  # of every published model; a buffer of the official criterion
 
@@ -121,7 +117,8 @@ def read_model(
     if found is None:
         found = next(iter(published.find(config, file.path)), None)
     # The scale belongs to the criterion, which a model without the text branch may have too.
-    text = any(name.split(".")[0] in TEXT_PARTS and name != "logit_scale" for name in shapes)
+    branch = set(functional.TEXT_PARTS) - {"logit_scale"}
+    text = any(name.split(".")[0] in branch for name in shapes)
     params, stats, left_out = _read(file, tensors, form, config, text)
     settings = own.get("settings") or (
         {name: getattr(found, name) for name in SETTINGS} if found else {}
@@ -176,8 +173,8 @@ def write_model(
     arrays = dict(names.flatten(params)) | dict(names.flatten(stats))
     text = "text_encoder" in params
     kind = backbones.kind_of(config.backbone)
-    trees = abstract_trees(config, text)
-    expected = dict(names.flatten(trees[0])) | dict(names.flatten(trees[1]))
+    _, *trees = functional.abstract(config, training=text)
+    expected = dict(leaves(trees))
     if missing := [name for name in expected if name not in arrays]:
         raise ValueError(f"parameters of another model: it lacks {listing(missing)}")
     tensors: dict[str, np.ndarray] = {}
@@ -267,13 +264,6 @@ def _frozen_norm(tensors: Mapping[str, Any], shapes: Mapping[str, Any], form: st
     return classes not in (NUM_CLASSES["cityscapes"], NUM_CLASSES["mapillary"])
 
 
-def abstract_trees(config: OneFormerConfig, text: bool) -> tuple[dict, dict]:
-    """Parameters and statistics of a model as shapes."""
-    model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=text))
-    _, params, stats = nnx.split(model, nnx.Param, ...)
-    return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-
-
 def _read(
     file: TensorFile,
     tensors: Mapping[str, files.Tensor],
@@ -282,7 +272,7 @@ def _read(
     text: bool,
 ) -> tuple[dict, dict, dict[str, str]]:
     """Parameters, statistics and what is left out; one FileError about all that is wrong."""
-    trees = abstract_trees(config, text)
+    _, *trees = functional.abstract(config, training=text)
     expected = dict(leaves(trees))
     arrays, problems = read_arrays(tensors, form, expected, backbones.kind_of(config.backbone))
     left_out, surplus = {}, []

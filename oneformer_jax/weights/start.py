@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from oneformer_jax.models import functional
 from oneformer_jax.weights import convert, files, names
 from oneformer_jax.weights.files import FileError
 
@@ -173,7 +174,7 @@ def fitting(
         if name not in arrays
     }
     # The text branch may be missing as a whole; the rest must be mostly there.
-    main = {n: leaf for n, leaf in expected.items() if n.split(".")[0] not in convert.TEXT_PARTS}
+    main = {n: leaf for n, leaf in expected.items() if n.split(".")[0] not in functional.TEXT_PARTS}
     total = sum(leaf.size for leaf in main.values())
     taken = sum(leaf.size for name, leaf in main.items() if name in arrays)
     if 2 * taken < total:

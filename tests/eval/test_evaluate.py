@@ -1,19 +1,27 @@
 """The evaluation loop, from the logits of a model that knows the answer to the written result."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from oneformer_jax.eval import evaluate as evaluate_module
-from oneformer_jax.eval.evaluate import EvalResult, evaluate, format_results, write_results
+from oneformer_jax.eval.evaluate import (
+    EvalResult,
+    evaluate,
+    evaluate_tokens,
+    format_results,
+    write_results,
+)
 from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.eval.protocol import Protocol
 from oneformer_jax.types import TASKS, Metadata
@@ -79,9 +87,14 @@ class Oracle:
 
     def __init__(self, segments=lambda record, task: record["segments"]):
         self.segments = segments
+        self.encoded = 0
         self.tokens = []
 
-    def __call__(self, batch, task):
+    def encode(self, batch):
+        self.encoded += 1
+        return batch
+
+    def decode(self, batch, task):
         self.tokens.append(task)
         size = len(batch["valid"])
         classes = np.zeros((size, QUERIES, CLASSES + 1), np.float32)
@@ -129,6 +142,7 @@ def test_a_perfect_model_gets_100(perfect):
     )
     assert result.images == 5  # the sixth slot is a filler
     assert model.tokens == list(TASKS) * 3  # three batches, a run for each task
+    assert model.encoded == 3
     assert result.token is None
     assert result.counts["panoptic/tp"] == 25
     assert result.counts["instance/ground_truth"] == 15
@@ -157,15 +171,45 @@ def test_each_output_is_scored_under_its_own_token():
         assert result.metrics[name] == pytest.approx(100)
 
 
-def test_wrong_token_gives_all_metrics_from_one_forward():
+def test_every_token_gives_all_metrics_from_its_one_prediction():
     model = Oracle(things_only)
-    result = evaluate(model, make_batches(range(4)), token="instance", **SETTINGS)
-    assert model.tokens == ["instance"] * 2
-    assert result.token == "instance"
-    assert result.metrics["panoptic/PQ_stuff"] == 0
-    assert result.metrics["panoptic/PQ_things"] == pytest.approx(100)
-    assert result.metrics["instance/AP"] == pytest.approx(100)
-    assert 0 < result.metrics["semantic/mIoU"] < 60
+    results = evaluate_tokens(model, make_batches(range(4)), **SETTINGS)
+    assert model.tokens == list(TASKS) * 2
+    assert model.encoded == 2
+    assert [(token, result.token) for token, result in results.items()] == [(t, t) for t in TASKS]
+    wrong = results["instance"].metrics
+    assert wrong["panoptic/PQ_stuff"] == 0
+    assert wrong["panoptic/PQ_things"] == pytest.approx(100)
+    assert wrong["instance/AP"] == pytest.approx(100)
+    assert 0 < wrong["semantic/mIoU"] < 60
+    for token in ("panoptic", "semantic"):
+        for name in HUNDREDS:
+            assert results[token].metrics[name] == pytest.approx(100)
+
+
+def test_features_of_one_batch_are_kept_at_a_time():
+    """Also not those of the batch before, while the next one is encoded."""
+
+    class Watched(Oracle):
+        def encode(self, batch):
+            gc.collect()
+            assert all(reference() is None for reference in self.features)
+            found = Features(super().encode(batch))
+            self.features.append(weakref.ref(found))
+            return found
+
+        def decode(self, features, task):
+            return super().decode(features.batch, task)
+
+    class Features:
+        def __init__(self, batch):
+            self.batch = batch
+
+    for run in (evaluate, evaluate_tokens):
+        model = Watched()
+        model.features = []
+        run(model, make_batches(range(6)), **SETTINGS)
+        assert len(model.features) == 3
 
 
 def test_chosen_outputs():
@@ -179,17 +223,17 @@ def test_chosen_outputs():
 def test_thresholds_reach_the_post_processing():
     """A model whose segments have probability 0.6 is silent at the threshold of 0.8."""
 
-    def unsure(batch, task):
-        classes, masks = Oracle()(batch, task)
-        # softmax of log(.6), log(.1) x 4
-        classes = jnp.where(classes == 20, jnp.log(0.6), jnp.log(0.1))
-        return classes, masks
+    class Unsure(Oracle):
+        def decode(self, batch, task):
+            classes, masks = super().decode(batch, task)
+            # softmax of log(.6), log(.1) x 4
+            return jnp.where(classes == 20, jnp.log(0.6), jnp.log(0.1)), masks
 
     found = []
     for threshold in (0.5, 0.8):
         config = PostprocessConfig(object_mask_threshold=threshold, topk=12)
         result = evaluate(
-            unsure,
+            Unsure(),
             make_batches(range(2)),
             metadata=METADATA,
             postprocess=config,
@@ -243,7 +287,6 @@ def test_a_batch_of_fillers_only_is_run_but_not_scored():
     ("options", "message"),
     [
         (dict(outputs=("depth",)), "unknown task 'depth'"),
-        (dict(token="depth"), "unknown task 'depth'"),
         (dict(outputs=()), "no outputs"),
         (dict(protocol=Protocol("mapillary")), "mapillary has no metric for the task 'instance'"),
         (dict(), "saw no image of blocks"),

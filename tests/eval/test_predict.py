@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from oneformer_jax.eval import predict, write
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation
+from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.tta import TtaConfig
-from oneformer_jax.models.oneformer import OneFormer
+from oneformer_jax.models import functional
 from oneformer_jax.types import TASK_TOKENS, TASKS
 from tests import tiny
 
@@ -28,19 +28,8 @@ CONFIG = tiny.model_config(decoder_layers=1)
 
 @functools.cache
 def state():
-    """(params, stats) of a model with its text branch; random: to initialise is to compile."""
-    model = nnx.eval_shape(lambda: OneFormer(CONFIG, rngs=nnx.Rngs(0), training=True))
-    _, params, stats = nnx.split(model, nnx.Param, ...)
-    rng = np.random.default_rng(0)
-
-    def fill(shape):
-        return jax.tree.map(
-            lambda x: rng.uniform(0.02, 0.2, x.shape).astype(x.dtype), nnx.to_pure_dict(shape)
-        )
-
-    params, stats = fill(params), fill(stats)
-    centred = jax.tree.map(lambda x: x - 0.11 if x.ndim > 1 else x, params)
-    return centred, stats
+    """(params, stats) of a model with its text branch."""
+    return tiny.random_model(CONFIG, training=True)[1:]
 
 
 @functools.cache
@@ -52,13 +41,13 @@ def picture(height=48, width=70, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-def fake(image, task):
-    """A segmentation of `image` in two halves; what a Segmenter gives, without a model."""
+def fake(image, tasks):
+    """Segmentations of `image` in two halves; what a Segmenter gives, without a model."""
     panoptic = np.ones(image.shape[:2], np.int32)
     panoptic[: len(image) // 2] = 2
     segments = [dict(id=1, category=3), dict(id=2, category=1)]
     record = dict(image=image, panoptic=panoptic, segments=segments)
-    return Segmentation.from_record(record, METADATA, task)
+    return {task: Segmentation.from_record(record, METADATA, task) for task in tasks}
 
 
 # --- arrays ---
@@ -75,6 +64,104 @@ def test_segmenter_gives_a_result_of_the_image_size(task):
         assert set(np.unique(result.segments)) - {0} == {i["id"] for i in result.segments_info}
     elif task == "instance":
         assert len(result.masks) == len(result.scores) == len(result.labels)
+
+
+def assert_same(a, b):
+    """Two segmentations are equal, bit by bit."""
+    assert a.task == b.task and a.segments_info == b.segments_info
+    for name in ("segments", "class_map", "masks", "scores", "labels"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None), name
+        if x is not None:
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y, name)
+
+
+# Sizes of one strip and of several, padded or not, and every kind of model.
+VARIANTS = [
+    ({}, (48, 70)),
+    ({}, (64, 96)),
+    ({}, (300, 110)),
+    ({"dtype": "bfloat16"}, (48, 70)),
+    ({"queries": "learned"}, (48, 70)),
+    ({"queries": "no_token", "scan_layers": False}, (48, 70)),
+]
+
+
+@pytest.mark.parametrize(("fields", "size"), VARIANTS)
+def test_all_tasks_at_once_are_bit_equal_to_single_calls(fields, size):
+    config = dataclasses.replace(CONFIG, decoder_layers=3, **fields)
+    model = tiny.random_model(config)[1:]
+    self = predict.Segmenter(config, *model, METADATA, postprocess=LENIENT, test_size=SIZE)
+    image = picture(*size)
+    single = {task: self(image, task) for task in TASKS}
+    together = self(image, "all")
+    assert tuple(together) == TASKS
+    for task in TASKS:
+        assert_same(together[task], single[task])
+        assert together[task].image is image
+    # Whatever ran before, and also from a Segmenter of its own.
+    other = predict.Segmenter(config, *model, METADATA, postprocess=LENIENT, test_size=SIZE)
+    for task, found in other(image, ("semantic", "panoptic")).items():
+        assert_same(found, single[task])
+
+
+def test_the_logits_of_all_tasks_are_bit_equal_to_those_of_single_calls(monkeypatch):
+    """Thresholds could hide a difference."""
+    seen = []
+    spy = lambda *logits, **_: seen.append([np.asarray(x) for x in logits[:2]]) or [None]  # noqa: E731
+    monkeypatch.setattr(predict, "segment_batch", spy)
+    image = picture(seed=1)
+    segmenter()(image, "all")
+    for task in TASKS:
+        segmenter()(image, task)
+    for a, b in zip(seen[:3], seen[3:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert not np.array_equal(seen[0][0], seen[1][0])
+
+
+def test_an_image_is_encoded_once_for_all_tasks(monkeypatch):
+    self, calls = segmenter(), []
+    programs = self._predictor.programs
+
+    def counted(name):
+        return lambda *args: calls.append(name) or getattr(programs, name)(*args)
+
+    spies = functional.Programs(counted("encode"), counted("decode"))
+    monkeypatch.setattr(self._predictor, "programs", spies)
+    self(picture(), "all")
+    assert calls == ["encode", "decode", "decode", "decode"]
+    calls.clear()
+    assert list(self(picture(), ["instance", "semantic", "instance"])) == ["instance", "semantic"]
+    assert calls == ["encode", "decode", "decode"]
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_everything_is_moved_to_the_devices_on_purpose(devices):
+    """So that a run may forbid all other transfers."""
+    graph, params, stats = tiny.random_model(CONFIG)
+    mesh = devices and jax.make_mesh(
+        (devices,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+    place = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params, stats = jax.device_put((params, stats), place)
+    predictor = Predictor(functional.programs(graph, mesh), params, stats, mesh)
+    batch = dict(image=np.zeros((2, 64, 64, 3), np.uint8), image_size=np.full((2, 2), 64))
+    with jax.transfer_guard("disallow"):
+        logits = predictor.decode(predictor.encode(batch), "instance")
+    assert [len(x.sharding.device_set) for x in logits] == [devices or 1] * 2
+    if devices:
+        with pytest.raises(ValueError, match="batch of 1 images is not divisible by the 2 devices"):
+            predictor.encode({name: array[:1] for name, array in batch.items()})
+    with pytest.raises(ValueError, match="unknown task 'all'"):
+        predictor.decode(None, "all")
+
+
+def test_one_name_gives_a_segmentation_and_several_a_dict():
+    assert isinstance(segmenter()(picture()), Segmentation)
+    assert isinstance(segmenter()(picture(), "semantic"), Segmentation)
+    found = segmenter()(picture(), ("semantic",))
+    assert list(found) == ["semantic"] and isinstance(found["semantic"], Segmentation)
 
 
 def prepared(image):
@@ -119,15 +206,14 @@ def test_segmenter_averages_views_of_the_resized_image(monkeypatch):
     resized = predict.resize_shortest_edge(image, *SIZE)
     seen = []
 
-    def spy(view, token):
-        np.testing.assert_array_equal(token, TASK_TOKENS[2])
+    def spy(view):
         seen.append(view)
-        return segmenter()._predict(*arguments, view["image"], view["image_size"], token[None])
+        return encode(view)
 
-    arguments = (segmenter()._params, segmenter()._stats)
     views = TtaConfig((32, 64), 80)
     model = predict.Segmenter(CONFIG, *state(), METADATA, test_size=SIZE, tta=views)
-    monkeypatch.setattr(model, "_logits", spy)
+    encode = model._encode
+    monkeypatch.setattr(model, "_encode", spy)
     result = model(image, "semantic", tta=True)
     assert result.class_map.shape == image.shape[:2] and result.image is image
     sizes = [(32, 47), (32, 47), (55, 80), (55, 80)]  # the longer side is capped
@@ -142,8 +228,11 @@ def test_segmenter_averages_views_of_the_resized_image(monkeypatch):
         expected = expected[:, ::-1] if mirrored else expected
         np.testing.assert_array_equal(view["image"][0, :height, :width], expected)
         assert not view["image"][0, height:].any() and not view["image"][0, :, width:].any()
-    with pytest.raises(ValueError, match="semantic task only, not for 'panoptic'"):
-        model(image, tta=True)
+    several = model(image, ["semantic"], tta=True)
+    assert_same(several["semantic"], result)
+    for task in ("panoptic", "all", ("semantic", "instance")):
+        with pytest.raises(ValueError, match=r"semantic task only, not for .*(panoptic|all|inst)"):
+            model(image, task, tta=True)
 
 
 def test_raw_outputs_have_every_prediction(raw):
@@ -154,6 +243,51 @@ def test_raw_outputs_have_every_prediction(raw):
     assert raw.aux_mask_logits.shape == (layers, 8, queries, 16, 24)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(raw))
     assert not np.allclose(raw.aux_class_logits[-1], raw.class_logits)
+
+
+def test_raw_takes_a_batch_that_the_devices_do_not_divide(raw, mesh8):
+    sharded = predict.Segmenter(CONFIG, *state(), METADATA, mesh=mesh8)
+    tokens = np.stack([sharded.task_tokens(task) for task in TASKS])
+    found = sharded.raw(np.repeat(prepared(picture())[None], 3, 0), tokens)
+    assert found.class_logits.shape[0] == found.aux_mask_logits.shape[1] == 3
+    np.testing.assert_allclose(found.class_logits, raw.class_logits[:3], atol=1e-5)
+    np.testing.assert_allclose(found.aux_mask_logits, raw.aux_mask_logits[:, :3], atol=1e-4)
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_one_image_on_a_mesh_runs_kernels_on_each_device(monkeypatch, axis_type):
+    """A kernel cannot do without the mesh: it gets one image there, and the result is the same."""
+    from kernels.ms_deform_attn import api
+
+    plain = segmenter()(picture(), "semantic")
+    batches = []
+    load = api.load
+
+    def recording(implementation):
+        assert implementation == "pallas_tpu"
+
+        def run(value, *rest):
+            batches.append(value.shape[0])
+            return load("xla")(value, *rest)
+
+        return run
+
+    monkeypatch.setattr(api, "load", recording)
+    types = (getattr(jax.sharding.AxisType, axis_type),)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=types, devices=jax.devices()[:4])
+    config = dataclasses.replace(CONFIG, sampling="pallas_tpu")
+    settings = dict(postprocess=LENIENT, test_size=SIZE)
+    sharded = predict.Segmenter(config, *state(), METADATA, mesh=mesh, **settings)
+    features = sharded._encode(
+        dict(image=np.zeros((1, 64, 96, 3), np.uint8), image_size=[[64, 93]])
+    )
+    assert features.mask_features.sharding.shard_shape(features.mask_features.shape)[0] == 1
+    found = sharded(picture(), "all")
+    assert batches == [1]
+    for task in TASKS:
+        assert_same(found[task], sharded(picture(), task))
+        assert found[task].size == (48, 70)
+    assert (found["semantic"].class_map != plain.class_map).mean() < 0.01
 
 
 def test_raw_shares_the_batch_among_the_devices(raw):
@@ -180,16 +314,20 @@ def test_task_tokens():
     ]
 
 
-def test_parameters_are_arguments_of_the_program():
+def test_parameters_are_arguments_of_the_programs():
     """As constants they would be copied into each of the programs."""
     self = segmenter()
-    arrays = (np.zeros((1, *SIZE, 3), np.uint8), np.array([SIZE], np.int32), TASK_TOKENS[:1])
-    class_logits, _ = self._predict(self._params, self._stats, *arrays)
-    programs = self._predict._cache_size()
-    zeros = jax.tree.map(jnp.zeros_like, self._params)
-    assert np.abs(class_logits).max() > 0
-    assert not self._predict(zeros, self._stats, *arrays)[0].any()
-    assert self._predict._cache_size() == programs
+    programs = self._predictor.programs
+    arrays = (np.zeros((1, *SIZE, 3), np.uint8), np.array([SIZE], np.int32))
+
+    def run(params):
+        features = programs.encode(params, self._stats, *arrays)
+        return programs.decode(params, self._stats, features, TASK_TOKENS[0])[0]
+
+    assert np.abs(run(self._params)).max() > 0
+    compiled = [program._cache_size() for program in programs]
+    assert not run(jax.tree.map(jnp.zeros_like, self._params)).any()
+    assert [program._cache_size() for program in programs] == compiled
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves((self._params, self._stats)))
 
 
@@ -201,6 +339,11 @@ def test_parameters_of_the_text_branch_are_left_out():
 def test_wrong_calls_are_refused():
     with pytest.raises(ValueError, match=r"unknown task 'depth'.*panoptic"):
         segmenter()(picture(), task="depth")
+    for task in (("panoptic", "depth"), None, 3):
+        with pytest.raises(ValueError, match=r"unknown task (None|3|'depth')"):
+            segmenter()(picture(), task=task)
+    with pytest.raises(ValueError, match="no task is given; use some of panoptic"):
+        segmenter()(picture(), task=())
     for image in (picture() / 255, picture()[..., 0], picture()[..., :2], picture()[:0]):
         with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\]"):
             segmenter()(image)
@@ -411,10 +554,3 @@ def test_a_real_segmenter_writes_files(tmp_path):
     assert len(written) == 7
     size = Image.open(tmp_path / "out" / "a_panoptic.png").size
     assert size == (70, 48)
-
-
-@pytest.mark.parametrize("key", ["sampling", "neighborhood"])
-def test_a_kernel_on_several_devices_is_refused(mesh8, key):
-    config = tiny.model_config(**{key: "pallas_tpu"})
-    with pytest.raises(ValueError, match=rf"model\.{key} is 'pallas_tpu'.*8 devices"):
-        predict.Segmenter(config, {}, {}, tiny.metadata(), mesh=mesh8)

@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from oneformer_jax.models import decoder, layers
+from oneformer_jax.models import decoder, functional, layers
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
-from oneformer_jax.train import state as states
-from oneformer_jax.train.state import inference_params
 from oneformer_jax.types import TASK_TOKENS
 from tests import tiny
 
 
 def _millions(config: OneFormerConfig) -> tuple[float, float]:
     """Trained parameters in millions, to the third decimal: with and without the text branch."""
-    params = states.abstract_params(config)
-    counts = (sum(x.size for x in jax.tree.leaves(p)) for p in (params, inference_params(params)))
+    params = functional.abstract(config, training=True).params
+    trees = (params, functional.inference_params(params))
+    counts = (sum(x.size for x in jax.tree.leaves(tree)) for tree in trees)
     return tuple(round(count / 1e6, 3) for count in counts)
 
 

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 import tests.conftest  # noqa: F401 - chooses the CPU before jax is imported
+from oneformer_jax.models import functional
 from oneformer_jax.train import accelerators, hlo, sharding
 from oneformer_jax.train import state as states
 from tests import tiny
@@ -63,7 +64,7 @@ def sent_between_slices(found: list[hlo.Collective]) -> float:
     features = [c for c in crossing if c.name == "ALL_GATHER"]
     assert all(c.elements == test_compile.FEATURES for c in features), features
     config = states.model_config(make_config(**test_compile.SMALL), tiny.CLASSES)
-    params = states.abstract_params(config)
+    params = functional.abstract(config, training=True).params
     # All devices encode the same texts: what is summed are the gradients of these.
     del params["text_encoder"]["token_embedding"]
     gradients = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))

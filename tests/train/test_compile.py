@@ -17,7 +17,7 @@ import pytest
 from configs import coco
 from kernels.bench import gpu
 from kernels.point_sampling import sample_features
-from oneformer_jax.models import matcher
+from oneformer_jax.models import functional, matcher
 from oneformer_jax.train import accelerators, compile, hlo, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.accelerators import Topology
@@ -72,22 +72,27 @@ def reports(here):
         return programs(make_config(**SMALL), here)
 
 
-def test_the_prediction_step_is_compiled_while_the_training_step_is_traced(here, monkeypatch):
+def test_the_steps_of_prediction_are_compiled_while_the_training_step_is_traced(here, monkeypatch):
     started = threading.Event()
 
     def trace(name, *_, **__):
-        if name == "prediction step":
+        if name != "training step":
             return lambda: started.set() or name
         assert started.wait(60), "the training step is traced before the other is compiled"
         return lambda: name
 
     monkeypatch.setattr(compile, "_trace", trace)
-    assert programs(make_config(**SMALL), here) == ["training step", "prediction step"]
+    assert programs(make_config(**SMALL), here) == [
+        "training step",
+        "encoding step",
+        "decoding step",
+    ]
 
 
 def parameter_bytes(config):
     model = states.model_config(config, tiny.CLASSES)
-    return 4 * sum(x.size for x in jax.tree.leaves(states.abstract_params(model)))
+    params = functional.abstract(model, training=True).params
+    return 4 * sum(x.size for x in jax.tree.leaves(params))
 
 
 def check_collectives(collectives, size, *, on_tpu=False):
@@ -126,24 +131,37 @@ def test_no_mask_feature_map_or_point_travels(reports):
     assert check_collectives(reports[0].collectives, parameter_bytes(make_config(**SMALL))) > 0
 
 
-def test_the_report_of_both_steps(reports, here):
-    train, predict = reports
-    assert train.fits and predict.fits
+def test_the_report_of_all_steps(reports, here):
+    train, encode, decode = reports
+    assert train.fits and encode.fits and decode.fits
     assert train.limit is None  # nobody knows how much of a CPU's memory is to be had
-    assert (train.images, predict.images) == (8, 8)  # 3 rounded up
+    assert (train.images, encode.images, decode.images) == (8, 8, 8)  # 3 rounded up
     config = make_config(**SMALL)
     size = parameter_bytes(config)
     assert size / 4 < train.memory["parameters"] < 0.3 * size
     assert train.memory["optimizer"] == pytest.approx(2 * train.memory["parameters"], rel=0.01)
     assert train.memory["activations and temporaries"] > 0
     assert sum(train.memory.values()) == train.peak
-    assert 1 < train.flops / predict.flops < 4  # the images of the second are larger
+    # The images of prediction are larger.
+    assert 1 < train.flops / (encode.flops + decode.flops) < 4
+    for one, other in ((encode, decode), (decode, encode)):
+        assert one.memory["activations and temporaries"] > 0
+        assert one.memory["rest of the state"] > other.memory["parameters"]
+        assert sum(one.memory.values()) == one.peak
     assert train.sent["all-reduce"][1] > 0
-    assert {c.kind for c in predict.collectives} <= {"all-gather"}  # of sharded parameters
+    for predict in (encode, decode):
+        assert {c.kind for c in predict.collectives} == {"all-gather"}  # of sharded parameters
     assert train.buffers[0].bytes >= train.buffers[-1].bytes > 0
     assert any(b.source.startswith(("oneformer_jax/", "kernels/")) for b in train.buffers)
     text = compile.describe(config, here, reports)
-    for part in ("training step: compiled", "prediction step", "FLOP", "all-reduce", "fsdp 4"):
+    for part in (
+        "training step: compiled",
+        "encoding step",
+        "decoding step",
+        "FLOP",
+        "all-reduce",
+        "fsdp 4",
+    ):
         assert part in text
     assert "at most 21" in text  # one side 160 and the other to 352, or 352 and to 160, by 32
 
@@ -159,7 +177,7 @@ def test_what_does_not_fit_is_a_verdict_with_advice(reports, here, monkeypatch):
     text = "\n".join(lines)
     assert "DOES NOT FIT" in text and "too much" in text
     assert "--config.model.remat=True" in text
-    assert "prediction step: fits" in text
+    assert "encoding step: fits" in text and "decoding step: fits" in text
     quick = dataclasses.replace(tight[0], quick=True)
     assert "MAY NOT FIT" in compile.verdict(quick) and "without --quick" in compile.verdict(quick)
     quick = dataclasses.replace(tight[1], quick=True)
@@ -275,8 +293,8 @@ def test_the_training_step_compiles_for_a_tpu(capsys):
     assert "training step: fits" in text and "of 15.75 GiB" in text
     assert "host transfer" in text  # of the matcher
     tight = dataclasses.replace(topology, memory=2**20)
-    train, predict = compile.compile_programs(config, tight, quick=True, **settings)
-    assert not train.fits and train.quick and predict.quick
+    train, *prediction = compile.compile_programs(config, tight, quick=True, **settings)
+    assert not train.fits and train.quick and all(report.quick for report in prediction)
 
 
 @pytest.mark.skipif(gpu.missing() is not None, reason=f"not installed: {gpu.missing()}")

@@ -1,6 +1,7 @@
 """Scores, pictures and the token table, with a stand-in that reads the class from the colour."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -11,32 +12,38 @@ import pytest
 from PIL import Image
 
 from configs import common
+from oneformer_jax.eval.predictor import Predictor
+from oneformer_jax.models import functional
+from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD
 from oneformer_jax.train import evaluator as evaluators
 from oneformer_jax.train import observe, sharding
 from oneformer_jax.train.checkpoint import CheckpointError
-from oneformer_jax.types import TASK_TOKENS
+from oneformer_jax.types import TASK_TOKENS, TASKS, Features
 from tests import tiny
 from tests.train import eval_scenes
 from tests.train.test_observe import read_events, read_lines
 
 
-def colour_model(*_):
+def encode_colours(graph, params, stats, image, *, mesh):
+    """The class of every pixel of the mask logits, as mask features."""
+    del graph, params, stats, mesh
+    red = image[:, 2::4, 2::4, :1] * PIXEL_STD[0] + PIXEL_MEAN[0]
+    return Features(jnp.round(red) // 40, ())
+
+
+def decode_colours(graph, params, stats, features, tokens, *, mesh):
     """One query per class. It is right if the parameter is 1, and finds no stuff as "instance"."""
-
-    def predict(params, stats, image, image_size, tokens):
-        del stats, image_size
-        classes = jnp.arange(tiny.CLASSES)
-        truth = image[:, 2::4, 2::4, 0].astype(jnp.int32) // 40
-        masks = jnp.where(truth[:, None] == classes[:, None, None], 10.0, -10.0)
-        thing = jnp.array(tiny.metadata().is_thing)
-        instance = jnp.all(tokens == jnp.array(TASK_TOKENS[1]), axis=-1)
-        found = thing | ~instance[:, None]
-        target = jnp.where(found, classes, tiny.CLASSES)
-        logits = 10 * jax.nn.one_hot(target, tiny.CLASSES + 1)
-        masks = masks * params["sign"]
-        return types.SimpleNamespace(class_logits=logits[None], mask_logits=lambda: masks)
-
-    return predict
+    del graph, stats, mesh
+    classes = jnp.arange(tiny.CLASSES)
+    truth = features.mask_features[..., 0]
+    masks = jnp.where(truth[:, None] == classes[:, None, None], 10.0, -10.0)
+    thing = jnp.array(tiny.metadata().is_thing)
+    instance = jnp.all(tokens == jnp.array(TASK_TOKENS[1]), axis=-1)
+    found = thing | ~instance[:, None]
+    target = jnp.where(found, classes, tiny.CLASSES)
+    logits = 10 * jax.nn.one_hot(target, tiny.CLASSES + 1)
+    masks = masks * params["sign"]
+    return types.SimpleNamespace(class_logits=logits[None], mask_logits=lambda: masks)
 
 
 GOOD = {"params": {"sign": np.float32(1)}, "stats": {}}
@@ -45,7 +52,9 @@ BAD = {"params": {"sign": np.float32(-1)}, "stats": {}}
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluators.states, "make_predict_step", colour_model)
+    monkeypatch.setattr(functional, "abstract", lambda *_, **__: types.SimpleNamespace(graph=None))
+    monkeypatch.setattr(functional, "encode", encode_colours)
+    monkeypatch.setattr(functional, "decode", decode_colours)
 
     def make(devices=1, dataset="tiny", **settings):
         config = common.get_base()
@@ -102,6 +111,52 @@ def test_pictures_are_drawn_sharp(make, writer, tmp_path):
     (event,) = read_events(tmp_path)["predictions"]
     assert event[0] == 5
     assert [int(x) for x in event[1][:2]] == [sheet.shape[1], sheet.shape[0]]
+
+
+def test_images_are_encoded_once_whatever_is_made_of_them(make, writer, monkeypatch):
+    calls = []
+
+    def count(name):
+        call = getattr(Predictor, name)
+        monkeypatch.setattr(Predictor, name, lambda *args: calls.append(name) or call(*args))
+
+    count("encode")
+    count("decode")
+    once = ["encode", *["decode"] * 3]
+    evaluator = make(**{"train.pictures": 3})
+    evaluator.run(GOOD, 5, eval_scenes.batches, writer)
+    assert calls == once * 2 * 2  # two batches, scored and drawn
+    calls.clear()
+    evaluator.token_table(GOOD, 5, eval_scenes.batches)
+    assert calls == once * 2
+
+
+def test_tasks_together_score_as_each_alone(writer, tmp_path):
+    """With a real model: its parameters, sharded as in training, are gathered by both programs."""
+    config = common.get_base()
+    model = tiny.model_config(decoder_layers=1)
+    _, params, stats = tiny.random_model(model, training=True)
+    state = {"params": params, "stats": stats}
+    mesh = sharding.make_mesh(2, 4)
+    state = jax.device_put(state, sharding.state_shardings(state, mesh, min_size=64))
+
+    def evaluate(*tasks):
+        settings = {"eval.tasks": tasks, "train.pictures": 0, "eval.object_mask_threshold": 0.0}
+        settings["eval.overlap_threshold"] = 0.0
+        config.update_from_flattened_dict(settings)
+        evaluator = evaluators.Evaluator(config, tmp_path, tiny.metadata(), model, mesh)
+        batches = functools.partial(eval_scenes.batches, count=9, size=8)
+        evaluator.run(state, 1, batches, writer)
+        saved = json.loads((tmp_path / "eval" / "1" / "results.json").read_text())
+        return {name: saved[name] for name in ("metrics", "per_class", "counts")}
+
+    together = evaluate(*TASKS)
+    alone = [evaluate(task) for task in TASKS]
+    assert together["counts"]["panoptic/fp"] > 0
+    for name in ("metrics", "counts"):
+        assert together[name] == {key: x for found in alone for key, x in found[name].items()}
+    for row, *rows in zip(together["per_class"], *(a["per_class"] for a in alone), strict=True):
+        assert row == {key: x for found in rows for key, x in found.items()}
 
 
 def test_no_pictures(make, writer, tmp_path):
@@ -189,8 +244,8 @@ def test_views_of_the_semantic_task(make, writer, tmp_path, caplog):
     assert make(**settings).finished(5) == metrics
     plain = make(**{"eval.tasks": ("semantic",)})
     assert plain.finished(5) is None  # its scores are yet to be made
-    # All views have the shape of the plain images: one program.
-    assert "1 for the model" in caplog.text
+    # All views have the shape of the plain images: one program of each kind.
+    assert "1 to encode, 1 to decode" in caplog.text
     with pytest.raises(ValueError, match="needs 1 views"):
         make(**settings).run(GOOD, 5, eval_scenes.batches, writer)
 

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import common
+from oneformer_jax.models import functional
 from oneformer_jax.train import optim, sharding
 from oneformer_jax.train import state as states
 from tests import tiny
@@ -158,7 +159,7 @@ def test_the_base_config_is_sharded_as_recorded():
 
 def sharding_table() -> str:
     mesh = sharding.make_mesh(data=1, fsdp=8)
-    params = states.abstract_params(states.model_config(common.get_base(), 133))
+    params = functional.abstract(states.model_config(common.get_base(), 133), training=True).params
     found = sharding.state_shardings({"params": params}, mesh)["params"]
     specs = {name: s.spec for name, s in tiny.leaves(found).items()}
     rows = ["parameter\tshape\tspec"]

@@ -13,12 +13,12 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
+from oneformer_jax.models import functional
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import normalize_images
 from oneformer_jax.train import optim
 from oneformer_jax.train import state as states
-from oneformer_jax.types import TASK_TOKENS
 from tests import tiny
 
 LOSSES = LossConfig(num_points=64, point_sampling="shared")
@@ -63,7 +63,7 @@ def _toy_gradients(weight, batch, key):
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_a_step_is_the_mean_of_its_micro_batches(accumulate, monkeypatch):
-    monkeypatch.setattr(states, "OneFormer", Toy)
+    monkeypatch.setattr(functional, "OneFormer", Toy)
     monkeypatch.setattr(states, "compute_losses", _toy_losses)
     key, batch, decay = jax.random.key(3), tiny.batch(size=8), 0.9
     init = states.make_init(None, OPTIMIZER, ema=True)
@@ -106,7 +106,7 @@ def test_a_step_that_is_not_finite_changes_nothing(skip, monkeypatch):
         bad = jnp.any(batch["task"] == 99)
         return jnp.where(bad, jnp.nan, loss), terms
 
-    monkeypatch.setattr(states, "OneFormer", Toy)
+    monkeypatch.setattr(functional, "OneFormer", Toy)
     monkeypatch.setattr(states, "compute_losses", losses)
     init = states.make_init(None, OPTIMIZER, ema=True)
     step = jax.jit(
@@ -148,7 +148,9 @@ def test_means_leave_skipped_steps_out():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_keeps_the_shapes_and_types_of_the_state(accumulate):
     """Else the second step would be compiled again."""
-    optimizer = optim.make_optimizer(optim.OptimConfig(steps=9), states.abstract_params(_config()))
+    optimizer = optim.make_optimizer(
+        optim.OptimConfig(steps=9), functional.abstract(_config(), training=True).params
+    )
     init = states.make_init(_config(), optimizer, ema=True)
     step = states.make_train_step(
         _config(), LOSSES, optimizer, tiny.text_table(), accumulate=accumulate, ema_decay=0.9
@@ -203,20 +205,6 @@ def test_the_training_step_holds_no_stack_of_masks(point_sampling):
             assert not {queries, slots} & set(shape), shape
 
 
-def test_prediction_leaves_the_text_branch_out():
-    state = jax.eval_shape(states.make_init(_config(), OPTIMIZER, ema=False), jax.random.key(0))
-    batch = tiny.batch()
-    tokens = TASK_TOKENS[batch["task"]]
-    without = states.inference_params(state["params"])
-    assert set(state["params"]) - set(without) == set(states.TEXT_PARAMS)
-    predict = states.make_predict_step(_config())
-    for params in (state["params"], without):
-        arguments = (params, state["stats"], batch["image"], batch["image_size"], tokens)
-        predictions = jax.eval_shape(predict, *arguments)
-        assert predictions.class_logits.shape == (4, 2, 7, 6)
-        assert predictions.text_queries is None
-
-
 def test_loss_config_reads_every_key():
     from configs import common
 
@@ -237,35 +225,3 @@ def test_base_config_is_the_published_coco_resnet50():
     from oneformer_jax.models.oneformer import OneFormerConfig
 
     assert states.model_config(common.get_base(), 133) == OneFormerConfig.resnet50("coco")
-
-
-def test_a_kernel_of_the_model_works_on_each_devices_images(mesh8, monkeypatch):
-    """The batch reaches it split by a shard_map, which no kernel can do without."""
-    from kernels.ms_deform_attn import api
-
-    batches = []
-    load = api.load
-
-    def recording(implementation):
-        assert implementation == "pallas_tpu"
-
-        def run(value, *rest):
-            batches.append(value.shape[0])
-            return load("xla")(value, *rest)
-
-        return run
-
-    monkeypatch.setattr(api, "load", recording)
-    step = states.jit_predict(_config(sampling="pallas_tpu"), mesh8)
-    params = states.abstract_params(_config())
-    stats = jax.eval_shape(
-        lambda: states.split_model(states.OneFormer(_config(), rngs=nnx.Rngs(0), training=False))[2]
-    )
-    split = jax.sharding.NamedSharding(mesh8, jax.sharding.PartitionSpec(("data", "fsdp")))
-    shapes = (((16, 64, 64, 3), jnp.uint8), ((16, 2), jnp.int32), ((16, 77), jnp.int32))
-    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=split) for shape, dtype in shapes]
-    step.lower(params, stats, *arrays)
-    assert batches == [2]  # 16 images on 8 devices, one encoder layer
-    with pytest.raises(ValueError, match="batch of 12"):
-        arrays = [jax.ShapeDtypeStruct((12, *a.shape[1:]), a.dtype) for a in arrays]
-        step.lower(params, stats, *arrays)

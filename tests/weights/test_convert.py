@@ -13,7 +13,7 @@ import pytest
 
 import main
 import oneformer_jax
-from oneformer_jax.models import backbones, published
+from oneformer_jax.models import backbones, functional, published
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.weights import architecture, convert, files, names
 from oneformer_jax.weights.files import FileError
@@ -55,7 +55,7 @@ def random_weights(config: OneFormerConfig, *, text: bool = True, seed: int = 0)
     rng = np.random.default_rng(seed)
     return tuple(
         jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), tree)
-        for tree in convert.abstract_trees(config, text)
+        for tree in functional.abstract(config, training=text)[1:]
     )
 
 
@@ -191,7 +191,7 @@ COUNTS = {  # tensors with text branch and criterion, by backbone and norm (spec
 @functools.cache
 def abstract_arrays(config):
     """Shapes of a model's arrays by name; models of a dataset share them."""
-    return dict(convert.leaves(convert.abstract_trees(config, True)))
+    return dict(convert.leaves(functional.abstract(config, training=True)[1:]))
 
 
 @pytest.mark.parametrize("form", names.FORMATS)

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import oneformer_jax
-from oneformer_jax.models.layers import ParamKeys
+from oneformer_jax.models import functional
 from oneformer_jax.models.losses import LossConfig, compute_losses
-from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD, OneFormer
+from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD
 from oneformer_jax.weights import convert, names
 from tests import tiny
 from tests.weights import torch_reference as reference
@@ -27,11 +26,6 @@ def load(model, folder, **fields):
     return dataclasses.replace(found, config=dataclasses.replace(found.config, **fields))
 
 
-def graph(config, training: bool):
-    model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=training))
-    return nnx.split(model, nnx.Param, ...)[0]
-
-
 def show(title: str, errors: dict[str, float]) -> None:
     """The largest error, for docs/weights.md; pytest shows it with -s."""
     worst = max(errors, key=errors.get)
@@ -40,11 +34,11 @@ def show(title: str, errors: dict[str, float]) -> None:
 
 def forward(found, given):
     """Backbone features, pixel decoder outputs and predictions, from one program."""
-    structure = graph(found.config, found.text)
+    graph = functional.abstract(found.config, training=found.text).graph
 
     @jax.jit
     def run(params, stats, image, task_tokens):
-        model = nnx.merge(structure, params, stats)
+        model = functional.merge(graph, params, stats)
         features = model.backbone(image)
         mask_features, maps = model.pixel_decoder(features)
         return features, mask_features, maps, model(image, task_tokens)
@@ -139,14 +133,14 @@ def test_transformers_loads_what_we_write(kind, tmp_path):
 def test_backbones_agree_on_sizes_that_are_no_multiples_of_32(kind, tmp_path):
     model = reference.make(reference.backbone_config(kind), training=False)
     found = load(model, tmp_path)
-    structure = graph(found.config, False)
+    graph = functional.abstract(found.config, training=False).graph
     errors = {}
     for height, width in ((70, 101), (101, 70)):
         image = reference.inputs(height, width)["image"]
         pixels = reference.torch.from_numpy(image).permute(0, 3, 1, 2)
         with reference.torch.no_grad():
             theirs = model.model.pixel_level_module.encoder(pixels).feature_maps
-        features = jax.jit(lambda p, s, x: nnx.merge(structure, p, s).backbone(x))(
+        features = jax.jit(lambda p, s, x: functional.merge(graph, p, s).backbone(x))(
             found.params, found.stats, image
         )
         for i, (a, b) in enumerate(zip(features, theirs, strict=True), 2):
@@ -263,13 +257,13 @@ def test_losses_and_gradients_agree(kind, tmp_path):
     given = reference.inputs(height, width, seed=1)
     labels = reference.targets(height, width, seed=1)
     found = load(model, tmp_path, text_causal=False)
-    structure = graph(found.config, True)
+    graph = functional.abstract(found.config, training=True).graph
     key = jax.random.key(7)
 
     @jax.jit
     def run(params, stats, given, labels):
         def loss(params):
-            predictions = nnx.merge(structure, params, stats)(
+            predictions = functional.merge(graph, params, stats)(
                 given["image"],
                 given["task_tokens"],
                 text_tokens=given["text_table"],
@@ -322,7 +316,9 @@ def test_the_texts_agree_only_without_the_causal_mask(tmp_path):
     errors = []
     for causal in (False, True):
         found = load(model, tmp_path / str(causal), text_causal=causal)
-        module = nnx.merge(graph(found.config, True), found.params, found.stats)
+        module = functional.merge(
+            functional.abstract(found.config, training=True).graph, found.params, found.stats
+        )
         table = jnp.asarray(given["text_table"][:, :8])  # cut to the longest text
         ours = module.encode_texts(table, jnp.asarray(given["text_ids"]))
         errors.append(reference.relative_error(ours, theirs))

@@ -2,10 +2,8 @@
 
 import jax
 import pytest
-from flax import nnx
 
-from oneformer_jax.models.layers import ParamKeys
-from oneformer_jax.models.oneformer import OneFormer
+from oneformer_jax.models import functional
 from oneformer_jax.weights import convert
 from tests.weights import torch_reference as reference
 
@@ -57,12 +55,11 @@ def test_full_size_logits_agree(kind, recipe, tmp_path):
     }
     del model, theirs
 
-    abstract = nnx.eval_shape(lambda: OneFormer(found.config, rngs=ParamKeys(0), training=False))
-    structure = nnx.split(abstract, nnx.Param, ...)[0]
+    graph = functional.abstract(found.config, training=False).graph
 
     @jax.jit
     def run(params, stats, image, task_tokens):
-        predictions = nnx.merge(structure, params, stats)(image, task_tokens)
+        predictions = functional.merge(graph, params, stats)(image, task_tokens)
         return {"class": predictions.class_logits[-1], "mask": predictions.mask_logits()}
 
     ours = run(found.params, found.stats, given["image"], given["task_tokens"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from oneformer_jax.models import backbones
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.train import checkpoint, sharding, start
 from oneformer_jax.weights import convert, names
 from oneformer_jax.weights import start as weights_start
@@ -30,7 +30,7 @@ BACKBONES = {
 
 
 def shapes_of(config):
-    return convert.abstract_trees(config, True)
+    return functional.abstract(config, training=True)[1:]
 
 
 def make(kind: str, **fields):
@@ -177,7 +177,7 @@ def test_a_model_without_text_branch(tmp_path):
     path = write(tmp_path, tensors)
     found = start.read_start(settings(checkpoint=path), params, stats, "resnet")
     assert set(found.fresh.values()) == {"not in the file"}
-    assert {name.split(".")[0] for name in found.fresh} == set(convert.TEXT_PARTS)
+    assert {name.split(".")[0] for name in found.fresh} == set(functional.TEXT_PARTS)
 
 
 def test_a_wholly_different_model_is_refused(tmp_path):

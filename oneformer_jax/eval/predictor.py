@@ -1,0 +1,79 @@
+"""The model on its devices: encodes a batch once, decodes it for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from oneformer_jax.models.functional import Programs
+from oneformer_jax.types import TASK_TOKENS, TASKS, Features, task_id
+
+
+class Predictor:
+    """Parameters, the programs that read them, and the mesh that both are on.
+
+        features = predictor.encode(batch)
+        for task in tasks:
+            class_logits, mask_logits = predictor.decode(features, task)
+
+    With several processes all of them call it, each with its own share of the batch.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        params: Mapping[str, Any],
+        stats: Mapping[str, Any],
+        mesh: Mesh | None = None,
+    ):
+        """Copies nothing but the task tokens.
+
+        Args:
+          programs: of `functional.programs`, made for `mesh`.
+          params: nested dict of arrays on the devices.
+          stats: the same for what is not trained.
+          mesh: devices over all of whose axes a batch is split; None is the default device.
+        """
+        self.programs = programs
+        self.mesh = mesh
+        self._state = (params, stats)
+        self._tokens = {
+            task: self._put(tokens, P()) for task, tokens in zip(TASKS, TASK_TOKENS, strict=True)
+        }
+
+    def encode(self, batch: Mapping[str, Any]) -> Features:
+        """The features of a batch, on the devices.
+
+        Args:
+          batch: `image` uint8 [B, H, W, 3] and `image_size` int [B, 2]; H and W multiples of 32.
+
+        Raises:
+          ValueError: a batch that the devices do not divide.
+        """
+        size = len(batch["image"]) * jax.process_count()
+        if self.mesh is not None and size % self.mesh.size:
+            raise ValueError(
+                f"a batch of {size} images is not divisible by the {self.mesh.size} devices of the "
+                "mesh; fill it up"
+            )
+        split = P() if self.mesh is None else P(self.mesh.axis_names)
+        arrays = (self._put(batch[name], split) for name in ("image", "image_size"))
+        return self.programs.encode(*self._state, *arrays)
+
+    def decode(self, features: Features, task: str) -> tuple[jax.Array, jax.Array]:
+        """Class logits float32 [B, Q, K+1] and mask logits float32 [B, Q, h, w] for a task.
+
+        Every device keeps those of its own images. ValueError for an unknown task.
+        """
+        return self.programs.decode(*self._state, features, self._tokens[TASKS[task_id(task)]])
+
+    def _put(self, array: np.ndarray, spec: P) -> jax.Array:
+        if self.mesh is None:
+            return jax.device_put(np.asarray(array))
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(array))
