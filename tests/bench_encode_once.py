@@ -85,12 +85,8 @@ def main() -> None:
     if options.short_edge:
         config.eval.short_edge = options.short_edge
     model = states.model_config(config, bench_metrics.CLASSES)
-    init = jax.jit(
-        lambda key: functional.init(model, key, training=False)[1:],
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
-    graph = functional.abstract(model, training=False).graph
-    predictor = Predictor(functional.programs(graph), *init(jax.random.key(0)))
+    graph, *state = functional.init(model, 0, training=False)
+    predictor = Predictor(functional.programs(graph), *jax.device_put(state))
     test_size = (config.eval.short_edge, config.eval.max_size)
     batches = make_batches(options.images, options.height, options.width, test_size)
     postprocess: PostprocessConfig = postprocess_config(config)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from oneformer_jax.models import layers
+from oneformer_jax.models import initial, layers
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import (
     MLP,
     Key,
@@ -32,7 +33,7 @@ class QueryInitLayer(nnx.Module):
         attention = dict(dropout_rate=self.dropout_rate, rngs=rngs, dtype=dtype)
         self.self_attn = MultiHeadAttention(width, config.num_heads, **attention)
         self.multihead_attn = MultiHeadAttention(width, config.num_heads, **attention)
-        init = dict(kernel_init=layers.xavier_init, rngs=rngs, dtype=dtype)
+        init = dict(kernel_init=initial.xavier, rngs=rngs, dtype=dtype)
         self.linear1 = linear(width, config.query_init_ffn, **init)
         self.linear2 = linear(config.query_init_ffn, width, **init)
         self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
@@ -111,7 +112,7 @@ class SelfAttentionLayer(nnx.Module):
 
 class FFNLayer(nnx.Module):
     def __init__(self, width, hidden, *, rngs, dtype):
-        init = dict(kernel_init=layers.xavier_init, rngs=rngs, dtype=dtype)
+        init = dict(kernel_init=initial.xavier, rngs=rngs, dtype=dtype)
         self.linear1 = linear(width, hidden, **init)
         self.linear2 = linear(hidden, width, **init)
         self.norm = layer_norm(width, rngs=rngs, dtype=dtype)
@@ -123,9 +124,9 @@ class FFNLayer(nnx.Module):
 class TransformerDecoder(nnx.Module):
     """Queries from the task token, refined by masked attention, with a prediction at each step."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config, *, rngs: ParamKeys, dtype=jnp.float32):
         width, heads = config.hidden_dim, config.num_heads
-        normal = nnx.initializers.normal(1.0)
+        normal = initial.normal()
         self.query_embed = nnx.Embed(config.num_queries, width, embedding_init=normal, rngs=rngs)
         self.level_embed = nnx.Embed(3, width, embedding_init=normal, rngs=rngs)
         self.queries = config.queries
@@ -137,7 +138,7 @@ class TransformerDecoder(nnx.Module):
                 width,
                 1,
                 bias=True,
-                init=layers.c2_xavier_init,
+                init=initial.c2_xavier,
                 rngs=rngs,
                 dtype=dtype,
             )

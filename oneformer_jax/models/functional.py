@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from oneformer_jax.models.layers import ParamKeys
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
 from oneformer_jax.types import Features, Predictions
 
@@ -55,12 +55,12 @@ def abstract(config: OneFormerConfig, *, training: bool) -> Split:
       config: the architecture.
       training: whether the model has the parts that only losses need (the text branch).
     """
-    return split(nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=training)))
+    return split(nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=training)))
 
 
-def init(config: OneFormerConfig, key: jax.Array, *, training: bool) -> Split:
-    """A new model of `config`, its parameters drawn from a PRNG key; see `abstract`."""
-    return split(OneFormer(config, rngs=ParamKeys(key), training=training))
+def init(config: OneFormerConfig, seed: int | None, *, training: bool) -> Split:
+    """A new model of `config`, its parameters drawn on the host; see `abstract` and `ParamKeys`."""
+    return split(OneFormer(config, rngs=ParamKeys(seed), training=training))
 
 
 def merge(graph: nnx.GraphDef, params: Mapping[str, Any], stats: Mapping[str, Any]) -> OneFormer:

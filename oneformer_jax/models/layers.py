@@ -1,14 +1,13 @@
 """Small layers that several parts of the model share.
 
 Random layers take an explicit `key`; None means deterministic. No layer stores random state, so a
-module is a pure function of its parameters and a key. Initialisers follow the official model, whose
-linear layers keep PyTorch's defaults unless a block says otherwise.
+module is a pure function of its parameters and a key.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +15,13 @@ import numpy as np
 from flax import nnx
 
 from kernels.recompute import recompute
+from oneformer_jax.models import initial
+from oneformer_jax.models.initial import ParamKeys
 
 Key = jax.Array | None
 
 # Keys beyond this number are attended in chunks, so that no [B, heads, Q, S] array is formed.
 ATTENTION_CHUNK = 4096
-
-xavier_init: Callable = nnx.initializers.xavier_uniform()
-# Xavier on PyTorch's packed [3D, D] projection, seen from one of its three parts.
-packed_xavier_init: Callable = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
-# detectron2's c2_xavier_fill: uniform in ±sqrt(3 / fan in).
-c2_xavier_init: Callable = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
-
-
-class ParamKeys:
-    """Keys of initial parameters: those of `nnx.Rngs(key)`, but the count is a Python number.
-
-    `nnx.Rngs` counts in an array. While a program is traced, JAX looks through all of it whenever
-    that array changes: time quadratic in the number of parameters, most of building a large model.
-    """
-
-    def __init__(self, key: jax.Array | int):
-        """`key` is a PRNG key or a seed."""
-        self._key = jax.random.key(key) if isinstance(key, int) else key
-        self._count = 0
-
-    def params(self) -> jax.Array:
-        """The next key."""
-        key = jax.random.fold_in(self._key, self._count)
-        self._count += 1
-        return key
 
 
 def split_key(key: Key, n: int) -> Sequence[Key]:
@@ -69,38 +45,28 @@ def drop_path(x: jax.Array, rate: float | jax.Array, key: Key) -> jax.Array:
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), 0)
 
 
-def torch_linear_init(key, shape, dtype=jnp.float32):
-    """Uniform in ±1/sqrt(fan in): PyTorch's default for Linear and Conv weights."""
-    bound = float(np.prod(shape[:-1])) ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
 def linear(
     inputs: int,
     outputs: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: ParamKeys,
     dtype=jnp.float32,
-    kernel_init: Callable = torch_linear_init,
-    bias_init: Callable | None = None,
+    kernel_init: initial.Initializer = initial.torch_kernel,
+    bias_init: initial.Initializer | None = None,
 ) -> nnx.Linear:
     """A Linear with PyTorch's default initialisation of kernel and bias."""
-
-    def torch_bias_init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
-
     return nnx.Linear(
         inputs,
         outputs,
         dtype=dtype,
         kernel_init=kernel_init,
-        bias_init=bias_init or torch_bias_init,
+        bias_init=bias_init or initial.uniform(inputs**-0.5),
         rngs=rngs,
     )
 
 
 def layer_norm(
-    width: int, *, epsilon: float = 1e-5, rngs: nnx.Rngs, dtype=jnp.float32
+    width: int, *, epsilon: float = 1e-5, rngs: ParamKeys, dtype=jnp.float32
 ) -> nnx.LayerNorm:
     """LayerNorm as PyTorch's: its default epsilon, two-pass variance in float32."""
     return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
@@ -109,7 +75,7 @@ def layer_norm(
 class MLP(nnx.Module):
     """Linear layers with ReLU between them (the task, mask and text-projection heads)."""
 
-    def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, widths: Sequence[int], *, rngs: ParamKeys, dtype=jnp.float32):
         """`widths` lists the input, the hidden and the output widths."""
         self.layers = nnx.List(
             linear(i, o, dtype=dtype, rngs=rngs) for i, o in itertools.pairwise(widths)
@@ -145,20 +111,21 @@ class MultiHeadAttention(nnx.Module):
         width: int,
         num_heads: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype=jnp.float32,
         dropout_rate: float = 0.0,
-        kernel_init: Callable = packed_xavier_init,
-        out_init: Callable = xavier_init,
+        kernel_init: initial.Initializer = initial.packed_xavier,
+        out_init: initial.Initializer = initial.xavier,
     ):
         if width % num_heads:
             raise ValueError(f"attention width {width} is not divisible by {num_heads} heads")
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
-        zeros = nnx.initializers.zeros_init()
 
         def projection(init):
-            return linear(width, width, dtype=dtype, kernel_init=init, bias_init=zeros, rngs=rngs)
+            return linear(
+                width, width, dtype=dtype, kernel_init=init, bias_init=initial.zeros, rngs=rngs
+            )
 
         self.q_proj = projection(kernel_init)
         self.k_proj = projection(kernel_init)

@@ -7,11 +7,7 @@ official PyTorch code. Attribute paths follow the official parameter names.
 from __future__ import annotations
 
 import dataclasses
-<<<<<<< HEAD
-from collections.abc import Mapping
-=======
-from collections.abc import Sequence
->>>>>>> wt-h
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,17 +16,14 @@ import numpy as np
 from flax import nnx
 
 from oneformer_jax import config_rules, rules
-from oneformer_jax.models import backbones
+from oneformer_jax.models import backbones, initial
 from oneformer_jax.models.decoder import TransformerDecoder
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import MLP, Key, linear, split_key
 from oneformer_jax.models.pixel_decoder import PixelDecoder
 from oneformer_jax.models.text import CONTEXT_LENGTH, TextEncoder
-<<<<<<< HEAD
 from oneformer_jax.rules import Integer
-from oneformer_jax.types import Predictions
-=======
 from oneformer_jax.types import Features, Predictions
->>>>>>> wt-h
 
 # RGB statistics of ImageNet on 0..255 values.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -209,7 +202,7 @@ class OneFormerConfig:
 class OneFormer(nnx.Module):
     """The whole model. What only losses need (the text branch) exists only with `training`."""
 
-    def __init__(self, config: OneFormerConfig, *, rngs: nnx.Rngs, training: bool):
+    def __init__(self, config: OneFormerConfig, *, rngs: ParamKeys, training: bool):
         dtype = jnp.dtype(config.dtype)
         kernels = {key: getattr(config, key) for key in KERNELS}
         self.backbone = backbones.build_backbone(
@@ -247,7 +240,7 @@ class OneFormer(nnx.Module):
                 self.prompt_ctx = nnx.Embed(
                     self.num_context,
                     config.hidden_dim,
-                    embedding_init=nnx.initializers.normal(1.0),
+                    embedding_init=initial.normal(),
                     rngs=rngs,
                 )
             self.logit_scale = nnx.Param(jnp.asarray(-np.log(0.07), jnp.float32))

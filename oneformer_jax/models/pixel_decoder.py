@@ -12,13 +12,14 @@ import numpy as np
 from flax import nnx
 
 from kernels.ms_deform_attn import ms_deform_attn
-from oneformer_jax.models import layers
+from oneformer_jax.models import initial, layers
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, layer_norm, linear, split_key
 from oneformer_jax.models.stack import Stack, run
 
 
 def conv(
-    inputs: int, outputs: int, size: int, *, bias: bool, init, rngs: nnx.Rngs, dtype=jnp.float32
+    inputs: int, outputs: int, size: int, *, bias: bool, init, rngs: ParamKeys, dtype=jnp.float32
 ) -> nnx.Conv:
     return nnx.Conv(
         inputs,
@@ -32,7 +33,7 @@ def conv(
     )
 
 
-def group_norm(width: int, *, rngs: nnx.Rngs, dtype=jnp.float32) -> nnx.GroupNorm:
+def group_norm(width: int, *, rngs: ParamKeys, dtype=jnp.float32) -> nnx.GroupNorm:
     return nnx.GroupNorm(
         width, num_groups=32, epsilon=1e-5, dtype=dtype, use_fast_variance=False, rngs=rngs
     )
@@ -41,7 +42,7 @@ def group_norm(width: int, *, rngs: nnx.Rngs, dtype=jnp.float32) -> nnx.GroupNor
 class ConvNorm(nnx.Module):
     """Convolution and GroupNorm(32); attribute names of the official `adapter_1`, `layer_1`."""
 
-    def __init__(self, inputs, outputs, size, *, bias, init, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, inputs, outputs, size, *, bias, init, rngs: ParamKeys, dtype=jnp.float32):
         self.conv = conv(inputs, outputs, size, bias=bias, init=init, rngs=rngs, dtype=dtype)
         self.norm = group_norm(outputs, rngs=rngs, dtype=dtype)
 
@@ -66,19 +67,28 @@ class MSDeformAttn(nnx.Module):
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.implementation = implementation
         samples = num_heads * num_levels * num_points
-        zeros = nnx.initializers.zeros_init()
         # Offsets and weights stay float32: they are coordinates and a softmax.
         self.sampling_offsets = linear(
-            width, samples * 2, kernel_init=zeros, bias_init=self._offset_bias, rngs=rngs
+            width, samples * 2, kernel_init=initial.zeros, bias_init=self._offset_bias, rngs=rngs
         )
         self.attention_weights = linear(
-            width, samples, kernel_init=zeros, bias_init=zeros, rngs=rngs
+            width, samples, kernel_init=initial.zeros, bias_init=initial.zeros, rngs=rngs
         )
         self.value_proj = linear(
-            width, width, kernel_init=layers.xavier_init, bias_init=zeros, rngs=rngs, dtype=dtype
+            width,
+            width,
+            kernel_init=initial.xavier,
+            bias_init=initial.zeros,
+            rngs=rngs,
+            dtype=dtype,
         )
         self.output_proj = linear(
-            width, width, kernel_init=layers.xavier_init, bias_init=zeros, rngs=rngs, dtype=dtype
+            width,
+            width,
+            kernel_init=initial.xavier,
+            bias_init=initial.zeros,
+            rngs=rngs,
+            dtype=dtype,
         )
 
     def _offset_bias(self, key, shape, dtype=jnp.float32):
@@ -125,10 +135,10 @@ class EncoderLayer(nnx.Module):
         )
         self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.linear1 = linear(
-            width, config.encoder_ffn, kernel_init=layers.xavier_init, rngs=rngs, dtype=dtype
+            width, config.encoder_ffn, kernel_init=initial.xavier, rngs=rngs, dtype=dtype
         )
         self.linear2 = linear(
-            config.encoder_ffn, width, kernel_init=layers.xavier_init, rngs=rngs, dtype=dtype
+            config.encoder_ffn, width, kernel_init=initial.xavier, rngs=rngs, dtype=dtype
         )
         self.norm2 = layer_norm(width, rngs=rngs, dtype=dtype)
 
@@ -204,7 +214,7 @@ class DeformableTransformer(nnx.Module):
     """Holds `level_embed` and `encoder`, as the official parameter names have it."""
 
     def __init__(self, config, *, rngs, dtype=jnp.float32):
-        self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (3, config.hidden_dim)))
+        self.level_embed = nnx.Param(rngs.params().normal((3, config.hidden_dim)))
         self.encoder = DeformableEncoder(config, rngs=rngs, dtype=dtype)
 
     def __call__(self, maps, key: Key = None) -> list[jax.Array]:
@@ -214,15 +224,15 @@ class DeformableTransformer(nnx.Module):
 class PixelDecoder(nnx.Module):
     """Backbone maps to mask features at stride 4 and three maps for the masked attention."""
 
-    def __init__(self, config, channels, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config, channels, *, rngs: ParamKeys, dtype=jnp.float32):
         """`channels` are those of res2..res5; `config` is the OneFormerConfig."""
         width = config.hidden_dim
         self.input_proj = nnx.List(  # res5, res4, res3
-            ConvNorm(c, width, 1, bias=True, init=layers.xavier_init, rngs=rngs, dtype=dtype)
+            ConvNorm(c, width, 1, bias=True, init=initial.xavier, rngs=rngs, dtype=dtype)
             for c in channels[:0:-1]
         )
         self.transformer = DeformableTransformer(config, rngs=rngs, dtype=dtype)
-        fill = layers.c2_xavier_init
+        fill = initial.c2_xavier
         self.adapter_1 = ConvNorm(
             channels[0], width, 1, bias=False, init=fill, rngs=rngs, dtype=dtype
         )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from oneformer_jax.models import initial
 from oneformer_jax.models.layers import MultiHeadAttention, layer_norm, linear
 from oneformer_jax.models.stack import Stack, run
 
@@ -20,21 +21,21 @@ VOCABULARY = 49408  # CLIP's byte-pair vocabulary; its last id ends a text
 CONTEXT_LENGTH = 77
 
 
-def _normal(std: float):
-    return nnx.initializers.normal(std)
-
-
 class TextMLP(nnx.Module):
     """The feed-forward part of a block, with QuickGELU x·σ(1.702x)."""
 
     def __init__(self, width: int, num_layers: int, *, rngs, dtype):
         self.c_fc = linear(
-            width, 4 * width, kernel_init=_normal((2 * width) ** -0.5), rngs=rngs, dtype=dtype
+            width,
+            4 * width,
+            kernel_init=initial.normal((2 * width) ** -0.5),
+            rngs=rngs,
+            dtype=dtype,
         )
         self.c_proj = linear(
             4 * width,
             width,
-            kernel_init=_normal(width**-0.5 * (2 * num_layers) ** -0.5),
+            kernel_init=initial.normal(width**-0.5 * (2 * num_layers) ** -0.5),
             rngs=rngs,
             dtype=dtype,
         )
@@ -52,8 +53,8 @@ class TextBlock(nnx.Module):
         self.attn = MultiHeadAttention(
             width,
             num_heads,
-            kernel_init=_normal(width**-0.5),
-            out_init=_normal(width**-0.5 * (2 * num_layers) ** -0.5),
+            kernel_init=initial.normal(width**-0.5),
+            out_init=initial.normal(width**-0.5 * (2 * num_layers) ** -0.5),
             rngs=rngs,
             dtype=dtype,
         )
@@ -93,10 +94,10 @@ class TextEncoder(nnx.Module):
     ):
         self.causal = causal
         self.token_embedding = nnx.Embed(
-            VOCABULARY, width, embedding_init=_normal(0.02), rngs=rngs, dtype=dtype
+            VOCABULARY, width, embedding_init=initial.normal(0.02), rngs=rngs, dtype=dtype
         )
         self.positional_embedding = nnx.Param(
-            0.01 * jax.random.normal(rngs.params(), (CONTEXT_LENGTH, width))
+            initial.normal(0.01)(rngs.params(), (CONTEXT_LENGTH, width))
         )
         self.transformer = TextTransformer(
             width, num_layers, num_heads, rngs=rngs, dtype=dtype, scan=scan

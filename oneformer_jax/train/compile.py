@@ -21,11 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-<<<<<<< HEAD
 from oneformer_jax import config_rules
-=======
 from oneformer_jax.models import functional
->>>>>>> wt-h
 from oneformer_jax.train import accelerators, hlo, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.accelerators import Topology

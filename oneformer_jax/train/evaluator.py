@@ -66,17 +66,11 @@ class Evaluator:
         self._protocol = protocol_of(config, metadata)
         self._tasks = scored_tasks(config, self._protocol)
         self._tta = tta_config(config)
-<<<<<<< HEAD
         config_rules.require(
             {"eval.limit": config.eval.limit, "train.pictures": config.train.pictures}
         )
-        self._predict = states.jit_predict(model, mesh)
-=======
-        if config.eval.limit < 0:
-            raise ValueError(f"eval.limit is {config.eval.limit}; use a number of images, 0 is all")
         graph = functional.abstract(model, training=False).graph
         self._programs = functional.programs(graph, mesh)
->>>>>>> wt-h
         self._last: EvalResult | None = None
 
     def run(

@@ -111,19 +111,14 @@ def train(
 
         # ---- Resume or start --------------------------------------------------------------------
         training = states.make_training(config, metadata.num_classes, text_table, mesh)
-        init_key, run_key = jax.random.split(jax.random.key(config.seed))
+        _, run_key = jax.random.split(jax.random.key(config.seed))
         if latest is not None:
             latest, state, position = checkpoints.restore_newest(training.state)
             logging.info("Resuming from step %d of %s", latest, workdir)
         else:
             kind = jax.devices()[0].device_kind
             logging.info("Starting in %s on %d %s", workdir, mesh.size, kind)
-            # It runs once, so on a CPU compiling it without optimisation is what saves time.
-            options = {"xla_backend_optimization_level": 0} if mesh_is_cpu(mesh) else None
-            init = jax.jit(
-                training.init, out_shardings=training.shardings, compiler_options=options
-            )
-            state, position = init(init_key), {"step": 0}
+            state, position = training.init(config.seed), {"step": 0}
             family = backbones.kind_of(model.backbone)
             found = start.read_start(
                 config.init, training.state["params"], training.state["stats"], family
@@ -249,10 +244,6 @@ def report_omissions(data: Iterator[Batch]) -> None:
         logging.warning("%d broken records were skipped:\n%s", len(broken), listed)
     if dropped := getattr(data, "dropped_segments", 0):
         logging.warning("%d segments found no target slot: raise data.num_slots", dropped)
-
-
-def mesh_is_cpu(mesh: jax.sharding.Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
 
 
 def due(step: int, every: int) -> bool:

@@ -132,6 +132,21 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     )
 
 
+def put_state(state: Any, shardings: Any) -> Any:
+    """Puts a state of host arrays, the same in every process, on the devices.
+
+    The arrays are copied: the training step is given their memory.
+    """
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            values.shape, sharding, lambda index: np.array(values[index])
+        )
+
+    return jax.tree.map(put, state, shardings)
+
+
 def parameter_spec(
     name: str,
     shape: Sequence[int],
@@ -183,7 +198,7 @@ def state_shardings(
     parameter's name and has its shape (a moment) follows that parameter; all else is replicated.
 
     Args:
-      abstract_state: what `jax.eval_shape(init, key)` gives.
+      abstract_state: the state's shapes and dtypes.
       mesh: see `make_mesh`.
       rules, min_size: see `parameter_spec`.
 

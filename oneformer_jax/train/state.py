@@ -59,13 +59,13 @@ class Training:
 
     Attributes:
       model: the architecture.
-      init: PRNG key -> state of step 0, not compiled.
+      init: seed -> state of step 0, on the devices; the same on any mesh.
       state: the abstract state, with shardings: for restore and for compilation.
       step: the compiled-on-demand step (state, batch, key) -> (state, metrics); donates the state.
     """
 
     model: OneFormerConfig
-    init: Callable[[jax.Array], State]
+    init: Callable[[int], State]
     state: State
     step: Any
 
@@ -90,7 +90,7 @@ def make_training(
         optim_config(config), functional.abstract(model, training=True).params
     )
     init = make_init(model, optimizer, ema=config.optim.ema_decay > 0)
-    abstract = jax.eval_shape(init, jax.random.key(0))
+    abstract = jax.eval_shape(lambda: init(None))
     shardings = sharding.state_shardings(abstract, mesh)
     step = make_train_step(
         model,
@@ -105,7 +105,7 @@ def make_training(
     )
     return Training(
         model,
-        init,
+        lambda seed: sharding.put_state(init(seed), shardings),
         sharding.with_shardings(abstract, shardings),
         jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
     )
@@ -139,19 +139,19 @@ def abstract_key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
 
 def make_init(
     config: OneFormerConfig, optimizer: optax.GradientTransformation, *, ema: bool
-) -> Callable[[jax.Array], State]:
-    """A function from a PRNG key to the state of step 0, to be compiled with its shardings."""
+) -> Callable[[int | None], State]:
+    """A function from a seed to the state of step 0, on the host; None gives traced zeros."""
 
-    def init(key: jax.Array) -> State:
-        _, params, stats = functional.init(config, key, training=True)
-        state = {
-            "step": jnp.zeros((), jnp.int32),
-            "params": params,
-            "stats": stats,
-            "opt": optimizer.init(params),
-        }
-        # A copy, since the step donates both.
-        return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema else {})
+    def init(seed: int | None) -> State:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            _, params, stats = functional.init(config, seed, training=True)
+            state = {
+                "step": jnp.zeros((), jnp.int32),
+                "params": params,
+                "stats": stats,
+                "opt": optimizer.init(params),
+            }
+        return state | ({"ema": params} if ema else {})
 
     return init
 

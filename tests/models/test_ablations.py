@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from configs import common
 from oneformer_jax.models import losses
 from oneformer_jax.models.decoder import TransformerDecoder
-from oneformer_jax.models.layers import ParamKeys
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig
@@ -64,7 +64,7 @@ def test_parameters(overrides, gone, new):
     # What the losses alone need is not there for inference.
     tree = states.inference_params(states.abstract_params(tiny.model_config(**overrides)))
     config = tiny.model_config(**overrides)
-    model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=False))
+    model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=False))
     assert tiny.leaves(tree).keys() == tiny.leaves(states.split_model(model)[1]).keys()
 
 
@@ -196,7 +196,7 @@ def test_terms_of_the_training_step(overrides, terms):
 
 def test_a_model_with_learned_queries_does_not_hear_the_task():
     config = tiny.model_config(queries="learned")
-    model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(0), training=True))
+    model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=True))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def logits(params, rest, tasks):

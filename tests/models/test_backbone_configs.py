@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from oneformer_jax.models import backbones
+from oneformer_jax.models.initial import ParamKeys
 
 CONFIGS = {
     "swin": backbones.SwinConfig(
@@ -105,7 +106,7 @@ def test_a_named_implementation_reaches_every_block(kind, option, find):
     """And is never replaced: the kernel runs on TPUs only."""
     options = {option: "pallas_tpu"}
     model = nnx.eval_shape(
-        lambda: backbones.build_backbone(CONFIGS[kind], rngs=nnx.Rngs(0), **options)
+        lambda: backbones.build_backbone(CONFIGS[kind], rngs=ParamKeys(), **options)
     )
     blocks = [block for level in model.levels for block in level.blocks]
     assert [find(block) for block in blocks] == ["pallas_tpu"] * 5

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from oneformer_jax.models import backbones
 from oneformer_jax.models.backbones.resnet import BatchNorm, ConvNorm, FrozenNorm
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.stack import run
 
 SWIN = backbones.SwinConfig(
@@ -38,7 +39,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 def build(config, *, seed: int = 0, **options) -> nnx.Module:
     """A backbone whose parameters and statistics are all drawn, none of them 0 or 1."""
-    model = nnx.eval_shape(lambda: backbones.build_backbone(config, rngs=nnx.Rngs(0), **options))
+    model = nnx.eval_shape(lambda: backbones.build_backbone(config, rngs=ParamKeys(), **options))
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(seed)
 
@@ -287,7 +288,7 @@ def test_resnet_stem_equals_loops():
 
 def test_resnet_strides_are_in_the_three_by_three_convolutions():
     config = backbones.ResNetConfig(depths=(2, 1, 1, 1), stem_width=4)
-    model = nnx.eval_shape(lambda: backbones.build_backbone(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: backbones.build_backbone(config, rngs=ParamKeys()))
     for stage, stride in ((2, 1), (3, 2), (4, 2), (5, 2)):
         first = getattr(model, f"res{stage}")[0]
         strides = [layer.strides for layer in (first.conv1, first.conv2, first.conv3)]
@@ -322,7 +323,7 @@ def test_batch_norm_of_a_single_value_is_refused():
 
 def shapes_of(config) -> dict[str, tuple[type, int]]:
     """ "a/b/c" -> (kind of variable, number of values), without computing any."""
-    model = nnx.eval_shape(lambda: backbones.build_backbone(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: backbones.build_backbone(config, rngs=ParamKeys()))
     return {
         "/".join(map(str, path)): (type(variable), math.prod(variable.shape))
         for path, variable in nnx.to_flat_state(nnx.state(model))
@@ -475,7 +476,7 @@ def test_not_an_image(kind, shape):
 def test_initial_values():
     @jit
     def draw():
-        rngs, dtype = nnx.Rngs(0), jnp.float32
+        rngs, dtype = ParamKeys(0), jnp.float32
         config = dataclasses.replace(SWIN, embed_dim=64, window_size=8)
         model = backbones.build_backbone(config, rngs=rngs)
         block = model.layers[0].blocks[0]

@@ -12,7 +12,7 @@ from flax import nnx
 
 from oneformer_jax.models import backbones
 from oneformer_jax.models.backbones.internimage import sample
-from oneformer_jax.models.layers import ParamKeys
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import optim
 from oneformer_jax.train import state as states

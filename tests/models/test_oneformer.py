@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from oneformer_jax.models import decoder, functional, layers
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
 from oneformer_jax.types import TASK_TOKENS
 from tests import tiny
@@ -80,11 +81,11 @@ def _build(config, training):
     @jax.jit
     def init():
         _, params, rest = nnx.split(
-            OneFormer(config, rngs=nnx.Rngs(0), training=training), nnx.Param, ...
+            OneFormer(config, rngs=ParamKeys(0), training=training), nnx.Param, ...
         )
         return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
-    shapes = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=training))
+    shapes = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=training))
     return nnx.merge(nnx.graphdef(shapes), *init())
 
 
@@ -242,7 +243,7 @@ def test_remat_and_bfloat16(model, inputs, predictions):
 
     def run(**overrides):
         config = dataclasses.replace(tiny.model_config(), **overrides)
-        other = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=True))
+        other = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=True))
         graphdef = nnx.graphdef(other)
         forward = jax.jit(lambda params, rest, inputs: nnx.merge(graphdef, params, rest)(**inputs))
         return forward(params, rest, inputs)
@@ -270,6 +271,6 @@ def test_normalize_images():
 @pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
 def test_a_named_kernel_is_never_replaced(kernel, inputs):
     config = tiny.model_config(sampling=kernel)
-    abstract = nnx.eval_shape(lambda: OneFormer(config, rngs=nnx.Rngs(0), training=False))
+    abstract = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=False))
     with pytest.raises(NotImplementedError, match=kernel):
         jax.eval_shape(lambda m: m(inputs["image"], inputs["task_tokens"]).class_logits, abstract)

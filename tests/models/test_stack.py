@@ -10,6 +10,7 @@ from flax import nnx
 
 from kernels.recompute import recompute
 from oneformer_jax.models import backbones
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.stack import Stack, find_loop, run
 
 
@@ -162,7 +163,7 @@ def test_backbones(kind):
     image = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     outputs, products = [], []
     for scan in (False, True):
-        model = backbones.build_backbone(config, rngs=nnx.Rngs(0), scan=scan)
+        model = backbones.build_backbone(config, rngs=ParamKeys(0), scan=scan)
         graphdef, state = nnx.split(model)
 
         def apply(state, image, graphdef=graphdef):

@@ -38,8 +38,7 @@ class Runner:
         self._mesh, self._key = mesh, sharding.put_key(jax.random.key(2), mesh)
 
     def init(self):
-        init = jax.jit(self.training.init, out_shardings=self.training.shardings)
-        return jax.device_get(init(jax.random.key(1)))
+        return jax.device_get(self.training.init(1))
 
     def step(self, state):
         """(next state, metrics); each step has a batch of its own."""

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from oneformer_jax.models.backbones.convnext import ConvNeXt, ConvNeXtConfig
 from oneformer_jax.models.backbones.dinat import DiNAT, DinatConfig
 from oneformer_jax.models.backbones.internimage import InternImage, InternImageConfig
 from oneformer_jax.models.backbones.resnet import ResNet, ResNetConfig
 from oneformer_jax.models.backbones.swin import Swin, SwinConfig
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.rules import require_names, shown
 
 BackboneConfig = SwinConfig | ConvNeXtConfig | DinatConfig | InternImageConfig | ResNetConfig
@@ -98,7 +98,7 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
 def build_backbone(
     config: BackboneConfig,
     *,
-    rngs: nnx.Rngs,
+    rngs: ParamKeys,
     dtype=jnp.float32,
     remat: bool = False,
     scan: bool = False,

@@ -11,7 +11,9 @@ import numpy as np
 from flax import nnx
 
 from oneformer_jax import rules
-from oneformer_jax.models.layers import Key, torch_linear_init
+from oneformer_jax.models import initial
+from oneformer_jax.models.initial import ParamKeys
+from oneformer_jax.models.layers import Key
 from oneformer_jax.rules import Integer, Number, Rule, Tuple
 
 STRIDES = (4, 8, 16, 32)
@@ -30,7 +32,7 @@ DROP_PATH = Number(0, 1, below=True)
 
 # Of the linear layers of a transformer. The official trunc_normal_ of deviation 0.02 cuts at the
 # values ±2, a hundred deviations away.
-linear_init: Callable = nnx.initializers.normal(0.02)
+linear_init: Callable = initial.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ def check_image(image: jax.Array) -> None:
 
 
 def linear(
-    inputs: int, outputs: int, *, use_bias: bool = True, rngs: nnx.Rngs, dtype
+    inputs: int, outputs: int, *, use_bias: bool = True, rngs: ParamKeys, dtype
 ) -> nnx.Linear:
     """A linear layer of a transformer: `linear_init` and zero bias."""
     return nnx.Linear(
@@ -86,7 +88,7 @@ def linear(
 class Mlp(nnx.Module):
     """Two linear layers with the exact GELU between them."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, width: int, hidden: int, *, rngs: ParamKeys, dtype):
         self.fc1 = linear(width, hidden, rngs=rngs, dtype=dtype)
         self.fc2 = linear(hidden, width, rngs=rngs, dtype=dtype)
 
@@ -103,7 +105,7 @@ def torch_conv(
     padding: int,
     groups: int = 1,
     use_bias: bool = True,
-    rngs: nnx.Rngs,
+    rngs: ParamKeys,
     dtype,
 ) -> nnx.Conv:
     """A square convolution with PyTorch's default initialisation of kernel and bias."""
@@ -117,8 +119,8 @@ def torch_conv(
         feature_group_count=groups,
         use_bias=use_bias,
         dtype=dtype,
-        kernel_init=torch_linear_init,
-        bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+        kernel_init=initial.torch_kernel,
+        bias_init=initial.uniform(bound),
         rngs=rngs,
     )
 

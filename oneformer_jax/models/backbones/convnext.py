@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from oneformer_jax.models import initial
 from oneformer_jax.models.backbones.common import (
     DEPTHS,
     DROP_PATH,
@@ -24,12 +25,13 @@ from oneformer_jax.models.backbones.common import (
     random_items,
     stages,
 )
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, drop_path, split_key
 from oneformer_jax.models.stack import Stack, run
 from oneformer_jax.rules import Integer, Number, Rule
 
 # The official trunc_normal_ of deviation 0.02 cuts at the values ±2, a hundred deviations away.
-_init = nnx.initializers.normal(0.02)
+_init = initial.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class ConvNeXt(nnx.Module):
         self,
         config: ConvNeXtConfig,
         *,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype=jnp.float32,
         remat: bool = False,
         scan: bool = False,
@@ -142,7 +144,7 @@ class ConvNeXt(nnx.Module):
 class ConvNeXtBlock(nnx.Module):
     """x + gamma * mlp(norm(depthwise(x))), the MLP with the exact GELU and four times the width."""
 
-    def __init__(self, dim: int, scale: float, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, dim: int, scale: float, *, rngs: ParamKeys, dtype):
         self.dtype = dtype
         self.dwconv = nnx.Conv(
             dim,
@@ -167,7 +169,7 @@ class ConvNeXtBlock(nnx.Module):
         return x + drop_path(y, rate, key)
 
 
-def _patches(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, dtype) -> nnx.Conv:
+def _patches(inputs: int, outputs: int, size: int, *, rngs: ParamKeys, dtype) -> nnx.Conv:
     """A convolution whose stride is its size, without padding."""
     return nnx.Conv(
         inputs,
@@ -181,5 +183,5 @@ def _patches(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, dtype) -> 
     )
 
 
-def _layer_norm(dim: int, *, rngs: nnx.Rngs, dtype) -> nnx.LayerNorm:
+def _layer_norm(dim: int, *, rngs: ParamKeys, dtype) -> nnx.LayerNorm:
     return nnx.LayerNorm(dim, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)

@@ -32,6 +32,7 @@ from oneformer_jax.models.backbones.common import (
     random_items,
     stages,
 )
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
 from oneformer_jax.models.stack import Stack, run
 from oneformer_jax.rules import Integer, Odd, Rule, Tuple
@@ -137,7 +138,7 @@ class DiNAT(nnx.Module):
         self,
         config: DinatConfig,
         *,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype=jnp.float32,
         remat: bool = False,
         scan: bool = False,
@@ -188,7 +189,7 @@ class DiNAT(nnx.Module):
 class ConvTokenizer(nnx.Module):
     """Two convolutions of stride 2 with nothing between them, and a norm."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, width: int, *, rngs: ParamKeys, dtype):
         self.proj = nnx.List(
             [
                 halving_conv(3, width // 2, rngs=rngs, dtype=dtype),
@@ -211,7 +212,7 @@ class Level(nnx.Module):
         stage: int,
         rates: tuple[float, ...],
         *,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype,
         remat: bool,
         scan: bool,
@@ -256,7 +257,7 @@ class DinatBlock(nnx.Module):
         kernel_size: int,
         dilation: int,
         mlp_ratio: float,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype,
         implementation: str | None,
     ):
@@ -290,7 +291,7 @@ class NeighborhoodAttention(nnx.Module):
         kernel_size: int,
         dilation: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype,
         implementation: str | None,
     ):
@@ -330,7 +331,7 @@ class NeighborhoodAttention(nnx.Module):
 class ConvDownsampler(nnx.Module):
     """Halves the resolution and doubles the channels: convolution, then norm."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, width: int, *, rngs: ParamKeys, dtype):
         self.reduction = halving_conv(width, 2 * width, use_bias=False, rngs=rngs, dtype=dtype)
         self.norm = layer_norm(2 * width, rngs=rngs, dtype=dtype)
 

@@ -18,6 +18,7 @@ from flax import nnx
 
 from kernels.ms_deform_attn import ms_deform_attn
 from kernels.recompute import recompute
+from oneformer_jax.models import initial
 from oneformer_jax.models.backbones.common import (
     DEPTHS,
     DROP_PATH,
@@ -32,13 +33,13 @@ from oneformer_jax.models.backbones.common import (
     random_items,
     torch_conv,
 )
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import (
     Key,
     drop_path,
     layer_norm,
     linear,
     split_key,
-    xavier_init,
 )
 from oneformer_jax.models.stack import Stack, run
 from oneformer_jax.rules import Integer, Odd, Rule, Tuple
@@ -111,7 +112,7 @@ class InternImage(nnx.Module):
         self,
         config: InternImageConfig,
         *,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype=jnp.float32,
         remat: bool = False,
         scan: bool = False,
@@ -157,7 +158,7 @@ class InternImage(nnx.Module):
 class Stem(nnx.Module):
     """Two convolutions of stride 2, each with a norm, and a GELU between them."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, width: int, *, rngs: ParamKeys, dtype):
         self.conv1 = halving_conv(3, width // 2, rngs=rngs, dtype=dtype)
         self.norm1 = _norm(width // 2, rngs=rngs, dtype=dtype)
         self.conv2 = halving_conv(width // 2, width, rngs=rngs, dtype=dtype)
@@ -177,7 +178,7 @@ class Level(nnx.Module):
         stage: int,
         rates: tuple[float, ...],
         *,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype,
         remat: bool,
         scan: bool,
@@ -244,7 +245,7 @@ class InternImageBlock(nnx.Module):
         dw_kernel_size: int,
         mlp_ratio: float,
         sampling: str | None,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype,
     ):
         self.norm1 = _norm(width, rngs=rngs, dtype=dtype)
@@ -277,12 +278,11 @@ class DCNv3(nnx.Module):
         dw_kernel_size: int,
         *,
         sampling: str | None,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype,
     ):
         self.groups = groups
         self.sampling = sampling
-        zeros = nnx.initializers.zeros_init()
         self.dw_conv = torch_conv(
             width,
             width,
@@ -295,10 +295,10 @@ class DCNv3(nnx.Module):
         )
         self.dw_norm = _norm(width, rngs=rngs, dtype=dtype)
         # float32: they are coordinates and shares.
-        options = dict(kernel_init=zeros, bias_init=zeros, rngs=rngs)
+        options = dict(kernel_init=initial.zeros, bias_init=initial.zeros, rngs=rngs)
         self.offset = linear(width, groups * POINTS * 2, **options)
         self.mask = linear(width, groups * POINTS, **options)
-        options = dict(kernel_init=xavier_init, bias_init=zeros, rngs=rngs, dtype=dtype)
+        options = dict(kernel_init=initial.xavier, bias_init=initial.zeros, rngs=rngs, dtype=dtype)
         self.input_proj = linear(width, width, **options)
         self.output_proj = linear(width, width, **options)
         self.center_feature_scale_proj_weight = nnx.Param(jnp.zeros((groups, width)))
@@ -323,7 +323,7 @@ class DCNv3(nnx.Module):
 class Downsample(nnx.Module):
     """Halves the resolution and doubles the channels: convolution, then norm."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, width: int, *, rngs: ParamKeys, dtype):
         self.conv = halving_conv(width, 2 * width, use_bias=False, rngs=rngs, dtype=dtype)
         self.norm = _norm(2 * width, rngs=rngs, dtype=dtype)
 
@@ -383,5 +383,5 @@ def sample(
     return jnp.moveaxis(out, 0, 2).reshape(batch, pixels, groups, channels)
 
 
-def _norm(width: int, *, rngs: nnx.Rngs, dtype) -> nnx.LayerNorm:
+def _norm(width: int, *, rngs: ParamKeys, dtype) -> nnx.LayerNorm:
     return layer_norm(width, epsilon=EPSILON, rngs=rngs, dtype=dtype)

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from oneformer_jax.models import initial
 from oneformer_jax.models.backbones.common import DEPTHS, StagedConfig, check_image
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key
 from oneformer_jax.models.stack import Stack, run
 from oneformer_jax.rules import Integer, Rule, Word
@@ -67,7 +69,7 @@ class ResNet(nnx.Module):
         self,
         config: ResNetConfig,
         *,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype=jnp.float32,
         remat: bool = False,
         scan: bool = False,
@@ -122,7 +124,7 @@ class ResNet(nnx.Module):
 class Stem(nnx.Module):
     """7 x 7 convolution and 3 x 3 maximum, each of stride 2."""
 
-    def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: ResNetConfig, *, rngs: ParamKeys, dtype):
         self.conv1 = ConvNorm(config.norm, 3, config.stem_width, 7, 2, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -133,7 +135,9 @@ class Stem(nnx.Module):
 class Bottleneck(nnx.Module):
     """1 x 1, 3 x 3 and 1 x 1 convolution around a shortcut."""
 
-    def __init__(self, norm: str, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(
+        self, norm: str, inputs: int, outputs: int, stride: int, *, rngs: ParamKeys, dtype
+    ):
         width = outputs // 4
         self.conv1 = ConvNorm(norm, inputs, width, 1, 1, rngs=rngs, dtype=dtype)
         self.conv2 = ConvNorm(norm, width, width, 3, stride, rngs=rngs, dtype=dtype)
@@ -166,7 +170,7 @@ class ConvNorm(nnx.Conv):
             padding=((size // 2, size // 2),) * 2,
             use_bias=False,
             dtype=dtype,
-            kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            kernel_init=initial.variance_scaling(2.0, "fan_out", "normal"),
             rngs=rngs,
         )
         self.norm = FrozenNorm(outputs, dtype) if norm == "frozen" else BatchNorm(outputs, dtype)

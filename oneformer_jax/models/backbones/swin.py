@@ -29,6 +29,7 @@ from oneformer_jax.models.backbones.common import (
     random_items,
     torch_conv,
 )
+from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
 from oneformer_jax.models.stack import Stack, run
 from oneformer_jax.rules import Integer, Rule
@@ -96,7 +97,7 @@ class Swin(nnx.Module):
         self,
         config: SwinConfig,
         *,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype=jnp.float32,
         remat: bool = False,
         scan: bool = False,
@@ -141,7 +142,7 @@ class Swin(nnx.Module):
 class PatchEmbed(nnx.Module):
     """Patches of 4 x 4 pixels to tokens, the image zero padded to whole patches."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, width: int, *, rngs: ParamKeys, dtype):
         self.proj = torch_conv(3, width, PATCH, strides=PATCH, padding=0, rngs=rngs, dtype=dtype)
         self.norm = layer_norm(width, rngs=rngs, dtype=dtype)
 
@@ -158,7 +159,7 @@ class Stage(nnx.Module):
         stage: int,
         rates: tuple[float, ...],
         *,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype,
         remat: bool,
         scan: bool,
@@ -203,7 +204,7 @@ class SwinBlock(nnx.Module):
         window_size: int,
         shift: int,
         mlp_ratio: float,
-        rngs: nnx.Rngs,
+        rngs: ParamKeys,
         dtype,
     ):
         self.window_size = window_size
@@ -238,7 +239,7 @@ class SwinBlock(nnx.Module):
 class WindowAttention(nnx.Module):
     """Multi-head attention among the tokens of a window, with a bias by relative position."""
 
-    def __init__(self, width: int, num_heads: int, window_size: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, width: int, num_heads: int, window_size: int, *, rngs: ParamKeys, dtype):
         self.num_heads = num_heads
         self.window_size = window_size
         table = ((2 * window_size - 1) ** 2, num_heads)
@@ -264,7 +265,7 @@ class WindowAttention(nnx.Module):
 class PatchMerging(nnx.Module):
     """Halves the resolution and doubles the channels: 2 x 2 neighbours, norm, linear layer."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, width: int, *, rngs: ParamKeys, dtype):
         self.norm = layer_norm(4 * width, rngs=rngs, dtype=dtype)
         self.reduction = linear(4 * width, 2 * width, use_bias=False, rngs=rngs, dtype=dtype)
 
