@@ -154,12 +154,12 @@ def _dilations(matches: tuple[published.Published, ...], path: str) -> Any:
         return next(iter(found))
     way_out = 'load(..., config="ade20k:dinat_large,res=640") or backbone={"dilations": ...}'
     if not found:
-        raise ValueError(
+        raise FileError(
             f"{path} has a DiNAT of no published size, and its tensors do not tell its dilations; "
             f"give them: backbone={{'dilations': ((1, 2, 1), ...)}}, one number a block"
         )
     names = ", ".join(f"{model.dataset}:{model.variant}" for model in matches)
-    raise ValueError(
+    raise FileError(
         f"{path} fits several published models whose dilations differ ({names}); give one, as in "
         f"{way_out}, or keep the name of the released file"
     )
@@ -245,7 +245,7 @@ class _Reader:
             points = points or POINTS
             heads = samples // (LEVELS * points)
         elif points is None:
-            points = samples // (LEVELS * max(heads, 1))
+            points = samples // (LEVELS * heads)
         if heads * points * LEVELS != samples:
             raise FileError(
                 f"{self.path}: the pixel decoder has {samples} attention weights a query, which "

@@ -26,7 +26,9 @@ from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import Metadata
 from oneformer_jax.weights.pickle_reader import quoted
 
-MAX_LAYERS = 256  # of one stack; published models have up to 32
+# Of one stack, and of all: published models have up to 32 and 73. A layer takes some 60 ms before
+# the first tensor is read.
+MAX_LAYERS, MAX_ALL_LAYERS = 128, 160
 
 _BACKBONES = {
     "swin": SwinConfig,
@@ -35,6 +37,7 @@ _BACKBONES = {
     "internimage": InternImageConfig,
     "resnet": ResNetConfig,
 }
+_LAYERS = ("encoder_layers", "query_init_layers", "decoder_layers", "text_layers")
 # The most that a whole number of a field may be; widths have the last limit.
 _MOST = {
     "num_classes": 65_535,
@@ -48,12 +51,9 @@ _MOST = {
     "groups": 1024,
     "encoder_points": 64,
     "dilations": 4096,
-    **dict.fromkeys(
-        ("depths", "norm_after", "encoder_layers", "query_init_layers", "decoder_layers"),
-        MAX_LAYERS,
-    ),
-    "text_layers": MAX_LAYERS,
+    **dict.fromkeys(("depths", "norm_after", *_LAYERS), MAX_LAYERS),
 }
+_MAY_BE_ZERO = ("num_context", "norm_after", *_LAYERS)
 _MOST_WIDTH = 32_768
 
 _Size = Annotated[int, Meta(ge=1, le=65_536)]
@@ -110,8 +110,8 @@ def model_config(fields: Mapping[str, Any], where: str) -> OneFormerConfig:
       FileError: an unknown field, a missing one, one of another type, or one beyond its limits.
     """
     backbone = fields.get("backbone")
-    if not isinstance(backbone, Mapping) or backbone.get("kind") not in _BACKBONES:
-        kind = backbone.get("kind") if isinstance(backbone, Mapping) else None
+    kind = backbone.get("kind") if isinstance(backbone, Mapping) else None
+    if not isinstance(kind, str) or kind not in _BACKBONES:
         raise FileError(
             f"{where}: model.backbone.kind is {quoted(kind)}; known are {', '.join(_BACKBONES)}"
         )
@@ -138,6 +138,9 @@ def check_fields(fields: Mapping[str, Any], where: str, kind: str | None = None)
     if isinstance(backbone, Mapping):
         rest = {name: value for name, value in backbone.items() if name != "kind"}
         _check(rest, _BACKBONES[kind or backbone["kind"]], where, "model.backbone")
+        layers = sum(fields.get(name, 0) for name in _LAYERS) + sum(rest.get("depths", ()))
+        if layers > MAX_ALL_LAYERS:
+            raise FileError(f"{where}: a model of {layers:,} layers; at most {MAX_ALL_LAYERS}")
 
 
 def _check(fields: Mapping[str, Any], config: type, where: str, key: str) -> None:
@@ -148,21 +151,26 @@ def _check(fields: Mapping[str, Any], config: type, where: str, key: str) -> Non
             raise FileError(f"{where}: unknown model field {key}.{quoted(name)}{near}")
         if name != "backbone":
             _convert(value, types[name], where, f"{key}.{name}")
-            _bound(value, _MOST.get(name, _MOST_WIDTH), where, f"{key}.{name}")
+            least = 0 if types[name] in (float, bool) or name in _MAY_BE_ZERO else 1
+            _bound(value, (least, _MOST.get(name, _MOST_WIDTH)), where, f"{key}.{name}")
 
 
 def _convert(value: Any, schema: Any, where: str, key: str) -> Any:
     try:
         return msgspec.convert(value, schema)
     except msgspec.ValidationError as error:
-        raise FileError(f"{where}: {key} has an unexpected value: {error}") from None
+        why = quoted(str(error), 300)  # it may hold a key of the file
+        raise FileError(f"{where}: {key} has an unexpected value: {why}") from None
 
 
-def _bound(value: Any, most: int, where: str, key: str) -> None:
+def _bound(value: Any, limits: tuple[int, int], where: str, key: str) -> None:
     if isinstance(value, list | tuple):
         if len(value) > MAX_LAYERS:
             raise FileError(f"{where}: {key} has {len(value):,} values, more than {MAX_LAYERS}")
         for one in value:
-            _bound(one, most, where, key)
-    elif isinstance(value, int | float) and not 0 <= value <= most:
-        raise FileError(f"{where}: {key} is {quoted(str(value))}; expected 0 to {most:,}")
+            _bound(one, limits, where, key)
+    elif isinstance(value, str) and len(value) > 100:
+        raise FileError(f"{where}: {key} is {quoted(value)}, no word of a model")
+    elif isinstance(value, int | float) and not limits[0] <= value <= limits[1]:
+        shown = quoted(str(value))
+        raise FileError(f"{where}: {key} is {shown}; expected {limits[0]} to {limits[1]:,}")

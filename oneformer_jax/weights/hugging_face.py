@@ -77,12 +77,13 @@ def noted(config: Mapping[str, Any], path: str) -> dict[str, Any]:
       FileError: the config of another kind of model, or of one that OneFormer never was.
     """
     if (kind := config.get("model_type")) != "oneformer":
-        name = repr(quoted(kind)) if isinstance(kind, str) else quoted(kind)
-        raise FileError(f"{path}: config.json is of a {name} model, not a oneformer")
+        name = f"a {quoted(kind)!r} model" if isinstance(kind, str) else quoted(kind)
+        raise FileError(f"{path}: config.json is of {name}, not of a oneformer")
     try:
         found = msgspec.convert(config, _Config)
     except msgspec.ValidationError as error:
-        raise FileError(f"{path}: config.json holds an unexpected value: {error}") from None
+        why = quoted(str(error), 300)
+        raise FileError(f"{path}: config.json holds an unexpected value: {why}") from None
     _require_fixed(found, "", path)
     # The port knows one number of points.
     fields: dict[str, Any] = {"num_heads": found.num_attention_heads, "encoder_points": POINTS}
