@@ -54,14 +54,18 @@ KINDS = {
 }
 
 
-def decode(data: Any, kind: Kind, *, big_endian: bool = False) -> np.ndarray:
-    """The numbers of some bytes, whose length is a multiple of the type's size: [count]."""
-    stored = np.frombuffer(data, kind.stored.newbyteorder(">") if big_endian else kind.stored)
+def stored(data: Any, kind: Kind, *, big_endian: bool = False) -> np.ndarray:
+    """Bytes as numbers in the way of the file, a view: [count]; their length must be a multiple."""
+    return np.frombuffer(data, kind.stored.newbyteorder(">") if big_endian else kind.stored)
+
+
+def decode(numbers: np.ndarray, kind: Kind) -> np.ndarray:
+    """What numbers of `stored`, of any shape, mean; a view where the file has NumPy's own form."""
     if kind is KINDS["bfloat16"]:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
+        return (numbers.astype(np.uint32) << 16).view(np.float32)
     if kind is KINDS["bool"]:
-        return stored != 0
-    return stored.astype(kind.dtype, copy=False)
+        return numbers != 0
+    return numbers.astype(kind.dtype, copy=False)
 
 
 class Tensor:

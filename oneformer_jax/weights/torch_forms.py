@@ -25,7 +25,15 @@ from oneformer_jax.weights.pickle_reader import (
     Set,
     quoted,
 )
-from oneformer_jax.weights.tensors import KINDS, MAX_RANK, Kind, Tensor, decode, shape_problem
+from oneformer_jax.weights.tensors import (
+    KINDS,
+    MAX_RANK,
+    Kind,
+    Tensor,
+    decode,
+    shape_problem,
+    stored,
+)
 
 MAX_DEPTH = 60  # containers within containers
 # A list or text that many objects share is copied by each of them: bytes that all copies may take
@@ -70,7 +78,7 @@ class Storage:
     Attributes:
       kind: their type.
       count: how many there are; the file has so many.
-      read: gives them, [count].
+      read: gives them as the file has them, a view: [count].
     """
 
     __slots__ = ("count", "kind", "read")
@@ -324,11 +332,12 @@ class Forms:
         def read() -> np.ndarray:
             if not count:
                 return np.zeros(shape, storage.kind.dtype)
-            values = storage.read()[offset:]
-            steps = [
-                s * values.itemsize if n > 1 else 0 for n, s in zip(shape, strides, strict=True)
-            ]
-            return np.lib.stride_tricks.as_strided(values, shape, steps, writeable=False)
+            # First the view, then the numbers: many tensors may be small parts of one storage.
+            found = storage.read()[offset:]
+            item = found.itemsize
+            steps = [s * item if n > 1 else 0 for n, s in zip(shape, strides, strict=True)]
+            found = np.lib.stride_tricks.as_strided(found, shape, steps, writeable=False)
+            return decode(found, storage.kind)
 
         return Tensor(shape, storage.kind.dtype, read)
 
@@ -369,7 +378,8 @@ class Forms:
             raise Damaged(f"an array of the shape {list(shape)} with {len(data):,} bytes")
 
         def read() -> np.ndarray:
-            return decode(data, kind, big_endian=big_endian).reshape(shape, order=order)
+            found = stored(data, kind, big_endian=big_endian)
+            return decode(found, kind).reshape(shape, order=order)
 
         return Tensor(shape, kind.dtype, read)
 
@@ -416,7 +426,9 @@ _BARE = {("numpy", "ndarray")} | {
 
 
 def _storage_values(storage: Storage) -> Tensor:
-    return Tensor((storage.count,), storage.kind.dtype, storage.read)
+    return Tensor(
+        (storage.count,), storage.kind.dtype, lambda: decode(storage.read(), storage.kind)
+    )
 
 
 def _arguments(made: Made, least: int, most: int) -> tuple[Any, ...]:

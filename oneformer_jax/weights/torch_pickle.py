@@ -23,7 +23,7 @@ import numpy as np
 from oneformer_jax.files import FileError, open_regular
 from oneformer_jax.weights import pickle_reader
 from oneformer_jax.weights.pickle_reader import Damaged, Refused, quoted
-from oneformer_jax.weights.tensors import Kind, Tensor, decode
+from oneformer_jax.weights.tensors import Kind, Tensor, stored
 from oneformer_jax.weights.torch_forms import Forms, Storage, allowed
 
 __all__ = ["FileError", "Tensor", "load", "save"]
@@ -74,19 +74,18 @@ class _Archive:
     """A zip archive whose members are stored as they are, as PyTorch writes it."""
 
     def __init__(self, file: BinaryIO):
-        self.size = os.fstat(file.fileno()).st_size
         guarded = _Guarded(file)
-        # zipfile reads the whole table of contents at once, and makes an object of each line.
-        guarded.limit = _MAX_CONTENTS
         try:
-            self._zip = zipfile.ZipFile(guarded)
+            contents = zipfile.ZipFile(guarded).infolist()
         except zipfile.BadZipFile:
             raise
         except (ValueError, OSError, NotImplementedError, struct.error) as error:
             raise Damaged(f"its table of contents: {quoted(str(error))}") from None
-        guarded.limit = None
+        self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self.size = len(self._view)
+        self._checked: set[str] = set()
         self.members: dict[str, zipfile.ZipInfo] = {}
-        for member in self._zip.infolist():
+        for member in contents:
             name = quoted(member.filename)
             if member.filename in self.members:
                 raise Refused(f"its archive has two members {name}")
@@ -94,40 +93,48 @@ class _Archive:
                 raise Refused(f"its member {name} is encrypted")
             if member.compress_type != zipfile.ZIP_STORED:
                 raise Refused(f"its member {name} is compressed, which PyTorch never does")
-            size = member.file_size
-            if size != member.compress_size or not 0 <= size <= self.size - member.header_offset:
+            size, begin = member.file_size, member.header_offset
+            if size != member.compress_size or not 0 <= begin <= begin + size <= self.size:
                 raise Damaged(f"{name} would have {size:,} bytes of the file's {self.size:,}")
             self.members[member.filename] = member
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a member, compared with their checksum."""
-        try:
-            return self._zip.read(self.members[name])
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise Damaged(f"{quoted(name)}: {quoted(str(error))}") from None
-        except (ValueError, OSError, NotImplementedError, RuntimeError, struct.error) as error:
-            raise Damaged(f"{quoted(name)}: {type(error).__name__}") from error
+    def read(self, name: str) -> memoryview:
+        """The bytes of a member; they are compared with their checksum the first time."""
+        member, header = self.members[name], struct.Struct("<4s22xHH")
+        begin = member.header_offset
+        if begin + header.size > self.size:
+            raise Damaged(f"{quoted(name)} begins behind the end")
+        mark, *lengths = header.unpack_from(self._view, begin)
+        begin += header.size
+        encoding = "utf-8" if member.flag_bits & 0x800 else "cp437"
+        called = bytes(self._view[begin : begin + lengths[0]])
+        if mark != _ZIP or called != member.orig_filename.encode(encoding, "replace"):
+            raise Damaged(f"{quoted(name)} does not begin where the table of contents says")
+        begin += sum(lengths)
+        data = self._view[begin : begin + member.file_size]
+        if name not in self._checked:
+            if len(data) != member.file_size or zlib.crc32(data) != member.CRC:
+                raise Damaged(f"{quoted(name)} does not have its checksum")
+            self._checked.add(name)
+        return data
 
 
 class _Guarded:
-    """A file of which no more than `limit` bytes are read at once."""
+    """A file whose table of contents zipfile reads at once, and makes an object of each line."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self.limit = file, None
+        self._file = file
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
-        self.close = file.close
 
     def read(self, size: int = -1) -> bytes:
-        if self.limit is None:
-            return self._file.read(size)
-        data = self._file.read(self.limit + 1 if not 0 <= size <= self.limit else size)
-        if len(data) > self.limit:
-            raise Refused(f"its archive has a table of contents of more than {self.limit:,} bytes")
+        data = self._file.read(size if 0 <= size <= _MAX_CONTENTS else _MAX_CONTENTS + 1)
+        if len(data) > _MAX_CONTENTS:
+            raise Refused(f"its archive has a table of contents of more than {_MAX_CONTENTS:,} B")
         return data
 
 
 def _load_zip(path: str | os.PathLike[str], file: BinaryIO) -> Any:
-    archive = _Archive(file)  # open as long as one of its tensors is
+    archive = _Archive(file)
     pickles = [name for name in archive.members if re.search(r"(^|/)data\.pkl$", name)]
     if len(pickles) != 1:
         raise FileError(
@@ -137,7 +144,7 @@ def _load_zip(path: str | os.PathLike[str], file: BinaryIO) -> Any:
     folder = pickles[0].removesuffix("data.pkl")
     order = b"little"
     if (name := f"{folder}byteorder") in archive.members:
-        order = archive.read(name) if archive.members[name].file_size < 10 else b""
+        order = bytes(archive.read(name)[:10])
         if order not in (b"little", b"big"):
             raise Damaged("its byte order is neither little nor big")
 
@@ -150,14 +157,14 @@ def _load_zip(path: str | os.PathLike[str], file: BinaryIO) -> Any:
 
         def read() -> np.ndarray:
             try:
-                data = memoryview(archive.read(name))[:size]
+                data = archive.read(name)[:size]
             except Damaged as error:
                 raise FileError(f"{path} is damaged: {error}; fetch it again") from error
-            return decode(data, kind, big_endian=order == b"big")
+            return stored(data, kind, big_endian=order == b"big")
 
         return Storage(kind, count, read)
 
-    record, _ = _read_pickle(archive.read(pickles[0]), 0)
+    record, _ = _read_pickle(bytes(archive.read(pickles[0])), 0)
     return Forms(storage, archive.size).convert(record)
 
 
@@ -187,7 +194,7 @@ def _load_stream(path: str | os.PathLike[str], file: BinaryIO) -> Any:
 
         def read() -> np.ndarray:
             start = places[key]
-            return decode(memoryview(data)[start : start + count * kind.stored.itemsize], kind)
+            return stored(memoryview(data)[start : start + count * kind.stored.itemsize], kind)
 
         return Storage(kind, count, read)
 
@@ -201,9 +208,9 @@ def _load_stream(path: str | os.PathLike[str], file: BinaryIO) -> Any:
         kind, count = wanted[key]
         if at + 8 > size:
             raise Damaged("it ends before its storages")
-        (stored,) = struct.unpack_from("<q", data, at)
-        if stored != count:
-            raise Damaged(f"storage {quoted(key)} has {stored:,} elements, not {count:,}")
+        (found_count,) = struct.unpack_from("<q", data, at)
+        if found_count != count:
+            raise Damaged(f"storage {quoted(key)} has {found_count:,} elements, not {count:,}")
         places[key], at = at + 8, at + 8 + count * kind.stored.itemsize
         if at > size:
             raise Damaged(f"it ends within storage {quoted(key)}")

@@ -333,6 +333,17 @@ def one_storage_shown_as_a_thousand_tensors(folder):
     return c.archive(folder / "model.pth", body, {"data/0": bytes(4 * size)})
 
 
+@attack("would take")
+def a_million_numbers_shown_in_two_thousand_ways(folder):
+    """Each of them is small in the pickle and, of bfloat16, twice its storage in memory."""
+    count = 1 << 20
+    stored = c.storage(count, "0", "BFloat16Storage")
+    views = {
+        f"w{i}": c.tensor(stored, c.numbers(2, count // 2), c.numbers(1, 2)) for i in range(99)
+    }
+    return c.archive(folder / "model.pth", c.whole(c.mapping(views)), {"data/0": bytes(2 * count)})
+
+
 # ------------------------------------------------------------------ archives and streams
 
 GOOD = c.model(c.vector(4))

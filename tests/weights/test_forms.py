@@ -6,6 +6,7 @@ import copyreg
 import json
 import pickle
 import sys
+import time
 import types
 
 import ml_collections
@@ -87,6 +88,18 @@ def test_a_storage_that_two_tensors_share_is_one_in_the_file(tmp_path):
     assert (tmp_path / "a.pth").stat().st_size < 8000
     found = files.open_tensors(tmp_path / "a.pth").tensors
     np.testing.assert_array_equal(found["half"].read(), found["tied"].read()[500:])
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "stream"])
+def test_many_small_views_of_a_large_storage_are_read_in_no_time(tmp_path, new):
+    base = torch.rand(8_000_000).bfloat16()
+    state = {f"w{i}": base[i :: base.numel() // 2][:2] for i in range(2000)}
+    torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
+    found = files.open_tensors(tmp_path / "a.pth").tensors
+    begin = time.process_time()
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(found[name].read(), tensor.float().numpy())
+    assert time.process_time() - begin < 5  # the storage read for each of them takes minutes
 
 
 ARRAYS = {

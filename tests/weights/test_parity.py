@@ -110,6 +110,7 @@ def test_every_prediction_agrees(kind, height, width, fields, tmp_path):
 def test_heads_of_16_channels_are_told_by_the_tensors(tmp_path):
     """An official file without any description, of 128 channels in 8 heads of 4 points."""
     sizes = dict(hidden_dim=128, conv_dim=128, mask_dim=128, num_attention_heads=8)
+    sizes |= {"text_encoder_width": 128}
     model = reference.make(reference.backbone_config("resnet"), seed=5, **sizes)
     given = reference.inputs(64, 96, seed=5)
     described = load(model, tmp_path / "theirs")
