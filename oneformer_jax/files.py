@@ -13,7 +13,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -28,6 +28,27 @@ class FileError(ValueError):
     """A file that cannot be used; the message names it, says why, and the way out."""
 
 
+def open_regular(path: str | os.PathLike[str], *, error: type[Exception] = FileError) -> BinaryIO:
+    """Opens a regular file for reading.
+
+    A pipe or a device, which may never end, is refused before it is opened for reading.
+
+    Raises:
+      error: it is missing, not a regular file, or cannot be read; the message names it.
+    """
+    try:
+        # Without O_NONBLOCK the opening of a pipe would wait for its writer.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise error(f"{path} is missing") from None
+    except OSError as cause:
+        raise error(f"{path} cannot be read ({cause.strerror})") from cause
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise error(f"{path} is not a regular file")
+    return open(handle, "rb")
+
+
 def read_bytes(
     path: str | os.PathLike[str], *, limit: int, error: type[Exception] = FileError
 ) -> bytes:
@@ -38,20 +59,11 @@ def read_bytes(
     Raises:
       error: it is missing, not a regular file, cannot be read, or is larger; the message names it.
     """
-    try:
-        # Without O_NONBLOCK the opening of a pipe would wait for its writer.
-        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open_regular(path, error=error) as file:
         try:
-            if not stat.S_ISREG(os.fstat(opened).st_mode):
-                raise error(f"{path} is not a regular file; expected a file of at most {limit:,} B")
-            with open(opened, "rb", closefd=False) as file:
-                data = file.read(limit + 1)
-        finally:
-            os.close(opened)  # `open` would not close that of a folder, which it refuses
-    except FileNotFoundError:
-        raise error(f"{path} is missing") from None
-    except OSError as cause:
-        raise error(f"{path} cannot be read ({cause.strerror})") from cause
+            data = file.read(limit + 1)
+        except OSError as cause:
+            raise error(f"{path} cannot be read ({cause.strerror})") from cause
     if len(data) > limit:
         raise error(f"{path} has more than {limit:,} bytes, the most that such a file may have")
     return data

@@ -26,6 +26,18 @@ def test_a_pipe_a_device_and_a_folder_are_refused_at_once(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == opened
 
 
+def test_a_regular_file_is_opened_and_nothing_else(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    with files.open_regular(tmp_path / "a") as file:
+        assert file.read() == b"abc"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(KeyError, match="is not a regular file"):
+            files.open_regular(path, error=KeyError)
+    with pytest.raises(files.FileError, match="is missing"):
+        files.open_regular(tmp_path / "b")
+
+
 def test_a_link_to_a_device_is_refused(tmp_path):
     (tmp_path / "index.json").symlink_to("/dev/zero")
     with pytest.raises(files.FileError, match="not a regular file"):

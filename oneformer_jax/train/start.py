@@ -11,8 +11,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
+from oneformer_jax.files import first_few
 from oneformer_jax.train import checkpoint
-from oneformer_jax.weights import convert, files, names, start
+from oneformer_jax.weights import files, names, start
 from oneformer_jax.weights.start import Start
 
 
@@ -48,9 +49,9 @@ def log_start(found: Start, path: str) -> None:
     reasons = dict.fromkeys(found.fresh.values())
     for reason in reasons:
         listed = [name for name, why in found.fresh.items() if why == reason]
-        logging.info("  %d start afresh (%s): %s", len(listed), reason, convert.listing(listed, 5))
+        logging.info("  %d start afresh (%s): %s", len(listed), reason, first_few(listed, 5))
     if found.unused:
-        logging.info("  not used from the file: %s", convert.listing(found.unused, 5))
+        logging.info("  not used from the file: %s", first_few(found.unused, 5))
 
 
 def apply_start(found: Start, state: dict[str, Any]) -> dict[str, Any]:

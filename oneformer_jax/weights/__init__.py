@@ -1,9 +1,14 @@
 """Weights of other programs: reading and writing their files, names and architectures.
 
-files.py         tensor files of any kind, by name: PyTorch pickles (no PyTorch needed), safetensors
-torch_pickle.py  PyTorch's file formats
-names.py         one table of names, for both directions and both programs
-architecture.py  the model that a set of tensors belongs to
-published.py     the published models: what their tensors cannot tell
-convert.py       whole models in and out, and what a training run starts from
+files.py          tensor files of any kind, by name: pickles, safetensors, folders
+tensors.py        a tensor of a file, number types, limits
+pickle_reader.py  pickles as inert records: opcodes, and nothing else
+torch_forms.py    what the records mean: tensors, arrays, plain containers
+torch_pickle.py   PyTorch's archives and streams, and writing them
+descriptions.py   our description beside the weights, checked by type and size
+hugging_face.py   config.json of `transformers`
+names.py          one table of names, for both directions and both programs
+architecture.py   the model that a set of tensors belongs to
+published.py      the published models: what their tensors cannot tell
+convert.py        whole models in and out, and what a training run starts from
 """

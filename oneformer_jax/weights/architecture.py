@@ -3,7 +3,8 @@
 Widths, depths, heads by relative-position tables, windows, kernels, queries and classes are read
 off the shapes, so sizes that were never published are recognised too. What shapes cannot tell is,
 in this order: given by the caller, noted in the file's own config, taken from the published model
-with the same tensors, or the rule that all published models follow (heads of 32 channels).
+with the same tensors, or the rule that all published models follow. What comes from such a rule is
+said, see `Found`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from oneformer_jax.files import FileError
 from oneformer_jax.models import backbones, published
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.weights.torch_pickle import FileError
+from oneformer_jax.weights import descriptions
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-HEAD_WIDTH = 32  # channels of an attention head in all published decoders
-TEXT_HEAD_WIDTH = 64  # and in their text encoders
+LEVELS = 3  # of the pixel decoder's attention
+POINTS = 4  # per head and level; the official code and the port know no other number
+TEXT_HEAD_WIDTH = 64  # channels of a head of the text encoder; the port knows no other number
 
 # An array that only one kind of backbone has.
 _MARKS = {
@@ -32,6 +35,20 @@ _MARKS = {
 }
 
 
+class Found(NamedTuple):
+    """What a set of arrays is.
+
+    Attributes:
+      config: the architecture.
+      published: the published model that it is, or None.
+      assumed: phrases about what neither tensors nor the file's config nor the caller tell.
+    """
+
+    config: OneFormerConfig
+    published: published.Published | None
+    assumed: tuple[str, ...]
+
+
 def recognise(
     shapes: Shapes,
     *,
@@ -39,8 +56,8 @@ def recognise(
     given: Mapping[str, Any],
     noted: Mapping[str, Any],
     frozen_norm: bool = True,
-) -> tuple[OneFormerConfig, published.Published | None]:
-    """The architecture of a set of arrays, and the published model that it is, if it is one.
+) -> Found:
+    """The architecture of a set of arrays.
 
     Args:
       shapes: by our names, see `names.py`.
@@ -50,20 +67,24 @@ def recognise(
       frozen_norm: whether a ResNet's norms were constants in training.
 
     Raises:
-      FileError: the tensors are not those of a OneFormer.
+      FileError: the tensors are not those of a OneFormer, or of one beyond all sizes.
       ValueError: a field that is unknown, or that the caller has to give.
     """
     known = {field.name for field in dataclasses.fields(OneFormerConfig)}
     if unknown := sorted(set(given) - known):
         raise ValueError(f"{path}: unknown model fields {unknown}; known are {sorted(known)}")
-    fields = {k: v for k, v in {**noted, **given}.items() if k != "backbone"}
-    options = {**noted.get("backbone", {}), **given.get("backbone", {})}
     reader = _Reader(shapes, path)
     kind = reader.kind()
+    for source in (noted, given):
+        descriptions.check_fields(source, path, kind)
+    fields = {k: v for k, v in {**noted, **given}.items() if k != "backbone"}
+    options = {**noted.get("backbone", {}), **given.get("backbone", {})}
     backbone = getattr(reader, f"read_{kind}")()
+    told = {"backbone": dict(options), **fields}
     if kind == "resnet" and "norm" not in options:
         options["norm"] = "frozen" if frozen_norm else "batch"
     head = reader.head(fields)
+    descriptions.check_fields({**head, "backbone": backbone}, path, kind)
     try:
         # Dilations come last: the published model is found without them.
         config = OneFormerConfig(
@@ -71,13 +92,54 @@ def recognise(
             **(head | fields),
         )
     except ValueError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise FileError(f"{path}: {error}") from error
     matches = published.find(config, path)
     if kind == "dinat" and "dilations" not in options:
         options["dilations"] = _dilations(matches, path)
         rebuilt = backbones.backbone_config(kind, **(backbone | options))
         config = dataclasses.replace(config, backbone=rebuilt)
-    return config, matches[0] if matches else None
+    text = "text_encoder.positional_embedding" in shapes
+    return Found(config, matches[0] if matches else None, _assumed(config, told, text))
+
+
+def _assumed(config: OneFormerConfig, told: Mapping[str, Any], text: bool) -> tuple[str, ...]:
+    """Phrases about what only a rule tells; `told` has the fields of the caller and the config."""
+    found = []
+
+    def assume(phrase: str, *fields: str, of: Mapping[str, Any] = told) -> None:
+        if not any(field in of for field in fields):
+            found.append(phrase)
+
+    width = config.hidden_dim // config.num_heads
+    assume(
+        f"{config.encoder_points} points per head and level, so {config.num_heads} heads of "
+        f"{width} channels",
+        *("num_heads", "encoder_points"),
+    )
+    assume("queries made from the task token", "queries")
+    if text:
+        width = config.text_width // config.text_heads
+        assume(f"text heads of {width} channels, so {config.text_heads}", "text_heads")
+        assume(
+            "text tokens that see those before them" if config.text_causal else "no text mask",
+            "text_causal",
+        )
+    assume(f"a dropout of {config.encoder_dropout}", "encoder_dropout", "query_init_dropout")
+    backbone, options = config.backbone, told["backbone"]
+    kind = backbones.kind_of(backbone)
+    if kind == "dinat":
+        assume("the dilations of the published model", "dilations", of=options)
+    if kind == "internimage":
+        assume("deformable kernels of 3 x 3")
+        if backbone.norm_after:
+            assume("a norm after every sixth block of the third stage", "norm_after", of=options)
+    if kind == "resnet":
+        norms = {"frozen": "norms that are constants in training", "batch": "batch norms"}
+        assume(norms[backbone.norm], "norm", of=options)
+        assume("strides in the 3 x 3 convolutions")
+    else:
+        assume(f"a drop path rate of {backbone.drop_path_rate}", "drop_path_rate", of=options)
+    return tuple(found)
 
 
 def _provisional(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -92,12 +154,12 @@ def _dilations(matches: tuple[published.Published, ...], path: str) -> Any:
         return next(iter(found))
     way_out = 'load(..., config="ade20k:dinat_large,res=640") or backbone={"dilations": ...}'
     if not found:
-        raise ValueError(
+        raise FileError(
             f"{path} has a DiNAT of no published size, and its tensors do not tell its dilations; "
             f"give them: backbone={{'dilations': ((1, 2, 1), ...)}}, one number a block"
         )
     names = ", ".join(f"{model.dataset}:{model.variant}" for model in matches)
-    raise ValueError(
+    raise FileError(
         f"{path} fits several published models whose dilations differ ({names}); give one, as in "
         f"{way_out}, or keep the name of the released file"
     )
@@ -116,6 +178,8 @@ class _Reader:
                 f"{self.path} is not a OneFormer, or lacks a part of it: there is no {name}"
                 + (f" of that rank ({shape})" if shape is not None else "")
             )
+        if 0 in shape:
+            raise FileError(f"{self.path} is not a OneFormer: {name} is empty ({list(shape)})")
         return shape[axis]
 
     def count(self, pattern: str) -> int:
@@ -123,6 +187,11 @@ class _Reader:
         number = 0
         while pattern.format(number) in self.shapes:
             number += 1
+        if not number:
+            raise FileError(
+                f"{self.path} is not a OneFormer, or lacks a part of it: there is no "
+                f"{pattern.format(0)}"
+            )
         return number
 
     def kind(self) -> str:
@@ -138,23 +207,17 @@ class _Reader:
         """The fields of everything but the backbone; some may be `known`."""
         encoder = "pixel_decoder.transformer.encoder.layers"
         queries = "predictor.class_transformer.decoder.layers"
-        width = self.size("predictor.query_embed.embedding", 1)
-        heads = known.get("num_heads") or max(1, width // HEAD_WIDTH)
         samples = self.size(f"{encoder}.0.self_attn.attention_weights.bias")
-        if samples % (3 * heads):
-            raise ValueError(
-                f"{self.path}: {samples} attention weights of the pixel decoder do not divide by 3 "
-                f"levels x {heads} heads; give num_heads"
-            )
+        heads, points = self.sampling(samples, known)
         fields = {
             "num_classes": self.size("predictor.class_embed.bias") - 1,
             "num_queries": self.size("predictor.query_embed.embedding"),
-            "hidden_dim": width,
+            "hidden_dim": self.size("predictor.query_embed.embedding", 1),
             "mask_dim": self.size("pixel_decoder.mask_features.bias"),
             "num_heads": heads,
             "encoder_layers": self.count(f"{encoder}.{{}}.norm1.scale"),
             "encoder_ffn": self.size(f"{encoder}.0.linear1.bias"),
-            "encoder_points": samples // (3 * heads),
+            "encoder_points": points,
             "query_init_layers": self.count(f"{queries}.{{}}.norm1.scale"),
             "query_init_ffn": self.size(f"{queries}.0.linear1.bias"),
             "decoder_layers": self.count("predictor.transformer_ffn_layers.{}.norm.scale"),
@@ -174,6 +237,22 @@ class _Reader:
         else:  # of no meaning without the text branch, but less than the queries
             fields["num_context"] = min(16, fields["num_queries"] - 1)
         return fields
+
+    def sampling(self, samples: int, known: Mapping[str, Any]) -> tuple[int, int]:
+        """(heads, points) of the pixel decoder's attention, which has so many weights a query."""
+        heads, points = known.get("num_heads"), known.get("encoder_points")
+        if heads is None:
+            points = points or POINTS
+            heads = samples // (LEVELS * points)
+        elif points is None:
+            points = samples // (LEVELS * heads)
+        if heads * points * LEVELS != samples:
+            raise FileError(
+                f"{self.path}: the pixel decoder has {samples} attention weights a query, which "
+                f"are not those of {LEVELS} levels, {heads} heads and {points} points; give "
+                "num_heads"
+            )
+        return heads, points
 
     def read_swin(self) -> dict[str, Any]:
         table = "backbone.layers.{}.blocks.0.attn.relative_position_bias_table"
@@ -202,7 +281,8 @@ class _Reader:
     def read_internimage(self) -> dict[str, Any]:
         block = "backbone.levels.{}.blocks.0"
         width = self.size("backbone.patch_embed.norm2.scale")
-        count = self.count("backbone.levels.2.post_norms.{}.scale")
+        norms = "backbone.levels.2.post_norms.{}.scale"
+        count = self.count(norms) if norms.format(0) in self.shapes else 0
         return {
             "embed_dim": width,
             "depths": self._depths("backbone.levels.{}.blocks.{{}}.norm1.scale"),

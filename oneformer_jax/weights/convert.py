@@ -8,7 +8,6 @@ and nothing is loaded in part.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,15 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from oneformer_jax.files import first_few
 from oneformer_jax.models import backbones, functional, published
 from oneformer_jax.models.backbones import SwinConfig
 from oneformer_jax.models.backbones.swin import relative_position_index
 from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormerConfig
 from oneformer_jax.types import Metadata
-from oneformer_jax.weights import architecture, files, hugging_face, names
+from oneformer_jax.weights import architecture, descriptions, files, hugging_face, names
 from oneformer_jax.weights.files import FileError, TensorFile
 
-SETTINGS = ("short_edge", "max_size", "object_mask_threshold", "overlap_threshold", "topk")
+SETTINGS = descriptions.Settings.__struct_fields__
 NO_OBJECT_WEIGHT = 0.1  # of every published model; a buffer of the official criterion
 
 
@@ -44,6 +44,7 @@ class Model:
       text: whether the text branch is there.
       left_out: the file's tensors that are not used, and why.
       published: the recipe of the published model that has these tensors, or None.
+      assumed: phrases about what nothing tells and all published models have.
     """
 
     config: OneFormerConfig
@@ -56,6 +57,7 @@ class Model:
     text: bool
     left_out: dict[str, str]
     published: str | None
+    assumed: tuple[str, ...]
 
     def summary(self) -> str:
         """A few lines about what was read."""
@@ -67,9 +69,11 @@ class Model:
             f"{'with' if self.text else 'without'} the text branch",
             f"published model: {self.published or 'none has these tensors'}",
         ]
+        if self.assumed:
+            lines.append(f"assumed, since tensors do not tell: {'; '.join(self.assumed)}")
         for reason in dict.fromkeys(self.left_out.values()):
             left = [name for name, why in self.left_out.items() if why == reason]
-            lines.append(f"left out, {reason}: {listing(left, 3)}")
+            lines.append(f"left out, {reason}: {first_few(left, 3)}")
         return "\n".join(lines)
 
 
@@ -99,15 +103,16 @@ def read_model(
     tensors = without_prefix(file.tensors)
     form = format_of(tensors, file)
     shapes = our_shapes(tensors, form)
-    own = file.own or {}
-    found = None
+    where = f"{file.path}: {files.OWN_KEY}"
+    own = descriptions.read(file.own, where)
+    found, assumed = None, ()
     if isinstance(config, str):
         found = named(config)
         config = found.model
-    elif config is None and "model" in own and not fields:
-        config = OneFormerConfig.from_dict(own["model"])
+    elif config is None and own.model is not None:
+        config = descriptions.model_config(_overridden(own.model, fields), where)
     if config is None:
-        config, found = architecture.recognise(
+        config, found, assumed = architecture.recognise(
             shapes,
             path=file.path,
             given=fields,
@@ -120,22 +125,34 @@ def read_model(
     branch = set(functional.TEXT_PARTS) - {"logit_scale"}
     text = any(name.split(".")[0] in branch for name in shapes)
     params, stats, left_out = _read(file, tensors, form, config, text)
-    settings = own.get("settings") or (
-        {name: getattr(found, name) for name in SETTINGS} if found else {}
-    )
+    settings = own.settings or ({name: getattr(found, name) for name in SETTINGS} if found else {})
+    if own.metadata is not None and own.metadata.num_classes != config.num_classes:
+        raise FileError(
+            f"{where}: metadata has {own.metadata.num_classes} classes, the model has "
+            f"{config.num_classes}"
+        )
     datasets = [name for name, count in NUM_CLASSES.items() if count == config.num_classes]
     return Model(
         config=config,
         params=params,
         stats=stats,
-        metadata=Metadata.from_json(json.dumps(own["metadata"])) if "metadata" in own else None,
+        metadata=own.metadata,
         dataset=datasets[0] if datasets else None,
         settings=dict(settings),
         format=form,
         text=text,
         left_out=left_out,
         published=found.config if found else None,
+        assumed=assumed,
     )
+
+
+def _overridden(described: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a description, with those of the caller in their place."""
+    backbone = described.get("backbone")
+    if isinstance(backbone, Mapping):
+        backbone = {**backbone, **given.get("backbone", {})}
+    return {**described, **given, "backbone": backbone}
 
 
 def write_model(
@@ -176,7 +193,7 @@ def write_model(
     _, *trees = functional.abstract(config, training=text)
     expected = dict(leaves(trees))
     if missing := [name for name in expected if name not in arrays]:
-        raise ValueError(f"parameters of another model: it lacks {listing(missing)}")
+        raise ValueError(f"parameters of another model: it lacks {first_few(missing, 10)}")
     tensors: dict[str, np.ndarray] = {}
     for name, leaf in expected.items():
         if np.shape(arrays[name]) != leaf.shape:
@@ -232,13 +249,6 @@ def our_shapes(tensors: Mapping[str, files.Tensor], form: str) -> dict[str, tupl
     return shapes
 
 
-def listing(items: Iterable[str], shown: int = 10) -> str:
-    """The first of some names, and how many more there are."""
-    items = list(items)
-    more = len(items) - shown
-    return ", ".join(items[:shown]) + (f" and {more} more" if more > 0 else "")
-
-
 # ------------------------------------------------------------------ reading
 
 
@@ -250,8 +260,8 @@ def format_of(tensors: Mapping[str, Any], file: TensorFile) -> str:
         return "official"
     raise FileError(
         f"{file.path} is not a OneFormer: none of its {len(tensors)} tensors belongs to a mask "
-        f"decoder (they are {listing(tensors, 3)}). A pre-trained backbone starts a training run: "
-        "--config.init.backbone=FILE"
+        f"decoder (they are {first_few(tensors, 3)}). A pre-trained backbone starts a training "
+        "run: --config.init.backbone=FILE"
     )
 
 
@@ -274,7 +284,9 @@ def _read(
     """Parameters, statistics and what is left out; one FileError about all that is wrong."""
     _, *trees = functional.abstract(config, training=text)
     expected = dict(leaves(trees))
-    arrays, problems = read_arrays(tensors, form, expected, backbones.kind_of(config.backbone))
+    arrays, problems = read_arrays(
+        file.path, tensors, form, expected, backbones.kind_of(config.backbone)
+    )
     left_out, surplus = {}, []
     for name in tensors:
         group = names.group_of(name, form, form)
@@ -285,7 +297,7 @@ def _read(
         elif group is None or group.ours[0] not in expected:
             surplus.append(name)
     if surplus:
-        problems.append(f"{len(surplus)} tensors belong to no part of it: {listing(surplus)}")
+        problems.append(f"{len(surplus)} tensors belong to no part of it: {first_few(surplus, 10)}")
     if problems:
         kind = type(config.backbone).__name__.removesuffix("Config")
         raise FileError(
@@ -311,11 +323,18 @@ def leaves(trees: Iterable[Mapping]) -> Iterable[tuple[str, Any]]:
 
 
 def read_arrays(
-    tensors: Mapping[str, files.Tensor], form: str, expected: Mapping[str, Any], kind: str
+    path: str,
+    tensors: Mapping[str, files.Tensor],
+    form: str,
+    expected: Mapping[str, Any],
+    kind: str,
 ) -> tuple[dict[str, Any], list[str]]:
     """Functions that read our arrays, by name, and sentences about those that are not there.
 
+    They raise FileError for values that are not finite.
+
     Args:
+      path: of the file, for messages.
       tensors: of the file.
       form: its format.
       expected: shapes by our names.
@@ -341,22 +360,30 @@ def read_arrays(
         )
         if shapes is None or shapes[index] != tuple(leaf.shape):
             wrong.append(f"{found} for {name} {list(leaf.shape)}")
-        elif any(part.dtype.kind in "iubcV" and part.dtype.name != "bfloat16" for part in parts):
+        elif any(part.dtype.kind != "f" for part in parts):
             wrong.append(f"{found} for {name}, which takes floating-point numbers")
         else:
-            arrays[name] = _reader(group, parts, index)
+            arrays[name] = _reader(path, group, parts, index)
     problems = []
     if missing:
-        problems.append(f"{len(missing)} tensors are missing: {listing(missing)}")
+        problems.append(f"{len(missing)} tensors are missing: {first_few(missing, 10)}")
     if wrong:
-        problems.append(f"{len(wrong)} tensors do not fit: {listing(wrong)}")
+        problems.append(f"{len(wrong)} tensors do not fit: {first_few(wrong, 10)}")
     return arrays, problems
 
 
-def _reader(group: names.Group, parts: list[files.Tensor], index: int):
+def _reader(path: str, group: names.Group, parts: list[files.Tensor], index: int):
     def read() -> np.ndarray:
         array = group.to_ours([part.read() for part in parts])[index]
-        return np.asarray(array, np.float32)
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused
+            array = np.asarray(array, np.float32)
+        if wrong := array.size - np.count_nonzero(np.isfinite(array)):
+            raise FileError(
+                f"{path}: {', '.join(group.theirs)} has {wrong:,} values of {array.size:,} that "
+                "are not finite float32 numbers; the training that wrote it had diverged, or the "
+                "file is damaged: take an earlier checkpoint"
+            )
+        return array
 
     return read
 

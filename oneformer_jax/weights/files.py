@@ -12,18 +12,26 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
-import uuid
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import msgspec
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from oneformer_jax.files import (
+    FileError,
+    first_few,
+    open_regular,
+    parse_json,
+    read_json,
+    replacing,
+)
 from oneformer_jax.weights import torch_pickle
-from oneformer_jax.weights.torch_pickle import FileError, Tensor
+from oneformer_jax.weights.pickle_reader import quoted
+from oneformer_jax.weights.tensors import KINDS, Kind, Tensor, shape_problem, tensors_problem
 
 # Where a checkpoint keeps its state dict; the first that is there is taken.
 _STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
@@ -31,6 +39,10 @@ _STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
 OWN_KEY = "oneformer_jax"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = tuple(f"{name}.index.json" for name in _SINGLE)
+# Bytes of a description of a model: with names and colours of 10,000 classes it has one million.
+DESCRIPTION_LIMIT = 4 << 20
+_MAX_HEADER = 16 << 20  # of a safetensors file: room for 100,000 tensors
+_MAX_SHARDS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +65,9 @@ class TensorFile:
 def is_foreign(path: str | os.PathLike[str]) -> bool:
     """Whether `open_tensors` is for this path: a file, or a folder with one of its files."""
     path = pathlib.Path(path).expanduser()
-    return path.is_file() or any((path / name).exists() for name in (*_SINGLE, *_INDEX))
+    if path.exists() and not path.is_dir():
+        return True
+    return any((path / name).exists() for name in (*_SINGLE, *_INDEX))
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
@@ -73,106 +87,166 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     return TensorFile(str(path), tensors, own=own)
 
 
+class _Index(msgspec.Struct):
+    """`*.index.json` of a Hugging Face folder: the shard of each tensor."""
+
+    weight_map: dict[str, str]
+
+
 def _open_folder(path: pathlib.Path) -> TensorFile:
-    files = {name: path / name for name in (*_SINGLE, *_INDEX) if (path / name).exists()}
-    if not files:
+    names = [name for name in (*_SINGLE, *_INDEX) if (path / name).exists()]
+    if not names:
         raise FileError(
             f"{path} holds none of {', '.join((*_SINGLE, *_INDEX))}; expected a Hugging Face "
             "folder, or a workdir of this program (model.json and checkpoints)"
         )
-    config = _read_json(path / "config.json")
-    tensors: dict[str, Tensor] = {}
+    config = read_json(_within(path, "config.json"), limit=DESCRIPTION_LIMIT)
     # A file of all tensors before shards, safetensors before pickles.
-    name = min(files, key=(*_SINGLE, *_INDEX).index)
-    if name in _SINGLE:
-        shards = [files[name]]
+    if names[0] in _SINGLE:
+        tensors = _open_shard(_within(path, names[0]))
     else:
-        names = _read_json(files[name]).get("weight_map")
-        if not isinstance(names, dict):
-            raise FileError(f"{files[name]} has no weight_map")
-        shards = [path / shard for shard in sorted(set(names.values()))]
-        if missing := [shard.name for shard in shards if not shard.exists()]:
-            raise FileError(f"{path} lacks {', '.join(missing)}, which {name} names")
-    for shard in shards:
-        pickled = shard.suffix != ".safetensors"
-        tensors |= _open_pickle(shard)[0] if pickled else _open_safetensors(shard)
+        tensors = _open_shards(path, _within(path, names[0]))
     own = path / f"{OWN_KEY}.json"
-    return TensorFile(str(path), tensors, config, _read_json(own) if own.exists() else None)
+    described = (
+        read_json(_within(path, own.name), limit=DESCRIPTION_LIMIT) if own.exists() else None
+    )
+    return TensorFile(str(path), tensors, config, described)
 
 
-def _read_json(path: pathlib.Path) -> Any:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileError(f"{path} is missing") from None
-    except ValueError as error:
-        raise FileError(f"{path} is damaged ({error}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise FileError(f"{path} holds {type(found).__name__}, not an object")
-    return found
+def _within(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """A file of a folder, which lies there or, by a link, in the cache of the hub."""
+    path = folder / name
+    target, home = path.resolve(), folder.resolve()
+    # models--OWNER--NAME/snapshots/REVISION/FILE is a link to models--OWNER--NAME/blobs/DIGEST.
+    blobs = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if home not in target.parents and not blobs:
+        raise FileError(f"{path} is a link out of the folder, to {target}; copy that file there")
+    return path
+
+
+def _open_shards(path: pathlib.Path, index: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of all shards of an index, each from the shard that the index names."""
+    shards: dict[str, list[str]] = {}
+    for tensor, shard in read_json(index, _Index).weight_map.items():
+        shards.setdefault(shard, []).append(tensor)
+    if len(shards) > _MAX_SHARDS:
+        raise FileError(f"{index} names {len(shards):,} files, more than {_MAX_SHARDS:,}")
+    for shard in shards:
+        plain = shard.isprintable() and len(shard) < 256 and "\\" not in shard
+        if not plain or shard != os.path.basename(shard) or shard in ("", ".", ".."):
+            raise FileError(
+                f"{index} names the file {quoted(shard)}; it may name files of its own folder only"
+            )
+    if missing := [shard for shard in sorted(shards) if not (path / shard).exists()]:
+        raise FileError(f"{path} lacks {first_few(missing)}, which {index.name} names")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(shards):
+        found = _open_shard(_within(path, shard))
+        if absent := [quoted(name) for name in shards[shard] if name not in found]:
+            raise FileError(f"{path / shard} lacks {first_few(absent)}, which {index.name} names")
+        if twice := [name for name in found if name in tensors]:
+            raise FileError(f"{path / shard} has {first_few(twice)}, as another shard has")
+        tensors |= found
+    return tensors
+
+
+def _open_shard(path: pathlib.Path) -> dict[str, Tensor]:
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)[0]
+
+
+def _checked(path: pathlib.Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if problem := tensors_problem(tensors, path.stat().st_size):
+        raise FileError(f"{path} is not loaded: {problem}")
+    return tensors
 
 
 def _open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     def damaged(error: Exception) -> FileError:
-        return FileError(f"{path} is truncated or damaged ({error}); fetch it again")
+        return FileError(
+            f"{path} is truncated or damaged ({quoted(str(error), 200)}); fetch it again"
+        )
 
+    with open_regular(path) as raw:
+        # The library compares lengths, offsets and shapes; a header of 100 MB is too long for us.
+        start = raw.read(8)
+    if len(start) == 8 and (length := struct.unpack("<Q", start)[0]) > _MAX_HEADER:
+        raise FileError(
+            f"{path} is truncated or damaged (a header of {length:,} bytes); fetch it again"
+        )
     try:
         file = safetensors.safe_open(path, "numpy")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        kinds = {name: part.get_dtype() for name, part in slices.items()}
-    except safetensors.SafetensorError as error:
+        types = {name: part.get_dtype() for name, part in slices.items()}
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise damaged(error) from error
+    for name, shape in shapes.items():
+        if problem := shape_problem(shape):
+            raise FileError(f"{path} is not loaded: {quoted(name)} has {problem}")
+        if types[name] not in _SAFETENSORS_KINDS:
+            raise FileError(
+                f"{path} is not loaded: {quoted(name)} has the number type {quoted(types[name])}; "
+                f"known are {', '.join(_SAFETENSORS_KINDS)}"
+            )
 
     def tensor(name: str) -> Tensor:
+        kind = _SAFETENSORS_KINDS[types[name]]
+
         def read() -> np.ndarray:
+            if kind is KINDS["bfloat16"]:
+                import jax.numpy  # noqa: F401, it makes bfloat16 known to NumPy
             try:
-                return file.get_tensor(name)
-            except safetensors.SafetensorError as error:
+                return file.get_tensor(name).astype(kind.dtype, copy=False)
+            except (safetensors.SafetensorError, ValueError, TypeError) as error:
                 raise damaged(error) from error
 
-        return Tensor(shapes[name], _SAFETENSORS_DTYPES.get(kinds[name], np.void), read)
+        return Tensor(shapes[name], kind.dtype, read)
 
-    return {name: tensor(name) for name in slices}
+    return _checked(path, {name: tensor(name) for name in slices})
 
 
-_SAFETENSORS_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
+_SAFETENSORS_KINDS: dict[str, Kind] = {
+    "F64": KINDS["float64"],
+    "F32": KINDS["float32"],
+    "F16": KINDS["float16"],
+    "BF16": KINDS["bfloat16"],
+    "I64": KINDS["int64"],
+    "I32": KINDS["int32"],
+    "I16": KINDS["int16"],
+    "I8": KINDS["int8"],
+    "U64": KINDS["uint64"],
+    "U32": KINDS["uint32"],
+    "U16": KINDS["uint16"],
+    "U8": KINDS["uint8"],
+    "BOOL": KINDS["bool"],
 }
 
 
 def _open_pickle(path: pathlib.Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
     """Tensors and own description of a pickled checkpoint."""
     found = torch_pickle.load(path)
-    if not isinstance(found, Mapping):
+    if not isinstance(found, dict):
         raise FileError(f"{path} holds a {type(found).__name__}, not a dict of tensors")
     own = found.get(OWN_KEY)
     for key in _STATE_DICT_KEYS:
-        if isinstance(found.get(key), Mapping):
+        if isinstance(found.get(key), dict):
             found = found[key]
             break
-    tensors = {}
-    for name, value in found.items():
-        if isinstance(value, Tensor):
-            tensors[str(name)] = value
-        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
-            tensors[str(name)] = Tensor(value.shape, value.dtype, lambda value=value: value)
+    tensors = {
+        name: value
+        for name, value in found.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not tensors:
-        keys = ", ".join(map(str, list(found)[:5]))
+        keys = first_few((quoted(key) for key in found), 5)
         raise FileError(f"{path} holds no tensors (its keys are {keys or 'none'})")
-    try:
-        return tensors, json.loads(own) if isinstance(own, str) else None
-    except ValueError as error:
-        raise FileError(f"{path}: the text under {OWN_KEY!r} is damaged ({error})") from None
+    _checked(path, tensors)
+    if not isinstance(own, str):
+        return tensors, None
+    where = f"{path}: the text under {OWN_KEY!r}"
+    if len(own) > DESCRIPTION_LIMIT:
+        raise FileError(f"{where} has more than {DESCRIPTION_LIMIT:,} characters")
+    return tensors, parse_json(own, dict[str, Any], where)
 
 
 # ------------------------------------------------------------------ writing
@@ -229,15 +303,8 @@ def save_hugging_face(
 
 @contextlib.contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A name beside `path` that takes its place once the block has ended well."""
+    """`oneformer_jax.files.replacing`, which also makes the folder of `path`."""
     path = pathlib.Path(path).expanduser().absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    with replacing(path) as temporary:
         yield temporary
-        temporary.replace(path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)

@@ -3,14 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta
+
+from oneformer_jax.files import FileError
 from oneformer_jax.models import backbones
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import Metadata
-from oneformer_jax.weights.torch_pickle import FileError
+from oneformer_jax.weights.architecture import POINTS
+from oneformer_jax.weights.pickle_reader import quoted
 
 _STAGES = [f"stage{i}" for i in range(1, 5)]
+
+_Rate = Annotated[float, Meta(ge=0, lt=1)]
+_Dilation = Annotated[int, Meta(ge=1, le=4096)]
+_Stage = Annotated[list[_Dilation], Meta(max_length=256)]
+
+
+class _Backbone(msgspec.Struct):
+    """What a backbone_config tells and tensors do not."""
+
+    model_type: str | None = None
+    dilations: Annotated[list[_Stage], Meta(max_length=16)] | None = None
+    drop_path_rate: _Rate | None = None
+    # What our backbones always have; see `_FIXED`.
+    hidden_act: Any = None
+    layer_norm_eps: Any = None
+    layer_type: Any = None
+    downsample_in_first_stage: Any = None
+    downsample_in_bottleneck: Any = None
+
+
+class _Config(msgspec.Struct):
+    """What a config.json tells and tensors do not."""
+
+    num_attention_heads: Annotated[int, Meta(ge=1, le=1024)] = 8
+    dropout: _Rate | None = None
+    backbone_config: _Backbone | None = None
+    pre_norm: Any = None
+    use_task_norm: Any = None
+    layer_norm_eps: Any = None
+    common_stride: Any = None
+    strides: Any = None
+
+
+# What this model always has, by config and key; no published OneFormer has another value.
+_FIXED = {
+    "": {
+        "pre_norm": False,
+        "use_task_norm": True,
+        "layer_norm_eps": 1e-5,
+        "common_stride": 4,
+        "strides": [4, 8, 16, 32],
+    },
+    "swin": {"hidden_act": "gelu", "layer_norm_eps": 1e-5},
+    "dinat": {"hidden_act": "gelu", "layer_norm_eps": 1e-5},
+    "convnext": {"hidden_act": "gelu"},
+    "resnet": {
+        "hidden_act": "relu",
+        "layer_type": "bottleneck",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+    },
+}
 
 
 def noted(config: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -19,25 +76,41 @@ def noted(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     Raises:
       FileError: the config of another kind of model, or of one that OneFormer never was.
     """
-    if config.get("model_type") != "oneformer":
-        raise FileError(
-            f"{path}: config.json is of a {config.get('model_type')!r} model, not a oneformer"
-        )
-    for key, expected in (("pre_norm", False), ("use_task_norm", True)):
-        if config.get(key, expected) != expected:
-            raise FileError(
-                f"{path}: {key} is {config[key]} in config.json; no published OneFormer has that, "
-                "and this model cannot compute it"
-            )
-    fields: dict[str, Any] = {"num_heads": config.get("num_attention_heads", 8)}
-    if "dropout" in config:
-        fields |= dict.fromkeys(("encoder_dropout", "query_init_dropout"), config["dropout"])
-    backbone, options = config.get("backbone_config") or {}, {}
-    if backbone.get("model_type") == "dinat" and "dilations" in backbone:
-        options["dilations"] = tuple(map(tuple, backbone["dilations"]))
-    if "drop_path_rate" in backbone and backbone.get("model_type") in ("swin", "convnext", "dinat"):
-        options["drop_path_rate"] = backbone["drop_path_rate"]
+    if (kind := config.get("model_type")) != "oneformer":
+        name = f"a {quoted(kind)!r} model" if isinstance(kind, str) else quoted(kind)
+        raise FileError(f"{path}: config.json is of {name}, not of a oneformer")
+    try:
+        found = msgspec.convert(config, _Config)
+    except msgspec.ValidationError as error:
+        why = quoted(str(error), 300)
+        raise FileError(f"{path}: config.json holds an unexpected value: {why}") from None
+    _require_fixed(found, "", path)
+    # The port knows one number of points.
+    fields: dict[str, Any] = {"num_heads": found.num_attention_heads, "encoder_points": POINTS}
+    if found.dropout is not None:
+        fields |= dict.fromkeys(("encoder_dropout", "query_init_dropout"), found.dropout)
+    options: dict[str, Any] = {}
+    if (backbone := found.backbone_config) is not None:
+        _require_fixed(backbone, backbone.model_type or "", path)
+        if backbone.model_type == "dinat" and backbone.dilations is not None:
+            options["dilations"] = tuple(map(tuple, backbone.dilations))
+        if backbone.drop_path_rate is not None and backbone.model_type in _DROPPING:
+            options["drop_path_rate"] = backbone.drop_path_rate
     return fields | {"backbone": options}
+
+
+_DROPPING = ("swin", "convnext", "dinat")
+
+
+def _require_fixed(found: msgspec.Struct, kind: str, path: str) -> None:
+    for key, expected in _FIXED.get(kind, {}).items():
+        value = getattr(found, key, None)
+        if value is not None and value != expected:
+            shown = quoted(msgspec.json.encode(value).decode())
+            raise FileError(
+                f"{path}: {kind + ' ' if kind else ''}{key} is {shown} in config.json; no "
+                f"published OneFormer has that, and this model computes with {expected}"
+            )
 
 
 def to_config(model: OneFormerConfig, metadata: Metadata, *, training: bool) -> dict[str, Any]:
@@ -51,9 +124,9 @@ def to_config(model: OneFormerConfig, metadata: Metadata, *, training: bool) -> 
     Raises:
       ValueError: `transformers` has no such architecture.
     """
-    if model.encoder_points != 4:
+    if model.encoder_points != POINTS:
         raise ValueError(
-            f"transformers' pixel decoder has 4 points per head and level, this one has "
+            f"transformers' pixel decoder has {POINTS} points per head and level, this one has "
             f"{model.encoder_points}; convert to the official format instead"
         )
     if model.query_init_ffn != model.decoder_ffn:

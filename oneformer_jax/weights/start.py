@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from oneformer_jax.files import first_few
 from oneformer_jax.models import functional
 from oneformer_jax.weights import convert, files, names
 from oneformer_jax.weights.files import FileError
@@ -64,14 +65,14 @@ def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any], kin
     file = files.open_tensors(path)
     tensors, form = _backbone_tensors(convert.without_prefix(file.tensors))
     wanted = {name: leaf for name, leaf in expected.items() if name.startswith("backbone.")}
-    arrays, _ = convert.read_arrays(tensors, form, wanted, kind)
+    arrays, _ = convert.read_arrays(file.path, tensors, form, wanted, kind)
     fresh = {
         name: "an output norm, which classifiers lack"
         for name in wanted
         if name not in arrays and re.match(_OUTPUT_NORM, name)
     }
     needed = {name: leaf for name, leaf in wanted.items() if name not in fresh}
-    _, problems = convert.read_arrays(tensors, form, needed, kind)
+    _, problems = convert.read_arrays(file.path, tensors, form, needed, kind)
     unused, surplus = [], []
     for name in tensors:
         group = names.group_of(name, form, form)
@@ -80,7 +81,7 @@ def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any], kin
         skipped = names.is_derived(name, form) or re.match(_CLASSIFIER, name)
         (unused if skipped else surplus).append(name)
     if surplus:
-        problems.append(f"{len(surplus)} tensors have no place: {convert.listing(surplus)}")
+        problems.append(f"{len(surplus)} tensors have no place: {first_few(surplus, 10)}")
     if problems:
         raise FileError(
             f"init.backbone={file.path} is not of the backbone of this config "
@@ -122,7 +123,7 @@ def from_model(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: 
     file = files.open_tensors(path)
     tensors = convert.without_prefix(file.tensors)
     form = convert.format_of(tensors, file)
-    arrays, _ = convert.read_arrays(tensors, form, expected, kind)
+    arrays, _ = convert.read_arrays(file.path, tensors, form, expected, kind)
     shapes = convert.our_shapes(tensors, form)
     unused = [
         name
@@ -181,6 +182,6 @@ def fitting(
         lines = [f"{name} ({fresh[name]})" for name in main if name in fresh]
         raise FileError(
             f"init.checkpoint={path} is of another model: only {taken / total:.0%} of the "
-            f"parameters fit that of this config (model.*); these do not: {convert.listing(lines)}"
+            f"parameters fit that of this config (model.*); these do not: {first_few(lines, 10)}"
         )
     return Start(arrays, fresh, unused)

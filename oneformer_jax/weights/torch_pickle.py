@@ -1,290 +1,222 @@
 """PyTorch's files, read and written without PyTorch.
 
 Three forms are read: the zip archive (PyTorch 1.6 and newer), the stream before it, and a plain
-pickle of NumPy arrays (Detectron2's `.pkl`). Reading never runs code from the file: a pickle may
-name the few classes and functions listed here, nothing else.
+pickle of NumPy arrays (Detectron2's `.pkl`). Their pickles go through `pickle_reader.py`, which
+makes inert records, and `torch_forms.py`, which turns the known ones into tensors; this module
+finds the bytes, and writes.
 """
 
 from __future__ import annotations
 
-import collections
 import io
+import mmap
 import os
-import pickle
+import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-import jax.numpy as jnp
 import numpy as np
+
+from oneformer_jax.files import FileError, open_regular
+from oneformer_jax.weights import pickle_reader
+from oneformer_jax.weights.pickle_reader import Damaged, Refused, quoted
+from oneformer_jax.weights.tensors import Kind, Tensor, stored
+from oneformer_jax.weights.torch_forms import Forms, Storage, allowed
+
+__all__ = ["FileError", "Tensor", "load", "save"]
 
 # First object of the stream format, and its version.
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 _STREAM_VERSION = 1001
-
-_STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": jnp.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
-_SCALAR_TYPES = (
-    *("float64", "double", "float32", "float", "float16", "half", "bfloat16"),
-    *("int64", "long", "int32", "int", "int16", "short", "int8", "uint8", "bool"),
-)
-
-
-class FileError(ValueError):
-    """A file of tensors that cannot be used; the message names it and says why."""
-
-
-class Tensor:
-    """A tensor of a file, read when it is asked for.
-
-    Attributes:
-      shape: of the tensor.
-      dtype: NumPy's, bfloat16 included.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
-        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-        self._read = read
-
-    def read(self) -> np.ndarray:
-        """The values; FileError if they are damaged."""
-        return self._read()
-
-
-class _Forbidden(Exception):
-    """A pickle that asks for more than tensors."""
-
-
-class _Storage:
-    """Where the numbers of one or several tensors lie."""
-
-    def __init__(self, dtype: np.dtype, count: int, read: Callable[[], np.ndarray]):
-        self.dtype, self.count, self.read = dtype, count, read
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *unused) -> Tensor:
-    shape, strides = tuple(shape), tuple(strides)
-    if not isinstance(storage, _Storage) or len(shape) != len(strides):
-        raise pickle.UnpicklingError("a tensor without a storage")
-    needed = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
-    sizes = (offset, *shape, *strides)
-    if any(not isinstance(n, int) or n < 0 for n in sizes):
-        raise pickle.UnpicklingError(f"a tensor with the sizes {sizes}")
-    if 0 not in shape and needed > storage.count:
-        raise pickle.UnpicklingError(f"a tensor of {needed} elements in {storage.count}")
-
-    def read() -> np.ndarray:
-        values = storage.read()[offset:]
-        item = storage.dtype.itemsize
-        return np.lib.stride_tricks.as_strided(
-            values, shape, [s * item for s in strides], writeable=False
-        )
-
-    return Tensor(shape, storage.dtype, read)
-
-
-def _rebuild_parameter(data, *unused) -> Any:
-    return data
-
-
-class _Settings(dict):
-    """Stands for the settings of a training program, which nobody reads."""
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """NumPy pickles hold their bytes this way under old protocols."""
-    return text.encode("latin1" if encoding == "bytes" else encoding)
-
-
-def _array_shell(*unused) -> np.ndarray:
-    """An empty array, which its pickled state fills."""
-    return np.ndarray((0,), np.uint8)
-
-
-def _numpy_scalar(dtype: np.dtype, value: bytes | str) -> Any:
-    data = value.encode("latin1") if isinstance(value, str) else value
-    return np.frombuffer(data, _plain(dtype), 1)[0]
-
-
-def _array_of_buffer(buffer, dtype, shape, order) -> np.ndarray:
-    return np.frombuffer(buffer, _plain(dtype)).reshape(shape, order=order)
-
-
-def _plain(dtype: np.dtype) -> np.dtype:
-    if dtype.hasobject:
-        raise pickle.UnpicklingError("an array of objects instead of numbers")
-    return dtype
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): collections.defaultdict,
-    ("collections", "Counter"): collections.Counter,
-    ("argparse", "Namespace"): _Settings,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "dict"): dict,
-    ("builtins", "list"): list,
-    ("builtins", "int"): int,
-    ("builtins", "float"): float,
-    ("builtins", "complex"): complex,
-    ("builtins", "bytes"): bytes,
-    ("builtins", "bytearray"): bytearray,
-    ("_codecs", "encode"): _encode,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch.nn.parameter", "Parameter"): _rebuild_parameter,
-    ("torch", "Size"): tuple,
-    ("torch", "device"): str,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("yacs.config", "CfgNode"): _Settings,
-} | {
-    (f"numpy.{core}.{module}", name): value
-    for core in ("core", "_core")
-    for module, name, value in (
-        ("multiarray", "_reconstruct", _array_shell),
-        ("multiarray", "scalar", _numpy_scalar),
-        ("numeric", "_frombuffer", _array_of_buffer),
-    )
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the names of `_ALLOWED` and PyTorch's storages and number types, and no others."""
-
-    def __init__(self, file: BinaryIO, load_storage: Callable[..., _Storage] | None, **options):
-        super().__init__(file, **options)
-        self._load_storage = load_storage
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
-        if (found := _ALLOWED.get((module, name))) is not None:
-            return found
-        if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
-            return np.dtype(_STORAGES[name])
-        if module == "torch" and name in _SCALAR_TYPES:
-            return name
-        raise _Forbidden(
-            f"it names {module}.{name}, which a file of weights has no need of; loading it might "
-            "run code. If you trust the file, load it where it was made and save its state dict "
-            "alone"
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if self._load_storage is None or not isinstance(pid, tuple) or pid[:1] != ("storage",):
-            raise pickle.UnpicklingError("a reference outside the file")
-        _, dtype, key, _, count, *_ = pid
-        if not isinstance(dtype, np.dtype) or not isinstance(count, int):
-            raise pickle.UnpicklingError("a storage of unknown type")
-        return self._load_storage(dtype, str(key), count)
+# First bytes of a pickle: its protocol or, before protocol 2, what makes a dict, an ordered dict, a
+# list or the number above.
+_PICKLES = (b"\x80", b"(", b"}", b"c", b"]", b"L")
+_ZIP = b"PK\x03\x04"
+# Bytes of an archive's table of contents: room for 100,000 tensors.
+_MAX_CONTENTS = 8 << 20
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """The object in a file of PyTorch or a pickle, its tensors as `Tensor` or NumPy arrays.
+    """The object in a file of PyTorch or a pickle: plain containers, numbers, texts, `Tensor`s.
+
+    Tensors are read when they are asked for. NumPy arrays are tensors too.
 
     Raises:
-      FileError: not such a file, a truncated or damaged one, or one that names what is forbidden.
+      FileError: not such a file, a truncated or damaged one, or one that asks for more than
+        numbers; the message names the file and, of a pickle, the opcode or name that is refused.
     """
+    file = open_regular(path)
     try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-        if start == b"PK\x03\x04" or zipfile.is_zipfile(path):
-            return _load_zip(path)
-        if start[:1] != b"\x80":
-            raise FileError(f"{path} is neither a PyTorch file nor a pickle")
-        return _load_stream(path)
-    except FileError:
-        raise
-    except zipfile.BadZipFile as error:
-        raise FileError(f"{path} is truncated or damaged ({error}); fetch it again") from error
-    except _Forbidden as error:
+        start = file.read(len(_ZIP))
+        if start == _ZIP:
+            return _load_zip(path, file)
+        if not start.startswith(_PICKLES):
+            what = "neither a PyTorch file nor a pickle" if start else "empty"
+            raise FileError(f"{path} is {what}; expected a checkpoint (.pth, .bin, .pkl)")
+        return _load_stream(path, file)
+    except Refused as error:
         raise FileError(f"{path} is not loaded: {error}") from error
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can make the unpickler raise anything
-        raise FileError(
-            f"{path} is truncated or damaged ({type(error).__name__}: {error}); fetch it again"
-        ) from error
+    except (Damaged, zipfile.BadZipFile) as error:
+        raise FileError(f"{path} is truncated or damaged ({error}); fetch it again") from error
 
 
-def _load_zip(path: str | os.PathLike[str]) -> Any:
-    archive = zipfile.ZipFile(path)  # open as long as one of its tensors is
-    pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+def _read_pickle(data: bytes | mmap.mmap, start: int) -> tuple[Any, int]:
+    return pickle_reader.read(data, start, allowed)
+
+
+# ------------------------------------------------------------------ zip archives
+
+
+class _Archive:
+    """A zip archive whose members are stored as they are, as PyTorch writes it."""
+
+    def __init__(self, file: BinaryIO):
+        guarded = _Guarded(file)
+        try:
+            contents = zipfile.ZipFile(guarded).infolist()
+        except zipfile.BadZipFile:
+            raise
+        except (ValueError, OSError, NotImplementedError, struct.error) as error:
+            raise Damaged(f"its table of contents: {quoted(str(error))}") from None
+        self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self.size = len(self._view)
+        self._checked: set[str] = set()
+        self.members: dict[str, zipfile.ZipInfo] = {}
+        for member in contents:
+            name = quoted(member.filename)
+            if member.filename in self.members:
+                raise Refused(f"its archive has two members {name}")
+            if member.flag_bits & 1:
+                raise Refused(f"its member {name} is encrypted")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise Refused(f"its member {name} is compressed, which PyTorch never does")
+            size, begin = member.file_size, member.header_offset
+            if size != member.compress_size or not 0 <= begin <= begin + size <= self.size:
+                raise Damaged(f"{name} would have {size:,} bytes of the file's {self.size:,}")
+            self.members[member.filename] = member
+
+    def read(self, name: str) -> memoryview:
+        """The bytes of a member; they are compared with their checksum the first time."""
+        member, header = self.members[name], struct.Struct("<4s22xHH")
+        begin = member.header_offset
+        if begin + header.size > self.size:
+            raise Damaged(f"{quoted(name)} begins behind the end")
+        mark, *lengths = header.unpack_from(self._view, begin)
+        begin += header.size
+        encoding = "utf-8" if member.flag_bits & 0x800 else "cp437"
+        called = bytes(self._view[begin : begin + lengths[0]])
+        if mark != _ZIP or called != member.orig_filename.encode(encoding, "replace"):
+            raise Damaged(f"{quoted(name)} does not begin where the table of contents says")
+        begin += sum(lengths)
+        data = self._view[begin : begin + member.file_size]
+        if name not in self._checked:
+            if len(data) != member.file_size or zlib.crc32(data) != member.CRC:
+                raise Damaged(f"{quoted(name)} does not have its checksum")
+            self._checked.add(name)
+        return data
+
+
+class _Guarded:
+    """A file whose table of contents zipfile reads at once, and makes an object of each line."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size if 0 <= size <= _MAX_CONTENTS else _MAX_CONTENTS + 1)
+        if len(data) > _MAX_CONTENTS:
+            raise Refused(f"its archive has a table of contents of more than {_MAX_CONTENTS:,} B")
+        return data
+
+
+def _load_zip(path: str | os.PathLike[str], file: BinaryIO) -> Any:
+    archive = _Archive(file)
+    pickles = [name for name in archive.members if re.search(r"(^|/)data\.pkl$", name)]
     if len(pickles) != 1:
-        raise FileError(f"{path} is a zip archive, but not one of PyTorch (it has no data.pkl)")
+        raise FileError(
+            f"{path} is a zip archive, but not one of PyTorch: it has {len(pickles) or 'no'} "
+            "data.pkl; expected a checkpoint"
+        )
     folder = pickles[0].removesuffix("data.pkl")
-    order = "<"
-    if f"{folder}byteorder" in archive.namelist():
-        order = {b"little": "<", b"big": ">"}[archive.read(f"{folder}byteorder")]
+    order = b"little"
+    if (name := f"{folder}byteorder") in archive.members:
+        order = bytes(archive.read(name)[:10])
+        if order not in (b"little", b"big"):
+            raise Damaged("its byte order is neither little nor big")
 
-    def storage(dtype: np.dtype, key: str, count: int) -> _Storage:
-        name = f"{folder}data/{key}"
-        size = archive.getinfo(name).file_size
-        if size < count * dtype.itemsize:
-            raise pickle.UnpicklingError(f"{name} has {size} bytes, too few for its tensor")
+    def storage(key: str, kind: Kind, count: int) -> Storage:
+        name, size = f"{folder}data/{key}", count * kind.stored.itemsize
+        if name not in archive.members:
+            raise Damaged(f"there is no {quoted(name)}")
+        if (found := archive.members[name].file_size) < size:
+            raise Damaged(f"{quoted(name)} has {found:,} bytes, too few for its tensor")
 
         def read() -> np.ndarray:
             try:
-                data = archive.read(name)  # checks the CRC
-            except (zipfile.BadZipFile, EOFError) as error:
-                raise FileError(f"{path} is damaged: {name} ({error}); fetch it again") from error
-            return np.frombuffer(data, dtype.newbyteorder(order), count).astype(dtype, copy=False)
+                data = archive.read(name)[:size]
+            except Damaged as error:
+                raise FileError(f"{path} is damaged: {error}; fetch it again") from error
+            return stored(data, kind, big_endian=order == b"big")
 
-        return _Storage(dtype, count, read)
+        return Storage(kind, count, read)
 
-    return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
+    record, _ = _read_pickle(bytes(archive.read(pickles[0])), 0)
+    return Forms(storage, archive.size).convert(record)
 
 
-def _load_stream(path: str | os.PathLike[str]) -> Any:
+# ------------------------------------------------------------------ streams and plain pickles
+
+
+def _load_stream(path: str | os.PathLike[str], file: BinaryIO) -> Any:
     """PyTorch's format before 1.6, or a plain pickle, whichever the first object says."""
-    with open(path, "rb") as file:
-        first = _Unpickler(file, None, encoding="latin1").load()
-        if first != _STREAM_MAGIC:
-            return first
-        if (version := _Unpickler(file, None).load()) != _STREAM_VERSION:
-            raise FileError(f"{path} has version {version} of PyTorch's old format, not 1001")
-        system = _Unpickler(file, None).load()
-        order = "<" if system.get("little_endian", True) else ">"
-        counts: dict[str, tuple[np.dtype, int]] = {}
-        offsets: dict[str, int] = {}
+    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    size = len(data)
+    first, at = _read_pickle(data, 0)
+    if first != _STREAM_MAGIC:
+        return Forms(None, size).convert(first)
+    version, at = _read_pickle(data, at)
+    if version != _STREAM_VERSION:
+        raise FileError(
+            f"{path} has version {quoted(version)} of PyTorch's old format, not 1001; save it with "
+            "a newer PyTorch"
+        )
+    _, at = _read_pickle(data, at)  # the machine that wrote it; numbers are little-endian always
+    record, at = _read_pickle(data, at)
+    wanted: dict[str, tuple[Kind, int]] = {}
+    places: dict[str, int] = {}
 
-        def storage(dtype: np.dtype, key: str, count: int) -> _Storage:
-            counts[key] = (dtype, count)
+    def storage(key: str, kind: Kind, count: int) -> Storage:
+        wanted[key] = (kind, count)
 
-            def read() -> np.ndarray:
-                with open(path, "rb") as again:
-                    again.seek(offsets[key])
-                    values = np.fromfile(again, dtype.newbyteorder(order), count)
-                return values.astype(dtype, copy=False)
+        def read() -> np.ndarray:
+            start = places[key]
+            return stored(memoryview(data)[start : start + count * kind.stored.itemsize], kind)
 
-            return _Storage(dtype, count, read)
+        return Storage(kind, count, read)
 
-        result = _Unpickler(file, storage).load()
-        keys = _Unpickler(file, None).load()
-        size = os.path.getsize(path)
-        for key in keys:
-            dtype, count = counts[key]
-            (found,) = struct.unpack("<q", file.read(8))
-            if found != count:
-                raise FileError(f"{path} is damaged: a storage of {found} elements, not {count}")
-            offsets[key] = file.tell()
-            file.seek(count * dtype.itemsize, os.SEEK_CUR)
-            if file.tell() > size:
-                raise FileError(f"{path} is truncated; fetch it again")
-        return result
+    found = Forms(storage, size).convert(record)
+    keys, at = _read_pickle(data, at)
+    if not isinstance(keys, list) or any(not isinstance(key, str) for key in keys):
+        raise Damaged("its list of storages is none")
+    for key in keys:
+        if key not in wanted or key in places:
+            raise Damaged(f"storage {quoted(key)} occurs twice or belongs to no tensor")
+        kind, count = wanted[key]
+        if at + 8 > size:
+            raise Damaged("it ends before its storages")
+        (found_count,) = struct.unpack_from("<q", data, at)
+        if found_count != count:
+            raise Damaged(f"storage {quoted(key)} has {found_count:,} elements, not {count:,}")
+        places[key], at = at + 8, at + 8 + count * kind.stored.itemsize
+        if at > size:
+            raise Damaged(f"it ends within storage {quoted(key)}")
+    if missing := [key for key in wanted if key not in places]:
+        raise Damaged(f"storage {quoted(missing[0])} is missing")
+    return found
 
 
 # ------------------------------------------------------------------ writing

@@ -164,7 +164,9 @@ def test_heads_that_tensors_do_not_tell(tmp_path):
     params, stats = random_weights(config)
     write(tmp_path / "a.pth", "official", config, params, stats)
     path = strip(tmp_path / "a.pth")
-    assert convert.read_model(path).config.num_heads == 1  # the rule of the published models
+    found = convert.read_model(path)  # 4 points, the rule of all published models
+    assert found.config == config
+    assert "4 points per head and level, so 2 heads of 16 channels" in found.summary()
     assert convert.read_model(path, num_heads=2).config == config
     assert convert.read_model(path, config=config).config == config
     with pytest.raises(ValueError, match="give num_heads"):
@@ -318,7 +320,7 @@ def abstract_shapes(config):
 def test_published_settings_follow_from_tensors_and_file_name(dataset, variant, path, found):
     model = convert.named(f"{dataset}:{variant}")
     frozen = getattr(model.model.backbone, "norm", "frozen") == "frozen"
-    config, row = architecture.recognise(
+    config, row, _ = architecture.recognise(
         abstract_shapes(model.model), path=path, given={}, noted={}, frozen_norm=frozen
     )
     assert config == dataclasses.replace(model.model, dtype="float32")

@@ -11,7 +11,7 @@ import oneformer_jax
 from oneformer_jax.models import functional
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD
-from oneformer_jax.weights import convert, names
+from oneformer_jax.weights import convert, files, names
 from tests import tiny
 from tests.weights import torch_reference as reference
 
@@ -99,6 +99,38 @@ def test_every_prediction_agrees(kind, height, width, fields, tmp_path):
     errors = compare(found, theirs, given)
     show(f"{kind} {height} x {width}", errors)
     assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_heads_of_16_channels_are_told_by_the_tensors(tmp_path):
+    """An official file without any description, of 128 channels in 8 heads of 4 points."""
+    sizes = dict(hidden_dim=128, conv_dim=128, mask_dim=128, num_attention_heads=8)
+    sizes |= {"text_encoder_width": 128}
+    model = reference.make(reference.backbone_config("resnet"), seed=5, **sizes)
+    given = reference.inputs(64, 96, seed=5)
+    described = load(model, tmp_path / "theirs")
+    convert.write_model(
+        tmp_path / "model.pth",
+        "official",
+        described.config,
+        described.params,
+        described.stats,
+        metadata=tiny.metadata(),
+        settings={},
+    )
+    tensors = files.open_tensors(tmp_path / "model.pth").tensors
+    bare = {name: reference.torch.from_numpy(np.array(t.read())) for name, t in tensors.items()}
+    reference.torch.save({"model": bare}, tmp_path / "bare.pth")
+    found = convert.read_model(tmp_path / "bare.pth")
+    assert (found.config.num_heads, found.config.encoder_points) == (8, 4)
+    with reference.torch.no_grad():
+        theirs = reference.run(model, given)
+    errors = compare(found, theirs, given)
+    show("8 heads of 16 channels", errors)
+    assert max(errors.values()) < TOLERANCE, errors
+    # The reading before: 4 heads of 32 channels with 8 points have tensors of the same shapes.
+    mistaken = convert.read_model(tmp_path / "bare.pth", num_heads=4)
+    assert mistaken.config.encoder_points == 8
+    assert max(compare(mistaken, theirs, given).values()) > 0.01
 
 
 @pytest.mark.parametrize("kind", ["swin", "resnet"])

@@ -1,7 +1,6 @@
 """Files of tensors: what is read, what is refused, and that nothing in a file is run."""
 
 import collections
-import io
 import json
 import os
 import pickle
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oneformer_jax.weights import files, torch_pickle
+from oneformer_jax.weights import files
 from oneformer_jax.weights.files import FileError
 
 TENSORS = {
@@ -108,9 +107,8 @@ class TestAgainstPyTorch:
         assert list(found) == list(state)
         for name, tensor in state.items():
             expected = tensor.detach()
-            if name == "brain":
-                assert found[name].dtype.name == "bfloat16"
-                found[name], expected = found[name].astype(np.float32), expected.float()
+            if name == "brain":  # NumPy has no bfloat16; float32 holds its values exactly
+                expected = expected.float()
             np.testing.assert_array_equal(found[name], expected.numpy(), err_msg=name)
 
     def test_a_flat_state_dict_of_a_wrapped_module(self, torch, tmp_path):
@@ -167,19 +165,11 @@ def test_a_forbidden_global_is_named_and_not_called(tmp_path, function, args, na
     assert not victim.exists()
 
 
-def test_arrays_of_objects_are_no_tensors(tmp_path):
+def test_arrays_of_objects_are_refused(tmp_path):
     path = tmp_path / "objects.pkl"
     path.write_bytes(pickle.dumps({"x": np.array([{"a": 1}, None], object)}))
-    with pytest.raises(FileError, match="holds no tensors"):
+    with pytest.raises(FileError, match="a NumPy array of the type O8, which is none of numbers"):
         files.open_tensors(path)
-
-
-def test_a_tensor_beyond_its_storage_is_refused():
-    storage = torch_pickle._Storage(np.dtype(np.float32), 4, lambda: np.zeros(4, np.float32))
-    with pytest.raises(pickle.UnpicklingError, match="5 elements in 4"):
-        torch_pickle._rebuild_tensor(storage, 1, (4,), (1,))
-    with pytest.raises(pickle.UnpicklingError, match="sizes"):
-        torch_pickle._rebuild_tensor(storage, -1, (2,), (1,))
 
 
 # ------------------------------------------------------------------ damage
@@ -292,15 +282,3 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         files.save_official(path, {"x": np.zeros(2, np.complex64)}, {})
     assert path.read_bytes() == b"before"
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
-
-
-def test_numpy_scalars_and_old_byte_strings_load():
-    # As Python 2 and NumPy 1 wrote them.
-    content = {"x": np.float32([1, 2]), "lr": np.float64(0.5), "i": np.int64(3)}
-    data = pickle.dumps(content, protocol=2)
-    for old, new in ((b"numpy._core", b"numpy.core"),):
-        data = data.replace(old, new)
-    file = io.BytesIO(data)
-    found = torch_pickle._Unpickler(file, None, encoding="latin1").load()
-    assert found["lr"] == 0.5 and found["i"] == 3
-    np.testing.assert_array_equal(found["x"], content["x"])
