@@ -18,7 +18,6 @@ import jax
 from absl import logging
 
 LOCK_FILE = "LOCK"
-SHOWN_DIFFERENCES = 5
 
 
 class WorkdirError(ValueError):
@@ -119,10 +118,3 @@ def differing_keys(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def first_few(texts: list[str], separator: str = ", ") -> str:
-    """The first texts, and how many more there are."""
-    more = len(texts) - SHOWN_DIFFERENCES
-    shown = separator.join(texts[:SHOWN_DIFFERENCES])
-    return f"{shown}{separator}and {more} more" if more > 0 else shown

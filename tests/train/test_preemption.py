@@ -77,7 +77,7 @@ def test_several_processes_agree_one_step_later(mesh, monkeypatch):
     monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
     with Preemption(mesh) as watcher:
         assert [watcher.poll(), watcher.poll()] == [False, False]
-        terminate_and_wait(lambda: watcher._noted)
+        terminate_and_wait(watcher._noted.is_set)
         assert [watcher.poll(), watcher.poll()] == [False, True]
 
 
