@@ -187,11 +187,12 @@ class Checkpoints:
             good = folders.finished_steps(self.directory)
             self._steps = good
             last = f"the last good one is step {good[-1]}" if good else "there is none yet"
-            hint = "its disk is full; free some space" if is_full(error) else "see to that folder"
+            why, hint = reading.reason(error), "see to that folder"
+            if is_full(error):
+                why, hint = "the disk is full", "free some space"
             raise CheckpointError(
-                f"a checkpoint could not be written into {self.directory}: "
-                f"{reading.reason(error)}. Of this run {last}; {hint} and start the same command "
-                "again"
+                f"a checkpoint could not be written into {self.directory}: {why}. Of this run "
+                f"{last}; {hint} and start the same command again"
             ) from error
 
     def wait_until_finished(self) -> None:

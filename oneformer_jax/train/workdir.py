@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import os
-import pathlib
 import shutil
 import socket
 import time
@@ -16,6 +15,8 @@ from typing import Any
 
 import jax
 from absl import logging
+
+from oneformer_jax.train import folders
 
 LOCK_FILE = "LOCK"
 
@@ -31,17 +32,13 @@ def hold(workdir: str | os.PathLike) -> Iterator[None]:
     The lock is the kernel's: it ends with the process, however that ends.
 
     Raises:
-      WorkdirError: another run holds it, it cannot be written, or it is a URL.
+      WorkdirError: another run holds it, or it cannot be written.
+      FolderError: see `folders.locate`.
     """
-    if "://" in os.fspath(workdir):
-        raise WorkdirError(
-            f"workdir {workdir} is a URL; use a folder that all hosts see, such as a network file "
-            "system or a mounted bucket"
-        )
+    folder = folders.locate(workdir)
     if jax.process_index() != 0:
         yield
         return
-    folder = pathlib.Path(workdir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
@@ -82,7 +79,7 @@ def _owner(text: str) -> str:
 def check_room(workdir: str | os.PathLike, state: Any) -> None:
     """WorkdirError if there is no room for one checkpoint of `state` (arrays or their shapes)."""
     need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    free = shutil.disk_usage(pathlib.Path(workdir).expanduser()).free
+    free = shutil.disk_usage(folders.locate(workdir)).free
     if free < need:
         raise WorkdirError(
             f"workdir {workdir} has {free / 2**30:.2f} GiB free, and one checkpoint takes about "

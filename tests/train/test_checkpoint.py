@@ -268,7 +268,7 @@ def test_a_disk_that_is_full(tmp_path, mesh, monkeypatch):
         checkpoints.save(1, state, {})
         checkpoints.wait_until_finished()
         monkeypatch.setattr(checkpoints._checkpointer, "save", full)
-        with pytest.raises(CheckpointError, match=r"No space left.* step 1; its disk is full"):
+        with pytest.raises(CheckpointError, match=r"the disk is full.* step 1; free some"):
             checkpoints.save(2, state, {})
 
 
