@@ -8,13 +8,15 @@ workdir/
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import msgspec
 
 from oneformer_jax import files
 from oneformer_jax.models.oneformer import OneFormerConfig
@@ -24,7 +26,7 @@ from oneformer_jax.types import Metadata
 
 CONFIG_FILE, MODEL_FILE, METADATA_FILE = "config.json", "model.json", "metadata.json"
 # The largest number in a description of a model is a width or a number of texts.
-_LARGEST, _MOST_LAYERS = 1 << 17, 1 << 10
+_LARGEST, _MOST_LAYERS, _DEPTH = 1 << 17, 1 << 10, 16
 
 T = TypeVar("T")
 
@@ -56,26 +58,38 @@ def read_model(workdir: pathlib.Path) -> dict[str, Any]:
     """Reads model.json and bounds its numbers, so that nobody builds a model without end.
 
     Raises:
-      CheckpointError: it is missing or damaged, or a number in it is absurd.
+      CheckpointError: it is missing or damaged, describes no model, or a number in it is absurd.
     """
     path = workdir / MODEL_FILE
     model = read_json(path, expected="the model's settings")
-    for name, value in _numbers(model):
+    for name, value in _numbers(model, path):
         most = _MOST_LAYERS if "layers" in name or "depths" in name else _LARGEST
         if not -1 <= value <= most:
             raise CheckpointError(f"{path}: {name} is {value}; it may be up to {most:,}")
+    try:
+        config = OneFormerConfig.from_dict(model)
+        for part in (config.backbone, config):  # dataclasses do not check types
+            fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+            msgspec.convert(fields, type(part))
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes no model of this program: {error}") from None
     return model
 
 
-def _numbers(value: Any, name: str = ""):
+def _numbers(
+    value: Any, path: pathlib.Path, name: str = "", depth: int = 0
+) -> Iterator[tuple[str, float]]:
+    """Yields the name and the value of each number in a description of a model."""
+    if depth > _DEPTH:
+        raise CheckpointError(f"{path} is nested too deeply for a file of this kind")
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _numbers(inner, f"{name}.{key}" if name else key)
+            yield from _numbers(inner, path, f"{name}.{key}" if name else key, depth + 1)
     elif isinstance(value, list):
         if len(value) > _MOST_LAYERS:
             yield f"the length of {name}", len(value) + _LARGEST
         for inner in value:
-            yield from _numbers(inner, name)
+            yield from _numbers(inner, path, name, depth + 1)
     elif isinstance(value, int | float):
         yield name, value
 
@@ -88,7 +102,11 @@ def read_metadata(workdir: pathlib.Path) -> Metadata:
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     """Reads config.json; CheckpointError if it is missing or damaged."""
-    return read_json(workdir / CONFIG_FILE, expected="the run's configuration")
+    path = workdir / CONFIG_FILE
+    settings = read_json(path, expected="the run's configuration")
+    if not isinstance(settings.setdefault("eval", {}), dict):
+        raise CheckpointError(f"{path}: eval is {settings['eval']!r}; expected settings")
+    return settings
 
 
 def claim_workdir(

@@ -142,7 +142,7 @@ def describe(store: pathlib.Path) -> Tree:
     for path, is_array in paths.items():
         leaf: Any = {}
         if is_array:
-            array = _parse(reads[path].result(), f"{store}: {_name(path)}/.zarray")
+            array = _zarray(reads[path].result(), f"{store}: {_name(path)}/.zarray")
             leaf = jax.ShapeDtypeStruct(tuple(array.shape), _TYPES[array.dtype])
         parent = tree
         for key in path[:-1]:
@@ -154,12 +154,17 @@ def describe(store: pathlib.Path) -> Tree:
     return tree
 
 
-def _parse(read: ts.KvStore.ReadResult, where: str) -> _Array:
+def _zarray(read: ts.KvStore.ReadResult, where: str) -> _Array:
     if read.state != "value":
         raise StoreError(f"{where} is missing")
-    if len(read.value) > _ZARRAY_LIMIT:
-        raise StoreError(f"{where} has {len(read.value):,} bytes; it may have {_ZARRAY_LIMIT:,}")
-    array = files.parse_json(read.value, _Array, where, error=StoreError)
+    return parse_zarray(read.value, where)
+
+
+def parse_zarray(text: bytes, where: str) -> _Array:
+    """Reads what describes an array; StoreError, with `where`, if the program writes no such."""
+    if len(text) > _ZARRAY_LIMIT:
+        raise StoreError(f"{where} has {len(text):,} bytes; it may have {_ZARRAY_LIMIT:,}")
+    array = files.parse_json(text, _Array, where, error=StoreError)
     pairs = list(zip(array.shape, array.chunks, strict=False))
     if len(array.shape) != len(array.chunks) or any(not 1 <= c <= max(n, 1) for n, c in pairs):
         raise StoreError(f"{where} says shape {array.shape} in chunks of {array.chunks}")
@@ -199,7 +204,7 @@ def check_chunks(store: pathlib.Path, tree: Tree, part: int = 0, parts: int = 1)
     keys = _open(store)
     for path, leaf in list(leaves(tree))[part::parts]:
         where = f"{store}: {_name(path)}"
-        array = _parse(keys.read(f"{_name(path)}/.zarray").result(), f"{where}/.zarray")
+        array = _zarray(keys.read(f"{_name(path)}/.zarray").result(), f"{where}/.zarray")
         if (tuple(array.shape), _TYPES[array.dtype]) != (leaf.shape, leaf.dtype):
             raise StoreError(f"{where} has changed since it was described")
         size = math.prod(array.chunks) * leaf.dtype.itemsize

@@ -14,7 +14,7 @@ from oneformer_jax.types import Metadata
 from tests import tiny
 
 METADATA = Metadata("toy", ("sky", "cat"), (False, True), ((1, 2, 3), (4, 5, 6)), (7, 9))
-MODEL = {"backbone": {"kind": "swin", "depths": (2, 2)}, "num_queries": 10}
+MODEL = tiny.model_config().to_dict()
 
 
 def make_target(mesh, width=8, ema=False, names=("layers", "head")):
@@ -281,7 +281,7 @@ def test_load_for_inference(run):
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.params))
     assert found.model == json.loads(json.dumps(MODEL))
     assert found.metadata == METADATA
-    assert found.settings == {"optim": {"lr": 1}}
+    assert found.settings == {"optim": {"lr": 1}, "eval": {}}
     older = checkpoint.load_for_inference(f"{workdir}/checkpoints/2", use_ema=False)
     assert older.step == 2
     assert_same(older.params, saved[2]["params"])
@@ -333,13 +333,13 @@ def test_claim_workdir(tmp_path):
     descriptions.claim_workdir(workdir, MODEL, '{"lr": 1}', METADATA)
     descriptions.claim_workdir(workdir, MODEL, '{"lr": 2}', METADATA)  # tuples equal JSON's lists
     assert json.loads((workdir / "config.json").read_text()) == {"lr": 2}
-    other = {"backbone": {"kind": "swin", "depths": (2, 6)}, "num_queries": 20}
+    other = MODEL | {"backbone": MODEL["backbone"] | {"depths": (1, 1, 1, 6)}, "num_queries": 20}
     with pytest.raises(CheckpointError) as error:
         descriptions.claim_workdir(workdir, other, '{"lr": 3}', METADATA)
     assert str(error.value) == (
         f"workdir {workdir} holds another model: model.json differs in backbone.depths "
-        "(there [2, 2], here [2, 6]), num_queries (there 10, here 20); use another --workdir, or "
-        "the settings of that one"
+        "(there [1, 1, 1, 1], here [1, 1, 1, 6]), num_queries (there 7, here 20); use another "
+        "--workdir, or the settings of that one"
     )
     assert json.loads((workdir / "config.json").read_text()) == {"lr": 2}  # left as it was
     classes = Metadata("toy", ("sky", "dog"), *list(vars(METADATA).values())[2:])

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oneformer_jax.train import checkpoint, descriptions, folders, loop, sharding, workdir
+from oneformer_jax.train import checkpoint, descriptions, folders, workdir
 from oneformer_jax.train.checkpoint import Checkpoints
 from oneformer_jax.train.folders import FolderError
 from tests import tiny
-from tests.train import eval_scenes
-from tests.train.runs import Batches, make_config
 
 # Characters that mean something to a shell, a pattern, a URL, a format or a terminal.
 ODD = (
@@ -133,24 +131,6 @@ def test_paths_become_absolute_and_home_is_expanded(monkeypatch, tmp_path):
     assert folders.locate("~/run") == folders.locate("run") == tmp_path / "run"
     assert folders.locate("-x") == tmp_path / "-x"
     assert folders.locate(".") == tmp_path
-
-
-def test_a_run_below_an_odd_name_trains_goes_on_and_is_evaluated(tmp_path):
-    place = tmp_path / "run[1] *?{}%~#$é\n:-"
-    handed = dict(metadata=METADATA, eval_batches=eval_scenes.batches)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    for steps in (2, 4):
-        results = loop.train(
-            make_config(train__steps=steps),
-            str(place),
-            text_table=tiny.text_table(),
-            train_batches=Batches(),
-            mesh=mesh,
-            **handed,
-        )
-    assert [p.name for p in tmp_path.iterdir()] == [place.name]
-    config = make_config(train__steps=4)
-    assert loop.evaluate_workdir(config, str(place), mesh=mesh, **handed) == results
 
 
 # ------------------------------------------------------------------ what is left over
