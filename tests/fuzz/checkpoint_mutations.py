@@ -190,7 +190,7 @@ def main(kind: str, first: int, count: int, place: str) -> None:
     run = make_run(pathlib.Path(place) / "run")
     found = {"read": 0, "refused": 0, "faults": []}
     for number in range(first, first + count):
-        begun = time.monotonic()
+        begun = time.process_time()
         try:
             {"small": small, "whole": whole}[kind](run, random.Random(number))
             found["read"] += 1
@@ -200,7 +200,9 @@ def main(kind: str, first: int, count: int, place: str) -> None:
                 found["faults"].append((number, f"many lines: {error}"))
         except BaseException as error:
             found["faults"].append((number, repr(error)[:500]))
-        if time.monotonic() - begun > SECONDS:
+        if (
+            time.process_time() - begun > SECONDS
+        ):  # others may keep the processor busy; a hang is for the timeout
             found["faults"].append((number, "took too long"))
     found["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(json.dumps(found))
