@@ -18,6 +18,9 @@ CHECKPOINT_FOLDER = "checkpoints"
 TEMPORARY = ".orbax-checkpoint-tmp"
 UNVERIFIED = ".unverified"  # written to its end, and not yet read back
 DELETED = ".deleted"  # being removed
+_LEFT_OVER = re.compile(
+    "[0-9]+(" + "|".join(map(re.escape, (TEMPORARY, UNVERIFIED, DELETED))) + ")"
+)
 PARTS = ("_CHECKPOINT_METADATA", "state", "position")
 
 # Orbax and etils take these for buckets: as the first folder of a path, or as ".../gs:/...".
@@ -88,12 +91,12 @@ def literal(path: pathlib.Path) -> epath.Path:
 
 
 def is_step(name: str) -> bool:
-    """Whether a folder of this name is a checkpoint."""
+    """Tells whether a folder of this name is a checkpoint."""
     return re.fullmatch("0|[1-9][0-9]{0,17}", name) is not None
 
 
 def is_complete(folder: pathlib.Path) -> bool:
-    """Whether this is the folder of a checkpoint that was written to its end."""
+    """Tells whether this is the folder of a checkpoint that was written to its end."""
     return is_step(folder.name) and all((folder / part).exists() for part in PARTS)
 
 
@@ -105,7 +108,7 @@ def finished_steps(directory: pathlib.Path) -> list[int]:
 def sweep(directory: pathlib.Path) -> None:
     """Clears away what an interrupted save, copy or removal left."""
     for path in directory.iterdir():
-        if any(mark in path.name for mark in (TEMPORARY, UNVERIFIED, DELETED)):
+        if _LEFT_OVER.match(path.name):
             logging.warning("Removing %s, left by a save that was interrupted.", path)
             shutil.rmtree(path)
         elif is_step(path.name) and not is_complete(path):

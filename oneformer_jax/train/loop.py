@@ -264,7 +264,7 @@ def mesh_is_cpu(mesh: jax.sharding.Mesh) -> bool:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) happens at `step`."""
+    """Tells whether something that happens every `every` steps (0: never) happens at `step`."""
     return every > 0 and step % every == 0
 
 

@@ -150,7 +150,7 @@ class Preemption:
         self.wake()
 
     def came(self, within: float = 1.0) -> bool:
-        """Whether this process got a signal, or gets it in so many seconds.
+        """Tells whether this process got a signal, or gets it in so many seconds.
 
         For those who see what a signal to the process group did to another process: that may be
         known before the signal to this one.
@@ -158,7 +158,7 @@ class Preemption:
         return bool(self._old_handlers) and self._noted.wait(within)
 
     def poll(self) -> bool:
-        """Whether to save and stop after this step; every process calls it once per step.
+        """Tells whether to save and stop after this step; every process calls it once per step.
 
         With several processes all get the same answer at the same step, one step after the signal
         to any of them; nothing waits for the device but for the flag of the step before.

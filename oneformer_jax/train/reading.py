@@ -26,7 +26,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is set on any process; all must ask."""
+    """Tells whether `flag` is set on any process; all must ask."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

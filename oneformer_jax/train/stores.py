@@ -102,7 +102,7 @@ _Shape = Annotated[list[_Length], msgspec.Meta(max_length=16)]
 
 
 class _Array(msgspec.Struct, forbid_unknown_fields=True):
-    """What .zarray may say."""
+    """The fields of .zarray, and the values that are accepted."""
 
     zarr_format: Literal[2]
     shape: _Shape

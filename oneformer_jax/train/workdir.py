@@ -88,7 +88,7 @@ def check_room(workdir: str | os.PathLike, state: Any) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether `error` or what caused it says that a disk is full."""
+    """Tells whether `error` or what caused it says that a disk is full."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     words = ("No space left", "Disk quota exceeded", "File too large")
     cause: BaseException | None = error

@@ -62,7 +62,7 @@ def saved_step(job) -> int:
 @pytest.mark.parametrize("matcher", ["device", "host"])
 def test_ctrl_c_at_random_moments_of_training_saves_the_step(tmp_path, matcher):
     rng, last = random.Random(3), 0
-    for _ in range(4):
+    for _ in range(4 if matcher == "device" else 2):  # the latter compiles each time
         job = Job(tmp_path, "train.steps=100000", f'matcher.backend="{matcher}"', EVALUATE_NEVER)
         steps = rng.randint(2, 9)
         assert job.wait_for(lambda job=job, steps=steps: job.steps >= steps), job.output
