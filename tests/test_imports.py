@@ -30,7 +30,8 @@ RULES = {
     "oneformer_jax.train": (
         "oneformer_jax.train oneformer_jax.eval oneformer_jax.eval.evaluate oneformer_jax.models"
         " oneformer_jax.types oneformer_jax.weights",
-        "absl clu etils flax jax ml_collections msgspec numpy optax orbax PIL tensorboard",
+        "absl clu etils flax jax ml_collections msgspec numpy optax orbax PIL tensorboard"
+        " tensorstore",
     ),
     "oneformer_jax.eval": (
         "oneformer_jax.eval oneformer_jax.models oneformer_jax.types input_pipeline.images",

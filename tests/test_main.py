@@ -17,7 +17,7 @@ import main
 import oneformer_jax
 from configs import synthetic
 from oneformer_jax.models import functional
-from oneformer_jax.train import checkpoint, compile, sharding
+from oneformer_jax.train import checkpoint, compile, descriptions, sharding
 from oneformer_jax.train import state as states
 from tests import tiny
 
@@ -302,7 +302,7 @@ def workdir(tmp_path_factory):
     model, metadata = tiny.model_config(), tiny.metadata()
     settings = synthetic.get_config()
     settings.eval.short_edge = settings.eval.max_size = 64
-    checkpoint.claim_workdir(path, model.to_dict(), settings.to_json(), metadata)
+    descriptions.claim_workdir(path, model.to_dict(), settings.to_json(), metadata)
     rng = np.random.default_rng(0)  # in NumPy, because compiling the initialisation takes longer
     params, stats = (
         jax.tree.map(lambda x: rng.normal(0.5, 0.1, x.shape).astype(x.dtype), part)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from oneformer_jax import files
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_images
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.protocol import Metric, Protocol
@@ -408,12 +409,4 @@ def write_results(path: str | os.PathLike[str], result: EvalResult) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_atomically(path, text)

@@ -1,121 +1,45 @@
 """Checkpoints of a run, and the files that say what its working directory holds.
 
 workdir/
-  config.json      the whole configuration of the last start
-  model.json       OneFormerConfig.to_dict(): what is needed to build the model again
-  metadata.json    classes of the data set
+  config.json, model.json, metadata.json: see `descriptions`
   checkpoints/<step>/
-    state/         {step, params, stats, opt[, ema]} as Orbax writes pytrees
+    state/         {step, params, stats, opt[, ema]} as Orbax writes pytrees: see `stores`
     position/      where the input stands, and other small JSON values
+    SHA256SUMS     digests of the files: see `seals`
     scores.json    of an evaluation at that step, once there was one
+
+A checkpoint gets its name once it was read back, and only then are older ones removed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
-from oneformer_jax import config_rules
-from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import folders
-from oneformer_jax.train.workdir import differing_keys, first_few, is_full
+from oneformer_jax import config_rules, files
+from oneformer_jax.train import descriptions, folders, reading, seals, stores
+from oneformer_jax.train.descriptions import CheckpointError
+from oneformer_jax.train.folders import CHECKPOINT_FOLDER, UNVERIFIED
+from oneformer_jax.train.reading import DamagedCheckpoint
+from oneformer_jax.train.workdir import is_full
 from oneformer_jax.types import Metadata
 
-CONFIG_FILE, MODEL_FILE, METADATA_FILE = "config.json", "model.json", "metadata.json"
-CHECKPOINT_FOLDER = "checkpoints"
-SCORES_FILE = "scores.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or a working directory that cannot be used as asked."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that cannot be read."""
-
-
-# ------------------------------------------------------------------ the working directory
-
-
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes `value` (or a JSON text) to `path`, indented; readers see the old or the new file."""
-    path = epath.Path(path)
-    text = json.dumps(json.loads(value) if isinstance(value, str) else value, indent=1)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
-
-
-def read_json(path: epath.PathLike, *, expected: str) -> Any:
-    """Parses a JSON file; CheckpointError names the file and says what was `expected` there."""
-    path = epath.Path(path)
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; expected {expected}") from None
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); expected {expected}. Restore the file, or start the "
-            "training command again in this workdir once the file is removed: it is written anew"
-        ) from None
-
-
-def claim_workdir(
-    workdir: epath.PathLike, model: Mapping, config_json: str, metadata: Metadata
-) -> None:
-    """Writes config.json, model.json and metadata.json, or checks them if a run was here before.
-
-    The configuration may change between starts (more steps, another learning rate), and config.json
-    follows it; the model and the classes may not. With several hosts the first one writes.
-
-    Args:
-      workdir: created if needed.
-      model: `OneFormerConfig.to_dict()`.
-      config_json: the whole configuration as JSON text.
-      metadata: classes of the data set.
-
-    Raises:
-      CheckpointError: the workdir holds another model or other classes.
-    """
-    workdir = _absolute(workdir)
-    files = {MODEL_FILE: dict(model), METADATA_FILE: json.loads(metadata.to_json())}
-    for name, ours in files.items():
-        if not (workdir / name).exists():
-            continue
-        theirs = read_json(workdir / name, expected="what an earlier start wrote")
-        if name == MODEL_FILE:
-            theirs = _with_defaults(theirs)
-        differing = list(differing_keys(theirs, json.loads(json.dumps(ours))))
-        if differing:
-            what = "another model" if name == MODEL_FILE else "a model of other classes"
-            raise CheckpointError(
-                f"workdir {workdir} holds {what}: {name} differs in "
-                f"{first_few(differing)}; use another --workdir, or the settings of that one"
-            )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name, ours in files.items():
-            if not (workdir / name).exists():
-                write_json(workdir / name, ours)
-        write_json(workdir / CONFIG_FILE, config_json)
-
-
-def _with_defaults(model: Mapping) -> Mapping:
-    """The fields of a model, those that its version did not have yet at their defaults."""
-    try:
-        return json.loads(json.dumps(OneFormerConfig.from_dict(dict(model)).to_dict()))
-    except (KeyError, TypeError, ValueError):  # of another kind; the comparison tells
-        return model
+_BARRIER_MS = 3_600_000
+_saves = itertools.count()  # tells apart the barriers of one process
 
 
 # ------------------------------------------------------------------ saving and resuming
@@ -132,7 +56,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: epath.PathLike,
+        workdir: str | os.PathLike[str],
         keep: int = 3,
         keep_best: int = 1,
         best_metric: str | None = None,
@@ -146,40 +70,49 @@ class Checkpoints:
           best_metric: name of a score, such as "panoptic/PQ"; higher is better. None: no best.
         """
         config_rules.require({"train.keep": keep, "train.keep_best": keep_best})
-        self.directory = _absolute(workdir) / CHECKPOINT_FOLDER
+        self.directory = folders.locate(workdir) / CHECKPOINT_FOLDER
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             folders.sweep(self.directory)
+            folders.sweep_files(self.directory.parent)
+            for folder in self.directory.parent.glob("eval/*/"):
+                folders.sweep_files(folder, older_than=60)
         _wait_for_all("the checkpoint folder is ready")
         self._best_metric = best_metric
         self._keep, self._keep_best = keep, keep_best
+        self._steps = folders.finished_steps(self.directory)
         self._scores: dict[int, Mapping[str, float]] = {}
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=self),
-        )
-        for step in self.all_steps():
-            path = self.directory / str(step) / SCORES_FILE
-            if path.exists():
-                self._scores[step] = read_json(path, expected="scores of an evaluation")
+        self._unreadable_scores: set[int] = set()
+        for step in self._steps:
+            try:
+                scores = seals.read_scores(self.directory / str(step))
+            except seals.SealError as error:
+                logging.warning(
+                    "%s. Step %d does not compete for the best, and stays.", error, step
+                )
+                self._unreadable_scores.add(step)
+            else:
+                self._scores |= {} if scores is None else {step: scores}
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._finishing: _InBackground | None = None
 
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Orbax asks which checkpoints stay: the last and the best ones."""
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = self._ranking()[: self._keep_best]
-        return [step in steps[-self._keep :] or step in best for step in steps]
+    def _staying(self) -> list[int]:
+        """Those of the checkpoints that stay: the last and the best ones."""
+        stay = {*self._steps[-self._keep :], *self._ranking()[: self._keep_best]}
+        return [step for step in self._steps if step in stay | self._unreadable_scores]
 
     def _ranking(self) -> list[int]:
         """Steps with a score by `best_metric`, the best first; of equal ones the later."""
         found = {step: scores.get(self._best_metric) for step, scores in self._scores.items()}
-        good = {step: s for step, s in found.items() if s is not None and not math.isnan(s)}
+        good = {step: s for step, s in found.items() if s is not None}
         return sorted(good, key=lambda step: (good[step], step), reverse=True)
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> bool:
         """Starts saving; returns once the arrays are copied, so that the step may donate them.
 
-        An earlier save that is still writing is waited for, and its failure is raised here.
+        The rest happens in the background: the checkpoint is written, read back and sealed, and
+        those that need not stay are removed. An earlier save that is still under way is waited for,
+        and its failure is raised here.
 
         Args:
           step: number of the checkpoint.
@@ -192,6 +125,7 @@ class Checkpoints:
         Raises:
           CheckpointError: there is a later checkpoint, or an earlier save failed.
         """
+        self.wait_until_finished()
         latest = self.latest_step()
         if latest == step:
             return False
@@ -201,53 +135,86 @@ class Checkpoints:
                 "remove the later checkpoints, or use another --workdir"
             )
         with self._reporting_failure():
-            return self._manager.save(
-                step,
+            self._checkpointer.save(
+                folders.literal(self.directory / f"{step}{UNVERIFIED}"),
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(dict(position))
                 ),
+                force=True,
             )
+        before, self._steps = self._steps, [*self._steps, step]
+        self._steps = self._staying()
+        removed = [old for old in before if old not in self._steps]
+        described = reading.describe(state)
+        self._finishing = _InBackground(lambda: self._finish(step, described, removed))
+        return True
+
+    def _finish(self, step: int, described: Mapping[str, str], removed: list[int]) -> None:
+        """Waits for the save under way, reads it back, names it, and removes the old ones."""
+        key = f"oneformer_jax: save {next(_saves)} is finished"
+        try:
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                written = self.directory / f"{step}{UNVERIFIED}"
+                reading.seal(written, described)
+                folders.rename(written, str(step))
+                for old in removed:
+                    folders.remove(self.directory / str(old))
+        finally:
+            multihost.get_barrier_sync_fn()(key=key, timeout_ms=_BARRIER_MS)
 
     def record(self, step: int, scores: Mapping[str, float | None]) -> None:
         """Notes the scores of the checkpoint of `step`, for keep-best; None is "not defined"."""
         self.wait_until_finished()
-        self._scores[step] = {name: float(v) for name, v in scores.items() if v is not None}
+        defined = {name: float(v) for name, v in scores.items() if v is not None}
+        self._scores[step] = {name: v for name, v in defined.items() if not math.isnan(v)}
+        self._unreadable_scores.discard(step)
         folder = self.directory / str(step)
         if jax.process_index() == 0 and folder.exists():
-            write_json(folder / SCORES_FILE, self._scores[step])
+            seals.write_scores(folder, self._scores[step])
 
     @contextlib.contextmanager
     def _reporting_failure(self) -> Iterator[None]:
-        """Turns what Orbax raises while writing into one clear error."""
+        """Turns what is raised while writing into one clear error."""
         try:
             yield
         except Exception as error:
-            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            if jax.process_index() == 0:  # what is half written takes room, too
+                folders.remove_unfinished(self.directory)
             good = folders.finished_steps(self.directory)
+            self._steps = good
             last = f"the last good one is step {good[-1]}" if good else "there is none yet"
-            hint = "its disk is full; free some space" if is_full(error) else "see to that folder"
+            why, hint = reading.reason(error), "see to that folder"
+            if is_full(error):
+                why, hint = "the disk is full", "free some space"
             raise CheckpointError(
-                f"a checkpoint could not be written into {self.directory}: {reason}. Of this run "
+                f"a checkpoint could not be written into {self.directory}: {why}. Of this run "
                 f"{last}; {hint} and start the same command again"
             ) from error
 
     def wait_until_finished(self) -> None:
-        """Blocks until the save under way is on disk; CheckpointError if that failed."""
-        with self._reporting_failure():
-            self._manager.wait_until_finished()
+        """Blocks until the save under way is sealed; CheckpointError if that failed."""
+        finishing = self._finishing
+        if finishing is None:
+            return
+        try:
+            with self._reporting_failure():
+                finishing.wait()
+        finally:  # not before: a thread that handles a signal may wait, too
+            if self._finishing is finishing:
+                self._finishing = None
 
     def all_steps(self) -> list[int]:
         """Steps of the checkpoints, ascending; one that is being written counts."""
-        return sorted(self._manager.all_steps())
+        return list(self._steps)
 
     def latest_step(self) -> int | None:
         """Step of the last checkpoint, or None."""
-        return self._manager.latest_step()
+        return self._steps[-1] if self._steps else None
 
     def best_step(self) -> int | None:
         """Step of the best checkpoint by `best_metric`, or None if none has that score."""
-        kept = self.all_steps()
-        return next((step for step in self._ranking() if step in kept), None)
+        return next((step for step in self._ranking() if step in self._steps), None)
 
     def restore_newest(self, target: Any) -> tuple[int, Any, dict[str, Any]]:
         """`restore` of the newest checkpoint that can be read: (step, state, position).
@@ -265,7 +232,7 @@ class Checkpoints:
                 state, position = self.restore(step, target)
             except DamagedCheckpoint as error:
                 damaged[step] = error
-            if _any_process(step in damaged):
+            if reading.any_process(step in damaged):
                 damaged.setdefault(step, DamagedCheckpoint("another process could not read it"))
                 continue
             for bad, error in damaged.items():
@@ -278,8 +245,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             folders.rename(self.directory / str(step), f"{step}.damaged")
         _wait_for_all("a damaged checkpoint is set aside")
+        self._steps.remove(step)
         self._scores.pop(step, None)
-        self._manager.reload()
 
     def restore(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint onto the devices.
@@ -297,23 +264,20 @@ class Checkpoints:
         """
         self.wait_until_finished()
         path = self.directory / str(step)
-        if step not in self.all_steps():
+        if step not in self._steps:
             raise CheckpointError(
                 f"there is no checkpoint {path}; this workdir holds steps {self.all_steps()}"
             )
-        _check_same_tree(path, _saved_tree(path), target)
-        with _reporting_damage(path):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=_restore_onto(target), position=ocp.args.JsonRestore()
-                ),
-            )
-        return restored.state, restored.position
+        state = reading.read_state(path, target)
+        with reading.reporting_damage(path):
+            return state, files.read_json(path / reading.POSITION_FILE)
 
     def close(self) -> None:
         """Waits for the save under way and ends the background threads."""
-        self._manager.close()
+        try:
+            self.wait_until_finished()
+        finally:
+            self._checkpointer.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -322,87 +286,31 @@ class Checkpoints:
         self.close()
 
 
-def _absolute(path: epath.PathLike) -> epath.Path:
-    """Orbax wants absolute paths."""
-    return epath.Path(path).expanduser().resolve()
+class _InBackground:
+    """Runs a function in a thread."""
 
+    def __init__(self, function: Callable[[], None]):
+        self._function = function
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint")
+        self._thread.start()
 
-def _any_process(flag: bool) -> bool:
-    """Whether `flag` is set on any process; all must ask."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    def _run(self) -> None:
+        try:
+            self._function()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Returns when the function has; raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 def _wait_for_all(what: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"oneformer_jax: {what}")
-
-
-@contextlib.contextmanager
-def _reporting_damage(path: epath.Path):
-    """Turns whatever Orbax and TensorStore raise while reading into one clear error."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise DamagedCheckpoint(
-            f"checkpoint {path} is damaged: {reason}\nRemove or rename that folder to go on from "
-            "the checkpoint before it."
-        ) from error
-
-
-def _saved_tree(path: epath.Path) -> dict:
-    """What `path`/state holds: nested dict with text keys and leaves that have shape and dtype."""
-    with _reporting_damage(path):
-        return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
-
-
-def _describe(tree: Any) -> dict[str, str]:
-    """{"params/backbone/norm/scale": "float32[96]"} of the arrays in `tree`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-        )
-        for path, leaf in leaves
-    }
-
-
-def _check_same_tree(path: epath.Path, saved: Any, target: Any) -> None:
-    """CheckpointError that lists the arrays in which the checkpoint and `target` differ."""
-    theirs, ours = _describe(saved), _describe(target)
-    names = [n for n in dict.fromkeys((*ours, *theirs)) if theirs.get(n) != ours.get(n)]
-    if not names:
-        return
-    # The model's arrays first: when they differ, so do the optimizer's.
-    names.sort(key=lambda name: not name.startswith(("params/", "stats/")))
-    lines = [f"  {n}: there {theirs.get(n, 'none')}, here {ours.get(n, 'none')}" for n in names]
-    if names[0].startswith(("params/", "stats/")):
-        reason = "is of another model"
-        way_out = "Use the model settings in that workdir's config.json, or another --workdir."
-    else:
-        reason = "has the parameters of this model, but other training state"
-        way_out = (
-            "Was optim.ema_decay turned on or off? Set it as it was, or use another --workdir."
-        )
-    raise CheckpointError(
-        f"checkpoint {path} {reason}; {len(names)} arrays differ:\n"
-        + first_few(lines, "\n")
-        + f"\n{way_out}"
-    )
-
-
-def _restore_onto(target: Any) -> ocp.args.PyTreeRestore:
-    args = ocp.checkpoint_utils.construct_restore_args(target)
-    return ocp.args.PyTreeRestore(target, restore_args=args)
-
-
-def read_state(path: epath.Path, target: Any) -> Any:
-    """The state of the checkpoint folder `path`, beside the run that owns it; see `restore`."""
-    _check_same_tree(path, _saved_tree(path), target)
-    with _reporting_damage(path):
-        return ocp.PyTreeCheckpointer().restore(path / "state", args=_restore_onto(target))
 
 
 # ------------------------------------------------------------------ inference
@@ -427,7 +335,7 @@ class Trained(NamedTuple):
     step: int
 
 
-def load_for_inference(path: epath.PathLike, *, use_ema: bool = True) -> Trained:
+def load_for_inference(path: str | os.PathLike[str], *, use_ema: bool = True) -> Trained:
     """Reads what inference needs; the optimizer's state is neither read nor known.
 
     Args:
@@ -437,34 +345,27 @@ def load_for_inference(path: epath.PathLike, *, use_ema: bool = True) -> Trained
     Raises:
       CheckpointError: no such thing at `path`, or a damaged one.
     """
-    workdir, checkpoint = _find_checkpoint(_absolute(path))
-    model = read_json(workdir / MODEL_FILE, expected="the model's settings")
-    settings = read_json(workdir / CONFIG_FILE, expected="the run's configuration")
-    found = read_json(workdir / METADATA_FILE, expected="the classes of the data set")
-    try:
-        metadata = Metadata.from_json(json.dumps(found))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{workdir / METADATA_FILE} is damaged: {error!r}") from error
-
-    tree = _saved_tree(checkpoint)
+    workdir, checkpoint = _find_checkpoint(folders.locate(path))
+    model = descriptions.read_model(workdir)
+    settings = descriptions.read_config(workdir)
+    metadata = descriptions.read_metadata(workdir)
+    store = checkpoint / "state"
+    reading.check_seal(checkpoint)
+    with reading.reporting_damage(checkpoint):
+        tree = stores.describe(store)
     source = "ema" if use_ema and "ema" in tree else "params"
-    if not {source, "stats"} <= set(tree):
+    if not {source, "stats"} <= tree.keys():
         raise CheckpointError(f"{checkpoint} holds {sorted(tree)}; expected params and stats")
-    item = {part: tree[part] for part in (source, "stats")}
-    with _reporting_damage(checkpoint):
-        restored = ocp.PyTreeCheckpointer().restore(
-            checkpoint / "state",
-            args=ocp.args.PyTreeRestore(
-                item,
-                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item),
-                partial_restore=True,
-            ),
-        )
-    params, stats = _integer_keys(restored[source]), _integer_keys(restored["stats"])
+    wanted = {part: tree[part] for part in (source, "stats")}
+    with reading.reporting_damage(checkpoint):
+        stores.check_sizes(store, wanted)
+        stores.check_chunks(store, wanted)
+        arrays = stores.read(store, wanted)
+    params, stats = _integer_keys(arrays[source]), _integer_keys(arrays["stats"])
     return Trained(model, params, stats, metadata, settings, int(checkpoint.name))
 
 
-def write_converted(workdir: epath.PathLike, trained: Trained) -> None:
+def write_converted(workdir: str | os.PathLike[str], trained: Trained) -> None:
     """Writes a new workdir with one checkpoint, for prediction and evaluation.
 
     It has no optimizer state: training starts from it with config.init.checkpoint.
@@ -472,31 +373,31 @@ def write_converted(workdir: epath.PathLike, trained: Trained) -> None:
     Raises:
       CheckpointError: there is something at `workdir`.
     """
-    workdir = _absolute(workdir)
+    workdir = folders.locate(workdir)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise CheckpointError(f"{workdir} is there already and not an empty folder; use another")
     settings = json.dumps(trained.settings)
-    claim_workdir(workdir, trained.model, settings, trained.metadata)
+    descriptions.claim_workdir(workdir, trained.model, settings, trained.metadata)
     state = {"step": np.int32(trained.step), "params": trained.params, "stats": trained.stats}
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(trained.step, state, {"step": trained.step})
 
 
-def _find_checkpoint(path: epath.Path) -> tuple[epath.Path, epath.Path]:
+def _find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """(workdir, checkpoint folder) of a path given by the user."""
     expected = (
-        f"expected a workdir ({MODEL_FILE} and {CHECKPOINT_FOLDER}/<step>) or one of its "
-        f"{CHECKPOINT_FOLDER}/<step>"
+        f"expected a workdir ({descriptions.MODEL_FILE} and {CHECKPOINT_FOLDER}/<step>) or one of "
+        f"its {CHECKPOINT_FOLDER}/<step>"
     )
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; {expected}")
-    if path.parent.name == CHECKPOINT_FOLDER and path.name.isdigit():
+    if path.parent.name == CHECKPOINT_FOLDER and folders.is_step(path.name):
         if not folders.is_complete(path):
             missing = [part for part in folders.PARTS if not (path / part).exists()]
             raise CheckpointError(f"checkpoint {path} is incomplete: it lacks {', '.join(missing)}")
         return path.parent.parent, path
-    if not (path / MODEL_FILE).exists():
-        raise CheckpointError(f"{path} has no {MODEL_FILE}; {expected}")
+    if not (path / descriptions.MODEL_FILE).exists():
+        raise CheckpointError(f"{path} has no {descriptions.MODEL_FILE}; {expected}")
     folder = path / CHECKPOINT_FOLDER
     steps = folders.finished_steps(folder) if folder.exists() else []
     if not steps:

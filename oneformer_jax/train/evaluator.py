@@ -27,7 +27,7 @@ from oneformer_jax.eval.protocol import Protocol, choose_protocol
 from oneformer_jax.eval.write import write_png
 from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import checkpoint
+from oneformer_jax.train import descriptions, folders
 from oneformer_jax.train.tensorboard import metric_writers
 from oneformer_jax.types import TASKS, Metadata
 
@@ -142,11 +142,11 @@ class Evaluator:
         path = self._results_path(step)
         if not path.exists():
             return None
-        saved = checkpoint.read_json(path, expected="results of an evaluation")
+        saved = descriptions.read_json(path, expected="results of an evaluation")
         try:
             result = EvalResult(**saved)
         except TypeError as error:
-            raise checkpoint.CheckpointError(
+            raise descriptions.CheckpointError(
                 f"{path} holds no results of an evaluation ({error}); remove it, and the next "
                 "start makes it again"
             ) from error
@@ -180,7 +180,7 @@ class Evaluator:
             for token, result in results.items()
         }
         if jax.process_index() == 0:
-            checkpoint.write_json(self._table_path(step), table)
+            descriptions.write_json(self._table_path(step), table)
         return table
 
     def report(self, step: int) -> None:
@@ -189,14 +189,14 @@ class Evaluator:
             return
         print(format_results(self._last, self._metadata))
         if self.has_token_table(step):
-            table = checkpoint.read_json(
+            table = descriptions.read_json(
                 self._table_path(step), expected="the table of task tokens"
             )
             print("\n" + format_token_table(table))
         print(
             f"\nresults      {self._results_path(step)}"
             f"\npictures     {self._picture_path(step)}"
-            f"\ncheckpoints  {self._workdir / checkpoint.CHECKPOINT_FOLDER}"
+            f"\ncheckpoints  {self._workdir / folders.CHECKPOINT_FOLDER}"
             f"\ndashboard    tensorboard --logdir={self._workdir}",
             flush=True,
         )

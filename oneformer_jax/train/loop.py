@@ -21,7 +21,16 @@ from ml_collections import ConfigDict
 from oneformer_jax import config_rules
 from oneformer_jax.models import backbones, matcher
 from oneformer_jax.models.oneformer import OF_THE_PROGRAM, OneFormerConfig
-from oneformer_jax.train import accelerators, checkpoint, observe, optim, sharding, start
+from oneformer_jax.train import (
+    accelerators,
+    checkpoint,
+    descriptions,
+    folders,
+    observe,
+    optim,
+    sharding,
+    start,
+)
 from oneformer_jax.train import state as states
 from oneformer_jax.train.distributed import compile_everywhere
 from oneformer_jax.train.evaluator import Evaluator, metric_names
@@ -63,9 +72,10 @@ def train(
       ValueError: the config, the workdir and the devices do not fit each other, another run is in
         the workdir, it cannot be written, or the training data ended.
       observe.NonFiniteLoss: a loss or gradient is not finite; the last good state is kept.
-      Preempted: SIGTERM came; the state is saved.
+      Preempted: SIGTERM or SIGINT (Ctrl-C) came; the state is saved.
     """
     started = time.monotonic()
+    workdir = os.fspath(folders.locate(workdir))
     # ---- Settings: what is wrong with them is said before anything is written -------------------
     config_rules.check(config, but=("dataset",))  # the data is handed in
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -85,7 +95,7 @@ def train(
     # Whatever ends the run: the stack ends the loader and waits for a save in the background.
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(workdir))
-        checkpoint.claim_workdir(workdir, model.to_dict(), config.to_json(indent=1), metadata)
+        descriptions.claim_workdir(workdir, model.to_dict(), config.to_json(indent=1), metadata)
         preemption = stack.enter_context(Preemption(mesh))
         checkpoints = stack.enter_context(
             checkpoint.Checkpoints(
@@ -170,7 +180,7 @@ def train(
                 except Exception:
                     # A signal to the whole process group ends loader processes too. (With several
                     # hosts, others may be ahead by a step: then the last checkpoint has to do.)
-                    if not preemption.noted or step == first_step + 1 or jax.process_count() > 1:
+                    if not preemption.came() or step == first_step + 1 or jax.process_count() > 1:
                         raise
                     watch.check(state)
                     checkpoints.save(step - 1, state, {"step": step - 1, "chrono": chrono.state()})
@@ -247,7 +257,7 @@ def report_omissions(data: Iterator[Batch]) -> None:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) happens at `step`."""
+    """Tells whether something that happens every `every` steps (0: never) happens at `step`."""
     return every > 0 and step % every == 0
 
 
@@ -280,9 +290,9 @@ def evaluate_workdir(
     config_rules.check(config, but=("dataset",))
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     observe.quiet_libraries()
-    path = workdir
+    workdir = path = os.fspath(folders.locate(workdir))
     if checkpoint_step is not None:
-        path = os.path.join(workdir, checkpoint.CHECKPOINT_FOLDER, str(checkpoint_step))
+        path = os.path.join(workdir, folders.CHECKPOINT_FOLDER, str(checkpoint_step))
     trained = checkpoint.load_for_inference(path)
     if trained.metadata != metadata:
         raise checkpoint.CheckpointError(

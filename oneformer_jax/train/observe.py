@@ -10,6 +10,7 @@ import contextlib
 import logging as stdlib_logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -407,6 +408,8 @@ class _LibraryFilter:
             return True
         if record.levelno <= stdlib_logging.INFO:
             return False
+        if record.exc_info:  # of a save in the background; it is raised and reported, too
+            return False
         return not any(text in record.getMessage() for text in _EXPECTED_WARNINGS)
 
 
@@ -418,11 +421,23 @@ class _ConsoleFormatter(stdlib_logging.Formatter):
         return f"{self.formatTime(record, '%H:%M:%S')} {level}{super().format(record)}"
 
 
+class _UnraisableFilter:
+    """Hides what TensorStore says of further writes when one has failed: nobody waits for them."""
+
+    def __init__(self, hook: Callable[[Any], None]):
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
+
+
 def quiet_libraries() -> None:
     """Leaves on the console what the user of a run should read, each line after the time of day.
 
     The INFO lines of Orbax (a page for each save) and of TFDS are hidden, and `_EXPECTED_WARNINGS`;
-    so are JAX's about accelerators that are not there.
+    so are JAX's about accelerators that are not there, and the tracebacks of a save that failed,
+    which `Checkpoints` reports.
     Calling it again changes nothing.
     """
     logger = logging.get_absl_logger()
@@ -431,6 +446,8 @@ def quiet_libraries() -> None:
     logger.addFilter(_LibraryFilter())
     logging.get_absl_handler().setFormatter(_ConsoleFormatter())
     stdlib_logging.getLogger("jax._src.xla_bridge").setLevel(stdlib_logging.WARNING)
+    if not isinstance(sys.unraisablehook, _UnraisableFilter):
+        sys.unraisablehook = _UnraisableFilter(sys.unraisablehook)
 
 
 # ------------------------------------------------------------------ profile on demand

@@ -1,9 +1,13 @@
-"""SIGTERM: what a machine gets that is about to be taken away, as its only notice.
+"""Handles SIGTERM, the only warning of a machine that is taken away, and SIGINT (Ctrl-C) alike.
 
 While training steps run, the loop is told, saves and stops. At all other times (start, compilation,
 evaluation) everything worth keeping is in a checkpoint already, and Python may be unable to act for
 minutes, being inside the compiler; then a thread waits for the save under way and ends the process.
-Either way the exit code is `EXIT_CODE`, and the same command goes on from the saved step.
+Either way the exit code is `EXIT_CODE`, and the same command goes on from the saved step. Ctrl-C
+after that ends the process at once, with `INTERRUPTED`; what was half saved is no checkpoint.
+
+Python's own answer to Ctrl-C, an exception in the main thread, is not used: inside a callback of
+JAX it is lost, and the run would go on.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +29,7 @@ from absl import logging
 from oneformer_jax.train import sharding
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+INTERRUPTED = 130  # as a shell says it of a program that SIGINT ended
 
 
 class Preempted(SystemExit):
@@ -40,7 +46,7 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Context in which SIGTERM is noted; see the module's text.
+    """Context in which SIGTERM and SIGINT are noted; see the module's text.
 
         with Preemption(mesh) as preemption:
             with preemption.at_rest(checkpoints.wait_until_finished):
@@ -49,16 +55,18 @@ class Preemption:
                 checkpoints.save(...)
                 raise Preempted(step)
 
-    Signals reach Python in the main thread only: in another one nothing is installed.
+    Signals reach Python in the main thread only: in another one nothing is installed. A signal that
+    the process was started to ignore, as SIGINT under `nohup ... &`, stays ignored.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
         self._mesh = mesh
-        self._noted = False
+        self._noted = threading.Event()
         self._lock = threading.Lock()  # held while a rest begins or ends, and to end the process
         self._finish: Callable[[], None] | None = None
         self._pending: jax.Array | None = None
         self._any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
+        self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Preemption:
         self._installed = threading.current_thread() is threading.main_thread()
@@ -66,79 +74,107 @@ class Preemption:
             # The wake-up file is written by the C handler: also while the main thread compiles.
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
-            self._old_handler = signal.signal(signal.SIGTERM, lambda *_: None)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._old_handlers[number] = signal.signal(number, lambda *_: None)
             self._old_file = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
             self._thread.start()
         return self
 
-    def __exit__(self, *unused) -> None:
-        if self._installed:
-            signal.set_wakeup_fd(self._old_file)
-            signal.signal(signal.SIGTERM, self._old_handler)
-            os.close(self._write)
-            self._thread.join()
-            os.close(self._read)
+    def __exit__(self, kind, error, trace) -> None:
+        if not self._installed:
+            return
+        # At rest, a signal to the whole process group may have ended a loader process, and so us.
+        if error is not None and self._finish is not None and self.came():
+            self._end(self._finish)
+        signal.set_wakeup_fd(self._old_file)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
 
     def _watch(self) -> None:
         while numbers := os.read(self._read, 64):
-            if signal.SIGTERM not in numbers:
-                continue
-            logging.warning("SIGTERM: saving, then ending with exit code %d", EXIT_CODE)
-            with self._lock:
-                self._noted = True
-                if self._finish is not None:
-                    self._end(self._finish)
+            for number in numbers:
+                if number not in self._old_handlers:
+                    continue
+                name = signal.Signals(number).name
+                if not self._noted.is_set():
+                    more = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+                    logging.warning(
+                        "%s: saving, then ending with exit code %d%s", name, EXIT_CODE, more
+                    )
+                    self._noted.set()
+                    # In a thread of its own: this one watches for the second signal.
+                    threading.Thread(target=self._end_rest, daemon=True).start()
+                elif number == signal.SIGINT:
+                    logging.warning("%s again: ending at once", name)
+                    _exit(INTERRUPTED)
+
+    def _end_rest(self) -> None:
+        with self._lock:
+            if self._finish is not None:
+                self._end(self._finish)
 
     def _end(self, finish: Callable[[], None]) -> None:
         """Ends the process from outside the main thread, which may be deep in the compiler."""
         code = EXIT_CODE
         try:
             finish()
-        except Exception:
-            logging.exception("The save under way failed; the checkpoint before it is intact")
+        except Exception as error:
+            logging.error(
+                "The save under way failed, the checkpoint before it is intact: %s", error
+            )
             code = 1
-        for child in multiprocessing.active_children():
-            child.terminate()
-        logging.flush()
-        sys.stdout.flush()
-        os._exit(code)
+        _exit(code)
 
     def rest(self, finish: Callable[[], None]) -> None:
-        """From here on nothing is lost: SIGTERM calls `finish` in a thread and ends the process."""
+        """From here on nothing is lost: on a signal, a thread calls `finish` and ends the run."""
         with self._lock:
             self._finish = finish
-            if self._noted:
+            if self._noted.is_set():
                 self._end(finish)
 
     def wake(self) -> None:
-        """Ends `rest`: from here on SIGTERM is only noted, for `poll`."""
+        """Ends `rest`: from here on a signal is only noted, for `poll`."""
         with self._lock:
             self._finish = None
 
     @contextlib.contextmanager
     def at_rest(self, finish: Callable[[], None]) -> Iterator[None]:
-        """Around what may be cut off: `rest` and `wake`."""
+        """Around what may be cut off: `rest` and `wake`; an error leaves it at rest."""
         self.rest(finish)
-        try:
-            yield
-        finally:
-            self.wake()
+        yield
+        self.wake()
 
-    @property
-    def noted(self) -> bool:
-        """Whether this process got the signal."""
-        return self._noted
+    def came(self, within: float = 1.0) -> bool:
+        """Tells whether this process got a signal, or gets it in so many seconds.
+
+        For those who see what a signal to the process group did to another process: that may be
+        known before the signal to this one.
+        """
+        return bool(self._old_handlers) and self._noted.wait(within)
 
     def poll(self) -> bool:
-        """Whether to save and stop after this step; every process calls it once per step.
+        """Tells whether to save and stop after this step; every process calls it once per step.
 
         With several processes all get the same answer at the same step, one step after the signal
         to any of them; nothing waits for the device but for the flag of the step before.
         """
         if jax.process_count() == 1:
-            return self._noted
+            return self._noted.is_set()
         stop = self._pending is not None and bool(self._pending.addressable_data(0))
-        flags = np.full(self._mesh.local_mesh.size, self._noted)
+        flags = np.full(self._mesh.local_mesh.size, self._noted.is_set())
         self._pending = self._any(sharding.put_batch(flags, self._mesh))
         return stop
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process, and its loader processes, from any thread."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    logging.flush()
+    sys.stdout.flush()
+    os._exit(code)

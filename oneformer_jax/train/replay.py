@@ -8,6 +8,7 @@ workdir/nonfinite/<step>/
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,13 +17,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
-from oneformer_jax.train import checkpoint, folders, observe, sharding
+from oneformer_jax.train import descriptions, folders, observe, reading, sharding
 from oneformer_jax.train import state as states
-from oneformer_jax.train.checkpoint import CheckpointError
+from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.observe import NonFiniteLoss
 from oneformer_jax.types import Metadata
 
@@ -95,19 +95,19 @@ class Watch:
 
 def write(
     workdir: str, error: NonFiniteLoss, batch: Mapping[str, Any], state: Any = None
-) -> epath.Path:
+) -> pathlib.Path:
     """Writes what a replay of the step needs; every process must call it. Returns the folder."""
-    folder = epath.Path(workdir).expanduser().resolve() / FOLDER / str(error.step)
+    folder = folders.locate(workdir) / FOLDER / str(error.step)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"batch.{jax.process_index()}.npz").open("wb") as file:
         np.savez(file, **{name: np.asarray(value) for name, value in batch.items()})
     if jax.process_index() == 0:
         terms = {name: repr(value) for name, value in error.terms.items()}
         report = dict(step=error.step, terms=terms, records=error.records, images=error.images)
-        checkpoint.write_json(folder / "report.json", report)
+        descriptions.write_json(folder / "report.json", report)
     if state is not None:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / "state", state, force=True)
+            checkpointer.save(folders.literal(folder / "state"), state, force=True)
     return folder
 
 
@@ -137,7 +137,7 @@ def replay(
     config_rules.check(config, but=("dataset",))
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     folder = _recorded(workdir, step)
-    report = checkpoint.read_json(folder / "report.json", expected="a recorded step")
+    report = descriptions.read_json(folder / "report.json", expected="a recorded step")
     path = folder / f"batch.{jax.process_index()}.npz"
     if not path.exists():
         raise CheckpointError(f"{path} is missing: replay with as many processes as the run had")
@@ -162,8 +162,8 @@ def replay(
     return "\n".join(lines)
 
 
-def _recorded(workdir: str, step: int | None) -> epath.Path:
-    parent = epath.Path(workdir).expanduser().resolve() / FOLDER
+def _recorded(workdir: str, step: int | None) -> pathlib.Path:
+    parent = folders.locate(workdir) / FOLDER
     steps = []
     if parent.exists():
         steps = sorted(int(f.name) for f in parent.iterdir() if (f / "report.json").exists())
@@ -174,18 +174,18 @@ def _recorded(workdir: str, step: int | None) -> epath.Path:
     return parent / str(steps[-1] if step is None else step)
 
 
-def _state_before(workdir: str, folder: epath.Path, target: Any, step: int) -> tuple[Any, str]:
+def _state_before(workdir: str, folder: pathlib.Path, target: Any, step: int) -> tuple[Any, str]:
     if (folder / "state").exists():
         with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(folder / "state", target)
+            state = checkpointer.restore(folders.literal(folder / "state"), target)
         return state, f"before step {step}, as recorded"
-    path = epath.Path(workdir).expanduser().resolve() / checkpoint.CHECKPOINT_FOLDER
+    path = folders.locate(workdir) / folders.CHECKPOINT_FOLDER
     earlier = [n for n in folders.finished_steps(path) if n < step]
     if not earlier:
         raise CheckpointError(
             f"{path} holds no checkpoint from before step {step} to replay it with"
         )
-    state = checkpoint.read_state(path / str(earlier[-1]), target)
+    state = reading.read_state(path / str(earlier[-1]), target)
     return {**state, "step": np.int32(step - 1)}, f"of the checkpoint of step {earlier[-1]}"
 
 

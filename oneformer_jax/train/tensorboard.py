@@ -31,6 +31,8 @@ from tensorboard.plugins.text import summary_v2 as text_summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
 
+from oneformer_jax import files
+
 _CLU_BACK_END = "clu.metric_writers.summary_writer"
 _file_number = itertools.count()  # tells apart the event files of one process and second
 
@@ -234,10 +236,7 @@ def _keep_lines(path: str | os.PathLike, last_step: int) -> set[tuple[int, froze
                     of_last.add((last_step, frozenset(values) - {"step", "time"}))
             except (ValueError, KeyError, TypeError):
                 continue  # the process died while it wrote this line
-    temporary = f"{os.fspath(path)}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.replace(temporary, path)
+    files.write_atomically(path, "".join(kept))
     return of_last
 
 

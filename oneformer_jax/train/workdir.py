@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import os
-import pathlib
 import shutil
 import socket
 import time
@@ -17,8 +16,9 @@ from typing import Any
 import jax
 from absl import logging
 
+from oneformer_jax.train import folders
+
 LOCK_FILE = "LOCK"
-SHOWN_DIFFERENCES = 5
 
 
 class WorkdirError(ValueError):
@@ -32,17 +32,13 @@ def hold(workdir: str | os.PathLike) -> Iterator[None]:
     The lock is the kernel's: it ends with the process, however that ends.
 
     Raises:
-      WorkdirError: another run holds it, it cannot be written, or it is a URL.
+      WorkdirError: another run holds it, or it cannot be written.
+      FolderError: see `folders.locate`.
     """
-    if "://" in os.fspath(workdir):
-        raise WorkdirError(
-            f"workdir {workdir} is a URL; use a folder that all hosts see, such as a network file "
-            "system or a mounted bucket"
-        )
+    folder = folders.locate(workdir)
     if jax.process_index() != 0:
         yield
         return
-    folder = pathlib.Path(workdir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
@@ -83,7 +79,7 @@ def _owner(text: str) -> str:
 def check_room(workdir: str | os.PathLike, state: Any) -> None:
     """WorkdirError if there is no room for one checkpoint of `state` (arrays or their shapes)."""
     need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    free = shutil.disk_usage(pathlib.Path(workdir).expanduser()).free
+    free = shutil.disk_usage(folders.locate(workdir)).free
     if free < need:
         raise WorkdirError(
             f"workdir {workdir} has {free / 2**30:.2f} GiB free, and one checkpoint takes about "
@@ -92,7 +88,7 @@ def check_room(workdir: str | os.PathLike, state: Any) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether `error` or what caused it says that a disk is full."""
+    """Tells whether `error` or what caused it says that a disk is full."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     words = ("No space left", "Disk quota exceeded", "File too large")
     cause: BaseException | None = error
@@ -119,10 +115,3 @@ def differing_keys(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def first_few(texts: list[str], separator: str = ", ") -> str:
-    """The first texts, and how many more there are."""
-    more = len(texts) - SHOWN_DIFFERENCES
-    shown = separator.join(texts[:SHOWN_DIFFERENCES])
-    return f"{shown}{separator}and {more} more" if more > 0 else shown

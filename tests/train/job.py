@@ -4,6 +4,7 @@ Arguments after the folder are overrides, as in train.steps=40. It prints "step 
 """
 
 import ast
+import signal
 import sys
 
 import jax
@@ -24,6 +25,8 @@ class Printing(Batches):
 
 
 def main(workdir: str, *overrides: str) -> None:
+    # A shell starts what it runs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     if "cache=off" in overrides:

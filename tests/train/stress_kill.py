@@ -78,7 +78,8 @@ class Job:
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written, or was when the process died."""
         try:
-            return any(folders.TEMPORARY in name for name in os.listdir(self.checkpoints))
+            names = os.listdir(self.checkpoints)
+            return any(folders.UNVERIFIED in name for name in names)
         except FileNotFoundError:
             return False
 

@@ -166,6 +166,9 @@ def test_a_checkpoint_reads_the_same_on_other_processes_and_another_mesh(tmp_pat
     address = f"localhost:{free_port()}"
     command = ("-m", "tests.train.resave", tmp_path / "one", tmp_path / "two", 4, 2, 4, address, 2)
     finish([start((*command, number), 4) for number in range(2)])
+    sealed = (tmp_path / "two" / "checkpoints" / "4" / "SHA256SUMS").read_text()
+    for number in range(2):
+        assert f"  state/ocdbt.process_{number}/manifest.ocdbt\n" in sealed
     other = make_target(sharding.make_mesh(1, 8), ema=True)
     with Checkpoints(tmp_path / "two") as checkpoints:
         found, position = checkpoints.restore(4, other)

@@ -182,6 +182,22 @@ def test_evaluation_of_the_workdir_gives_the_results_of_the_run(run):
     assert line[BEST] == run.results[BEST]
 
 
+def test_a_run_below_an_odd_name_goes_on_and_is_evaluated(run, tmp_path):
+    """`test_folders` tries many names; this is the whole way."""
+    workdir = copy_at(run.workdir, tmp_path / "run[1] *?{}%~#$é\n:-", STEPS - 1)
+    results = start(workdir)
+    assert saved_steps(workdir)[-1] == STEPS
+    found = loop.evaluate_workdir(
+        make_config(),
+        str(workdir),
+        metadata=tiny.metadata(),
+        eval_batches=eval_scenes.batches,
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+    )
+    assert found == results
+    assert [path.name for path in tmp_path.iterdir()] == [workdir.name]
+
+
 def test_evaluation_with_other_classes(run):
     metadata = dataclasses.replace(tiny.metadata(), dataset="other", category_ids=(1, 2, 3, 4, 5))
     with pytest.raises(CheckpointError, match=r"classes of tiny.*dataset of this config \(other\)"):

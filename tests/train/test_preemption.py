@@ -1,4 +1,4 @@
-"""SIGTERM and the working directory: what is saved, who may be there, and what is said."""
+"""SIGTERM, SIGINT and the working directory: what is saved, who may be there, and what is said."""
 
 import errno
 import json
@@ -16,38 +16,120 @@ from oneformer_jax.train.preemption import Preemption
 from oneformer_jax.train.workdir import WorkdirError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c():
+    """A shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return sharding.make_mesh()
 
 
-def terminate_and_wait(seen):
-    """Sends SIGTERM to this process; `seen` tells when it was noted by the thread."""
-    os.kill(os.getpid(), signal.SIGTERM)
+def terminate_and_wait(seen, number=signal.SIGTERM):
+    """Sends a signal to this process; `seen` tells when it was noted by the thread."""
+    os.kill(os.getpid(), number)
     deadline = time.monotonic() + 10
     while not seen() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert seen()
 
 
-def test_the_signal_is_noted_and_the_old_handler_returns(mesh):
-    before = signal.getsignal(signal.SIGTERM)
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+
+@BOTH
+def test_the_signal_is_noted_and_the_old_handler_returns(mesh, number):
+    before = signal.getsignal(number)
     with Preemption(mesh) as watcher:
         assert not watcher.poll()
-        terminate_and_wait(watcher.poll)
+        terminate_and_wait(watcher.poll, number)
         assert watcher.poll()  # and it stays noted
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     assert not any(thread.name == "preemption" for thread in threading.enumerate())
 
 
-def test_at_rest_the_process_ends_once_the_save_is_done(mesh, monkeypatch):
+@BOTH
+def test_at_rest_the_process_ends_once_the_save_is_done(mesh, monkeypatch, number):
     codes, finished = [], []
     monkeypatch.setattr(preemption.os, "_exit", codes.append)
     with Preemption(mesh) as watcher, watcher.at_rest(lambda: finished.append("saved")):
         # From a thread: the main one may be in the compiler and never get to its handler.
-        terminate_and_wait(lambda: codes)
+        terminate_and_wait(lambda: codes, number)
     assert codes == [preemption.EXIT_CODE]
     assert finished == ["saved"]
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_ctrl_c_after_the_first_signal_ends_at_once_also_while_a_save_is_waited_for(
+    mesh, monkeypatch, first
+):
+    codes, saved, waiting = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(preemption.os, "_exit", codes.append)
+
+    def finish():
+        waiting.set()
+        saved.wait(30)
+
+    with Preemption(mesh) as watcher, watcher.at_rest(finish):
+        terminate_and_wait(waiting.is_set, first)
+        terminate_and_wait(lambda: codes, signal.SIGINT)
+        assert codes == [preemption.INTERRUPTED]
+        saved.set()
+
+
+def test_sigterm_twice_does_not_cut_off_the_save(mesh, monkeypatch):
+    """Launchers pass it on to processes that have got it themselves."""
+    codes = []
+    monkeypatch.setattr(preemption.os, "_exit", codes.append)
+    with Preemption(mesh) as watcher:
+        terminate_and_wait(watcher.poll)
+        terminate_and_wait(watcher.poll)
+        time.sleep(0.2)
+        assert codes == []
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(mesh):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Preemption(mesh) as watcher:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not watcher.came(0.2)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_error_at_rest_that_a_signal_to_the_group_caused_ends_as_the_signal_does(
+    mesh, monkeypatch
+):
+    """A loader process may die of the signal before this process has noted its own."""
+    codes = []
+    monkeypatch.setattr(preemption.os, "_exit", codes.append)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    with (
+        pytest.raises(RuntimeError, match="a worker died"),
+        Preemption(mesh) as watcher,
+        watcher.at_rest(lambda: None),
+    ):
+        timer.start()
+        raise RuntimeError("a worker died")
+    assert set(codes) == {preemption.EXIT_CODE}
+
+
+def test_an_error_without_a_signal_is_just_an_error(mesh, monkeypatch):
+    codes = []
+    monkeypatch.setattr(preemption.os, "_exit", codes.append)
+    with (
+        pytest.raises(RuntimeError, match="ours"),
+        Preemption(mesh) as watcher,
+        watcher.at_rest(lambda: None),
+    ):
+        raise RuntimeError("ours")
+    assert codes == []
 
 
 def test_a_signal_before_the_rest_ends_it_at_once(mesh, monkeypatch):
@@ -77,7 +159,7 @@ def test_several_processes_agree_one_step_later(mesh, monkeypatch):
     monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
     with Preemption(mesh) as watcher:
         assert [watcher.poll(), watcher.poll()] == [False, False]
-        terminate_and_wait(lambda: watcher._noted)
+        terminate_and_wait(watcher._noted.is_set)
         assert [watcher.poll(), watcher.poll()] == [False, True]
 
 
@@ -130,11 +212,6 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         pytest.raises(WorkdirError, match=r"file/run cannot be written: Not a directory"),
         workdir.hold(tmp_path / "file" / "run"),
     ):
-        pass
-
-
-def test_a_url_is_no_folder():
-    with pytest.raises(WorkdirError, match=r"gs://b/run is a URL"), workdir.hold("gs://b/run"):
         pass
 
 

@@ -1,0 +1,157 @@
+"""JSON files that say what a working directory holds; a stranger may have written them.
+
+workdir/
+  config.json      the whole configuration of the last start
+  model.json       OneFormerConfig.to_dict(): what is needed to build the model again
+  metadata.json    classes of the data set
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import msgspec
+
+from oneformer_jax import files
+from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.train import folders
+from oneformer_jax.train.workdir import differing_keys
+from oneformer_jax.types import Metadata
+
+CONFIG_FILE, MODEL_FILE, METADATA_FILE = "config.json", "model.json", "metadata.json"
+# The largest number in a description of a model is a width or a number of texts.
+_LARGEST, _MOST_LAYERS, _DEPTH = 1 << 17, 1 << 10, 16
+
+T = TypeVar("T")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or a working directory that cannot be used as asked."""
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes `value` (or a JSON text) to `path`, indented; readers see the old or the new file."""
+    text = json.dumps(json.loads(value) if isinstance(value, str) else value, indent=1)
+    files.write_atomically(path, text + "\n")
+
+
+def read_json(
+    path: str | os.PathLike[str], schema: type[T] = dict[str, Any], *, expected: str
+) -> T:
+    """Reads a JSON file; CheckpointError names it and says what was `expected` there."""
+    try:
+        return files.read_json(path, schema)
+    except files.FileError as error:
+        raise CheckpointError(
+            f"{error}; expected {expected}. A training start in this workdir writes the file anew "
+            "once it is removed"
+        ) from None
+
+
+def read_model(workdir: pathlib.Path) -> dict[str, Any]:
+    """Reads model.json and bounds its numbers, so that nobody builds a model without end.
+
+    Raises:
+      CheckpointError: it is missing or damaged, describes no model, or a number in it is absurd.
+    """
+    path = workdir / MODEL_FILE
+    model = read_json(path, expected="the model's settings")
+    for name, value in _numbers(model, path):
+        most = _MOST_LAYERS if "layers" in name or "depths" in name else _LARGEST
+        if not -1 <= value <= most:
+            raise CheckpointError(f"{path}: {name} is {value}; it may be up to {most:,}")
+    try:
+        config = OneFormerConfig.from_dict(model)
+        for part in (config.backbone, config):  # dataclasses do not check types
+            fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+            msgspec.convert(fields, type(part))
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes no model of this program: {error}") from None
+    return model
+
+
+def _numbers(
+    value: Any, path: pathlib.Path, name: str = "", depth: int = 0
+) -> Iterator[tuple[str, float]]:
+    """Yields the name and the value of each number in a description of a model."""
+    if depth > _DEPTH:
+        raise CheckpointError(f"{path} is nested too deeply for a file of this kind")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(inner, path, f"{name}.{key}" if name else key, depth + 1)
+    elif isinstance(value, list):
+        if len(value) > _MOST_LAYERS:
+            yield f"the length of {name}", len(value) + _LARGEST
+        for inner in value:
+            yield from _numbers(inner, path, name, depth + 1)
+    elif isinstance(value, int | float):
+        yield name, value
+
+
+def read_metadata(workdir: pathlib.Path) -> Metadata:
+    """Reads metadata.json; CheckpointError if it is missing or damaged."""
+    path = workdir / METADATA_FILE
+    return read_json(path, Metadata, expected="the classes of the data set")
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """Reads config.json; CheckpointError if it is missing or damaged."""
+    path = workdir / CONFIG_FILE
+    settings = read_json(path, expected="the run's configuration")
+    if not isinstance(settings.setdefault("eval", {}), dict):
+        raise CheckpointError(f"{path}: eval is {settings['eval']!r}; expected settings")
+    return settings
+
+
+def claim_workdir(
+    workdir: str | os.PathLike[str], model: Mapping, config_json: str, metadata: Metadata
+) -> None:
+    """Writes config.json, model.json and metadata.json, or checks them if a run was here before.
+
+    The configuration may change between starts (more steps, another learning rate), and config.json
+    follows it; the model and the classes may not. With several hosts the first one writes.
+
+    Args:
+      workdir: created if needed.
+      model: `OneFormerConfig.to_dict()`.
+      config_json: the whole configuration as JSON text.
+      metadata: classes of the data set.
+
+    Raises:
+      CheckpointError: the workdir holds another model or other classes.
+    """
+    workdir = folders.locate(workdir)
+    described = {MODEL_FILE: dict(model), METADATA_FILE: json.loads(metadata.to_json())}
+    for name, ours in described.items():
+        if not (workdir / name).exists():
+            continue
+        theirs = read_json(workdir / name, expected="what an earlier start wrote")
+        if name == MODEL_FILE:
+            theirs = _with_defaults(theirs)
+        differing = list(differing_keys(theirs, json.loads(json.dumps(ours))))
+        if differing:
+            what = "another model" if name == MODEL_FILE else "a model of other classes"
+            raise CheckpointError(
+                f"workdir {workdir} holds {what}: {name} differs in "
+                f"{files.first_few(differing)}; use another --workdir, or the settings of that one"
+            )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name, ours in described.items():
+            if not (workdir / name).exists():
+                write_json(workdir / name, ours)
+        write_json(workdir / CONFIG_FILE, config_json)
+
+
+def _with_defaults(model: Mapping) -> Mapping:
+    """The fields of a model, those that its version did not have yet at their defaults."""
+    try:
+        return json.loads(json.dumps(OneFormerConfig.from_dict(dict(model)).to_dict()))
+    except (KeyError, TypeError, ValueError):  # of another kind; the comparison tells
+        return model
