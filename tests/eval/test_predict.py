@@ -13,9 +13,7 @@ from pycocotools import mask as coco_mask
 
 from oneformer_jax.eval import predict, write
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation
-from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.tta import TtaConfig
-from oneformer_jax.models import functional
 from oneformer_jax.types import TASK_TOKENS, TASKS
 from tests import tiny
 
@@ -75,86 +73,6 @@ def assert_same(a, b):
         if x is not None:
             assert x.dtype == y.dtype
             np.testing.assert_array_equal(x, y, name)
-
-
-# Sizes of one strip and of several, padded or not, and every kind of model.
-VARIANTS = [
-    ({}, (48, 70)),
-    ({}, (64, 96)),
-    ({}, (300, 110)),
-    ({"dtype": "bfloat16"}, (48, 70)),
-    ({"queries": "learned"}, (48, 70)),
-    ({"queries": "no_token", "scan_layers": False}, (48, 70)),
-]
-
-
-@pytest.mark.parametrize(("fields", "size"), VARIANTS)
-def test_all_tasks_at_once_are_bit_equal_to_single_calls(fields, size):
-    config = dataclasses.replace(CONFIG, decoder_layers=3, **fields)
-    model = tiny.random_model(config)[1:]
-    self = predict.Segmenter(config, *model, METADATA, postprocess=LENIENT, test_size=SIZE)
-    image = picture(*size)
-    single = {task: self(image, task) for task in TASKS}
-    together = self(image, "all")
-    assert tuple(together) == TASKS
-    for task in TASKS:
-        assert_same(together[task], single[task])
-        assert together[task].image is image
-    # Whatever ran before, and also from a Segmenter of its own.
-    other = predict.Segmenter(config, *model, METADATA, postprocess=LENIENT, test_size=SIZE)
-    for task, found in other(image, ("semantic", "panoptic")).items():
-        assert_same(found, single[task])
-
-
-def test_the_logits_of_all_tasks_are_bit_equal_to_those_of_single_calls(monkeypatch):
-    """Thresholds could hide a difference."""
-    seen = []
-    spy = lambda *logits, **_: seen.append([np.asarray(x) for x in logits[:2]]) or [None]  # noqa: E731
-    monkeypatch.setattr(predict, "segment_batch", spy)
-    image = picture(seed=1)
-    segmenter()(image, "all")
-    for task in TASKS:
-        segmenter()(image, task)
-    for a, b in zip(seen[:3], seen[3:], strict=True):
-        jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert not np.array_equal(seen[0][0], seen[1][0])
-
-
-def test_an_image_is_encoded_once_for_all_tasks(monkeypatch):
-    self, calls = segmenter(), []
-    programs = self._predictor.programs
-
-    def counted(name):
-        return lambda *args: calls.append(name) or getattr(programs, name)(*args)
-
-    spies = functional.Programs(counted("encode"), counted("decode"))
-    monkeypatch.setattr(self._predictor, "programs", spies)
-    self(picture(), "all")
-    assert calls == ["encode", "decode", "decode", "decode"]
-    calls.clear()
-    assert list(self(picture(), ["instance", "semantic", "instance"])) == ["instance", "semantic"]
-    assert calls == ["encode", "decode", "decode"]
-
-
-@pytest.mark.parametrize("devices", [None, 2])
-def test_everything_is_moved_to_the_devices_on_purpose(devices):
-    """So that a run may forbid all other transfers."""
-    graph, params, stats = tiny.random_model(CONFIG)
-    mesh = devices and jax.make_mesh(
-        (devices,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
-    )
-    place = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params, stats = jax.device_put((params, stats), place)
-    predictor = Predictor(functional.programs(graph, mesh), params, stats, mesh)
-    batch = dict(image=np.zeros((2, 64, 64, 3), np.uint8), image_size=np.full((2, 2), 64))
-    with jax.transfer_guard("disallow"):
-        logits = predictor.decode(predictor.encode(batch), "instance")
-    assert [len(x.sharding.device_set) for x in logits] == [devices or 1] * 2
-    if devices:
-        with pytest.raises(ValueError, match="batch of 1 images is not divisible by the 2 devices"):
-            predictor.encode({name: array[:1] for name, array in batch.items()})
-    with pytest.raises(ValueError, match="unknown task 'all'"):
-        predictor.decode(None, "all")
 
 
 def test_one_name_gives_a_segmentation_and_several_a_dict():
