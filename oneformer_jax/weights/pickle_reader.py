@@ -143,7 +143,11 @@ class _Reader:
         self._names: dict[tuple[str, str], Global] = {}
 
     def read(self) -> tuple[Any, int]:
-        handlers = {code: getattr(self, name) for code, name in _HANDLERS.items()}
+        handlers = {ord(code): getattr(self, name) for code, name in _HANDLERS.items()}
+        for code, (name, form) in _NUMBERED.items():
+            handlers[ord(code)] = self._numbered(getattr(self, name), form)
+        for code, make in _NEW.items():
+            handlers[ord(code)] = lambda make=make: self._push(make())
         data, end = self._data, self._end
         for _ in range(MAX_OPCODES):
             at = self._at
@@ -162,6 +166,10 @@ class _Reader:
             except Damaged as error:
                 raise Damaged(f"{error}, at byte {at:,}") from None
         raise Refused(f"its pickle has more than {MAX_OPCODES:,} opcodes")
+
+    def _numbered(self, handler: Callable[[Any], None], form: str) -> Callable[[], None]:
+        """A handler that takes the number which follows its opcode."""
+        return lambda: handler(self._number(form))
 
     def _unknown(self, code: int, at: int) -> None:
         name = _name(code)
@@ -239,27 +247,6 @@ class _Reader:
 
     # ---- numbers and constants
 
-    def none(self) -> None:
-        self._push(None)
-
-    def true(self) -> None:
-        self._push(True)
-
-    def false(self) -> None:
-        self._push(False)
-
-    def binint(self) -> None:
-        self._push(self._number("<i"))
-
-    def binint1(self) -> None:
-        self._push(self._number("B"))
-
-    def binint2(self) -> None:
-        self._push(self._number("<H"))
-
-    def binfloat(self) -> None:
-        self._push(self._number(">d"))
-
     def int_line(self) -> None:
         line = self._line(_MAX_NUMBER)
         if line in (b"00", b"01"):
@@ -275,12 +262,6 @@ class _Reader:
         except ValueError:
             raise Damaged("a text that is no number") from None
 
-    def long1(self) -> None:
-        self._long(self._number("B"))
-
-    def long4(self) -> None:
-        self._long(self._number("<i"))
-
     def _long(self, size: int) -> None:
         data = self._take(size)
         if size > _MAX_NUMBER:
@@ -295,15 +276,6 @@ class _Reader:
         except UnicodeDecodeError:
             raise Damaged("a text that is not UTF-8") from None
 
-    def text1(self) -> None:
-        self._text(self._number("B"))
-
-    def text4(self) -> None:
-        self._text(self._number("<I"))
-
-    def text8(self) -> None:
-        self._text(self._number("<Q"))
-
     def text_line(self) -> None:
         try:
             self._push(str(self._line(), "raw-unicode-escape"))
@@ -314,23 +286,11 @@ class _Reader:
         data = self._take(size)
         self._push(bytes(data) if size <= SHORT else data)
 
-    def bytes1(self) -> None:
-        self._bytes(self._number("B"))
-
-    def bytes4(self) -> None:
-        self._bytes(self._number("<I"))
-
-    def bytes8(self) -> None:
-        self._bytes(self._number("<Q"))
-
     def _old_string(self, data: memoryview | bytes) -> None:
         self._push(str(data, "latin1") if len(data) <= SHORT else data)
 
-    def string1(self) -> None:
-        self._old_string(self._take(self._number("B")))
-
-    def string4(self) -> None:
-        self._old_string(self._take(self._number("<i")))
+    def _string(self, size: int) -> None:
+        self._old_string(self._take(size))
 
     def string_line(self) -> None:
         line = self._line()
@@ -342,9 +302,6 @@ class _Reader:
             raise Damaged("a string with a wrong escape") from None
 
     # ---- containers
-
-    def empty_tuple(self) -> None:
-        self._push(())
 
     def tuple_of_mark(self) -> None:
         self._push(tuple(self._since_mark()))
@@ -360,9 +317,6 @@ class _Reader:
         third, second = self._pop(), self._pop()
         self._push((self._pop(), second, third))
 
-    def empty_list(self) -> None:
-        self._push([])
-
     def list_of_mark(self) -> None:
         self._push(self._since_mark())
 
@@ -373,9 +327,6 @@ class _Reader:
     def appends(self) -> None:
         values = self._since_mark()
         self._top(list, "a list").extend(values)
-
-    def empty_dict(self) -> None:
-        self._push(Dict())
 
     def dict_of_mark(self) -> None:
         found = Dict()
@@ -389,9 +340,6 @@ class _Reader:
     def set_items(self) -> None:
         pairs = _pairs(self._since_mark())
         self._top((Dict, Made), "a dict").pairs.extend(pairs)
-
-    def empty_set(self) -> None:
-        self._push(Set([]))
 
     def add_items(self) -> None:
         values = self._since_mark()
@@ -418,20 +366,8 @@ class _Reader:
     def put_line(self) -> None:
         self._remember(_digits(self._line(_MAX_NUMBER)))
 
-    def put1(self) -> None:
-        self._remember(self._number("B"))
-
-    def put4(self) -> None:
-        self._remember(self._number("<I"))
-
     def get_line(self) -> None:
         self._recall(_digits(self._line(_MAX_NUMBER)))
-
-    def get1(self) -> None:
-        self._recall(self._number("B"))
-
-    def get4(self) -> None:
-        self._recall(self._number("<I"))
 
     # ---- names and what is made by them
 
@@ -500,64 +436,67 @@ def _name(code: int) -> str:
 
 # Opcode -> method. The others (POP, DUP, INST, OBJ, EXT1, NEWOBJ_EX, buffers outside...) are
 # refused: no honest file of weights has them.
-_HANDLERS: dict[int, str] = {
-    ord(code): method
-    for code, method in {
-        "(": "mark",
-        ".": "stop",
-        "\x80": "proto",
-        "\x95": "frame",
-        "N": "none",
-        "\x88": "true",
-        "\x89": "false",
-        "J": "binint",
-        "K": "binint1",
-        "M": "binint2",
-        "G": "binfloat",
-        "I": "int_line",
-        "L": "long_line",
-        "F": "float_line",
-        "\x8a": "long1",
-        "\x8b": "long4",
-        "\x8c": "text1",
-        "X": "text4",
-        "\x8d": "text8",
-        "V": "text_line",
-        "C": "bytes1",
-        "B": "bytes4",
-        "\x8e": "bytes8",
-        "\x96": "bytes8",  # a bytearray, which nobody changes here
-        "U": "string1",
-        "T": "string4",
-        "S": "string_line",
-        ")": "empty_tuple",
-        "t": "tuple_of_mark",
-        "\x85": "tuple1",
-        "\x86": "tuple2",
-        "\x87": "tuple3",
-        "]": "empty_list",
-        "l": "list_of_mark",
-        "a": "append",
-        "e": "appends",
-        "}": "empty_dict",
-        "d": "dict_of_mark",
-        "s": "set_item",
-        "u": "set_items",
-        "\x8f": "empty_set",
-        "\x90": "add_items",
-        "\x91": "frozen_set",
-        "\x94": "memoize",
-        "p": "put_line",
-        "q": "put1",
-        "r": "put4",
-        "g": "get_line",
-        "h": "get1",
-        "j": "get4",
-        "c": "global_lines",
-        "\x93": "stack_global",
-        "R": "reduce",
-        "\x81": "reduce",  # NEWOBJ: what it would make is the same
-        "b": "build",
-        "Q": "outside",
-    }.items()
+_HANDLERS = {
+    "(": "mark",
+    ".": "stop",
+    "\x80": "proto",
+    "\x95": "frame",
+    "I": "int_line",
+    "L": "long_line",
+    "F": "float_line",
+    "V": "text_line",
+    "S": "string_line",
+    "t": "tuple_of_mark",
+    "\x85": "tuple1",
+    "\x86": "tuple2",
+    "\x87": "tuple3",
+    "l": "list_of_mark",
+    "a": "append",
+    "e": "appends",
+    "d": "dict_of_mark",
+    "s": "set_item",
+    "u": "set_items",
+    "\x90": "add_items",
+    "\x91": "frozen_set",
+    "\x94": "memoize",
+    "p": "put_line",
+    "g": "get_line",
+    "c": "global_lines",
+    "\x93": "stack_global",
+    "R": "reduce",
+    "\x81": "reduce",  # NEWOBJ: what it would make is the same
+    "b": "build",
+    "Q": "outside",
+}
+# Opcode -> method of the number that follows, and its form.
+_NUMBERED = {
+    "J": ("_push", "<i"),
+    "K": ("_push", "B"),
+    "M": ("_push", "<H"),
+    "G": ("_push", ">d"),
+    "\x8a": ("_long", "B"),
+    "\x8b": ("_long", "<i"),
+    "\x8c": ("_text", "B"),
+    "X": ("_text", "<I"),
+    "\x8d": ("_text", "<Q"),
+    "C": ("_bytes", "B"),
+    "B": ("_bytes", "<I"),
+    "\x8e": ("_bytes", "<Q"),
+    "\x96": ("_bytes", "<Q"),  # a bytearray, which nobody changes here
+    "U": ("_string", "B"),
+    "T": ("_string", "<i"),
+    "q": ("_remember", "B"),
+    "r": ("_remember", "<I"),
+    "h": ("_recall", "B"),
+    "j": ("_recall", "<I"),
+}
+# Opcode -> what makes the value that it pushes.
+_NEW: dict[str, Callable[[], Any]] = {
+    "N": lambda: None,
+    "\x88": lambda: True,
+    "\x89": lambda: False,
+    ")": tuple,
+    "]": list,
+    "}": Dict,
+    "\x8f": lambda: Set([]),
 }

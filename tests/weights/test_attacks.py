@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.weights.attacks import ATTACKS
+from tests.weights.attacks_folders import ATTACKS
 
 CHILD = pathlib.Path(__file__).with_name("child.py")
 MEGABYTES = 700  # of a process that has 40 after its imports
