@@ -36,6 +36,7 @@ from tests.weights import torch_reference as reference
 torch = reference.torch
 nn = torch.nn
 
+from transformers.models.convnext import modeling_convnext  # noqa: E402
 from transformers.models.oneformer import modeling_oneformer  # noqa: E402
 from transformers.models.swin import modeling_swin  # noqa: E402
 
@@ -62,6 +63,11 @@ class Case:
     draws: bool
     schedule: str
     steps: int
+
+    @property
+    def kind(self) -> str:
+        """The backbone's kind, without its norm."""
+        return self.backbone.removesuffix("_batch")
 
 
 # ------------------------------------------------------------------ the reference
@@ -104,7 +110,9 @@ def parameter_groups(model) -> list[dict[str, Any]]:
                 lr = lr * BACKBONE_MULTIPLIER
             if "relative_position_bias_table" in name or "absolute_pos_embed" in name:
                 decay = 0.0
-            if isinstance(module, (*norms, nn.Embedding)):
+            # The official ConvNeXt has a LayerNorm of its own, which is none of torch's (spec 6).
+            own = isinstance(module, modeling_convnext.ConvNextLayerNorm)
+            if isinstance(module, (*norms, nn.Embedding)) and not own:
                 decay = 0.0
             groups.append({"params": [value], "lr": lr, "weight_decay": decay})
     return groups
@@ -152,7 +160,7 @@ class Drawn:
 
     def keep(self, x):
         """The next mask, for an array of the reference's."""
-        mask = torch.from_numpy(self.masks.pop(0)).to(x.dtype)
+        mask = torch.tensor(self.masks.pop(0)).to(x.dtype)
         if mask.shape[0] * mask.shape[1] == x.shape[0] and mask.ndim == x.ndim + 1:
             mask = mask.flatten(0, 1)  # attention weights: images and heads are one axis
         elif mask.shape != x.shape and mask.ndim == x.ndim and mask.shape[1] == x.shape[0]:
@@ -228,7 +236,7 @@ class Reference:
     """The port, corrected, with its optimizer."""
 
     def __init__(self, model, case: Case, patch: pytest.MonkeyPatch):
-        self.model = model
+        self.model, self.kind = model, case.kind
         correct_the_port(patch, model)
         in_training(model, case)
         self.dtype = next(model.parameters()).dtype
@@ -275,23 +283,29 @@ class Reference:
         recorded["loss"] = outputs.loss.item()
         return {name.replace("cross_entropy", "ce"): value for name, value in recorded.items()}
 
-    def arrays(self, expected, kind: str) -> dict[str, np.ndarray]:
-        """Parameters and statistics by our names; only `save_pretrained` knows those of a file."""
-        for block in self.model.modules():  # as it was before the correction
-            if isinstance(block, modeling_swin.SwinLayer):
-                block.mlp = block.mlp[0]
-        with tempfile.TemporaryDirectory() as folder:
-            self.model.save_pretrained(folder)
-            tensors = files.open_tensors(folder).tensors
-            found = {}
-            for name in expected:
-                group = names.group_of(name, "ours", "hugging_face", kind)
-                parts = [np.array(tensors[other].read()) for other in group.theirs]
-                found[name] = group.to_ours(parts)[group.ours.index(name)]
-        for block in self.model.modules():
-            if isinstance(block, modeling_swin.SwinLayer):
-                block.mlp = nn.Sequential(block.mlp, block.drop_path)
+    def arrays(self, expected) -> dict[str, np.ndarray]:
+        """Parameters and statistics by our names."""
+        blocks = [m for m in self.model.modules() if isinstance(m, modeling_swin.SwinLayer)]
+        corrected = [block.mlp for block in blocks]
+        for block in blocks:  # under the names that it had
+            block.mlp = block.mlp[0]
+        found = arrays_of(self.model, expected, self.kind)
+        for block, mlp in zip(blocks, corrected, strict=True):
+            block.mlp = mlp
         return found
+
+
+def arrays_of(model, expected, kind: str) -> dict[str, np.ndarray]:
+    """What the port holds for our names; only `save_pretrained` knows its names of a file."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tensors = files.open_tensors(folder).tensors
+        for name in expected:
+            group = names.group_of(name, "ours", "hugging_face", kind)
+            parts = [np.array(tensors[other].read()) for other in group.theirs]
+            found[name] = group.to_ours(parts)[group.ours.index(name)]
+    return found
 
 
 # ------------------------------------------------------------------ ours
@@ -419,23 +433,37 @@ def make_texts() -> np.ndarray:
     return table
 
 
-def make_pair(case: Case, dtype: str, patch: pytest.MonkeyPatch) -> tuple[Reference, Ours]:
-    """Both sides, with the same weights."""
-    kind = case.backbone.split("_")[0]
-    rate = DROP_PATH if case.draws else 0.0
-    fields = {"drop_path_rate": rate} if kind == "swin" else {}
+def make_models(case: Case) -> tuple[Any, OneFormerConfig]:
+    """The port's model, not corrected, and the config of ours."""
+    draws = {"drop_path_rate": DROP_PATH if case.draws else 0.0}
+    fields = draws if case.kind in ("swin", "dinat") else {}
     dropout = 0.1 if case.draws else 0.0
     model = reference.make(
-        reference.backbone_config(kind, **fields), seed=6, dropout=dropout, train_num_points=64
+        reference.backbone_config(case.kind, **fields),
+        seed=6,
+        dropout=dropout,
+        train_num_points=NUM_POINTS,
     )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        config = our_config(convert.read_model(folder).config, case, fields, dropout)
-    texts = make_texts()
-    used = int((texts > 0).sum(-1).max())
+        config = convert.read_model(folder).config
+    if case.backbone == "resnet_batch":
+        fields = {"norm": "batch"}
+    return model, dataclasses.replace(
+        config,
+        backbone=dataclasses.replace(config.backbone, **fields),
+        text_causal=True,
+        encoder_dropout=dropout,
+        query_init_dropout=dropout,
+    )
+
+
+def make_pair(case: Case, dtype: str, patch: pytest.MonkeyPatch) -> tuple[Reference, Ours]:
+    """Both sides, with the same weights."""
+    model, config = make_models(case)
     theirs = Reference(model, case, patch)
     trees = convert.abstract_trees(config, text=True)
-    arrays = theirs.arrays(dict(convert.leaves(trees)), kind)
+    arrays = theirs.arrays(dict(convert.leaves(trees)))
 
     def fill(tree, prefix=""):
         return {
@@ -443,19 +471,9 @@ def make_pair(case: Case, dtype: str, patch: pytest.MonkeyPatch) -> tuple[Refere
             for key, value in tree.items()
         }
 
+    texts = make_texts()
+    used = int((texts > 0).sum(-1).max())
     return theirs, Ours(config, *map(fill, trees), case, texts[:, :used], dtype)
-
-
-def our_config(config: OneFormerConfig, case: Case, fields, dropout: float) -> OneFormerConfig:
-    if case.backbone == "resnet_batch":
-        fields = {"norm": "batch"}
-    return dataclasses.replace(
-        config,
-        backbone=dataclasses.replace(config.backbone, **fields),
-        text_causal=True,
-        encoder_dropout=dropout,
-        query_init_dropout=dropout,
-    )
 
 
 def train(case: Case, dtype: str = "float32") -> dict[str, Any]:
@@ -467,7 +485,6 @@ def train(case: Case, dtype: str = "float32") -> dict[str, Any]:
       there were; "parameters", after some of the steps {name: the largest difference, relative to
       the largest value}; "moved", how far the reference's have moved, likewise.
     """
-    kind = case.backbone.split("_")[0]
     texts = make_texts()
     solved = []
     solve = matcher._solve_with_scipy
@@ -480,7 +497,7 @@ def train(case: Case, dtype: str = "float32") -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matcher, "_solve_with_scipy", record)
         theirs, ours = make_pair(case, dtype, patch)
-        start = theirs.arrays(ours.arrays(), kind)
+        start = theirs.arrays(ours.arrays())
         for step in range(case.steps):
             batch = make_batch(step)
             drawn = ours.drawn(batch)
@@ -500,7 +517,7 @@ def train(case: Case, dtype: str = "float32") -> dict[str, Any]:
                     if not same and result["parted"] is None:
                         result["parted"] = step
             if step + 1 in (10, case.steps):
-                ends, ours_end = theirs.arrays(start, kind), ours.arrays()
+                ends, ours_end = theirs.arrays(start), ours.arrays()
                 result["parameters"][step + 1] = {
                     name: reference.relative_error(ours_end[name], ends[name]) for name in start
                 }
