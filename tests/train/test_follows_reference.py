@@ -24,19 +24,18 @@ from tests.weights import torch_reference
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-STEPS = 30
-LOSSES_FLOAT64 = 1e-9
-PARAMETERS_FLOAT64 = 1e-8
+STEPS = {"float32": 30, "float64": 12}
 CASES = {
-    "swin": Case("swin", draws=False, schedule="poly", steps=STEPS),
-    "swin, with draws": Case("swin", draws=True, schedule="step", steps=STEPS),
-    "resnet": Case("resnet", draws=False, schedule="step", steps=STEPS),
-    "resnet, with draws": Case("resnet_batch", draws=True, schedule="poly", steps=STEPS),
+    "swin": dict(backbone="swin", draws=False, schedule="poly"),
+    "swin, with draws": dict(backbone="swin", draws=True, schedule="step"),
+    "resnet, frozen norms": dict(backbone="resnet", draws=False, schedule="step"),
+    "resnet, with draws": dict(backbone="resnet_batch", draws=True, schedule="poly"),
 }
 
 
-def train(case: Case, dtype: str, folder) -> dict:
+def train(name: str, dtype: str, folder) -> dict:
     """The result of `reference_training.train` in a new process; prints the curve."""
+    case = Case(**CASES[name], steps=STEPS[dtype])
     out = folder / "result.json"
     fields = json.dumps(dataclasses.asdict(case))
     command = [sys.executable, "-m", "tests.train.beside_reference", fields, dtype, str(out)]
@@ -57,12 +56,30 @@ def train(case: Case, dtype: str, folder) -> dict:
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_float64_nothing_differs_but_rounding(name, tmp_path):
-    result = train(CASES[name], "float64", tmp_path)
+    result = train(name, "float64", tmp_path)
     assert result["parted"] is None
-    assert result["matches"] > 5 * STEPS
-    assert max(error for error, _ in result["losses"]) < LOSSES_FLOAT64
-    assert max(result["parameters"][str(STEPS)].values()) < PARAMETERS_FLOAT64
-    assert np.median(list(result["moved"].values())) > 1e-3
+    assert result["matches"] > 200
+    assert max(error for error, _ in result["losses"]) < 1e-9
+    assert max(result["parameters"][str(STEPS["float64"])].values()) < 1e-8
+    assert np.median(list(result["moved"].values())) > 1e-4  # they do train
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_float32_the_losses_stay_together(name, tmp_path):
+    """Within 1e-4 for ten steps, and within ten times that for thirty.
+
+    So are nine in ten parameters, by their largest entry. The others have gradients that are
+    rounding, of which Adam makes whole steps: what is added to all keys of an attention, or the
+    queries and keys of one whose values are all the same. The losses take no notice of them.
+    """
+    result = train(name, "float32", tmp_path)
+    errors = [error for error, _ in result["losses"]]
+    assert max(errors[:10]) < 1e-4
+    assert max(errors) < 1e-3
+    for step, bar in (("10", 1e-4), ("30", 1e-3)):
+        errors = list(result["parameters"][step].values())
+        assert np.quantile(errors, 0.9) < bar
+        assert np.median(errors) < bar / 10
 
 
 @pytest.mark.parametrize("backbone", ["swin", "convnext", "dinat", "resnet", "resnet_batch"])
