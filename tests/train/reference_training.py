@@ -42,10 +42,11 @@ from transformers.models.swin import modeling_swin  # noqa: E402
 
 HEIGHT, WIDTH, BATCH, SLOTS, NUM_POINTS = 64, 96, 2, 6, 64
 LR, BACKBONE_MULTIPLIER, WEIGHT_DECAY = 1e-4, 0.1, 0.05
-draw_points = jax.jit(points.draw_points, static_argnames=("purpose", "batch", "count"))
+DROP_PATH = 0.5  # of five blocks: rates that both sides hold exactly
+# What the training step says besides the losses.
+OTHER_METRICS = {"matcher_nonfinite", "grad_norm", "param_norm", "skipped_share"}
 
-# Rates of the blocks that both sides hold exactly: 0, 1/8, 1/4, 3/8, 1/2.
-DROP_PATH = 0.5
+draw_points = jax.jit(points.draw_points, static_argnames=("purpose", "batch", "count"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +316,7 @@ class Ours:
     """The training step of `oneformer_jax.train`, compiled."""
 
     def __init__(self, config: OneFormerConfig, params, stats, case: Case, texts, dtype):
-        self.config, self.texts = config, texts
+        self.config = config
         # Not by the constructor, which takes no dtype that a run should not have.
         object.__setattr__(self.config, "dtype", dtype)
         settings = optim.OptimConfig(
@@ -525,7 +526,3 @@ def train(case: Case, dtype: str = "float32") -> dict[str, Any]:
             name: reference.relative_error(start[name], ends[name]) for name in start
         }
     return result
-
-
-# What the training step says besides the losses.
-OTHER_METRICS = {"matcher_nonfinite", "grad_norm", "param_norm", "skipped_share"}
