@@ -152,7 +152,7 @@ def _attend(q, k, v, rpb, rows: Axis, columns: Axis) -> jax.Array:
     """
     q = _cut(q, rows, columns, 0, 0)
     k, v = (_cut(x, rows, columns, rows.halo, columns.halo) for x in (k, v))
-    logits = jnp.einsum("nbijxyqd,nbijxykd->nbijxyqk", q, k, preferred_element_type=jnp.float32)
+    logits = _product("nbpqd,nbpkd->nbpqk", q, k, preferred_element_type=jnp.float32)
     bias = jnp.einsum(
         "npq,tkp,ulq->ntukl",
         rpb.astype(jnp.float32),
@@ -173,7 +173,17 @@ def _attend(q, k, v, rpb, rows: Axis, columns: Axis) -> jax.Array:
             mask = mask.reshape(*mask.shape[:4], *logits.shape[-2:])
             logits = jnp.where(mask, logits, -jnp.inf)
     attention = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return _join(jnp.einsum("nbijxyqk,nbijxykd->nbijxyqd", attention, v), rows, columns)
+    return _join(_product("nbpqk,nbpkd->nbpqd", attention, v), rows, columns)
+
+
+def _product(letters: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:
+    """The einsum of two arrays of 8 axes with i j x y as one axis p; the result has 8 axes again.
+
+    XLA's library for products on CPUs ends the process where an operand has 8 axes.
+    """
+    a_merged, b_merged = (x.reshape(*x.shape[:2], -1, *x.shape[-2:]) for x in (a, b))
+    out = jnp.einsum(letters, a_merged, b_merged, **options)
+    return out.reshape(*a.shape[:6], *out.shape[-2:])
 
 
 def _cut(x: jax.Array, rows: Axis, columns: Axis, *halo: int) -> jax.Array:

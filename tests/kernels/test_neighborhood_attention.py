@@ -2,6 +2,9 @@
 
 import functools
 import itertools
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,8 @@ from kernels.neighborhood_attention import IMPLEMENTATIONS, api, neighborhood_at
 from kernels.neighborhood_attention.reference import Axis
 from kernels.neighborhood_attention.shapes import BASE, HEAD_DIM, HEADS, PUBLISHED, SEVEN, WIDE
 from oneformer_jax.models.backbones.dinat import DILATIONS, DinatConfig
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 # Most of the time of these tests is the compiler's, and its care is wasted on small maps.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -207,6 +212,43 @@ class NeighborhoodAttentionTests:
         text = compiled.as_text()
         for collective in ("all-gather", "all-to-all", "collective-permute"):
             assert collective not in text, f"{collective} in the sharded program"
+
+
+# Height, width, kernel, dilation, batch, heads, channels. The first few once ended the process.
+SWEEP = [
+    (12, 16, 3, 2, 2, 4, 8),
+    (12, 16, 3, 2, 3, 4, 32),
+    (18, 24, 3, 3, 2, 4, 8),
+    (24, 32, 3, 2, 2, 4, 8),
+]
+for i, (kernel_size, dilation) in enumerate(itertools.product((3, 5, 7), (1, 2, 3))):
+    edge, others = kernel_size * dilation, (1 + i % 3, (4, 1, 6, 3)[i % 4], 8)
+    SWEEP.append((edge + 1, edge + 4, kernel_size, dilation, *others))
+    SWEEP.append((2 * edge + 1, edge + 9, kernel_size, dilation, *others))
+
+
+def sweep() -> None:
+    """Checks the default implementation in all cases; prints each one before it runs."""
+    for case in SWEEP:
+        print(*case, flush=True)
+        height, width, kernel_size, dilation, batch, heads, channels = case
+        arrays = make_inputs(
+            height, width, kernel_size, batch=batch, heads=heads, channels=channels
+        )
+        found = run(None, kernel_size, dilation, *arrays)
+        expected = loop_reference(*arrays, kernel_size, dilation)
+        NeighborhoodAttentionTests().compare(found, expected)
+
+
+def test_no_batch_kernel_or_dilation_ends_the_process():
+    """In a process of its own: XLA's failed checks are signals, which end pytest itself."""
+    code = "from tests.kernels.test_neighborhood_attention import sweep; sweep()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    cases = done.stdout.splitlines()
+    assert done.returncode == 0, f"in case {cases[-1:]}: {done.stderr[-3000:]}"
+    assert len(cases) == len(SWEEP)
 
 
 class TestXla(NeighborhoodAttentionTests):
