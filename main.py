@@ -71,6 +71,9 @@ _SPLIT = flags.DEFINE_multi_enum(
 _SKIP_BROKEN = flags.DEFINE_bool(
     "skip_broken", False, "prepare: leave out what is missing or broken instead of failing."
 )
+_LIMIT = flags.DEFINE_integer(
+    "limit", 2000, "inspect: images that are read for the counts; 0: all.", 0
+)
 _SUGGEST = flags.DEFINE_bool(
     "suggest", False, "compile: if the training does not fit, look for settings that do."
 )
@@ -302,14 +305,30 @@ def run_prepare(
     )
 
 
-def run_inspect(config: ConfigDict, output: str | None = None, count: int = 12) -> None:
-    """Draws the first `count` training samples and counts what the training split holds."""
+def run_inspect(
+    config: ConfigDict, output: str | None = None, count: int = 12, limit: int = 2000
+) -> None:
+    """Draws `count` training samples, counts what the split holds and lists all of its faults.
+
+    At most `limit` images are read for the counts, 0: all; annotation files are checked whole.
+    """
     from input_pipeline import loader, statistics, tokenizer
+    from input_pipeline.annotations import faults
     from oneformer_jax.eval import inspection
 
     output = output or os.path.join("runs", "inspection")
-    source, info = open_split(config, config.dataset.train_split)
-    settings = dataclasses.replace(train_loader_config(config), num_workers=0)
+    os.makedirs(output, exist_ok=True)
+    listing = os.path.join(output, "faults.txt")
+    try:
+        source, info = open_split(config, config.dataset.train_split, for_inspection=True)
+        found = statistics.collect(source, info, limit)
+    except faults.FaultsError as error:
+        faults.write(listing, error.faults)
+        raise ValueError(f"{error}\nAll faults are listed in {listing}") from None
+    settings = dataclasses.replace(train_loader_config(config), num_workers=0, skip_broken=True)
+    print(statistics.report(found, info, settings.num_slots, settings.num_texts))
+    faults.write(listing, [*found.faults, *found.remarks])
+    print(f"\nAll faults and oddities are listed in {listing}")
     table = tokenizer.text_table(info.class_names, config.data.text_template)
     texts = tokenizer.detokenize(table)
     batches, samples = loader.train_loader(source, settings, info), []
@@ -321,9 +340,7 @@ def run_inspect(config: ConfigDict, output: str | None = None, count: int = 12) 
             samples.append(inspection.Sample(**parts, name=source[index]["file_name"]))
     batches.close()
     path = inspection.write(samples[:count], metadata_of(info), output)
-    found = statistics.collect(source, info)
-    print(statistics.report(found, info, settings.num_slots, settings.num_texts))
-    print(f"\nThe first {count} training samples are drawn in {path}")
+    print(f"The first {count} training samples are drawn in {path}")
 
 
 def run_replay(config: ConfigDict, workdir: str, step: int | None = None) -> None:
@@ -362,7 +379,7 @@ def run_compile(config: ConfigDict, **options: bool) -> bool:
 # ------------------------------------------------------------------------ from config to data
 
 
-def open_split(config: ConfigDict, split: str):
+def open_split(config: ConfigDict, split: str, *, for_inspection: bool = False):
     """Source and table of one split of the config's dataset; prepares it if need be."""
     from input_pipeline import sources
 
@@ -370,7 +387,11 @@ def open_split(config: ConfigDict, split: str):
     if "skip_broken" in sources.OPTIONS.get(dataset.name, {}):  # one switch, also of preparation
         options.setdefault("skip_broken", config.data.skip_broken)
     return sources.open_source(
-        dataset.name, data_dir=dataset.data_dir, split=split, options=options
+        dataset.name,
+        data_dir=dataset.data_dir,
+        split=split,
+        options=options,
+        for_inspection=for_inspection,
     )
 
 
@@ -504,7 +525,7 @@ def main(argv: Sequence[str]) -> None:
         elif mode == "convert":
             run_convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value)
         elif mode == "inspect":
-            run_inspect(config, _OUTPUT.value)
+            run_inspect(config, _OUTPUT.value, limit=_LIMIT.value)
         else:
             run_predict(_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
     except KeyboardInterrupt:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from input_pipeline import datasets
-from input_pipeline.coco_format import CocoFolderSource, load_coco_json
+from input_pipeline.annotations import faults
+from input_pipeline.coco_format import CocoFolderSource, coco_folder_info
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.files import exclusive, writing
 from input_pipeline.records import (
@@ -164,9 +165,12 @@ class TfdsSource:
         segments = schema.segment_table(example[schema.OBJECTS])
         segments.check(self.info.num_classes, where)
         decode = _DECODERS[self._dense, compact]
+        panoptic = decode(example["panoptic_image"], segments, where)
+        if not compact and schema.SEMANTIC not in example:  # ADE20K's areas are its own
+            segments = segments.measured(panoptic, where)
         record = make_record(
             decode_image(example["image"], where),
-            decode(example["panoptic_image"], segments, where),
+            panoptic,
             segments.numbered() if compact else segments,
             image_id=image_id,
             file_name=file_name,
@@ -246,6 +250,8 @@ _COCO_INSTANCES_OPTIONS = {
     "validation_images": "images",
     "validation_json": "instances_val.json",
     "table": "",
+    "crowd_as_instances": False,
+    "skip_broken": False,
 }
 _SEMANTIC_FOLDER_OPTIONS = {
     "root": "",
@@ -272,7 +278,12 @@ OPTIONS = {
 
 
 def open_source(
-    name: str, *, data_dir: str | os.PathLike, split: str, options: Mapping | None = None
+    name: str,
+    *,
+    data_dir: str | os.PathLike,
+    split: str,
+    options: Mapping | None = None,
+    for_inspection: bool = False,
 ) -> tuple[Source, DatasetInfo]:
     """Opens a dataset by name; "synthetic" and "coco_folder" are prepared first if need be.
 
@@ -293,8 +304,8 @@ def open_source(
       name (name of the root folder): keeps prepared datasets apart in `data_dir`.
       prepare (True): write TFDS records into `data_dir` once and read those; False reads the folder
         itself.
-      skip_broken (False): leave broken records out of the preparation instead of failing. Without
-        preparation a broken record raises RecordError when it is read.
+      skip_broken (False): leave broken records out of the preparation instead of failing, and take
+        segments with faults in the JSON for void, also without preparation.
 
     Options of "coco", "ade20k", "cityscapes" and "mapillary", which `main.py --mode=prepare` has
     written into `data_dir` (see `builders.preparation`):
@@ -305,6 +316,9 @@ def open_source(
       train_images (images), train_json (instances_train.json), validation_images (images),
         validation_json (instances_val.json): as above, with instance JSON files.
       table (empty): as above.
+      crowd_as_instances (False): take annotations with iscrowd 1 for instances; for tools that
+        write 1 for every mask.
+      skip_broken (False): leave out annotations with faults.
 
     Options of "semantic_folder" (records: see `semantic_folder.SemanticFolderSource`):
       root (data_dir): as above.
@@ -321,6 +335,8 @@ def open_source(
       data_dir: local or mounted folder where prepared files are written and looked for.
       split: "train" or "validation".
       options: see above.
+      for_inspection: leave out what has faults whatever skip_broken is, and log nothing, where
+        annotation files are read directly: the source knows its `faults`.
 
     Returns:
       The source and the class table of the dataset.
@@ -338,18 +354,45 @@ def open_source(
         if key not in OPTIONS[name]:
             raise ValueError(f"unknown option {key!r} of {name}{_nearest(key, OPTIONS[name])}")
     options = {**OPTIONS[name], **options}
+    if for_inspection and (name == "coco_instances" or not options.get("prepare", True)):
+        options["skip_broken"] = True
     data_dir = Path(data_dir).expanduser()
     if name == "synthetic":
         source = _open_synthetic(data_dir, split, options)
     elif name == "coco_folder":
         source = _open_coco_folder(data_dir, split, options)
+        if not for_inspection:
+            _check_annotations(source, options)
     elif name == "coco_instances":
         source = _open_coco_instances(data_dir, split, options)
+        if not for_inspection:
+            _check_annotations(source, options)
     elif name == "semantic_folder":
         source = _open_semantic_folder(data_dir, split, options)
     else:
         source = _open_official(name, data_dir, split, options)
     return source, source.info
+
+
+def _check_annotations(source: Source, options: Mapping) -> None:
+    """Raises FaultsError for faults that nothing allows, and logs what else is odd."""
+    found = getattr(source, "faults", [])
+    if found and not options["skip_broken"]:
+        raise faults.error(
+            repr(source),
+            found,
+            "Correct the annotations (--mode=inspect lists all faults), or set "
+            "data.skip_broken=True to leave them out.",
+        )
+    for line in faults.summary(found, shown=3):
+        logging.warning("left out: %s", line)
+    for note in getattr(source, "notes", ()):
+        logging.warning("%s", note)
+    for line in faults.summary(getattr(source, "remarks", ()), shown=3):
+        logging.warning("%s", line)
+    if hasattr(source, "sample_remarks"):
+        for line in faults.summary(source.sample_remarks(), shown=3):
+            logging.warning("in a sample of the images: %s", line)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -428,15 +471,12 @@ def _open_coco_folder(
         folder.panoptic_dir,
         folder.json_path,
         _coco_folder_info(name, table, folders),
+        skip_broken=options["skip_broken"],
     )
 
 
 def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInstanceSource:
-    from input_pipeline.coco_instances import (
-        CocoInstanceSource,
-        instance_info,
-        load_instance_json,
-    )
+    from input_pipeline.coco_instances import CocoInstanceSource, instance_file_info
 
     root = Path(options["root"] or data_dir).expanduser()
     files = {key: root / options[f"{key}_json"] for key in SPLITS if options[f"{key}_json"]}
@@ -445,9 +485,14 @@ def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInsta
     if options["table"]:
         info = datasets.dataset_info(options["table"])
     else:  # those of the training split, if there is one
-        content = load_instance_json(next(iter(files.values())))
-        info = instance_info(root.resolve().name, content["categories"])
-    return CocoInstanceSource(root / options[f"{split}_images"], files[split], info)
+        info = instance_file_info(root.resolve().name, next(iter(files.values())))
+    return CocoInstanceSource(
+        root / options[f"{split}_images"],
+        files[split],
+        info,
+        skip_broken=options["skip_broken"],
+        crowd_as_instances=options["crowd_as_instances"],
+    )
 
 
 def _open_semantic_folder(data_dir: Path, split: str, options: dict) -> SemanticFolderSource:
@@ -473,7 +518,7 @@ def _coco_folder_info(name: str, table: str, folders: Mapping[str, FolderSplit])
     if table:
         return datasets.dataset_info(table)
     first = next(iter(folders.values()))
-    return datasets.from_coco_categories(name, load_coco_json(first.json_path)["categories"])
+    return coco_folder_info(name, first.json_path)
 
 
 def _check_fresh(done: Path, folder: FolderSplit, split: str, options: Mapping) -> None:

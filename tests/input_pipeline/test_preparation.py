@@ -109,9 +109,12 @@ def test_instance_json_in_place_of_the_panoptic_one(job):
     ("content", "message"),
     [
         ('{"images": [', "not valid JSON"),
-        ('{"images": []}', r"not an instance JSON of COCO \(KeyError\('annotations'\)"),
-        ('{"images": [], "annotations": [{"image_id": 1}]}', r"KeyError\('iscrowd'\)"),
-        ("[]", "not an instance JSON"),
+        ('{"images": []}', r"lacks annotations \(it has images\).*instance JSON of COCO"),
+        (
+            '{"images": [], "annotations": [{"image_id": 1}]}',
+            r"lacks iscrowd - at \$\.annotations\[0\]",
+        ),
+        ("[]", "Expected object, got array"),
     ],
 )
 @pytest.mark.parametrize("year", ["train2017", "val2017"])

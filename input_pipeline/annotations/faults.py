@@ -1,0 +1,75 @@
+"""Faults of a dataset: collected, counted by kind, and written down, instead of one at a time."""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from oneformer_jax.files import first_few, write_atomically
+
+_SHOWN = 5  # of each kind, in a summary
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong with the data.
+
+    Attributes:
+      kind: a phrase that faults of one cause share, as "segment id that is listed twice".
+      message: one line that names the file, the annotation, the value and what to do.
+    """
+
+    kind: str
+    message: str
+
+
+class FaultsError(ValueError):
+    """A file with faults; the message has the first few, `faults` all of them."""
+
+    def __init__(self, message: str, faults: Sequence[Fault]):
+        super().__init__(message)
+        self.faults = tuple(faults)
+
+
+def error(subject: str, faults: Sequence[Fault], way_out: str) -> FaultsError:
+    """Makes the one error that a file with faults ends in.
+
+    Args:
+      subject: what has the faults, at the beginning of the message.
+      faults: at least one.
+      way_out: what to do, at its end.
+    """
+    if len(faults) == 1:
+        return FaultsError(f"{faults[0].message}.\n{way_out}", faults)
+    shown = first_few((f"  {fault.message}" for fault in faults), _SHOWN, "\n")
+    return FaultsError(f"{subject} has {len(faults):,} faults:\n{shown}\n{way_out}", faults)
+
+
+def by_kind(faults: Iterable[Fault]) -> dict[str, list[str]]:
+    """Groups the messages by kind, the most frequent kind first."""
+    groups = collections.defaultdict(list)
+    for fault in faults:
+        groups[fault.kind].append(fault.message)
+    return dict(sorted(groups.items(), key=lambda group: -len(group[1])))
+
+
+def summary(faults: Iterable[Fault], shown: int = _SHOWN) -> list[str]:
+    """Lines with the count of each kind and its first few messages."""
+    lines = []
+    for kind, messages in by_kind(faults).items():
+        lines.append(f"{len(messages):,} x {kind}")
+        lines += [f"  {message}" for message in messages[:shown]]
+        if len(messages) > shown:
+            lines.append(f"  and {len(messages) - shown:,} more")
+    return lines
+
+
+def write(path: str | os.PathLike[str], faults: Sequence[Fault]) -> None:
+    """Writes all faults into a text file: the counts of the kinds, then every message by kind."""
+    groups = by_kind(faults)
+    lines = [f"{len(faults):,} faults"]
+    lines += [f"{len(messages):>9,} x {kind}" for kind, messages in groups.items()]
+    for kind, messages in groups.items():
+        lines += ["", f"{kind}:", *(f"  {message}" for message in messages)]
+    write_atomically(path, "\n".join(lines) + "\n")

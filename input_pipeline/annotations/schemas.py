@@ -1,0 +1,265 @@
+"""Schemas of COCO's JSON files, and how a file is taken apart by them.
+
+A file is opened in two steps: its lists as undecoded entries, then each entry by its own schema.
+So a wrong value is the fault of its entry, named with its path as in `$.annotations[3].area`, and
+a file of hundreds of megabytes never becomes as many objects. Keys that nobody uses are not read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, UnsetType
+
+from input_pipeline.annotations.faults import Fault, FaultsError
+from oneformer_jax.files import first_few, read_bytes
+
+T = TypeVar("T")
+
+MAX_BYTES = 16 << 30  # of an annotation file; COCO's have 450 MB
+# Ids in a panoptic PNG are read as R + 256 G + 65536 B.
+MAX_SEGMENT_ID = (1 << 24) - 1
+WRONG_VALUE = "value of a wrong type or out of range"
+
+Flag = Literal[0, 1] | bool
+Identifier = int | str
+CategoryId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Side = Annotated[int, Meta(ge=1, le=1_000_000)]
+Area = Annotated[float, Meta(ge=0, le=1e12)]
+Name = Annotated[str, Meta(min_length=1, max_length=4096, pattern="^[^\\x00]*$")]
+
+
+class Category(msgspec.Struct):
+    id: CategoryId
+    name: str | int
+    isthing: Flag | UnsetType = UNSET
+    color: list[Annotated[int, Meta(ge=0, le=255)]] | None = None
+
+
+class NamelessCategory(msgspec.Struct):
+    """A category of a file whose ids alone are asked for."""
+
+    id: CategoryId
+
+
+class Image(msgspec.Struct, gc=False):
+    id: Identifier
+    file_name: Name | None = None
+    height: Side | None = None
+    width: Side | None = None
+
+
+class Segment(msgspec.Struct, gc=False):
+    id: Annotated[int, Meta(ge=1, le=MAX_SEGMENT_ID)]
+    category_id: CategoryId
+    iscrowd: Flag | None = 0
+    area: Area | None = None
+
+
+class PanopticAnnotation(msgspec.Struct):
+    image_id: Identifier
+    file_name: Name
+    segments_info: list[Segment]
+
+
+class OpenPanopticAnnotation(msgspec.Struct):
+    """An annotation whose segments are looked at one by one, since one of them is wrong."""
+
+    image_id: Identifier
+    file_name: Name
+    segments_info: list[Raw]
+
+
+class RunLengths(msgspec.Struct):
+    size: tuple[int, int]
+    counts: str | list[Annotated[int, Meta(ge=-(1 << 53), le=1 << 53)]]
+
+
+Polygons = list[list[float]]
+Segmentation = Polygons | RunLengths
+
+
+class InstanceAnnotation(msgspec.Struct):
+    """An annotation whose segmentation is decoded apart: see `segmentation_of`."""
+
+    image_id: Identifier
+    category_id: CategoryId
+    segmentation: Raw
+    id: Identifier | None = None
+    iscrowd: Flag | None = 0
+    area: Area | None = None
+
+
+class CocoFile(msgspec.Struct):
+    """The lists of a file, their entries undecoded."""
+
+    images: list[Raw]
+    annotations: list[Raw]
+    categories: list[Raw]
+
+
+class _CategoriesOnly(msgspec.Struct):
+    categories: list[Raw]
+
+
+_SEGMENTATION = msgspec.json.Decoder(Segmentation | None)
+_PAIRS = msgspec.json.Decoder(list[list[tuple[float, float]]])
+# JSON has no NaN and no Infinity, but Python writes them; texts are skipped.
+_NOT_JSON = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\b(?:NaN|Infinity)\b')
+
+
+def open_file(path: str | os.PathLike[str], layout: str, schema: type[T] = CocoFile) -> T:
+    """Reads an annotation file as its undecoded lists.
+
+    Args:
+      path: of the file.
+      layout: what the file should hold, for the message.
+      schema: a struct of lists.
+
+    Raises:
+      ValueError: no regular file, not JSON, or without one of the lists.
+    """
+    data = read_bytes(path, limit=MAX_BYTES, error=ValueError)
+    if data.startswith(b"\xef\xbb\xbf"):  # some editors put a mark before the text
+        data = data[3:]
+    try:
+        try:
+            return msgspec.json.decode(data, type=schema)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            mended = _NOT_JSON.sub(_as_text, data)
+            if mended == data:
+                raise
+            return msgspec.json.decode(mended, type=schema)
+    except msgspec.ValidationError as error:
+        keys = _keys(data)
+        has = f" (it has {first_few(keys)})" if keys else ""
+        raise ValueError(f"{path}: {_plain(error)}{has}; {layout}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); is it truncated?") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply for an annotation file") from None
+
+
+def _as_text(match: re.Match[bytes]) -> bytes:
+    found = match[0]
+    return found if found.startswith(b'"') else b'"' + found + b'"'
+
+
+def _keys(data: bytes) -> list[str]:
+    try:
+        return list(msgspec.json.decode(data, type=dict[str, Raw]))
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return []
+
+
+def _plain(error: Exception) -> str:
+    """msgspec's message without its typographic marks, and shorter."""
+    return str(error).replace("`", "").replace("Object missing required field", "it lacks")
+
+
+def wrong_value(path: object, place: str, error: Exception) -> Fault:
+    """The fault of an entry that its schema refuses.
+
+    Args:
+      path: of the file.
+      place: of the entry in the file, as "$.annotations[3]".
+      error: msgspec's; its own path begins at the entry.
+    """
+    text = _plain(error)
+    text = text.replace("$", place, 1) if " - at $" in text else f"{text} - at {place}"
+    return Fault(WRONG_VALUE, f"{path}: {text}")
+
+
+def decode_list(
+    path: object, key: str, entries: Iterable[Raw], schema: type[T], faults: list[Fault]
+) -> list[T | None]:
+    """Decodes the entries of a list; None takes the place of a wrong one, which is noted."""
+    decode = msgspec.json.Decoder(schema).decode
+    found: list[T | None] = []
+    for number, entry in enumerate(entries):
+        try:
+            found.append(decode(entry))
+        except msgspec.DecodeError as error:
+            faults.append(wrong_value(path, f"$.{key}[{number}]", error))
+            found.append(None)
+    return found
+
+
+def categories_of(path: object, entries: list[Raw], *, names: bool = True) -> list[dict]:
+    """The categories as dicts of the keys that they have; FaultsError if one is wrong.
+
+    Without `names` they have ids only.
+    """
+    faults: list[Fault] = []
+    schema = Category if names else NamelessCategory
+    found = decode_list(path, "categories", entries, schema, faults)
+    if faults:
+        shown = first_few((fault.message for fault in faults), 3, "; ")
+        raise FaultsError(f"{shown}. The classes come from this list: correct it", faults)
+    if not names:
+        return [{"id": category.id} for category in found]
+    return [
+        {
+            "id": category.id,
+            "name": str(category.name),
+            **({} if category.isthing is UNSET else {"isthing": int(category.isthing)}),
+            **({"color": category.color} if category.color else {}),
+        }
+        for category in found
+    ]
+
+
+def read_categories(path: str | os.PathLike[str], layout: str) -> list[dict]:
+    """Reads the categories alone, which is fast; for the errors see `open_file`."""
+    return categories_of(path, open_file(path, layout, _CategoriesOnly).categories)
+
+
+def segmentation_of(text: Raw | bytes) -> Segmentation | None:
+    """Decodes a segmentation: polygons, also as pairs of coordinates, or a run-length code.
+
+    Raises:
+      msgspec.DecodeError: it is something else.
+    """
+    try:
+        return _SEGMENTATION.decode(text)
+    except msgspec.ValidationError:
+        try:
+            pairs = _PAIRS.decode(text)
+        except msgspec.ValidationError:
+            pairs = None
+        if pairs is None:
+            raise
+        return [[value for point in polygon for value in point] for polygon in pairs]
+
+
+def doubled(values: Iterable[str]) -> list[str]:
+    """Those of the values that occur more than once, in order, each once."""
+    seen: set[str] = set()
+    twice: dict[str, None] = {}
+    for value in values:
+        if value in seen:
+            twice[value] = None
+        seen.add(value)
+    return list(twice)
+
+
+def check_images(path: object, images: Collection[Image]) -> list[Fault]:
+    """Faults for image ids and file names that occur twice: nobody can tell which is meant."""
+    return [
+        Fault(
+            f"{what} of two images",
+            f"{path}: the {what} {value} occurs more than once in images; were data sets joined "
+            "without new ids?",
+        )
+        for what, values in (
+            ("id", (str(image.id) for image in images)),
+            ("file_name", (image.file_name for image in images if image.file_name)),
+        )
+        for value in doubled(values)
+    ]
