@@ -379,7 +379,7 @@ def _check_annotations(source: Source, options: Mapping) -> None:
     found = getattr(source, "faults", [])
     if found and not options["skip_broken"]:
         raise faults.error(
-            repr(source),
+            "the annotation file",
             found,
             "Correct the annotations (--mode=inspect lists all faults), or set "
             "data.skip_broken=True to leave them out.",

@@ -44,7 +44,11 @@ def read_bytes(
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise error(f"{path} is not a regular file; expected a file of at most {limit:,} B")
-            data = file.read(limit + 1)
+            # No more than its size: Python sets aside all of the memory that is asked for.
+            size = min(limit, found.st_size) + 1
+            data = file.read(size)
+            if len(data) == size <= limit:  # it has grown, or does not tell its size
+                data += file.read(limit + 1 - size)
     except FileNotFoundError:
         raise error(f"{path} is missing") from None
     except OSError as cause:

@@ -186,7 +186,7 @@ class _Reading:
             try:
                 annotation = decode(entry)
             except msgspec.DecodeError as cause:
-                fault = schemas.wrong_value(self.path, f"$.annotations[{number}]", cause)
+                fault = schemas.wrong_value(self.path, f"$.annotations[{number}]", cause, entry)
                 self.note(fault, self._image_of(entry))
                 continue
             image = self.positions.get(str(annotation.image_id))
@@ -241,7 +241,8 @@ class _Reading:
                 self.outlines.add(row, found)
         except msgspec.DecodeError as cause:
             place = f"$.annotations[{number}].segmentation"
-            self.note(schemas.wrong_value(self.path, place, cause), image)
+            entry = annotation.segmentation
+            self.note(schemas.wrong_value(self.path, place, cause, entry), image)
             return
         except SegmentationError as cause:
             self.note(Fault(cause.kind, f"{self.path}: annotation {label} {cause}"), image)

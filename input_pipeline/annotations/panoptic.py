@@ -203,7 +203,9 @@ def _refuse_doubled(path: str, image_ids: list[str], panoptic_files: list[str]) 
         for value in schemas.doubled(filter(None, values))
     ]
     if twice:
-        raise error(path, twice, "Were data sets joined without new ids?")
+        raise error(
+            path, twice, "Data sets were joined without new ids, or annotations were written twice."
+        )
 
 
 def _part_by_part(
@@ -223,7 +225,7 @@ def _part_by_part(
 
 
 def _broken(path: str, number: int, entry: msgspec.Raw, cause: Exception) -> Fault:
-    fault = schemas.wrong_value(path, f"$.annotations[{number}]", cause)
+    fault = schemas.wrong_value(path, f"$.annotations[{number}]", cause, entry)
     try:
         keys = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])
     except msgspec.DecodeError:

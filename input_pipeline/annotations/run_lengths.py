@@ -102,9 +102,7 @@ def far_outside(
     """Kind and message of polygons that are too far outside of an image, or too long, to draw."""
     image = f"its image of {shape[0]} x {shape[1]} pixels (height x width)"
     if outline > MAX_OUTLINE:
-        text = (
-            f"has an outline of {outline:,.0f} pixels in {image}; at most {MAX_OUTLINE:,} are drawn"
-        )
+        text = f"has an outline of {outline:g} pixels in {image}; at most {MAX_OUTLINE:,} are drawn"
     else:
         text = (
             f"has a polygon from {least:g} to {most:g}, far outside of {image}; is it of another "

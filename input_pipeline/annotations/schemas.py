@@ -109,6 +109,7 @@ class _CategoriesOnly(msgspec.Struct):
 _SEGMENTATION = msgspec.json.Decoder(Segmentation | None)
 _PAIRS = msgspec.json.Decoder(list[list[tuple[float, float]]])
 # JSON has no NaN and no Infinity, but Python writes them; texts are skipped.
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")  # of msgspec's path
 _NOT_JSON = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\b(?:NaN|Infinity)\b')
 
 
@@ -148,7 +149,7 @@ def open_file(path: str | os.PathLike[str], layout: str, schema: type[T] = CocoF
 
 def _as_text(match: re.Match[bytes]) -> bytes:
     found = match[0]
-    return found if found.startswith(b'"') else b'"' + found + b'"'
+    return found if found.startswith(b'"') else b'"' + found + b', which JSON does not have"'
 
 
 def _keys(data: bytes) -> list[str]:
@@ -163,17 +164,31 @@ def _plain(error: Exception) -> str:
     return str(error).replace("`", "").replace("Object missing required field", "it lacks")
 
 
-def wrong_value(path: object, place: str, error: Exception) -> Fault:
+def wrong_value(path: object, place: str, error: Exception, entry: Raw) -> Fault:
     """The fault of an entry that its schema refuses.
 
     Args:
       path: of the file.
       place: of the entry in the file, as "$.annotations[3]".
       error: msgspec's; its own path begins at the entry.
+      entry: the entry, for its id and the value that is wrong.
     """
-    text = _plain(error)
-    text = text.replace("$", place, 1) if " - at $" in text else f"{text} - at {place}"
-    return Fault(WRONG_VALUE, f"{path}: {text}")
+    what, _, inside = _plain(error).partition(" - at $")
+    try:
+        value = whole = msgspec.json.decode(entry)
+        for key, number in _STEP.findall(inside):
+            value = value[key] if key else value[int(number)]
+    except (msgspec.DecodeError, RecursionError, LookupError, TypeError):
+        return Fault(WRONG_VALUE, f"{path}: {what} - at {place}{inside}")
+    found = "" if what.startswith("it lacks") else f", it is {_shortened(value)}"
+    id_ = whole.get("id") if isinstance(whole, dict) and inside else None
+    label = f" (id {_shortened(id_)})" if id_ is not None else ""
+    return Fault(WRONG_VALUE, f"{path}: {what} - at {place}{inside}{found}{label}")
+
+
+def _shortened(value: object, length: int = 40) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def decode_list(
@@ -186,7 +201,7 @@ def decode_list(
         try:
             found.append(decode(entry))
         except msgspec.DecodeError as error:
-            faults.append(wrong_value(path, f"$.{key}[{number}]", error))
+            faults.append(wrong_value(path, f"$.{key}[{number}]", error, entry))
             found.append(None)
     return found
 
@@ -202,6 +217,14 @@ def categories_of(path: object, entries: list[Raw], *, names: bool = True) -> li
     if faults:
         shown = first_few((fault.message for fault in faults), 3, "; ")
         raise FaultsError(f"{shown}. The classes come from this list: correct it", faults)
+    twice = doubled(str(category.id) for category in found)
+    if names:
+        twice += doubled(str(category.name) for category in found)
+    if twice:
+        raise ValueError(
+            f"{path}: {first_few(twice)} occurs more than once in categories; each class needs an "
+            "id and a name of its own"
+        )
     if not names:
         return [{"id": category.id} for category in found]
     return [
@@ -254,8 +277,8 @@ def check_images(path: object, images: Collection[Image]) -> list[Fault]:
     return [
         Fault(
             f"{what} of two images",
-            f"{path}: the {what} {value} occurs more than once in images; were data sets joined "
-            "without new ids?",
+            f"{path}: the {what} {value} occurs more than once in images; data sets were joined "
+            "without new ids",
         )
         for what, values in (
             ("id", (str(image.id) for image in images)),
