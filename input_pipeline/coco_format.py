@@ -60,7 +60,8 @@ def coco_folder_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
       ValueError: not such a JSON, or wrong categories.
     """
     check_json(Path(json_path), "panoptic", LAYOUT)
-    return datasets.from_coco_categories(name, schemas.read_categories(json_path, LAYOUT))
+    categories = schemas.read_categories(json_path, LAYOUT, schemas.PanopticCategory)
+    return datasets.from_coco_categories(name, categories)
 
 
 def check_categories(path: Path, categories: list[dict], info: DatasetInfo) -> None:

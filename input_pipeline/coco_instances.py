@@ -45,7 +45,7 @@ def instance_file_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
       ValueError: not such a JSON, or wrong categories.
     """
     check_json(Path(json_path), "instance", LAYOUT)
-    return instance_info(name, schemas.read_categories(json_path, LAYOUT))
+    return instance_info(name, schemas.read_categories(json_path, LAYOUT, schemas.Category))
 
 
 class CocoInstanceSource:

@@ -45,7 +45,7 @@ class InstanceFile:
       crowd: bool [A].
       areas: float64 [A], as annotated, NaN where not given.
       empty: bool [A], True where an annotation covers no pixel by itself.
-      double: bool [A], True where an annotation repeats an earlier one of its image.
+      double: bool [A], True where a later annotation of the image is the same.
       faults: of images and annotations, which are left out of the rows.
       faults_of_image: position of the image -> those of its annotations.
       remarks: what is odd, but no fault: annotations without a pixel, doubles.
@@ -66,7 +66,7 @@ class InstanceFile:
     faults: list[Fault]
     faults_of_image: dict[int, list[Fault]]
     remarks: list[Fault]
-    _text: bytes
+    _text: bytearray
     _bounds: np.ndarray  # int64 [A, 2]: where the segmentation of each row lies in `_text`
 
     def for_reading(self) -> InstanceFile:
@@ -117,7 +117,9 @@ def read_instances(path: str | os.PathLike[str], *, names: bool = True) -> Insta
     """
     path = str(path)
     file = schemas.open_file(path, LAYOUT)
-    categories = schemas.categories_of(path, file.categories, names=names)
+    categories = schemas.categories_of(
+        path, file.categories, schemas.Category if names else schemas.IdOfCategory
+    )
     if not file.images:
         raise ValueError(f"{path} lists no images: the dataset is empty")
     _refuse_panoptic(path, file)
@@ -133,7 +135,9 @@ def read_instances(path: str | os.PathLike[str], *, names: bool = True) -> Insta
             if image.file_name is None:
                 text = f"{path}: image {image.id} has no file_name"
                 reading.note(Fault(NO_FILE_NAME, text), i)
-    return reading.of(file.annotations)
+    reading.add(file.annotations)
+    del file  # of as many bytes as all that is kept of it
+    return reading.finish()
 
 
 def _refuse_panoptic(path: str, file: schemas.CocoFile) -> None:
@@ -179,7 +183,7 @@ class _Reading:
         if image is not None:
             self.faults_of_image.setdefault(image, []).append(fault)
 
-    def of(self, entries: list[msgspec.Raw]) -> InstanceFile:
+    def add(self, entries: list[msgspec.Raw]) -> None:
         decode = msgspec.json.Decoder(schemas.InstanceAnnotation).decode
         known = {category["id"] for category in self.categories}
         for number, entry in enumerate(entries):
@@ -212,7 +216,6 @@ class _Reading:
                 )
             else:
                 self._add(number, label, image, annotation)
-        return self._finish()
 
     def _image_of(self, entry: msgspec.Raw) -> int | None:
         """Position of the image of a wrong annotation, if at least that can be told."""
@@ -256,7 +259,7 @@ class _Reading:
         self.ends.append(len(self.text))
         self.hashes.append(hash(bytes(annotation.segmentation)))
 
-    def _finish(self) -> InstanceFile:
+    def finish(self) -> InstanceFile:
         image_of = np.array(self.image_of, np.int64)
         ends = np.array(self.ends, np.int64)
         bounds = np.stack([ends[:-1], ends[1:]], 1)
@@ -272,11 +275,11 @@ class _Reading:
         for row in measures.thin(sizes):
             if usable[row]:
                 start, stop = bounds[row]
-                found = schemas.segmentation_of(bytes(self.text[start:stop]))
+                found = schemas.segmentation_of(self.text[start:stop])
                 shape = tuple(self.sizes[image_of[row]].tolist())
                 empty[row] = not run_lengths.area_of(run_lengths.runs_of(found, shape))
         keys = np.stack([image_of, np.array(self.category, np.int64), np.array(self.hashes)], 1)
-        double = _repeats(keys)
+        double = _repeated(keys)
         remarks = [
             *(self._remark(r, image_of, NO_PIXEL) for r in np.flatnonzero(usable & empty)),
             *(self._remark(r, image_of, DOUBLE) for r in np.flatnonzero(usable & double & ~empty)),
@@ -300,7 +303,7 @@ class _Reading:
             faults=self.faults,
             faults_of_image=self.faults_of_image,
             remarks=remarks,
-            _text=bytes(self.text),
+            _text=self.text,
             _bounds=bounds[order],
         )
 
@@ -309,7 +312,7 @@ class _Reading:
 
     def _remark(self, row: int, image_of: np.ndarray, kind: str) -> Fault:
         image = self.images[image_of[row]]
-        what = "repeats an earlier one" if kind == DOUBLE else "covers no pixel; it is no truth"
+        what = "is the same as a later one" if kind == DOUBLE else "covers no pixel; it is no truth"
         return Fault(kind, f"{self._label(row)} of image {image.id} {what}")
 
 
@@ -320,12 +323,12 @@ def _id_column(ids: list[int | str]) -> np.ndarray:
         return np.array(ids, object)
 
 
-def _repeats(keys: np.ndarray) -> np.ndarray:
-    """bool [A]: whether an earlier row has the same key; keys int [A, 3]."""
-    later = np.ones(len(keys), bool)
+def _repeated(keys: np.ndarray) -> np.ndarray:
+    """bool [A]: whether a later row, which will be drawn over it, has the same key; int [A, 3]."""
+    repeated = np.ones(len(keys), bool)
     if len(keys):
-        later[np.unique(keys, axis=0, return_index=True)[1]] = False
-    return later
+        repeated[::-1][np.unique(keys[::-1], axis=0, return_index=True)[1]] = False
+    return repeated
 
 
 def _refuse_per_cent(path: str, measures: _Measures, sizes: np.ndarray, areas: np.ndarray) -> None:

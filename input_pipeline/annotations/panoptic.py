@@ -126,7 +126,7 @@ def read_panoptic(path: str | os.PathLike[str], *, image_names: bool = True) -> 
     """
     path = str(path)
     file = schemas.open_file(path, LAYOUT)
-    categories = schemas.categories_of(path, file.categories)
+    categories = schemas.categories_of(path, file.categories, schemas.PanopticCategory)
     if not file.annotations:
         raise ValueError(f"{path} has no annotations: the dataset is empty")
     faults: list[Fault] = []

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, UnsetType
+from msgspec import Meta, Raw
 
 from input_pipeline.annotations.faults import Fault, FaultsError
 from oneformer_jax.files import first_few, read_bytes
@@ -26,24 +26,34 @@ MAX_SEGMENT_ID = (1 << 24) - 1
 WRONG_VALUE = "value of a wrong type or out of range"
 
 Flag = Literal[0, 1] | bool
-Identifier = int | str
+Text = Annotated[str, Meta(max_length=500, pattern="^[^\\x00]*$")]
+Identifier = int | Text
 CategoryId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Side = Annotated[int, Meta(ge=1, le=1_000_000)]
 Area = Annotated[float, Meta(ge=0, le=1e12)]
-Name = Annotated[str, Meta(min_length=1, max_length=4096, pattern="^[^\\x00]*$")]
+Name = Annotated[str, Meta(min_length=1, max_length=1000, pattern="^[^\\x00]*$")]
+ISTHING = (
+    "a COCO-panoptic category has isthing, 0 or 1; instance JSON files, which have none, are read "
+    'by dataset.name="coco_instances"'
+)
 
 
-class Category(msgspec.Struct):
-    id: CategoryId
-    name: str | int
-    isthing: Flag | UnsetType = UNSET
-    color: list[Annotated[int, Meta(ge=0, le=255)]] | None = None
-
-
-class NamelessCategory(msgspec.Struct):
+class IdOfCategory(msgspec.Struct):
     """A category of a file whose ids alone are asked for."""
 
     id: CategoryId
+
+
+class Category(msgspec.Struct, kw_only=True):
+    """A category of an instance file: a thing."""
+
+    id: CategoryId
+    name: Text | int
+    color: list[Annotated[int, Meta(ge=0, le=255)]] | None = None
+
+
+class PanopticCategory(Category, kw_only=True):
+    isthing: Flag
 
 
 class Image(msgspec.Struct, gc=False):
@@ -149,7 +159,8 @@ def open_file(path: str | os.PathLike[str], layout: str, schema: type[T] = CocoF
 
 def _as_text(match: re.Match[bytes]) -> bytes:
     found = match[0]
-    return found if found.startswith(b'"') else b'"' + found + b', which JSON does not have"'
+    # No text of a schema may begin so.
+    return found if found.startswith(b'"') else b'"\\u0000' + found + b', which JSON does not have"'
 
 
 def _keys(data: bytes) -> list[str]:
@@ -187,6 +198,8 @@ def wrong_value(path: object, place: str, error: Exception, entry: Raw) -> Fault
 
 
 def _shortened(value: object, length: int = 40) -> str:
+    if isinstance(value, str) and value.startswith("\0"):  # see `_as_text`
+        return value[1:]
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."
 
@@ -206,44 +219,53 @@ def decode_list(
     return found
 
 
-def categories_of(path: object, entries: list[Raw], *, names: bool = True) -> list[dict]:
-    """The categories as dicts of the keys that they have; FaultsError if one is wrong.
+def categories_of(path: object, entries: list[Raw], schema: type) -> list[dict]:
+    """The categories as dicts.
 
-    Without `names` they have ids only.
+    Args:
+      path: of the file.
+      entries: its list.
+      schema: `PanopticCategory`, `Category` or `IdOfCategory`.
+
+    Raises:
+      ValueError: no category, a wrong one, or two with one id or name.
     """
     faults: list[Fault] = []
-    schema = Category if names else NamelessCategory
     found = decode_list(path, "categories", entries, schema, faults)
     if faults:
         shown = first_few((fault.message for fault in faults), 3, "; ")
-        raise FaultsError(f"{shown}. The classes come from this list: correct it", faults)
+        hint = f" ({ISTHING})" if "lacks isthing" in shown else ""
+        raise FaultsError(f"{shown}{hint}. The classes come from this list: correct it", faults)
+    if not found:
+        raise ValueError(f"{path}: the list of categories is empty, so there are no classes")
     twice = doubled(str(category.id) for category in found)
-    if names:
+    if schema is not IdOfCategory:
         twice += doubled(str(category.name) for category in found)
     if twice:
         raise ValueError(
             f"{path}: {first_few(twice)} occurs more than once in categories; each class needs an "
             "id and a name of its own"
         )
-    if not names:
-        return [{"id": category.id} for category in found]
-    return [
-        {
-            "id": category.id,
-            "name": str(category.name),
-            **({} if category.isthing is UNSET else {"isthing": int(category.isthing)}),
-            **({"color": category.color} if category.color else {}),
-        }
-        for category in found
-    ]
+    return [_as_dict(category) for category in found]
 
 
-def read_categories(path: str | os.PathLike[str], layout: str) -> list[dict]:
-    """Reads the categories alone, which is fast; for the errors see `open_file`."""
-    return categories_of(path, open_file(path, layout, _CategoriesOnly).categories)
+def _as_dict(category: IdOfCategory | Category) -> dict:
+    values = msgspec.structs.asdict(category)
+    if "name" in values:
+        values["name"] = str(values["name"])
+    if "isthing" in values:
+        values["isthing"] = int(values["isthing"])
+    if not values.get("color"):
+        values.pop("color", None)
+    return values
 
 
-def segmentation_of(text: Raw | bytes) -> Segmentation | None:
+def read_categories(path: str | os.PathLike[str], layout: str, schema: type) -> list[dict]:
+    """Reads the categories alone, which is fast: see `open_file` and `categories_of`."""
+    return categories_of(path, open_file(path, layout, _CategoriesOnly).categories, schema)
+
+
+def segmentation_of(text: Raw | bytearray) -> Segmentation | None:
     """Decodes a segmentation: polygons, also as pairs of coordinates, or a run-length code.
 
     Raises:

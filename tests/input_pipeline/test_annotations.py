@@ -1,0 +1,459 @@
+"""Annotation files: every value is checked before it is used, and every fault is listed."""
+
+import contextlib
+import itertools
+import json
+import re
+
+import cv2
+import numpy as np
+import pytest
+
+from input_pipeline import sources, statistics
+from input_pipeline.annotations import faults, instances, panoptic
+from input_pipeline.annotations.faults import Fault, FaultsError
+from input_pipeline.coco_format import CocoFolderSource
+from input_pipeline.coco_instances import HIDDEN, CocoInstanceSource
+from input_pipeline.records import RecordError
+from oneformer_jax.eval.instance_json import InstanceAnnotations
+from oneformer_jax.types import Metadata
+from tests.input_pipeline import annotation_cases as cases
+
+SHAPE = (cases.HEIGHT, cases.WIDTH)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with the images and PNGs that the files of `annotation_cases` name."""
+    folder = tmp_path_factory.mktemp("pictures")
+    ids = np.full((*SHAPE, 3), (0, 0, 2), np.uint8)
+    ids[4:14, 4:14] = (0, 0, 1)
+    for i in (1, 2):
+        cv2.imwrite(str(folder / f"{i}.jpg"), np.full((*SHAPE, 3), 90, np.uint8))
+        cv2.imwrite(str(folder / f"{i}.png"), ids)
+    return folder
+
+
+def opened(kind, pictures, path, **options):
+    if kind == "panoptic":
+        return CocoFolderSource(pictures, pictures, path, **options)
+    return CocoInstanceSource(pictures, path, **options)
+
+
+def _mutations(content):
+    """Paths of all values, but of the first two entries of a list alone."""
+    for path in cases.places(content):
+        if not any(isinstance(key, int) and key > 1 for key in path):
+            yield path
+
+
+PLACES = [
+    (kind, path)
+    for kind, content in (("panoptic", cases.panoptic()), ("instances", cases.instances()))
+    for path in _mutations(content)
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    PLACES,
+    ids=lambda value: value if isinstance(value, str) else ".".join(map(str, value)),
+)
+def test_a_spoiled_value_is_refused_with_its_place_or_read_right(kind, path, pictures, tmp_path):
+    """Every key of both files with every kind of wrong value.
+
+    Whatever is read has areas that are its pixels, ids and classes that exist.
+    """
+    for name, value in cases.SPOILED.items():
+        content = cases.spoiled(getattr(cases, kind)(), path, value)
+        file = tmp_path / "annotations.json"
+        file.write_text(cases.dump(content))
+        try:
+            source = opened(kind, pictures, file)
+        except ValueError as error:
+            assert str(file) in str(error), (name, error)
+            continue
+        for fault in source.faults:
+            assert str(file) in fault.message and "\n" not in fault.message, name
+        records = []
+        for index in range(len(source)):
+            try:
+                records.append(source[index])
+            except RecordError as error:
+                assert str(tmp_path) in str(error) or str(pictures) in str(error), (name, error)
+        for record in records:
+            pixels = np.bincount(record["panoptic"].ravel(), minlength=4)
+            for segment in record["segments"]:
+                assert segment["area"] == pixels[segment["id"]] > 0, name
+                assert 0 <= segment["category"] < source.info.num_classes
+        skipping = opened(kind, pictures, file, skip_broken=True)
+        assert len(skipping) == len(source), name
+        for index in range(len(skipping)):
+            with contextlib.suppress(RecordError):  # where the whole image is concerned
+                skipping[index]
+
+
+@pytest.mark.parametrize("name", sorted(set(cases.SPOILED) - {"null", "missing", "true"}))
+@pytest.mark.parametrize("key", ["id", "category_id", "iscrowd"])
+def test_numbers_of_a_segment_are_whole_and_in_range(key, name, pictures, tmp_path):
+    path = ("annotations", 0, "segments_info", 0, key)
+    content = cases.spoiled(cases.panoptic(), path, cases.SPOILED[name])
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    with pytest.raises(RecordError, match=rf"annotations\[0\]\.segments_info\[0\]\.{key}"):
+        opened("panoptic", pictures, file)[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        (key, name)
+        for key in ("image_id", "category_id", "iscrowd", "segmentation")
+        for name in sorted(set(cases.SPOILED) - {"null", "missing", "text"})
+        if (key, name) not in {("iscrowd", "true"), ("segmentation", "list")}  # mean something
+    ],
+)
+def test_values_of_an_instance_are_of_their_type_and_in_range(key, name, pictures, tmp_path):
+    content = cases.spoiled(cases.instances(), ("annotations", 0, key), cases.SPOILED[name])
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    source = opened("instances", pictures, file)
+    place = rf"annotations\[0\]\.{key}|annotation 10 (is of image_id|has category_id)"
+    assert re.search(place, source.faults[0].message)
+
+
+def test_not_a_number_is_named_and_leaves_the_other_annotations_alone(pictures, tmp_path):
+    content = cases.instances()
+    content["annotations"][1]["area"] = float("-inf")
+    content["annotations"][0]["segmentation"][0][2] = float("nan")
+    content["annotations"][0]["note"] = 'a "NaN" in a text, and \\'
+    content["info"] = {"version": float("nan")}  # which nobody reads
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    source = opened("instances", pictures, file)
+    assert [f.kind for f in source.faults] == ["value of a wrong type or out of range"] * 2
+    assert "segmentation[0][2], it is NaN, which JSON does not have" in source.faults[0].message
+    assert "annotations[1].area, it is -Infinity, which" in source.faults[1].message
+    assert len(source[1]["segments"]) == 2
+
+
+FILES = {
+    "nothing": "",
+    "a list": "[]",
+    "a number": "5",
+    "null": "null",
+    "cut": '{"images": [{"id": 1',
+    "two values": '{"images": []} {}',
+    "no lists": "{}",
+    "objects for lists": '{"images": {}, "annotations": {}, "categories": {}}',
+    "nulls for lists": '{"images": null, "annotations": null, "categories": null}',
+    "empty lists": '{"images": [], "annotations": [], "categories": []}',
+    "deep": '{"images": ' + "[" * 100_000,
+    "deep inside": '{"images": [{"x": ' + "[" * 2000 + "]" * 2000 + '}], "annotations": [1]}',
+    "not text": b"\xff\xfe\x00",
+    "zeros": b"\0" * 100,
+    "UTF-16": cases.dump(cases.panoptic()).encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "instances", "truth"])
+@pytest.mark.parametrize("name", FILES)
+def test_other_files_are_refused_in_one_sentence(kind, name, pictures, tmp_path):
+    file = tmp_path / "annotations.json"
+    data = FILES[name]
+    file.write_bytes(data.encode() if isinstance(data, str) else data)
+    metadata = Metadata("two", ("cat", "dog"), (True, True), ((0, 0, 0),) * 2, (7, 30))
+    with pytest.raises(ValueError, match=r"annotations\.json") as error:
+        if kind == "truth":
+            InstanceAnnotations(file, metadata)
+        else:
+            opened(kind, pictures, file)
+    assert len(str(error.value)) < 1500
+
+
+def test_a_mark_before_the_text_is_no_fault(pictures, tmp_path):
+    file = tmp_path / "annotations.json"
+    file.write_bytes(b"\xef\xbb\xbf" + cases.dump(cases.panoptic()).encode())
+    assert len(opened("panoptic", pictures, file)) == 2
+
+
+def test_keys_that_nobody_reads_may_hold_anything(pictures, tmp_path):
+    content = cases.instances()
+    for entry in itertools.chain(content["images"], content["annotations"], content["categories"]):
+        entry.update(bbox=None, license="x", attributes={"occluded": [None]}, area2=1.5)
+    content["licenses"] = content["info"] = "none"
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    assert not opened("instances", pictures, file).faults
+
+
+# ------------------------------------------------------------------------- ids and names
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "instances"])
+@pytest.mark.parametrize(("key", "value"), [("id", 1), ("id", "1"), ("file_name", "1.jpg")])
+def test_ids_and_names_of_two_images_are_refused(kind, key, value, pictures, tmp_path):
+    content = getattr(cases, kind)()
+    content["images"][1][key] = value
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    with pytest.raises(FaultsError, match=rf"the {key} 1(\.jpg)? occurs more than once"):
+        opened(kind, pictures, file)
+
+
+@pytest.mark.parametrize(("key", "value"), [("image_id", 1), ("file_name", "1.png")])
+def test_two_annotations_of_one_image_are_refused(key, value, pictures, tmp_path):
+    content = cases.panoptic()
+    content["annotations"][1][key] = value
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    with pytest.raises(FaultsError, match=rf"the {key} 1(\.png)? occurs in more than one"):
+        opened("panoptic", pictures, file)
+
+
+def test_all_doubled_ids_are_counted_and_the_first_few_named(pictures, tmp_path):
+    content = cases.panoptic()
+    content["images"] = [{"id": i % 50, "file_name": f"{i}.jpg"} for i in range(100)]
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    with pytest.raises(FaultsError, match="has 50 faults") as error:
+        opened("panoptic", pictures, file)
+    assert len(error.value.faults) == 50 and str(error.value).count("the id") == 5
+
+
+def test_ids_of_images_may_be_texts_and_differ_in_type_from_their_annotations(pictures, tmp_path):
+    for kind in ("panoptic", "instances"):
+        content = getattr(cases, kind)()
+        for image in content["images"]:
+            image["id"] = str(image["id"])
+        file = tmp_path / "annotations.json"
+        file.write_text(cases.dump(content))
+        source = opened(kind, pictures, file)
+        assert not source.faults and source[1]["image_id"] == "2"
+
+
+def test_images_without_an_annotation_are_counted(pictures, tmp_path):
+    content = cases.panoptic()
+    del content["annotations"][0]
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    source = opened("panoptic", pictures, file)
+    assert len(source) == 1 and "1 images have no annotation" in source.notes[0]
+
+
+# --------------------------------------------------------------- annotations that cover nothing
+
+
+def _instance_file(tmp_path, *segmentations, **keys):
+    content = cases.instances()
+    content["annotations"] = [
+        {"id": i, "image_id": 1, "category_id": 7, "segmentation": s, **keys}
+        for i, s in enumerate(segmentations)
+    ]
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    return file
+
+
+SQUARE = [8, 8, 18, 8, 18, 18, 8, 18]
+EMPTY = {
+    "outside": [60, 8, 70, 8, 70, 18],
+    "left of the image": [-20, 8, -10, 8, -10, 18],
+    "on a line": [4, 4, 12, 12, 20, 20],
+    "in a point": [5, 5, 5, 5, 5, 5],
+    "between pixels": [10.1, 10.1, 10.3, 10.1, 10.3, 10.3],
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_annotation_without_a_pixel_is_no_thing_and_no_truth(name, pictures, tmp_path):
+    file = _instance_file(tmp_path, [EMPTY[name]])
+    source = opened("instances", pictures, file)
+    assert not source.has_things(0) and source[0]["segments"] == []
+    (remark,) = source.remarks
+    assert remark.kind == instances.NO_PIXEL and "annotation 0 of image 1" in remark.message
+    metadata = Metadata("two", ("cat", "dog"), (True, True), ((0, 0, 0),) * 2, (7, 30))
+    assert InstanceAnnotations(file, metadata).masks("1", SHAPE).counts == []
+    assert statistics.collect(source, source.info).remarks == [remark]  # told once
+
+
+def test_an_empty_run_length_code_covers_no_pixel(pictures, tmp_path):
+    code = {"size": list(SHAPE), "counts": [SHAPE[0] * SHAPE[1]]}
+    source = opened("instances", pictures, _instance_file(tmp_path, code, [SQUARE]))
+    assert len(source.remarks) == 1 and len(source[0]["segments"]) == 1
+
+
+def test_of_doubled_annotations_one_is_left(pictures, tmp_path):
+    source = opened("instances", pictures, _instance_file(tmp_path, *[[SQUARE]] * 3))
+    assert [r.kind for r in source.remarks] == [instances.DOUBLE] * 2
+    assert [s["area"] for s in source[0]["segments"]] == [100]
+    assert source.has_things(0)
+    assert len(statistics.collect(source, source.info).remarks) == 2
+
+
+def test_what_others_hide_is_told_when_it_is_drawn(pictures, tmp_path):
+    left, right = [8, 8, 13, 8, 13, 18, 8, 18], [13, 8, 18, 8, 18, 18, 13, 18]
+    source = opened("instances", pictures, _instance_file(tmp_path, [SQUARE], [left], [right]))
+    record, remarks = source.examine(0)
+    assert [s["area"] for s in record["segments"]] == [50, 50]
+    assert [s["id"] for s in record["segments"]] == [1, 2]
+    assert [r.kind for r in remarks] == [HIDDEN]
+
+
+@pytest.mark.parametrize("outline", [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9], [0, 0, 1, 0, 1, 1, 0, 1]])
+def test_fractions_of_the_image_are_named_as_such(outline, pictures, tmp_path):
+    file = _instance_file(tmp_path, [outline])
+    (fault,) = opened("instances", pictures, file).faults
+    assert fault.kind == instances.FRACTIONS and "multiply x with the width" in fault.message
+
+
+def test_per_cent_of_the_image_is_named_where_areas_tell(tmp_path):
+    file = _instance_file(tmp_path, [SQUARE], [[50, 50, 90, 50, 90, 90]], area=3000)
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image.update(height=480, width=640)
+    file.write_text(json.dumps(content))
+    with pytest.raises(FaultsError, match="look like per cent of the image"):
+        instances.read_instances(file)
+    for annotation in content["annotations"]:
+        annotation["area"] = 100  # small objects at the upper left
+    file.write_text(json.dumps(content))
+    assert not instances.read_instances(file).faults
+
+
+def test_pairs_of_coordinates_are_read_as_a_flat_list(pictures, tmp_path):
+    pairs = np.reshape(SQUARE, (-1, 2)).tolist()
+    flat, paired = (
+        opened("instances", pictures, _instance_file(tmp_path, [outline]))[0]
+        for outline in (SQUARE, pairs)
+    )
+    np.testing.assert_array_equal(flat["panoptic"], paired["panoptic"])
+
+
+# --------------------------------------------------------------------------------- crowds
+
+
+def test_crowds_by_mistake_are_named_and_can_be_read_as_instances(pictures, tmp_path):
+    file = _instance_file(tmp_path, [SQUARE], [[20, 8, 30, 8, 30, 18]], iscrowd=1)
+    with pytest.raises(ValueError, match=r"2 of 2 annotations have iscrowd 1.*CVAT.*crowd_as_inst"):
+        opened("instances", pictures, file)
+    source = opened("instances", pictures, file, crowd_as_instances=True)
+    assert source.has_things(0) and not any(s["iscrowd"] for s in source[0]["segments"])
+    content = json.loads(file.read_text())
+    content["annotations"][0]["iscrowd"] = 0
+    file.write_text(json.dumps(content))
+    (note,) = opened("instances", pictures, file).notes
+    assert "1 of 2 annotations have iscrowd 1" in note
+
+
+def test_the_option_of_crowds_is_one_of_the_source(pictures, tmp_path):
+    file = _instance_file(tmp_path, [SQUARE], iscrowd=1)
+    options = {
+        "root": tmp_path,
+        "train_images": str(pictures),
+        "train_json": file.name,
+        "crowd_as_instances": True,
+    }
+    source, _ = sources.open_source(
+        "coco_instances", data_dir=tmp_path, split="train", options=options
+    )
+    assert source.has_things(0)
+
+
+def test_things_that_are_all_crowds_are_noted(pictures, tmp_path):
+    content = cases.panoptic()
+    for annotation in content["annotations"]:
+        annotation["segments_info"][0]["iscrowd"] = 1
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    (note,) = opened("panoptic", pictures, file).notes
+    assert "all 2 segments of things have iscrowd 1" in note
+
+
+# ----------------------------------------------------------------------- all faults at once
+
+
+def _many_faults(tmp_path):
+    """Five faults of four kinds in three of the four annotations of the first image, and one."""
+    file = _instance_file(tmp_path, [SQUARE], [[5, 5, 5, 5]], [[5, 5, 6, 6]], "text")
+    content = json.loads(file.read_text())
+    content["annotations"] += [
+        {"id": 8, "image_id": 1, "category_id": 99, "segmentation": [SQUARE]},
+        {"id": 9, "image_id": 77, "category_id": 7, "segmentation": [SQUARE]},
+        {"id": 10, "image_id": 2, "category_id": 7, "segmentation": [SQUARE]},
+    ]
+    file.write_text(json.dumps(content))
+    return file
+
+
+def _open(tmp_path, pictures, file, **options):
+    return sources.open_source(
+        "coco_instances",
+        data_dir=tmp_path,
+        split="train",
+        options={"train_images": str(pictures), "train_json": str(file), **options},
+    )[0]
+
+
+def test_opening_for_training_names_the_first_few_faults_and_inspect(pictures, tmp_path):
+    file = _many_faults(tmp_path)
+    with pytest.raises(FaultsError, match="the annotation file has 5 faults") as error:
+        _open(tmp_path, pictures, file)
+    assert len(error.value.faults) == 5 and "--mode=inspect" in str(error.value)
+
+
+def test_skip_broken_leaves_out_annotations_and_not_their_image(pictures, tmp_path, caplog):
+    source = _open(tmp_path, pictures, _many_faults(tmp_path), skip_broken=True)
+    assert [s["area"] for s in source[0]["segments"]] == [100]
+    assert [s["area"] for s in source[1]["segments"]] == [100]
+    assert "left out: 2 x polygon without three points" in caplog.text
+
+
+def test_a_segment_with_a_fault_becomes_void(pictures, tmp_path):
+    for key, value in (("category_id", 99), ("id", "1"), ("area", -5)):
+        content = cases.panoptic()
+        content["annotations"][0]["segments_info"][0][key] = value
+        file = tmp_path / "annotations.json"
+        file.write_text(cases.dump(content))
+        with pytest.raises(RecordError):
+            opened("panoptic", pictures, file)[0]
+        source = opened("panoptic", pictures, file, skip_broken=True)
+        record = source[0]
+        assert [s["id"] for s in record["segments"]] == [2]
+        assert np.count_nonzero(record["panoptic"] == 0) == 100
+        assert np.count_nonzero(source.compact(0)["panoptic"] == 0) == 100
+        assert len(source[1]["segments"]) == 2
+
+
+def test_segments_that_share_an_id_are_all_void(pictures, tmp_path):
+    content = cases.panoptic()
+    content["annotations"][0]["segments_info"][1]["id"] = 1
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    source = opened("panoptic", pictures, file, skip_broken=True)
+    assert [f.kind for f in source.faults] == [panoptic.REPEATED_ID] * 2
+    assert not source[0]["panoptic"].any() and source[0]["segments"] == []
+
+
+def test_faults_are_counted_by_kind_and_written_whole(tmp_path):
+    found = [Fault("a", f"a {i}") for i in range(30)] + [Fault("b", "b 0")]
+    assert faults.summary(found, shown=2) == [
+        "30 x a", "  a 0", "  a 1", "  and 28 more", "1 x b", "  b 0",
+    ]  # fmt: skip
+    faults.write(tmp_path / "faults.txt", found)
+    text = (tmp_path / "faults.txt").read_text()
+    assert text.startswith("31 faults\n") and text.count("\n  a ") == 30 and "\n  b 0" in text
+
+
+def test_inspection_goes_on_after_every_fault(pictures, tmp_path):
+    source, info = sources.open_source(
+        "coco_instances",
+        data_dir=tmp_path,
+        split="train",
+        options={"train_images": str(pictures), "train_json": str(_many_faults(tmp_path))},
+        for_inspection=True,
+    )
+    found = statistics.collect(source, info, limit=0)
+    assert len(found.faults) == 5 and len(found.sizes) == 2
+    report = statistics.report(found, info, 10, 10)
+    assert "5 faults, which end a training" in report and "2 x polygon without three" in report
