@@ -327,7 +327,7 @@ def run_inspect(
         raise ValueError(f"{error}\nAll faults are listed in {listing}") from None
     settings = dataclasses.replace(train_loader_config(config), num_workers=0, skip_broken=True)
     print(statistics.report(found, info, settings.num_slots, settings.num_texts))
-    faults.write(listing, [*found.faults, *found.remarks])
+    faults.write(listing, found.faults, found.remarks)
     print(f"\nAll faults and oddities are listed in {listing}")
     table = tokenizer.text_table(info.class_names, config.data.text_template)
     texts = tokenizer.detokenize(table)

@@ -102,12 +102,9 @@ class CocoInstanceSource:
         if crowd_as_instances:
             content = dataclasses.replace(content, crowd=np.zeros_like(content.crowd))
         else:
-            note, all_crowds = content.crowds_by_mistake(
-                "dataset.options.crowd_as_instances=True reads them as instances"
+            self.notes = content.crowds_note(
+                "--config.dataset.options.crowd_as_instances=True reads them as instances"
             )
-            if all_crowds:
-                raise ValueError(note)
-            self.notes = (note,) if note else ()
         self._content = content.for_reading()
 
     def __len__(self) -> int:

@@ -167,7 +167,7 @@ def report(statistics: Statistics, info: DatasetInfo, num_slots: int, num_texts:
     if found.faults:
         lines += [
             "",
-            f"{len(found.faults):,} faults, which end a training unless data.skip_broken is True:",
+            f"faults ({len(found.faults):,}), which end a training without data.skip_broken=True:",
         ]
         lines += [f"  {line}" for line in summary(found.faults)]
     return "\n".join(lines)

@@ -65,11 +65,16 @@ def summary(faults: Iterable[Fault], shown: int = _SHOWN) -> list[str]:
     return lines
 
 
-def write(path: str | os.PathLike[str], faults: Sequence[Fault]) -> None:
-    """Writes all faults into a text file: the counts of the kinds, then every message by kind."""
-    groups = by_kind(faults)
-    lines = [f"{len(faults):,} faults"]
-    lines += [f"{len(messages):>9,} x {kind}" for kind, messages in groups.items()]
-    for kind, messages in groups.items():
-        lines += ["", f"{kind}:", *(f"  {message}" for message in messages)]
-    write_atomically(path, "\n".join(lines) + "\n")
+def write(
+    path: str | os.PathLike[str], faults: Sequence[Fault], remarks: Sequence[Fault] = ()
+) -> None:
+    """Writes a text file of all faults and of what is odd, each with counts, then by kind."""
+    lines = []
+    for title, found in (("faults", faults), ("odd, but read", remarks)):
+        groups = by_kind(found)
+        lines.append(f"{title}: {len(found):,}")
+        lines += [f"{len(messages):>9,} x {kind}" for kind, messages in groups.items()]
+        for kind, messages in groups.items():
+            lines += ["", f"{kind}:", *(f"  {message}" for message in messages)]
+        lines.append("")
+    write_atomically(path, "\n".join(lines))

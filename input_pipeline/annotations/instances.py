@@ -91,17 +91,23 @@ class InstanceFile:
                 cause.kind, f"{self.path}: annotation {self.ids[row]} {cause}"
             ) from None
 
-    def crowds_by_mistake(self, way_out: str) -> tuple[str, bool]:
-        """A sentence on suspiciously many crowds, and whether all annotations are such; or ""."""
+    def crowds_note(self, way_out: str) -> tuple[str, ...]:
+        """A sentence about suspiciously many crowds, if there are such.
+
+        Raises:
+          FaultsError: all annotations are crowds.
+        """
         crowds, total = int(self.crowd.sum()), len(self.crowd)
         if not total or crowds <= _FEW_CROWDS * total:
-            return "", False
-        return (
+            return ()
+        note = (
             f"{self.path}: {crowds:,} of {total:,} annotations have iscrowd 1, so they are groups "
             "that nothing is learned from. Some tools (CVAT) write that for every mask drawn with "
-            f"a brush; {way_out}",
-            crowds == total,
+            f"a brush; {way_out}"
         )
+        if crowds == total:
+            raise FaultsError(note, [Fault("annotation that is a crowd, as all others", note)])
+        return (note,)
 
 
 def read_instances(path: str | os.PathLike[str], *, names: bool = True) -> InstanceFile:

@@ -64,10 +64,8 @@ class InstanceAnnotations:
                 content.faults,
                 "Scores against a part of the truth would mislead: correct the file.",
             )
-        note, all_crowds = content.crowds_by_mistake("set it to 0 in the file for instances")
-        if all_crowds:
-            raise ValueError(note)
-        for line in (*filter(None, [note]), *faults.summary(content.remarks, shown=3)):
+        notes = content.crowds_note("set it to 0 in the file for instances")
+        for line in (*notes, *faults.summary(content.remarks, shown=3)):
             logging.warning("%s", line)
         self._content = content
         self._classes = _class_of_category(self.path, content, metadata)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import re
+import types
 
 import cv2
 import numpy as np
@@ -14,8 +15,9 @@ from input_pipeline.annotations import faults, instances, panoptic
 from input_pipeline.annotations.faults import Fault, FaultsError
 from input_pipeline.coco_format import CocoFolderSource
 from input_pipeline.coco_instances import HIDDEN, CocoInstanceSource
-from input_pipeline.records import RecordError
+from input_pipeline.records import RecordError, SegmentTable
 from oneformer_jax.eval.instance_json import InstanceAnnotations
+from oneformer_jax.eval.metrics import PanopticQuality
 from oneformer_jax.types import Metadata
 from tests.input_pipeline import annotation_cases as cases
 
@@ -330,6 +332,72 @@ def test_pairs_of_coordinates_are_read_as_a_flat_list(pictures, tmp_path):
     np.testing.assert_array_equal(flat["panoptic"], paired["panoptic"])
 
 
+# ----------------------------------------------------------------------------------- areas
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+@pytest.mark.parametrize("area", [None, 0, 7, 1e6, cases.MISSING])
+def test_a_perfect_prediction_gets_a_pq_of_100_whatever_the_areas_say(
+    area, prepare, pictures, tmp_path, caplog
+):
+    content = cases.panoptic()
+    for annotation in content["annotations"]:
+        for segment in annotation["segments_info"]:
+            segment["area"] = area
+            if area is cases.MISSING:
+                del segment["area"]
+        # Listed, but not drawn.
+        annotation["segments_info"].append({"id": 3, "category_id": 7, "area": 50})
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    options = {
+        "train_images": str(pictures),
+        "train_panoptic": str(pictures),
+        "train_json": str(file),
+        "validation_json": "",
+        "name": "areas",
+        "prepare": prepare,
+    }
+    source, info = sources.open_source(
+        "coco_folder", data_dir=tmp_path, split="train", options=options
+    )
+    assert "4 x area that is not the number of pixels" in caplog.text
+    assert "2 x segment without a pixel" in caplog.text
+    metric = PanopticQuality(info.is_thing)
+    for index in range(len(source)):
+        record = source[index]
+        segments = [{"id": s["id"], "category_id": s["category"]} for s in record["segments"]]
+        metric.update(
+            types.SimpleNamespace(segments=record["panoptic"], segments_info=segments), record
+        )
+    assert metric.compute()["panoptic/PQ"] == 100 and metric.counts()["panoptic/fn"] == 0
+
+
+def test_a_thing_that_is_not_drawn_makes_no_prepared_image_with_things(pictures, tmp_path):
+    content = cases.panoptic()
+    content["annotations"][0]["segments_info"][0]["category_id"] = 30
+    content["annotations"][0]["segments_info"].append({"id": 3, "category_id": 7, "area": 50})
+    file = tmp_path / "annotations.json"
+    file.write_text(cases.dump(content))
+    options = {
+        "train_images": str(pictures),
+        "train_panoptic": str(pictures),
+        "train_json": str(file),
+        "validation_json": "",
+        "name": "things",
+    }
+    source, _ = sources.open_source(
+        "coco_folder", data_dir=tmp_path, split="train", options=options
+    )
+    assert [source.has_things(i) for i in (0, 1)] == [False, True]
+
+
+def test_areas_of_records_prepared_earlier_are_counted_when_they_are_read():
+    table = SegmentTable.from_lists([5, 9, 7], [0, 1, 0], [0, 0, 0], [1, 999, 4])
+    measured = table.measured(np.array([[5, 5, 0], [9, 0, 0]]), "here")
+    assert (measured.ids.tolist(), measured.areas.tolist()) == ([5, 9], [2, 1])
+
+
 # --------------------------------------------------------------------------------- crowds
 
 
@@ -440,9 +508,10 @@ def test_faults_are_counted_by_kind_and_written_whole(tmp_path):
     assert faults.summary(found, shown=2) == [
         "30 x a", "  a 0", "  a 1", "  and 28 more", "1 x b", "  b 0",
     ]  # fmt: skip
-    faults.write(tmp_path / "faults.txt", found)
+    faults.write(tmp_path / "faults.txt", found, found[-1:])
     text = (tmp_path / "faults.txt").read_text()
-    assert text.startswith("31 faults\n") and text.count("\n  a ") == 30 and "\n  b 0" in text
+    assert text.startswith("faults: 31\n       30 x a\n        1 x b\n")
+    assert text.count("\n  a ") == 30 and text.count("\n  b 0") == 2 and "odd, but read: 1" in text
 
 
 def test_inspection_goes_on_after_every_fault(pictures, tmp_path):
@@ -456,4 +525,4 @@ def test_inspection_goes_on_after_every_fault(pictures, tmp_path):
     found = statistics.collect(source, info, limit=0)
     assert len(found.faults) == 5 and len(found.sizes) == 2
     report = statistics.report(found, info, 10, 10)
-    assert "5 faults, which end a training" in report and "2 x polygon without three" in report
+    assert "faults (5), which end a training" in report and "2 x polygon without three" in report

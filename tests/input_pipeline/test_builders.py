@@ -298,7 +298,7 @@ def test_preparation_lists_all_broken_records(coco_folder, tmp_path):
     with pytest.raises(ValueError, match=r"has 2 faults") as error:
         _open(coco_folder, tmp_path)
     listing = tmp_path / "coco_folder" / "animals" / "faults.txt"
-    assert str(listing) in str(error.value) and listing.read_text().startswith("2 faults\n")
+    assert str(listing) in str(error.value) and listing.read_text().startswith("faults: 2\n")
     assert "0001.jpg" in str(error.value) and "0003.png" in str(error.value)
     assert "skip_broken" in str(error.value)
 
@@ -306,6 +306,20 @@ def test_preparation_lists_all_broken_records(coco_folder, tmp_path):
     assert [source[i]["image_id"] for i in range(len(source))] == ["100", "102"]
     assert source.image_size(1) == (26, 40)  # facts and records keep in step
     with pytest.raises(ValueError, match=r"without 2 broken record.*0001\.jpg"):
+        _open(coco_folder, tmp_path)  # not silently fewer
+
+
+def test_preparation_leaves_out_segments_and_not_their_image(coco_folder, tmp_path):
+    segments = coco_folder.json["train"]["annotations"][1]["segments_info"]
+    segments[0]["category_id"] = 999
+    segments[1]["id"] = "x"
+    coco_folder.write("train")
+    with pytest.raises(ValueError, match=r"(?s)has 2 faults.*0001\.png.*category_id 999") as error:
+        _open(coco_folder, tmp_path)
+    assert "segments_info[1].id, it is 'x'" in str(error.value)
+    source, _ = _open(coco_folder, tmp_path, skip_broken=True)
+    assert len(source) == 4 and [s["id"] for s in source[1]["segments"]] == [300]
+    with pytest.raises(ValueError, match="without 2 broken record"):
         _open(coco_folder, tmp_path)  # not silently fewer
 
 
