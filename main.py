@@ -68,15 +68,9 @@ _DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare: where the prepared
 _SPLIT = flags.DEFINE_multi_enum(
     "split", ["train", "validation"], ["train", "validation"], "prepare: only this split."
 )
-_SKIP_BROKEN = flags.DEFINE_bool(
-    "skip_broken", False, "prepare: leave out what is missing or broken instead of failing."
-)
-_LIMIT = flags.DEFINE_integer(
-    "limit", 2000, "inspect: images that are read for the counts; 0: all.", 0
-)
-_SUGGEST = flags.DEFINE_bool(
-    "suggest", False, "compile: if the training does not fit, look for settings that do."
-)
+_SKIP_BROKEN = flags.DEFINE_bool("skip_broken", False, "prepare: leave out what is broken.")
+_LIMIT = flags.DEFINE_integer("limit", 2000, "inspect: images read for the counts; 0: all.", 0)
+_SUGGEST = flags.DEFINE_bool("suggest", False, "compile: if it does not fit, look for what does.")
 _QUICK = flags.DEFINE_bool("quick", False, "compile: faster, by other programs than a run has.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -305,32 +299,20 @@ def run_prepare(
     )
 
 
-def run_inspect(
-    config: ConfigDict, output: str | None = None, count: int = 12, limit: int = 2000
-) -> None:
-    """Draws `count` training samples, counts what the split holds and lists all of its faults.
-
-    At most `limit` images are read for the counts, 0: all; annotation files are checked whole.
-    """
+def run_inspect(config: ConfigDict, output: str | None = None, count=12, limit=2000) -> None:
+    """Draws `count` training samples; counts what `limit` images hold (0: all); lists faults."""
     from input_pipeline import loader, statistics, tokenizer
-    from input_pipeline.annotations import faults
     from oneformer_jax.eval import inspection
 
     output = output or os.path.join("runs", "inspection")
-    os.makedirs(output, exist_ok=True)
-    listing = os.path.join(output, "faults.txt")
-    try:
+    with statistics.listing_faults(output) as listing:
         source, info = open_split(config, config.dataset.train_split, for_inspection=True)
         found = statistics.collect(source, info, limit)
-    except faults.FaultsError as error:
-        faults.write(listing, error.faults)
-        raise ValueError(f"{error}\nAll faults are listed in {listing}") from None
+        found.write_faults(listing)
     settings = dataclasses.replace(train_loader_config(config), num_workers=0, skip_broken=True)
     print(statistics.report(found, info, settings.num_slots, settings.num_texts))
-    faults.write(listing, found.faults, found.remarks)
     print(f"\nAll faults and oddities are listed in {listing}")
-    table = tokenizer.text_table(info.class_names, config.data.text_template)
-    texts = tokenizer.detokenize(table)
+    texts = tokenizer.detokenize(tokenizer.text_table(info.class_names, config.data.text_template))
     batches, samples = loader.train_loader(source, settings, info), []
     while len(samples) < count:
         batch = next(batches)
@@ -379,7 +361,7 @@ def run_compile(config: ConfigDict, **options: bool) -> bool:
 # ------------------------------------------------------------------------ from config to data
 
 
-def open_split(config: ConfigDict, split: str, *, for_inspection: bool = False):
+def open_split(config: ConfigDict, split: str, **how: bool):
     """Source and table of one split of the config's dataset; prepares it if need be."""
     from input_pipeline import sources
 
@@ -387,11 +369,7 @@ def open_split(config: ConfigDict, split: str, *, for_inspection: bool = False):
     if "skip_broken" in sources.OPTIONS.get(dataset.name, {}):  # one switch, also of preparation
         options.setdefault("skip_broken", config.data.skip_broken)
     return sources.open_source(
-        dataset.name,
-        data_dir=dataset.data_dir,
-        split=split,
-        options=options,
-        for_inspection=for_inspection,
+        dataset.name, data_dir=dataset.data_dir, split=split, options=options, **how
     )
 
 

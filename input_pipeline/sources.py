@@ -7,7 +7,7 @@ their files where they are used, so loader workers may share one.
 from __future__ import annotations
 
 import copy
-import difflib
+import dataclasses
 import logging
 import os
 import shutil
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from input_pipeline import datasets
-from input_pipeline.annotations import faults
+from input_pipeline.annotations.faults import check_annotations
 from input_pipeline.coco_format import CocoFolderSource, coco_folder_info
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.files import exclusive, writing
@@ -33,6 +33,7 @@ from input_pipeline.records import (
     decode_panoptic_compact,
     make_record,
 )
+from oneformer_jax.files import did_you_mean
 
 __all__ = [
     "CocoFolderSource",
@@ -362,11 +363,11 @@ def open_source(
     elif name == "coco_folder":
         source = _open_coco_folder(data_dir, split, options)
         if not for_inspection:
-            _check_annotations(source, options)
+            check_annotations(source, options["skip_broken"])
     elif name == "coco_instances":
         source = _open_coco_instances(data_dir, split, options)
         if not for_inspection:
-            _check_annotations(source, options)
+            check_annotations(source, options["skip_broken"])
     elif name == "semantic_folder":
         source = _open_semantic_folder(data_dir, split, options)
     else:
@@ -374,32 +375,9 @@ def open_source(
     return source, source.info
 
 
-def _check_annotations(source: Source, options: Mapping) -> None:
-    """Raises FaultsError for faults that nothing allows, and logs what else is odd."""
-    found = getattr(source, "faults", [])
-    if found and not options["skip_broken"]:
-        raise faults.error(
-            "the annotation file",
-            found,
-            "Correct the annotations (--mode=inspect lists all faults), or set "
-            "data.skip_broken=True to leave them out.",
-        )
-    for line in faults.summary(found, shown=3):
-        logging.warning("left out: %s", line)
-    for note in getattr(source, "notes", ()):
-        logging.warning("%s", note)
-    for line in faults.summary(getattr(source, "remarks", ()), shown=3):
-        logging.warning("%s", line)
-    if hasattr(source, "sample_remarks"):
-        for line in faults.summary(source.sample_remarks(), shown=3):
-            logging.warning("in a sample of the images: %s", line)
-
-
 def _nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
-    near = difflib.get_close_matches(str(word), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{hint} known are {', '.join(known)}"
+    return f"{did_you_mean(word, known)}; known are {', '.join(known)}"
 
 
 def _open_synthetic(data_dir: str | os.PathLike, split: str, options: dict) -> TfdsSource:
@@ -465,14 +443,9 @@ def _open_coco_folder(
             done = prepare(CocoFolder(config=config, data_dir=data_dir))
         _check_fresh(done, folders[split], split, options)
         return TfdsSource(done, split)
-    folder = folders[split]
-    return CocoFolderSource(
-        folder.images_dir,
-        folder.panoptic_dir,
-        folder.json_path,
-        _coco_folder_info(name, table, folders),
-        skip_broken=options["skip_broken"],
-    )
+    info = _coco_folder_info(name, table, folders)
+    paths = dataclasses.astuple(folders[split])
+    return CocoFolderSource(*paths, info, skip_broken=options["skip_broken"])
 
 
 def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInstanceSource:
@@ -486,13 +459,8 @@ def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInsta
         info = datasets.dataset_info(options["table"])
     else:  # those of the training split, if there is one
         info = instance_file_info(root.resolve().name, next(iter(files.values())))
-    return CocoInstanceSource(
-        root / options[f"{split}_images"],
-        files[split],
-        info,
-        skip_broken=options["skip_broken"],
-        crowd_as_instances=options["crowd_as_instances"],
-    )
+    choices = {key: options[key] for key in ("skip_broken", "crowd_as_instances")}
+    return CocoInstanceSource(root / options[f"{split}_images"], files[split], info, **choices)
 
 
 def _open_semantic_folder(data_dir: Path, split: str, options: dict) -> SemanticFolderSource:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from input_pipeline import targets
-from input_pipeline.annotations.faults import Fault, FaultsError, summary
+from input_pipeline.annotations.faults import Fault, FaultsError, summary, write
 from input_pipeline.datasets import TASKS, DatasetInfo
 from input_pipeline.loader import Source
 from input_pipeline.records import RecordError
@@ -45,6 +47,22 @@ class Statistics:
     faults: list[Fault]
     remarks: list[Fault]
     notes: tuple[str, ...]
+
+    def write_faults(self, path: str) -> None:
+        """Writes all faults and remarks: see `annotations.faults.write`."""
+        write(path, self.faults, self.remarks)
+
+
+@contextlib.contextmanager
+def listing_faults(folder: str) -> Iterator[str]:
+    """Makes the folder and gives the path of its faults.txt, which a FaultsError is written to."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "faults.txt")
+    try:
+        yield path
+    except FaultsError as error:
+        write(path, error.faults)
+        raise ValueError(f"{error}\nAll faults are listed in {path}") from None
 
 
 def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int = 4) -> Statistics:

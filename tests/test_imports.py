@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RULES = {
     "main": (
         "oneformer_jax oneformer_jax.types oneformer_jax.train oneformer_jax.eval"
-        " oneformer_jax.eval.evaluate oneformer_jax.weights input_pipeline"
-        " input_pipeline.annotations input_pipeline.datasets configs configs.common",
+        " oneformer_jax.eval.evaluate oneformer_jax.weights input_pipeline input_pipeline.datasets"
+        " configs configs.common",
         "absl jax ml_collections",
     ),
     "oneformer_jax": (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import logging
 import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from oneformer_jax.files import first_few, write_atomically
 
@@ -44,6 +45,31 @@ def error(subject: str, faults: Sequence[Fault], way_out: str) -> FaultsError:
         return FaultsError(f"{faults[0].message}.\n{way_out}", faults)
     shown = first_few((f"  {fault.message}" for fault in faults), _SHOWN, "\n")
     return FaultsError(f"{subject} has {len(faults):,} faults:\n{shown}\n{way_out}", faults)
+
+
+def check_annotations(source: Any, skip_broken: bool) -> None:
+    """Raises FaultsError for the `faults` of a source, or logs them, and what else is odd.
+
+    Args:
+      source: may have `faults`, `notes`, `remarks` and `sample_remarks()`.
+      skip_broken: whether the source leaves out what has faults.
+    """
+    found = getattr(source, "faults", [])
+    if found and not skip_broken:
+        raise error(
+            "the annotation file",
+            found,
+            "Correct the annotations (--mode=inspect lists all faults), or set "
+            "data.skip_broken=True to leave them out.",
+        )
+    lines = [f"left out: {line}" for line in summary(found, shown=3)]
+    lines += getattr(source, "notes", ())
+    lines += summary(getattr(source, "remarks", ()), shown=3)
+    if hasattr(source, "sample_remarks"):
+        sampled = summary(source.sample_remarks(), shown=3)
+        lines += [f"in a sample of the images: {line}" for line in sampled]
+    for line in lines:
+        logging.warning("%s", line)
 
 
 def by_kind(faults: Iterable[Fault]) -> dict[str, list[str]]:

@@ -61,8 +61,6 @@ def mutated(content: dict, rng: random.Random) -> bytes:
 def read(reader: str, folder: pathlib.Path, file: pathlib.Path) -> str:
     """Reads all that a program would; "read" or "refused". Other errors than ours get out."""
     from input_pipeline.builders.coco import images_with_instances
-    from input_pipeline.coco_format import CocoFolderSource
-    from input_pipeline.coco_instances import CocoInstanceSource
     from input_pipeline.records import RecordError
     from oneformer_jax.eval.instance_json import InstanceAnnotations
     from oneformer_jax.types import Metadata
@@ -77,10 +75,7 @@ def read(reader: str, folder: pathlib.Path, file: pathlib.Path) -> str:
             truth.masks("1", shape), truth.masks("2", shape)
         else:
             for skip_broken in (False, True):
-                if reader == "panoptic":
-                    source = CocoFolderSource(folder, folder, file, skip_broken=skip_broken)
-                else:
-                    source = CocoInstanceSource(folder, file, skip_broken=skip_broken)
+                source = cases.opened(reader, folder, file, skip_broken=skip_broken)
                 for index in range(len(source)):
                     source.has_things(index)
                     try:
@@ -98,17 +93,10 @@ def read(reader: str, folder: pathlib.Path, file: pathlib.Path) -> str:
 
 def run(reader: str, count: int, seed: int) -> dict[str, int]:
     """Tries `count` mutations in this process; an AssertionError has the file that failed."""
-    import cv2
-    import numpy as np
-
     counts = {"read": 0, "refused": 0}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        ids = np.full((cases.HEIGHT, cases.WIDTH, 3), (0, 0, 2), np.uint8)
-        ids[4:14, 4:14] = (0, 0, 1)
-        for i in (1, 2):
-            cv2.imwrite(str(folder / f"{i}.jpg"), np.full_like(ids, 90))
-            cv2.imwrite(str(folder / f"{i}.png"), ids)
+        cases.make_pictures(folder)
         content = cases.panoptic() if reader == "panoptic" else cases.instances()
         for number in range(count):
             data = mutated(content, random.Random(f"{seed} {number}"))

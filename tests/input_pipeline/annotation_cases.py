@@ -3,8 +3,14 @@
 import copy
 import json
 
+import cv2
+import numpy as np
+
+from input_pipeline.coco_format import CocoFolderSource
+from input_pipeline.coco_instances import CocoInstanceSource
+
 MISSING = object()
-HEIGHT, WIDTH = 32, 48
+SHAPE = HEIGHT, WIDTH = 32, 48
 
 # Values that no number of these files may have, and some that a few of them may.
 SPOILED = {
@@ -95,3 +101,20 @@ def spoiled(content, path, value):
 
 def dump(content):
     return json.dumps(content)  # with NaN and Infinity, as Python writes them
+
+
+def make_pictures(folder):
+    """Writes the images and the PNGs that the files name; a PNG has 100 pixels of id 1."""
+    ids = np.full((*SHAPE, 3), (0, 0, 2), np.uint8)
+    ids[4:14, 4:14] = (0, 0, 1)
+    for i in (1, 2):
+        cv2.imwrite(str(folder / f"{i}.jpg"), np.full((*SHAPE, 3), 90, np.uint8))
+        cv2.imwrite(str(folder / f"{i}.png"), ids)
+    return folder
+
+
+def opened(kind, pictures, path, **options):
+    """The source that reads a file of the kind "panoptic" or "instances"."""
+    if kind == "panoptic":
+        return CocoFolderSource(pictures, pictures, path, **options)
+    return CocoInstanceSource(pictures, path, **options)
