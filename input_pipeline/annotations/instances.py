@@ -123,12 +123,16 @@ def read_instances(path: str | os.PathLike[str], *, names: bool = True) -> Insta
     """
     path = str(path)
     file = schemas.open_file(path, LAYOUT)
+    if "segments_info" in schemas.keys_of(file.annotations):
+        raise ValueError(
+            f"{path} looks like a panoptic JSON, which has one annotation per image: use "
+            'dataset.name="coco_folder"'
+        )
     categories = schemas.categories_of(
         path, file.categories, schemas.Category if names else schemas.IdOfCategory
     )
     if not file.images:
         raise ValueError(f"{path} lists no images: the dataset is empty")
-    _refuse_panoptic(path, file)
     faults: list[Fault] = []
     listed = schemas.decode_list(path, "images", file.images, schemas.Image, faults)
     images = [image for image in listed if image is not None]
@@ -144,19 +148,6 @@ def read_instances(path: str | os.PathLike[str], *, names: bool = True) -> Insta
     reading.add(file.annotations)
     del file  # of as many bytes as all that is kept of it
     return reading.finish()
-
-
-def _refuse_panoptic(path: str, file: schemas.CocoFile) -> None:
-    for entry in file.annotations[:1]:
-        try:
-            keys = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])
-        except msgspec.DecodeError:
-            return
-        if "segments_info" in keys:
-            raise ValueError(
-                f"{path} looks like a panoptic JSON, which has one annotation per image: use "
-                'dataset.name="coco_folder"'
-            )
 
 
 class _ImageOf(msgspec.Struct):

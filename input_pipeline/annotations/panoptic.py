@@ -126,6 +126,12 @@ def read_panoptic(path: str | os.PathLike[str], *, image_names: bool = True) -> 
     """
     path = str(path)
     file = schemas.open_file(path, LAYOUT)
+    first = schemas.keys_of(file.annotations)
+    if "segmentation" in first and "segments_info" not in first:
+        raise ValueError(
+            f"{path} looks like an instance JSON, which has one annotation per object: use "
+            'dataset.name="coco_instances"'
+        )
     categories = schemas.categories_of(path, file.categories, schemas.PanopticCategory)
     if not file.annotations:
         raise ValueError(f"{path} has no annotations: the dataset is empty")
@@ -149,7 +155,8 @@ def read_panoptic(path: str | os.PathLike[str], *, image_names: bool = True) -> 
         except msgspec.DecodeError as cause:
             found = _part_by_part(path, number, entry)
             if isinstance(found, msgspec.DecodeError):
-                broken[number] = _broken(path, number, entry, cause)
+                place = f"$.annotations[{number}]"
+                broken[number] = schemas.wrong_value(path, place, cause, entry)
                 for column in (image_ids, image_files, panoptic_files):
                     column.append("")
                 counts.append(0)
@@ -222,18 +229,3 @@ def _part_by_part(
     )
     good = [segment for segment in segments if segment is not None]
     return schemas.PanopticAnnotation(outer.image_id, outer.file_name, good), faults
-
-
-def _broken(path: str, number: int, entry: msgspec.Raw, cause: Exception) -> Fault:
-    fault = schemas.wrong_value(path, f"$.annotations[{number}]", cause, entry)
-    try:
-        keys = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])
-    except msgspec.DecodeError:
-        return fault
-    if "segmentation" in keys and "segments_info" not in keys:
-        hint = (
-            "this looks like an instance JSON, which has one annotation per object: "
-            'dataset.name="coco_instances" reads those'
-        )
-        return fault._replace(message=f"{fault.message}; {hint}")
-    return fault

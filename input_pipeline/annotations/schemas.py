@@ -163,7 +163,12 @@ def _as_text(match: re.Match[bytes]) -> bytes:
     return found if found.startswith(b'"') else b'"\\u0000' + found + b', which JSON does not have"'
 
 
-def _keys(data: bytes) -> list[str]:
+def keys_of(entries: list[Raw]) -> list[str]:
+    """Keys of the first entry of a list, which tell the kind of the file; [] if it has none."""
+    return _keys(entries[0]) if entries else []
+
+
+def _keys(data: bytes | Raw) -> list[str]:
     try:
         return list(msgspec.json.decode(data, type=dict[str, Raw]))
     except (msgspec.MsgspecError, RecursionError, ValueError):
