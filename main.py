@@ -72,12 +72,9 @@ _DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare: where the prepared
 _SPLIT = flags.DEFINE_multi_enum(
     "split", ["train", "validation"], ["train", "validation"], "prepare: only this split."
 )
-_SKIP_BROKEN = flags.DEFINE_bool(
-    "skip_broken", False, "prepare: leave out what is missing or broken instead of failing."
-)
-_SUGGEST = flags.DEFINE_bool(
-    "suggest", False, "compile: if the training does not fit, look for settings that do."
-)
+_SKIP_BROKEN = flags.DEFINE_bool("skip_broken", False, "prepare: leave out what is broken.")
+_LIMIT = flags.DEFINE_integer("limit", 2000, "inspect: images read for the counts; 0: all.", 0)
+_SUGGEST = flags.DEFINE_bool("suggest", False, "compile: if it does not fit, look for what does.")
 _QUICK = flags.DEFINE_bool("quick", False, "compile: faster, by other programs than a run has.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -312,16 +309,20 @@ def run_prepare(
     )
 
 
-def run_inspect(config: ConfigDict, output: str | None = None, count: int = 12) -> None:
-    """Draws the first `count` training samples and counts what the training split holds."""
+def run_inspect(config: ConfigDict, output: str | None = None, count=12, limit=2000) -> None:
+    """Draws `count` training samples; counts what `limit` images hold (0: all); lists faults."""
     from input_pipeline import loader, statistics, tokenizer
     from oneformer_jax.eval import inspection
 
     output = output or os.path.join("runs", "inspection")
-    source, info = open_split(config, config.dataset.train_split)
-    settings = dataclasses.replace(train_loader_config(config), num_workers=0)
-    table = tokenizer.text_table(info.class_names, config.data.text_template)
-    texts = tokenizer.detokenize(table)
+    with statistics.listing_faults(output) as listing:
+        source, info = open_split(config, config.dataset.train_split, for_inspection=True)
+        found = statistics.collect(source, info, limit)
+        found.write_faults(listing)
+    settings = dataclasses.replace(train_loader_config(config), num_workers=0, skip_broken=True)
+    print(statistics.report(found, info, settings.num_slots, settings.num_texts))
+    print(f"\nAll faults and oddities are listed in {listing}")
+    texts = tokenizer.detokenize(tokenizer.text_table(info.class_names, config.data.text_template))
     batches, samples = loader.train_loader(source, settings, info), []
     while len(samples) < count:
         batch = next(batches)
@@ -331,9 +332,7 @@ def run_inspect(config: ConfigDict, output: str | None = None, count: int = 12) 
             samples.append(inspection.Sample(**parts, name=source[index]["file_name"]))
     batches.close()
     path = inspection.write(samples[:count], metadata_of(info), output)
-    found = statistics.collect(source, info)
-    print(statistics.report(found, info, settings.num_slots, settings.num_texts))
-    print(f"\nThe first {count} training samples are drawn in {path}")
+    print(f"The first {count} training samples are drawn in {path}")
 
 
 def run_replay(config: ConfigDict, workdir: str, step: int | None = None) -> None:
@@ -372,7 +371,7 @@ def run_compile(config: ConfigDict, **options: bool) -> bool:
 # ------------------------------------------------------------------------ from config to data
 
 
-def open_split(config: ConfigDict, split: str):
+def open_split(config: ConfigDict, split: str, **how: bool):
     """Source and table of one split of the config's dataset; prepares it if need be."""
     from input_pipeline import sources
 
@@ -380,7 +379,7 @@ def open_split(config: ConfigDict, split: str):
     if "skip_broken" in sources.OPTIONS.get(dataset.name, {}):  # one switch, also of preparation
         options.setdefault("skip_broken", config.data.skip_broken)
     return sources.open_source(
-        dataset.name, data_dir=dataset.data_dir, split=split, options=options
+        dataset.name, data_dir=dataset.data_dir, split=split, options=options, **how
     )
 
 
@@ -510,7 +509,7 @@ def main(argv: Sequence[str]) -> None:
         elif mode == "convert":
             run_convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value)
         elif mode == "inspect":
-            run_inspect(config, _OUTPUT.value)
+            run_inspect(config, _OUTPUT.value, limit=_LIMIT.value)
         else:
             run_predict(_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
     except KeyboardInterrupt:

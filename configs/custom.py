@@ -40,6 +40,7 @@ DATA = {
         "train_json": "instances_train.json",
         "validation_images": "images",
         "validation_json": "instances_val.json",
+        "crowd_as_instances": False,  # True for tools that write iscrowd 1 for every mask
     },
     "semantic": {
         "root": "",

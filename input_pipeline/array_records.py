@@ -201,10 +201,12 @@ class TfdsSource:
         where = f"{where} ({example.file_name})"
         segments = example.segments
         segments.check(self.info.num_classes, where)
-        decode = _DECODERS[self._dense, compact]
+        panoptic = _DECODERS[self._dense, compact](example.panoptic_png, segments, where)
+        if not compact and example.semantic_png is None:  # ADE20K's areas are its own
+            segments = segments.measured(panoptic, where)
         record = make_record(
             decode_image(example.image, where),
-            decode(example.panoptic_png, segments, where),
+            panoptic,
             segments.numbered() if compact else segments,
             image_id=example.image_id,
             file_name=example.file_name,

@@ -2,69 +2,66 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from input_pipeline import datasets
+from input_pipeline.annotations import schemas
+from input_pipeline.annotations.faults import Fault
+from input_pipeline.annotations.panoptic import LAYOUT, NO_AREA, PanopticFile, read_panoptic
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.files import found_in
 from input_pipeline.records import (
     RecordError,
     SegmentTable,
     checked_index,
+    count_pixels,
     decode_image,
-    decode_panoptic,
     decode_panoptic_compact,
+    keep_visible,
     make_record,
     read_image_size,
+    with_ids,
 )
 
-_LAYOUT = (
-    "a COCO-panoptic dataset is a folder of images, a folder of panoptic PNGs and a JSON with "
-    '"images", "annotations" (each with image_id, file_name and segments_info) and "categories"'
-)
+NO_PIXEL = "segment without a pixel"
+WRONG_AREA = "area that is not the number of pixels"
 
 
-def load_coco_json(path: str | os.PathLike) -> dict:
-    """Reads a COCO-panoptic JSON and checks its layout.
+class Annotation(NamedTuple):
+    """The map of an image with the segments that it shows.
+
+    Attributes:
+      numbers: uint8 [H, W], or uint16 above 255 segments: positions in `segments` + 1, 0 is void.
+      segments: those with a pixel; areas are the pixels.
+      remarks: segments without a pixel and areas that were corrected.
+    """
+
+    numbers: np.ndarray
+    segments: SegmentTable
+    remarks: list[Fault]
+
+
+def check_json(path: Path, kind: str, layout: str) -> None:
+    """FileNotFoundError unless a JSON is there; says what lies there instead."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {kind} JSON {path}: {layout}; {found_in(path)}")
+
+
+def coco_folder_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
+    """The class table of a COCO-panoptic JSON.
 
     Raises:
-      FileNotFoundError: no such file; says what lies there instead.
-      ValueError: not JSON, or not in the COCO-panoptic layout.
+      FileNotFoundError: no such file.
+      ValueError: not such a JSON, or wrong categories.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no panoptic JSON {path}: {_LAYOUT}; {found_in(path)}")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); is it truncated?") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}; {_LAYOUT}")
-    missing = [key for key in ("images", "annotations", "categories") if key not in content]
-    if missing:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)} (it has {', '.join(content) or 'nothing'}); "
-            + _LAYOUT
-        )
-    for number, annotation in enumerate(content["annotations"]):
-        missing = [
-            key for key in ("image_id", "file_name", "segments_info") if key not in annotation
-        ]
-        if missing:
-            hint = (
-                " (this looks like an instance JSON, which has one annotation per object: "
-                'dataset.name="coco_instances" reads those)'
-                if "segmentation" in annotation
-                else ""
-            )
-            raise ValueError(
-                f"{path}: annotation {number} lacks {', '.join(missing)}{hint}; {_LAYOUT}"
-            )
-    return content
+    check_json(Path(json_path), "panoptic", LAYOUT)
+    categories = schemas.read_categories(json_path, LAYOUT, schemas.PanopticCategory)
+    return datasets.from_coco_categories(name, categories)
 
 
 def check_categories(path: Path, categories: list[dict], info: DatasetInfo) -> None:
@@ -89,18 +86,24 @@ def check_categories(path: Path, categories: list[dict], info: DatasetInfo) -> N
 class CocoFolderSource:
     """Reads a COCO-panoptic-format folder directly, without preparation.
 
-    The JSON is kept as flat arrays, so that a source of 100,000 images is a small pickle.
+    Areas are the pixels of the PNG, whatever the JSON says, and segments without a pixel are left
+    out. The JSON is kept as flat arrays, so that a source of 100,000 images is a small pickle.
 
     Args:
       images_dir: folder of the images.
       panoptic_dir: folder of the panoptic PNGs.
       json_path: the COCO-panoptic JSON.
       info: class table; default: the categories of the JSON (`datasets.from_coco_categories`).
-      content: what `load_coco_json` gave for the JSON, where it was read before or changed.
+      content: what `read_panoptic` gave for the JSON, where its categories are not to be compared
+        with `info`.
+      skip_broken: take segments with faults for void; without it their image is broken.
+
+    Attributes:
+      faults: everything that is wrong in the JSON.
 
     Raises:
       FileNotFoundError: a folder or the JSON is missing.
-      ValueError: the JSON has another layout, no annotation, or categories that `info` lacks.
+      ValueError: see `read_panoptic`; or categories that `info` lacks.
     """
 
     def __init__(
@@ -109,95 +112,86 @@ class CocoFolderSource:
         panoptic_dir: str | os.PathLike,
         json_path: str | os.PathLike,
         info: DatasetInfo | None = None,
-        content: dict | None = None,
+        content: PanopticFile | None = None,
+        *,
+        skip_broken: bool = False,
     ):
         self._images_dir, self._panoptic_dir = Path(images_dir), Path(panoptic_dir)
-        self._json_path = Path(json_path)
-        if content is None:
-            content = load_coco_json(json_path)
+        self._json_path, self.skip_broken = Path(json_path), skip_broken
+        check_json(self._json_path, "panoptic", LAYOUT)
         for kind, folder in (("images", self._images_dir), ("panoptic PNGs", self._panoptic_dir)):
             if not folder.is_dir():
                 raise FileNotFoundError(
-                    f"no folder of {kind} {folder}: {_LAYOUT}; {found_in(folder)}"
+                    f"no folder of {kind} {folder}: {LAYOUT}; {found_in(folder)}"
                 )
+        given, content = content, content or read_panoptic(json_path)
         if info is None:
-            info = datasets.from_coco_categories(self._json_path.stem, content["categories"])
-        else:
-            check_categories(self._json_path, content["categories"], info)
+            info = datasets.from_coco_categories(self._json_path.stem, content.categories)
+        elif given is None:
+            check_categories(self._json_path, content.categories, info)
         self.info = info
         self._contiguous = info.contiguous_ids()
+        self._content = content.without_categories(info.category_ids)
 
-        annotations = content["annotations"]
-        if not annotations:
-            raise ValueError(f"{json_path} has no annotations: the dataset is empty")
-        image_names = {image["id"]: image.get("file_name", "") for image in content["images"]}
-        self._image_ids = [str(annotation["image_id"]) for annotation in annotations]
-        self._image_names = [image_names.get(a["image_id"], "") for a in annotations]
-        self._panoptic_names = [annotation["file_name"] for annotation in annotations]
-        segments = [segment for a in annotations for segment in a["segments_info"]]
-        self._offsets = np.cumsum([0] + [len(a["segments_info"]) for a in annotations])
-        try:
-            # Rows: id, category id, iscrowd, area.
-            self._segments = np.array(
-                [(s["id"], s["category_id"], s.get("iscrowd", 0), s["area"]) for s in segments],
-                np.int64,
-            ).reshape(-1, 4)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{json_path}: every entry of segments_info needs the numbers id, category_id and "
-                f"area; one has not ({error!r})"
-            ) from error
+    @property
+    def faults(self) -> list[Fault]:
+        return self._content.faults
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else to know of the JSON, a sentence each."""
+        notes = []
+        if self._content.unannotated:
+            notes.append(
+                f"{self._json_path}: {self._content.unannotated:,} images have no annotation; they "
+                "are not read"
+            )
+        _, categories, crowd, _ = self._content.segments.T
+        things = [c for c, t in zip(self.info.category_ids, self.info.is_thing, strict=True) if t]
+        crowd = crowd[np.isin(categories, things)]
+        if len(crowd) and crowd.all():
+            notes.append(
+                f"{self._json_path}: all {len(crowd):,} segments of things have iscrowd 1, so they "
+                "are groups that nothing is learned from; set it to 0 for instances"
+            )
+        return tuple(notes)
 
     def __len__(self) -> int:
-        return len(self._image_ids)
+        return len(self._content.image_ids)
 
     def __repr__(self) -> str:
         return f"CocoFolderSource({str(self._json_path)!r}, {len(self)} records)"
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_content": self._content.for_reading()}
+
     def image_path(self, index: int) -> Path:
-        """Path of image `index`; RecordError if the JSON's list of images lacks it."""
-        if not self._image_names[index]:
-            raise RecordError(
-                f'{self._json_path}: the "images" list has no file_name for image_id '
-                f"{self._image_ids[index]}, which annotation {index} refers to"
-            )
-        return self._images_dir / self._image_names[index]
+        """Path of image `index`; RecordError if its annotation is broken."""
+        self._check_annotation(index)
+        return self._images_dir / self._content.image_names[index]
 
     def panoptic_path(self, index: int) -> Path:
-        """Path of the panoptic PNG of image `index`."""
-        return self._panoptic_dir / self._panoptic_names[index]
+        """Path of the panoptic PNG of image `index`; RecordError if its annotation is broken."""
+        self._check_annotation(index)
+        return self._panoptic_dir / self._content.panoptic_names[index]
 
     def image_id(self, index: int) -> str:
-        """Id of image `index` in the JSON, as text."""
-        return self._image_ids[index]
+        """Id of image `index` in the JSON, as text; "" if its annotation cannot be read."""
+        return self._content.image_ids[index]
 
-    def _rows(self, index: int) -> np.ndarray:
-        return self._segments[self._offsets[index] : self._offsets[index + 1]]
+    def left_out(self, index: int) -> list[Fault]:
+        """Faults of the segments of image `index`, which with `skip_broken` are void."""
+        return self._content.left_out.get(index, [])
 
-    def segments(self, index: int) -> SegmentTable:
-        """The segments of image `index` with contiguous classes.
-
-        Raises:
-          RecordError: a category that the class table lacks, a repeated id, an id out of range.
-        """
-        where = f"{self._json_path}, annotation of {self._panoptic_names[index]}"
-        ids, categories, crowd, areas = self._rows(index).T
-        classes = [self._contiguous.get(category, -1) for category in categories.tolist()]
-        if -1 in classes:
-            position = classes.index(-1)
-            raise RecordError(
-                f"{where}: segment {ids[position]} has category_id {categories[position]}, which "
-                'is not in "categories"; correct it or add the category'
-            )
-        table = SegmentTable.from_lists(ids, classes, crowd, areas)
-        table.check(self.info.num_classes, where)
-        return table
+    def _check_annotation(self, index: int) -> None:
+        fault = self._content.broken.get(index)
+        if fault:
+            raise RecordError(fault.message, fault.kind)
 
     def has_things(self, index: int) -> bool:
         """Whether image `index` has a segment of a thing that is no crowd; reads no file."""
-        _, categories, crowd, _ = self._rows(index).T
-        classes = [self._contiguous.get(category) for category in categories[crowd == 0].tolist()]
-        return any(k is not None and self.info.is_thing[k] for k in classes)
+        _, categories, crowd, _ = self._content.rows(index).T
+        return any(self.info.is_thing[self._contiguous[c]] for c in categories[crowd == 0].tolist())
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, read from the head of its file.
@@ -217,25 +211,85 @@ class CocoFolderSource:
           RecordError: the record is broken.
           IndexError: no such index.
         """
-        return self._record(index, compact=False)
+        return self.examine(index)[0]
 
     def compact(self, index: int) -> dict:
         """As `source[index]`, but a compact record (see `records`)."""
-        return self._record(index, compact=True)
-
-    def _record(self, index: int, *, compact: bool) -> dict:
         index = checked_index(index, len(self))
-        image_path = self.image_path(index)
-        panoptic_path = self.panoptic_path(index)
-        segments = self.segments(index)
-        decode = decode_panoptic_compact if compact else decode_panoptic
+        image = self._image(index)
+        annotation = self.annotation(index)
+        return self._record(index, image, annotation.numbers, annotation.segments.numbered())
+
+    def examine(self, index: int) -> tuple[dict, list[Fault]]:
+        """Record `index`, and what is odd about its annotation (`Annotation.remarks`)."""
+        index = checked_index(index, len(self))
+        image = self._image(index)
+        numbers, segments, remarks = self.annotation(index)
+        return self._record(index, image, with_ids(numbers, segments), segments), remarks
+
+    def annotation(self, index: int, *, skip_broken: bool | None = None) -> Annotation:
+        """The segments of image `index` with contiguous classes, and their map.
+
+        Args:
+          index: of the image.
+          skip_broken: takes the place of that of the source.
+
+        Raises:
+          RecordError: the annotation or the PNG is broken.
+        """
+        index = checked_index(index, len(self))
+        path = self.panoptic_path(index)
+        left_out = self.left_out(index)
+        if left_out and not (self.skip_broken if skip_broken is None else skip_broken):
+            more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+            raise RecordError(left_out[0].message + more, left_out[0].kind)
+        ids, categories, crowd, areas = self._content.rows(index).T
+        classes = [self._contiguous[category] for category in categories.tolist()]
+        segments = SegmentTable.from_lists(ids, classes, crowd, areas)
+        where = f"{self._json_path}, annotation of {path.name}"
+        segments.check(self.info.num_classes, where)
+        # A segment that is left out may have lost its id, so any unlisted one may be its.
+        numbers = decode_panoptic_compact(
+            self._read(path), segments, str(path), unlisted_is_void=bool(left_out)
+        )
+        pixels = count_pixels(numbers, segments)
+        remarks = [
+            Fault(NO_PIXEL, f"{where}: segment {segments.ids[i]} has no pixel; it is no truth")
+            for i in np.flatnonzero(pixels == 0)
+        ]
+        for i in np.flatnonzero((pixels > 0) & (areas != pixels)):
+            stated = "no area" if areas[i] == NO_AREA else f"the area {areas[i]}"
+            remarks.append(
+                Fault(
+                    WRONG_AREA,
+                    f"{where}: segment {segments.ids[i]} has {stated}, but {pixels[i]} pixels, "
+                    "which are used",
+                )
+            )
+        return Annotation(*keep_visible(numbers, segments, pixels), remarks)
+
+    def sample_remarks(self, count: int = 16) -> list[Fault]:
+        """What is odd about the annotations of `count` images, evenly spread."""
+        remarks = []
+        for index in np.unique(np.linspace(0, len(self) - 1, count).astype(int)).tolist():
+            with contextlib.suppress(RecordError):
+                remarks += self.annotation(index).remarks
+        return remarks
+
+    def _image(self, index: int) -> np.ndarray:
+        path = self.image_path(index)
+        return decode_image(self._read(path), str(path))
+
+    def _record(
+        self, index: int, image: np.ndarray, panoptic: np.ndarray, segments: SegmentTable
+    ) -> dict:
         return make_record(
-            decode_image(self._read(image_path), str(image_path)),
-            decode(self._read(panoptic_path), segments, str(panoptic_path)),
-            segments.numbered() if compact else segments,
-            image_id=self._image_ids[index],
-            file_name=self._image_names[index],
-            where=f"{image_path} with {panoptic_path}",
+            image,
+            panoptic,
+            segments,
+            image_id=self.image_id(index),
+            file_name=self._content.image_names[index],
+            where=f"{self.image_path(index)} with {self.panoptic_path(index)}",
         )
 
     def _read(self, path: Path) -> bytes:
@@ -244,5 +298,6 @@ class CocoFolderSource:
         except OSError as error:
             raise RecordError(
                 f"{path}: cannot be read ({error.strerror}), but {self._json_path} lists it; "
-                "restore the file or take it out of the JSON"
+                "restore the file or take it out of the JSON",
+                "file that cannot be read",
             ) from error

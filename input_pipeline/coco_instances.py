@@ -2,64 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from input_pipeline import datasets
-from input_pipeline.coco_format import check_categories
+from input_pipeline.annotations import run_lengths, schemas
+from input_pipeline.annotations.faults import Fault
+from input_pipeline.annotations.instances import LAYOUT, NO_PIXEL, read_instances
+from input_pipeline.annotations.run_lengths import SegmentationError
+from input_pipeline.coco_format import check_categories, check_json
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.files import found_in
 from input_pipeline.records import (
     RecordError,
     SegmentTable,
     checked_index,
+    count_pixels,
     decode_image,
+    keep_visible,
     make_record,
     read_image_size,
 )
 
-_LAYOUT = (
-    "a COCO instance dataset is a folder of images and a JSON with "
-    '"images", "annotations" (each with image_id, category_id and segmentation) and "categories"'
-)
-
-
-def load_instance_json(path: str | os.PathLike) -> dict:
-    """Reads a COCO instance JSON and checks its layout.
-
-    Raises:
-      FileNotFoundError: no such file; says what lies there instead.
-      ValueError: not JSON, or not in the layout of COCO instances.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no instance JSON {path}: {_LAYOUT}; {found_in(path)}")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); is it truncated?") from error
-    keys = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or not content.keys() >= set(keys):
-        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} holds {found or 'nothing'}; {_LAYOUT}")
-    if not content["images"]:
-        raise ValueError(f"{path} lists no images: the dataset is empty")
-    for number, annotation in enumerate(content["annotations"]):
-        if "segments_info" in annotation:
-            raise ValueError(
-                f"{path} looks like a panoptic JSON, which has one annotation per image: use "
-                'dataset.name="coco_folder"'
-            )
-        missing = [k for k in ("image_id", "category_id", "segmentation") if k not in annotation]
-        if missing:
-            raise ValueError(f"{path}: annotation {number} lacks {', '.join(missing)}; {_LAYOUT}")
-    return content
+HIDDEN = "annotation that others hide wholly"
 
 
 def instance_info(name: str, categories: Sequence[Mapping[str, Any]]) -> DatasetInfo:
@@ -67,11 +37,22 @@ def instance_info(name: str, categories: Sequence[Mapping[str, Any]]) -> Dataset
     return datasets.from_coco_categories(name, [{**c, "isthing": 1} for c in categories])
 
 
+def instance_file_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
+    """The class table of an instance JSON that is not read otherwise.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not such a JSON, or wrong categories.
+    """
+    check_json(Path(json_path), "instance", LAYOUT)
+    return instance_info(name, schemas.read_categories(json_path, LAYOUT, schemas.Category))
+
+
 class CocoInstanceSource:
     """Reads images and an instance JSON as records whose segments are the instances.
 
     A record's map holds one instance per pixel. Where annotations overlap, the smaller one is on
-    top and crowds are below all others; an instance that is covered wholly keeps no pixel. `area`
+    top and crowds are below all others; an instance without a visible pixel is left out. `area`
     is what is left visible. Pixels of no instance are void. All images of the JSON are records,
     also those without annotations.
 
@@ -79,10 +60,17 @@ class CocoInstanceSource:
       images_dir: folder of the images.
       json_path: the instance JSON.
       info: class table; default: the categories of the JSON (`instance_info`).
+      skip_broken: leave out annotations with faults; without it their image is broken.
+      crowd_as_instances: take iscrowd 1 for 0.
+
+    Attributes:
+      faults: everything that is wrong in the JSON.
+      remarks: annotations of the JSON that cover no pixel, or repeat another one.
+      notes: what else to know of the JSON, a sentence each.
 
     Raises:
       FileNotFoundError: the folder or the JSON is missing.
-      ValueError: the JSON has another layout, or categories that `info` lacks.
+      ValueError: see `read_instances`; categories that `info` lacks; nothing but crowds.
     """
 
     def __init__(
@@ -90,52 +78,48 @@ class CocoInstanceSource:
         images_dir: str | os.PathLike,
         json_path: str | os.PathLike,
         info: DatasetInfo | None = None,
+        *,
+        skip_broken: bool = False,
+        crowd_as_instances: bool = False,
     ):
         self._images_dir, self._json_path = Path(images_dir), Path(json_path)
-        content = load_instance_json(json_path)
+        self.skip_broken = skip_broken
+        check_json(self._json_path, "instance", LAYOUT)
         if not self._images_dir.is_dir():
             raise FileNotFoundError(
-                f"no folder of images {self._images_dir}: {_LAYOUT}; {found_in(self._images_dir)}"
+                f"no folder of images {self._images_dir}: {LAYOUT}; {found_in(self._images_dir)}"
             )
+        content = read_instances(json_path)
         if info is None:
-            info = instance_info(self._json_path.stem, content["categories"])
+            info = instance_info(self._json_path.stem, content.categories)
         else:
-            things = [{**category, "isthing": 1} for category in content["categories"]]
+            things = [{**category, "isthing": 1} for category in content.categories]
             check_categories(self._json_path, things, info)
         self.info = info
         self._contiguous = info.contiguous_ids()
-
-        images = content["images"]
-        position = {image["id"]: i for i, image in enumerate(images)}
-        grouped: list[list[dict]] = [[] for _ in images]
-        for annotation in content["annotations"]:
-            if annotation["image_id"] not in position:
-                raise ValueError(
-                    f'{json_path}: the "images" list has no image_id {annotation["image_id"]!r}, '
-                    "to which an annotation refers"
-                )
-            grouped[position[annotation["image_id"]]].append(annotation)
-        self._images = [
-            (str(image["id"]), image.get("file_name", ""), image.get("height"), image.get("width"))
-            for image in images
-        ]
-        keys = ("id", "category_id", "iscrowd", "segmentation")
-        # As text: a small pickle, and the numbers stay as they were written.
-        self._annotations = [
-            json.dumps([{k: a[k] for k in keys if k in a} for a in group]).encode()
-            for group in grouped
-        ]
-        self._has_things = np.array([any(not a.get("iscrowd") for a in g) for g in grouped])
+        self.faults, self.remarks = content.faults, content.remarks
+        self.notes: tuple[str, ...] = ()
+        if crowd_as_instances:
+            content = dataclasses.replace(content, crowd=np.zeros_like(content.crowd))
+        else:
+            self.notes = content.crowds_note(
+                "--config.dataset.options.crowd_as_instances=True reads them as instances"
+            )
+        self._content = content.for_reading()
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._content.image_ids)
 
     def __repr__(self) -> str:
         return f"CocoInstanceSource({str(self._json_path)!r}, {len(self)} records)"
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "faults": [], "remarks": []}  # loader processes need none
+
     def has_things(self, index: int) -> bool:
-        """Whether image `index` has an instance that is no crowd; reads no file."""
-        return bool(self._has_things[index])
+        """Whether image `index` has an instance with a pixel that is no crowd; reads no file."""
+        rows = self._content.rows(index)
+        return bool((~self._content.crowd[rows] & ~self._content.empty[rows]).any())
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, read from the head of its file.
@@ -153,50 +137,76 @@ class CocoInstanceSource:
           RecordError: the record is broken.
           IndexError: no such index.
         """
-        record = self.compact(index)
-        return {**record, "panoptic": record["panoptic"].astype(np.int32)}
+        return self.examine(index)[0]
+
+    def examine(self, index: int) -> tuple[dict, list[Fault]]:
+        """Record `index`, and which of its annotations have no visible pixel."""
+        record, remarks = self._record(index)
+        return {**record, "panoptic": record["panoptic"].astype(np.int32)}, remarks
 
     def compact(self, index: int) -> dict:
         """As `source[index]`, but a compact record (see `records`)."""
+        return self._record(index)[0]
+
+    def _record(self, index: int) -> tuple[dict, list[Fault]]:
         index = checked_index(index, len(self))
+        content = self._content
         path = self._image_path(index)
+        faults = list(content.faults_of_image.get(index, ()))
+        if faults and not self.skip_broken:
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            raise RecordError(faults[0].message + more, faults[0].kind)
         image = decode_image(self._read(path), str(path))
-        image_id, file_name, *listed = self._images[index]
-        shape = image.shape[:2]
-        if None not in listed and tuple(listed) != shape:
+        shape, listed = image.shape[:2], tuple(content.image_sizes[index].tolist())
+        if listed != (0, 0) and listed != shape:
             raise RecordError(
                 f"{path}: the image has {shape[0]} x {shape[1]} pixels (height x width), but "
-                f"{self._json_path} says {listed[0]} x {listed[1]}; its polygons would not fit"
+                f"{self._json_path} says {listed[0]} x {listed[1]}; its polygons would not fit",
+                "size that differs from the JSON's",
             )
-        annotations = json.loads(self._annotations[index])
-        numbers = list(range(1, len(annotations) + 1))
+        masks, kept = [], []
+        rows = content.rows(index)
+        for row in range(rows.start, rows.stop):
+            try:
+                masks.append(run_lengths.mask_of(content.runs(row, shape), shape))
+                kept.append(row)
+            except SegmentationError as error:  # only where the JSON does not tell the size
+                if not self.skip_broken:
+                    raise RecordError(str(error), error.kind) from None
         table = SegmentTable.from_lists(
-            numbers,
-            [self._class(a, path) for a in annotations],
-            [int(bool(a.get("iscrowd"))) for a in annotations],
-            numbers,  # replaced by the visible areas below
+            range(1, len(kept) + 1),
+            [self._contiguous[c] for c in content.category_ids[kept].tolist()],
+            content.crowd[kept],
+            np.zeros(len(kept)),
         )
         table.check(self.info.num_classes, str(path))
-        masks = [_mask(a, shape, f"{self._json_path}, {file_name}") for a in annotations]
-        panoptic = _paint(masks, table.crowd, shape)
-        table.areas[:] = np.bincount(panoptic.reshape(-1), minlength=len(table) + 1)[1:]
-        return make_record(
-            image, panoptic, table, image_id=image_id, file_name=file_name, where=str(path)
-        )
-
-    def _class(self, annotation: dict, path: Path) -> int:
-        category = annotation["category_id"]
-        if category not in self._contiguous:
-            raise RecordError(
-                f"{self._json_path}, {path.name}: an annotation has category_id {category}, which "
-                'is not in "categories"; correct it or add the category'
+        numbers = _paint(masks, table.crowd, shape)
+        pixels = count_pixels(numbers, table)
+        remarks = [
+            Fault(
+                HIDDEN if masks[i].any() else NO_PIXEL,
+                f"{self._json_path}: annotation {content.ids[kept[i]]} of image "
+                f"{content.image_ids[index]} has no visible pixel; it is no truth",
             )
-        return self._contiguous[category]
+            for i in np.flatnonzero(pixels == 0)
+            if not (content.empty[kept[i]] or content.double[kept[i]])  # known from the JSON
+        ]
+        numbers, table = keep_visible(numbers, table, pixels)
+        record = make_record(
+            image,
+            numbers,
+            table.numbered(),
+            image_id=content.image_ids[index],
+            file_name=content.image_names[index],
+            where=str(path),
+        )
+        return record, remarks
 
     def _image_path(self, index: int) -> Path:
-        image_id, name, *_ = self._images[index]
+        name = self._content.image_names[index]
         if not name:
-            raise RecordError(f"{self._json_path}: image {image_id} has no file_name")
+            fault = self._content.faults_of_image[index][0]
+            raise RecordError(fault.message, fault.kind)
         return self._images_dir / name
 
     def _read(self, path: Path) -> bytes:
@@ -205,35 +215,9 @@ class CocoInstanceSource:
         except OSError as error:
             raise RecordError(
                 f"{path}: cannot be read ({error.strerror}), but {self._json_path} lists it; "
-                "restore the file or take it out of the JSON"
+                "restore the file or take it out of the JSON",
+                "file that cannot be read",
             ) from error
-
-
-def _mask(annotation: Mapping[str, Any], shape: tuple[int, int], where: str) -> np.ndarray:
-    """The pixels of an annotation, bool [H, W], as pycocotools rasterises them."""
-    where = f"{where}: annotation {annotation.get('id', '')}".rstrip()
-    code = annotation["segmentation"]
-    if isinstance(code, list):
-        if not code:
-            raise RecordError(
-                f"{where} has no segmentation; a box alone is no mask: outline the object or take "
-                "the annotation out of the JSON"
-            )
-        for polygon in code:
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                raise RecordError(
-                    f"{where} has a polygon that is not a list [x1, y1, x2, y2, ...] of at least "
-                    "three points"
-                )
-        rle = coco_mask.merge(coco_mask.frPyObjects(code, *shape))
-    else:
-        if not isinstance(code, dict) or tuple(code.get("size", ())) != shape:
-            raise RecordError(
-                f"{where} has a run-length code of size {code.get('size') if code else None}, the "
-                f"image {list(shape)} (height, width)"
-            )
-        rle = coco_mask.frPyObjects(code, *shape) if isinstance(code["counts"], list) else code
-    return coco_mask.decode(rle).astype(bool)
 
 
 def _paint(masks: Sequence[np.ndarray], crowd: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

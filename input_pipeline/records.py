@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,8 +39,12 @@ class RecordError(ValueError):
     """One record is broken (a file is missing or truncated, ids or sizes disagree).
 
     The rest of the dataset is usable: a loader may skip the record and list the message, which
-    names the file.
+    names the file. `kind` is a phrase that errors of one cause share.
     """
+
+    def __init__(self, message: str, kind: str = "image or map that cannot be used"):
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,13 @@ class SegmentTable:
         areas: Sequence[int],
     ) -> SegmentTable:
         return cls(*(np.asarray(values, np.int64) for values in (ids, categories, crowd, areas)))
+
+    @classmethod
+    def from_dicts(cls, segments: Sequence[Mapping[str, Any]]) -> SegmentTable:
+        """The table of a record's `segments`."""
+        return cls.from_lists(
+            *([s[key] for s in segments] for key in ("id", "category", "iscrowd", "area"))
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,6 +100,11 @@ class SegmentTable:
             raise RecordError(
                 f"{where}: {len(self)} segments; an image can have at most {_MAX_SEGMENTS}"
             )
+
+    def measured(self, panoptic: np.ndarray, where: str) -> SegmentTable:
+        """The segments that an id map, int [H, W], shows, with their pixels as areas."""
+        numbers = number_segments(panoptic, self, where)
+        return keep_visible(numbers, self, count_pixels(numbers, self))[1]
 
     def numbered(self) -> SegmentTable:
         """The same segments with the ids 1, 2, ..., for a compact record."""
@@ -177,9 +194,13 @@ def decode_panoptic(data: bytes, segments: SegmentTable, where: str) -> np.ndarr
     return ids
 
 
-def decode_panoptic_compact(data: bytes, segments: SegmentTable, where: str) -> np.ndarray:
+def decode_panoptic_compact(
+    data: bytes, segments: SegmentTable, where: str, *, unlisted_is_void: bool = False
+) -> np.ndarray:
     """As `decode_panoptic`, but the map of a compact record: uint8 or uint16 [H, W]."""
-    return number_segments(_decode_ids(data, where), segments, where)
+    return number_segments(
+        _decode_ids(data, where), segments, where, unlisted_is_void=unlisted_is_void
+    )
 
 
 def _decode_ids(data: bytes, where: str) -> np.ndarray:
@@ -207,13 +228,16 @@ def decode_labels(data: bytes, where: str) -> np.ndarray:
     return cv2.cvtColor(pixels, code)
 
 
-def number_segments(panoptic: np.ndarray, segments: SegmentTable, where: str) -> np.ndarray:
+def number_segments(
+    panoptic: np.ndarray, segments: SegmentTable, where: str, *, unlisted_is_void: bool = False
+) -> np.ndarray:
     """Position in `segments` + 1 of every pixel of an id map, 0 where void.
 
     Args:
       panoptic: int [H, W] ids below 2**24.
       segments: a checked table.
       where: what messages call the map.
+      unlisted_is_void: take ids that the table lacks for void instead of raising.
 
     Returns:
       uint8 [H, W], or uint16 for more than 255 segments.
@@ -225,7 +249,7 @@ def number_segments(panoptic: np.ndarray, segments: SegmentTable, where: str) ->
     table = np.zeros(_ID_LIMIT, np.uint8 if len(segments) < 256 else np.uint16)
     table[segments.ids] = np.arange(1, len(segments) + 1)
     numbers = table.take(panoptic, mode="clip")
-    if np.count_nonzero(numbers) != np.count_nonzero(panoptic):
+    if not unlisted_is_void and np.count_nonzero(numbers) != np.count_nonzero(panoptic):
         unknown = np.unique(panoptic[(numbers == 0) & (panoptic != 0)])
         shown = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise RecordError(
@@ -233,6 +257,38 @@ def number_segments(panoptic: np.ndarray, segments: SegmentTable, where: str) ->
             f"({shown}); add them to segments_info or paint them 0 (void)"
         )
     return numbers
+
+
+def count_pixels(numbers: np.ndarray, segments: SegmentTable) -> np.ndarray:
+    """int64 [n]: pixels of each segment in a map of table positions + 1 (uint8 or uint16)."""
+    if numbers.dtype == np.uint8 and numbers.size < 1 << 24:  # float32 counts are exact, and fast
+        counts = cv2.calcHist([numbers], [0], None, [256], [0, 256]).reshape(-1)
+        return counts[1 : len(segments) + 1].astype(np.int64)
+    return np.bincount(numbers.reshape(-1), minlength=len(segments) + 1)[1:]
+
+
+def keep_visible(
+    numbers: np.ndarray, segments: SegmentTable, pixels: np.ndarray
+) -> tuple[np.ndarray, SegmentTable]:
+    """Leaves out segments without a pixel, and takes the pixels for the areas.
+
+    Args:
+      numbers: uint8 or uint16 [H, W] of table positions + 1, 0 is void.
+      segments: the table.
+      pixels: what `count_pixels` gives for them.
+
+    Returns:
+      The map of the positions in the table that is left, and that table.
+    """
+    seen = pixels > 0
+    table = SegmentTable(
+        segments.ids[seen], segments.categories[seen], segments.crowd[seen], pixels[seen]
+    )
+    if seen.all():
+        return numbers, table
+    positions = np.concatenate([[0], np.where(seen, np.cumsum(seen), 0)])
+    dtype = np.uint8 if len(table) < 256 else np.uint16
+    return positions.astype(dtype)[numbers], table
 
 
 def encode_dense(panoptic: np.ndarray, segments: SegmentTable) -> bytes:
@@ -253,7 +309,11 @@ def decode_dense(data: bytes, segments: SegmentTable, where: str) -> np.ndarray:
     Raises:
       RecordError: damaged, or a position that the table lacks.
     """
-    numbers = decode_dense_compact(data, segments, where)
+    return with_ids(decode_dense_compact(data, segments, where), segments)
+
+
+def with_ids(numbers: np.ndarray, segments: SegmentTable) -> np.ndarray:
+    """int32 [H, W] of segment ids from a map of table positions + 1."""
     return np.concatenate([[0], segments.ids]).astype(np.int32)[numbers]
 
 

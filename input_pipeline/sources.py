@@ -7,6 +7,7 @@ their files where they are used, so loader workers may share one.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 import shutil
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from input_pipeline import datasets, prepared
+from input_pipeline.annotations.faults import check_annotations
 from input_pipeline.array_records import TfdsSource
-from input_pipeline.coco_format import CocoFolderSource, load_coco_json
+from input_pipeline.coco_format import CocoFolderSource, coco_folder_info
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.files import exclusive, writing
 from input_pipeline.records import RecordError
@@ -113,6 +115,8 @@ _COCO_INSTANCES_OPTIONS = {
     "validation_images": "images",
     "validation_json": "instances_val.json",
     "table": "",
+    "crowd_as_instances": False,
+    "skip_broken": False,
 }
 _SEMANTIC_FOLDER_OPTIONS = {
     "root": "",
@@ -139,7 +143,12 @@ OPTIONS = {
 
 
 def open_source(
-    name: str, *, data_dir: str | os.PathLike, split: str, options: Mapping | None = None
+    name: str,
+    *,
+    data_dir: str | os.PathLike,
+    split: str,
+    options: Mapping | None = None,
+    for_inspection: bool = False,
 ) -> tuple[Source, DatasetInfo]:
     """Opens a dataset by name; "synthetic" and "coco_folder" are prepared first if need be.
 
@@ -160,8 +169,8 @@ def open_source(
       name (name of the root folder): keeps prepared datasets apart in `data_dir`.
       prepare (True): write TFDS records into `data_dir` once and read those; False reads the folder
         itself.
-      skip_broken (False): leave broken records out of the preparation instead of failing. Without
-        preparation a broken record raises RecordError when it is read.
+      skip_broken (False): leave broken records out of the preparation instead of failing, and take
+        segments with faults in the JSON for void, also without preparation.
 
     Options of "coco", "ade20k", "cityscapes" and "mapillary", which `main.py --mode=prepare` has
     written into `data_dir` (see `builders.preparation`):
@@ -172,6 +181,9 @@ def open_source(
       train_images (images), train_json (instances_train.json), validation_images (images),
         validation_json (instances_val.json): as above, with instance JSON files.
       table (empty): as above.
+      crowd_as_instances (False): take annotations with iscrowd 1 for instances; for tools that
+        write 1 for every mask.
+      skip_broken (False): leave out annotations with faults.
 
     Options of "semantic_folder" (records: see `semantic_folder.SemanticFolderSource`):
       root (data_dir): as above.
@@ -188,6 +200,8 @@ def open_source(
       data_dir: local or mounted folder where prepared files are written and looked for.
       split: "train" or "validation".
       options: see above.
+      for_inspection: leave out what has faults whatever skip_broken is, and log nothing, where
+        annotation files are read directly: the source knows its `faults`.
 
     Returns:
       The source and the class table of the dataset.
@@ -205,13 +219,19 @@ def open_source(
         if key not in OPTIONS[name]:
             raise ValueError(f"unknown option {key!r} of {name}{_nearest(key, OPTIONS[name])}")
     options = {**OPTIONS[name], **options}
+    if for_inspection and (name == "coco_instances" or not options.get("prepare", True)):
+        options["skip_broken"] = True
     data_dir = Path(data_dir).expanduser()
     if name == "synthetic":
         source = _open_synthetic(data_dir, split, options)
     elif name == "coco_folder":
         source = _open_coco_folder(data_dir, split, options)
+        if not for_inspection:
+            check_annotations(source, options["skip_broken"])
     elif name == "coco_instances":
         source = _open_coco_instances(data_dir, split, options)
+        if not for_inspection:
+            check_annotations(source, options["skip_broken"])
     elif name == "semantic_folder":
         source = _open_semantic_folder(data_dir, split, options)
     else:
@@ -220,6 +240,7 @@ def open_source(
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
     return f"{did_you_mean(word, known)}; known are {', '.join(known)}"
 
 
@@ -289,21 +310,13 @@ def _open_coco_folder(
             prepare(CocoFolder(config=config, data_dir=data_dir))
         _check_fresh(done, folders[split], split, options)
         return TfdsSource(done, split)
-    folder = folders[split]
-    return CocoFolderSource(
-        folder.images_dir,
-        folder.panoptic_dir,
-        folder.json_path,
-        _coco_folder_info(name, table, folders),
-    )
+    info = _coco_folder_info(name, table, folders)
+    paths = dataclasses.astuple(folders[split])
+    return CocoFolderSource(*paths, info, skip_broken=options["skip_broken"])
 
 
 def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInstanceSource:
-    from input_pipeline.coco_instances import (
-        CocoInstanceSource,
-        instance_info,
-        load_instance_json,
-    )
+    from input_pipeline.coco_instances import CocoInstanceSource, instance_file_info
 
     root = Path(options["root"] or data_dir).expanduser()
     files = {key: root / options[f"{key}_json"] for key in SPLITS if options[f"{key}_json"]}
@@ -312,9 +325,9 @@ def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInsta
     if options["table"]:
         info = datasets.dataset_info(options["table"])
     else:  # those of the training split, if there is one
-        content = load_instance_json(next(iter(files.values())))
-        info = instance_info(root.resolve().name, content["categories"])
-    return CocoInstanceSource(root / options[f"{split}_images"], files[split], info)
+        info = instance_file_info(root.resolve().name, next(iter(files.values())))
+    choices = {key: options[key] for key in ("skip_broken", "crowd_as_instances")}
+    return CocoInstanceSource(root / options[f"{split}_images"], files[split], info, **choices)
 
 
 def _open_semantic_folder(data_dir: Path, split: str, options: dict) -> SemanticFolderSource:
@@ -340,7 +353,7 @@ def _coco_folder_info(name: str, table: str, folders: Mapping[str, FolderSplit])
     if table:
         return datasets.dataset_info(table)
     first = next(iter(folders.values()))
-    return datasets.from_coco_categories(name, load_coco_json(first.json_path)["categories"])
+    return coco_folder_info(name, first.json_path)
 
 
 def _check_fresh(done: Path, folder: FolderSplit, split: str, options: Mapping) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from input_pipeline import targets
+from input_pipeline.annotations.faults import Fault, FaultsError, summary, write
 from input_pipeline.datasets import TASKS, DatasetInfo
 from input_pipeline.loader import Source
 from input_pipeline.records import RecordError
 
-_SHOWN = 12  # classes and broken records that a report lists
+_SHOWN = 12  # classes that a report lists
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,7 +30,10 @@ class Statistics:
       crowd, void: int [N], pixels of crowd segments, and of no segment.
       class_images: int [K], images with a segment of the class (no crowd).
       class_segments: int [K], such segments.
-      broken: position in the source -> error of the records that could not be read.
+      broken: position in the source -> fault of the records that could not be read.
+      faults: these, and those of the annotation file, which is looked at whole.
+      remarks: what is odd in the file and in the images that were read, but no fault.
+      notes: what else to know of the dataset, a sentence each.
     """
 
     total: int
@@ -37,34 +43,61 @@ class Statistics:
     void: np.ndarray
     class_images: np.ndarray
     class_segments: np.ndarray
-    broken: dict[int, str]
+    broken: dict[int, Fault]
+    faults: list[Fault]
+    remarks: list[Fault]
+    notes: tuple[str, ...]
+
+    def write_faults(self, path: str) -> None:
+        """Writes all faults and remarks: see `annotations.faults.write`."""
+        write(path, self.faults, self.remarks)
+
+
+@contextlib.contextmanager
+def listing_faults(folder: str) -> Iterator[str]:
+    """Makes the folder and gives the path of its faults.txt, which a FaultsError is written to."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "faults.txt")
+    try:
+        yield path
+    except FaultsError as error:
+        write(path, error.faults)
+        raise ValueError(f"{error}\nAll faults are listed in {path}") from None
 
 
 def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int = 4) -> Statistics:
-    """Counts over at most `limit` images, spread evenly over the source.
+    """Counts over at most `limit` images (0: all), spread evenly over the source.
 
     Raises:
-      ValueError: no image can be read.
+      FaultsError: no image can be read.
     """
-    indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))
+    total = len(source)
+    indices = np.unique(np.linspace(0, total - 1, min(limit or total, total)).astype(int))
+    examine = getattr(source, "examine", None)
     read = getattr(source, "compact", source.__getitem__)
 
-    def count(index: int):
+    def count(index: int) -> Fault | tuple[tuple, list[Fault]]:
         try:
-            record = read(int(index))
+            record, remarks = examine(int(index)) if examine else (read(int(index)), [])
         except RecordError as error:
-            return str(error)
-        return _count(record, info)
+            return Fault(error.kind, str(error))
+        return _count(record, info), remarks
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(count, indices))
-    rows = [row for row in found if not isinstance(row, str)]
-    broken = {int(i): row for i, row in zip(indices, found, strict=True) if isinstance(row, str)}
-    if not rows:
-        raise ValueError(f"none of {len(indices)} images can be read, the first: {found[0]}")
+    broken = {
+        int(i): part for i, part in zip(indices, found, strict=True) if isinstance(part, Fault)
+    }
+    read_parts = [part for part in found if not isinstance(part, Fault)]
+    faults = [*getattr(source, "faults", ()), *broken.values()]
+    if not read_parts:
+        first = next(iter(broken.values())).message
+        raise FaultsError(f"none of {len(indices)} images can be read, the first: {first}", faults)
+    rows = [row for row, _ in read_parts]
+    remarks = [*getattr(source, "remarks", ()), *(r for _, some in read_parts for r in some)]
     sizes, slots, crowd, void, classes = (np.array(column) for column in zip(*rows, strict=True))
     return Statistics(
-        total=len(source),
+        total=total,
         sizes=sizes,
         slots={task: slots[:, i] for i, task in enumerate(TASKS)},
         crowd=crowd,
@@ -72,6 +105,9 @@ def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int =
         class_images=(classes > 0).sum(0),
         class_segments=classes.sum(0),
         broken=broken,
+        faults=faults,
+        remarks=remarks,
+        notes=tuple(getattr(source, "notes", ())),
     )
 
 
@@ -142,9 +178,16 @@ def report(statistics: Statistics, info: DatasetInfo, num_slots: int, num_texts:
     ]
     if unseen:
         lines.append(f"never seen: {_listing(name.strip() for name in unseen)}")
-    if found.broken:
-        lines += ["", f"{len(found.broken)} broken records:"]
-        lines += [f"  {message}" for message in list(found.broken.values())[:_SHOWN]]
+    lines += ["", *found.notes] if found.notes else []
+    if found.remarks:
+        lines += ["", f"odd, but read ({len(found.remarks):,}):"]
+        lines += [f"  {line}" for line in summary(found.remarks)]
+    if found.faults:
+        lines += [
+            "",
+            f"faults ({len(found.faults):,}), which end a training without data.skip_broken=True:",
+        ]
+        lines += [f"  {line}" for line in summary(found.faults)]
     return "\n".join(lines)
 
 

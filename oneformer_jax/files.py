@@ -61,7 +61,11 @@ def read_bytes(
     """
     with open_regular(path, error=error) as file:
         try:
-            data = file.read(limit + 1)
+            # No more than its size: Python sets aside all of the memory that is asked for.
+            size = min(limit, os.fstat(file.fileno()).st_size) + 1
+            data = file.read(size)
+            if len(data) == size <= limit:  # it has grown, or does not tell its size
+                data += file.read(limit + 1 - size)
         except OSError as cause:
             raise error(f"{path} cannot be read ({cause.strerror})") from cause
     if len(data) > limit:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import msgspec
 import pytest
@@ -42,6 +43,20 @@ def test_a_link_to_a_device_is_refused(tmp_path):
     (tmp_path / "index.json").symlink_to("/dev/zero")
     with pytest.raises(files.FileError, match="not a regular file"):
         files.read_json(tmp_path / "index.json")
+
+
+def test_a_small_file_takes_little_memory_whatever_the_limit(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 10)
+    tracemalloc.start()
+    try:
+        assert files.read_bytes(tmp_path / "a", limit=1 << 28) == b"x" * 10
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_does_not_tell_its_size_is_read_whole():
+    assert len(files.read_bytes("/proc/self/status", limit=1 << 20)) > 100
 
 
 def test_no_more_than_the_limit_is_read(tmp_path):

@@ -34,7 +34,8 @@ RULES = {
         " tensorstore",
     ),
     "oneformer_jax.eval": (
-        "oneformer_jax.eval oneformer_jax.models oneformer_jax.types input_pipeline.images",
+        "oneformer_jax.eval oneformer_jax.models oneformer_jax.types input_pipeline.images"
+        " input_pipeline.annotations",
         "absl cv2 flax jax numpy PIL pycocotools scipy",
     ),
     "oneformer_jax.eval.evaluate": (
@@ -53,10 +54,15 @@ RULES = {
     "kernels.assignment.bench": ("kernels", "jax numpy scipy"),  # SciPy is the rival
     # How an image file becomes an array, the same in training, evaluation and prediction.
     "input_pipeline.images": ("oneformer_jax.files", "cv2 numpy PIL"),
+    # Annotation files, the truth of training and of evaluation.
+    "input_pipeline.annotations": (
+        "input_pipeline.annotations oneformer_jax.files",
+        "msgspec numpy pycocotools",
+    ),
     # Tables only: the public API may read the classes of a dataset in them.
     "input_pipeline.datasets": ("", "numpy"),
     "input_pipeline": (
-        "input_pipeline input_pipeline.datasets input_pipeline.images",
+        "input_pipeline input_pipeline.annotations input_pipeline.datasets input_pipeline.images",
         "absl array_record cv2 etils grain importlib_resources instant_clip_tokenizer msgspec numpy"
         " PIL pycocotools tensorflow_datasets",
     ),

@@ -15,7 +15,7 @@ from PIL import Image
 
 import main
 import oneformer_jax
-from configs import synthetic
+from configs import custom, synthetic
 from oneformer_jax.models import functional
 from oneformer_jax.train import checkpoint, compile, descriptions, sharding
 from oneformer_jax.train import state as states
@@ -278,6 +278,52 @@ def test_inspect_draws_and_counts(config, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "6 images" in printed and "13 classes (7 things)" in printed
     assert str(tmp_path / "sheet" / "samples.png") in printed
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    """The config of an instance JSON of two images; `write(rows)` sets its annotations."""
+    (tmp_path / "images").mkdir()
+    for i in (1, 2):
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{i}.jpg")
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 64, "width": 64} for i in (1, 2)]
+    categories = [{"id": 1, "name": "cat"}]
+
+    def write(*rows):
+        square = [[8, 8, 32, 8, 32, 32, 8, 32]]
+        rows = [
+            {"id": i, "image_id": 1, "category_id": 1, "segmentation": square, **row}
+            for i, row in enumerate(rows)
+        ]
+        content = {"images": images, "categories": categories, "annotations": rows}
+        (tmp_path / "instances_train.json").write_text(json.dumps(content))
+
+    config = custom.get_config("small,data=instances")
+    config.dataset.data_dir = str(tmp_path)
+    config.data.crop_size = (64, 64)
+    config.data.batch_size = 2
+    config.lock()
+    return config, write
+
+
+def test_inspect_lists_every_fault_and_goes_on(spoiled, tmp_path, capsys):
+    config, write = spoiled
+    write({}, {"segmentation": [[5, 5, 5, 5]]}, {"category_id": 9}, {"segmentation": "x"}, {})
+    main.run_inspect(config, str(tmp_path / "sheet"), count=2)
+    printed = capsys.readouterr().out
+    assert "faults (3), which end a training without data.skip_broken=True" in printed
+    assert "1 x polygon without three points" in printed and "odd, but read (1)" in printed
+    listed = (tmp_path / "sheet" / "faults.txt").read_text()
+    assert listed.startswith("faults: 3\n") and "annotation 2 has category_id 9" in listed
+    assert (tmp_path / "sheet" / "samples.png").is_file()
+
+
+def test_inspect_writes_the_faults_also_where_it_must_stop(spoiled, tmp_path):
+    config, write = spoiled
+    write({"iscrowd": 1}, {"iscrowd": 1})
+    with pytest.raises(ValueError, match=r"CVAT(?s:.*)listed in .*faults\.txt"):
+        main.run_inspect(config, str(tmp_path / "sheet"), count=2)
+    assert "2 of 2 annotations" in (tmp_path / "sheet" / "faults.txt").read_text()
 
 
 def test_skip_broken_reaches_the_preparation_of_a_folder(config, monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import ClassVar
 
+import msgspec
+
 from input_pipeline import datasets
+from input_pipeline.annotations import schemas
 from input_pipeline.builders import raw
 from input_pipeline.coco_format import CocoFolderSource
 from input_pipeline.files import sha256
@@ -69,23 +71,20 @@ def _panoptic_folders(year: str) -> tuple[str, ...]:
     return (f"annotations/panoptic_{year}", f"panoptic_{year}")
 
 
+class _Instance(msgspec.Struct, gc=False):
+    image_id: schemas.Identifier
+    iscrowd: schemas.Flag
+
+
+class _InstanceFile(msgspec.Struct):
+    annotations: list[_Instance]
+
+
 def images_with_instances(path: Path) -> set[str]:
     """Ids of the images of an instances_*.json that have an instance that is no crowd.
 
     Raises:
       ValueError: not an instance JSON of COCO.
     """
-    try:
-        # The polygons of the training split would take gigabytes.
-        content = json.loads(
-            path.read_bytes(),
-            object_hook=lambda d: {k: v for k, v in d.items() if k != "segmentation"},
-        )
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); is it truncated?") from error
-    try:
-        return {str(a["image_id"]) for a in content["annotations"] if not a["iscrowd"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not an instance JSON of COCO ({error!r} in its annotations)"
-        ) from error
+    content = schemas.open_file(path, "it is to be an instance JSON of COCO", _InstanceFile)
+    return {str(a.image_id) for a in content.annotations if not a.iscrowd}

@@ -9,17 +9,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
+from input_pipeline.annotations import faults
+from input_pipeline.annotations.faults import Fault
 from input_pipeline.builders import schema
 from input_pipeline.coco_format import CocoFolderSource
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.files import sha256
-from input_pipeline.records import RecordError, encode_dense
+from input_pipeline.records import RecordError, SegmentTable, encode_dense
 
-_SHOWN_ERRORS = 20
+FAULTS = "faults.txt"  # beside the folder of the version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,11 @@ class CocoFolder(tfds.core.GeneratorBasedBuilder):
         generators = {}
         for split, folder in config.splits.items():
             source = CocoFolderSource(
-                folder.images_dir, folder.panoptic_dir, folder.json_path, config.info
+                folder.images_dir,
+                folder.panoptic_dir,
+                folder.json_path,
+                config.info,
+                skip_broken=config.skip_broken,
             )
             self.info.metadata["fingerprints"][split] = folder.fingerprint()
             generators[split] = self._generate_examples(split, source, folder)
@@ -96,14 +103,20 @@ class CocoFolder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, split: str, source: CocoFolderSource, folder: FolderSplit
     ) -> Iterator[tuple[int, dict]]:
-        broken: list[str] = []
+        broken: list[Fault] = []
+        remarks: list[Fault] = []
+        written = 0
         for index in range(len(source)):
             try:
-                record = source[index]
+                record, found = source.examine(index)
             except RecordError as error:
-                broken.append(str(error))
+                left_out = source.left_out(index)  # all of them, the error has the first
+                broken += left_out or [Fault(error.kind, str(error))]
                 continue
-            segments = source.segments(index)
+            written += 1
+            broken += source.left_out(index)
+            remarks += found
+            segments = SegmentTable.from_dicts(record["segments"])
             schema.note_record(
                 self.info.metadata, split, record["image"].shape, segments, source.info
             )
@@ -117,22 +130,17 @@ class CocoFolder(tfds.core.GeneratorBasedBuilder):
                     file_name=record["file_name"],
                 ),
             )
-        if len(broken) == len(source):
-            raise ValueError(
-                f"all {len(source)} records of {folder.json_path} are broken; the first: "
-                f"{broken[0]}"
+        if not written or (broken and not self.builder_config.skip_broken):
+            path = Path(self.data_dir).parent / FAULTS
+            faults.write(path, broken)
+            none = "; none of its records can be read" if not written else ""
+            raise faults.error(
+                f"{folder.json_path}{none}; it",
+                broken,
+                f"All are listed in {path}. Repair them, or set skip_broken to leave them out.",
             )
-        if broken and not self.builder_config.skip_broken:
-            raise ValueError(_broken_message(broken, folder.json_path))
-        for message in broken:
-            logging.warning("left out: %s", message)
-        self.info.metadata["skipped"].extend(broken)
-
-
-def _broken_message(broken: list[str], json_path: str) -> str:
-    lines = "\n  ".join(broken[:_SHOWN_ERRORS])
-    more = f"\n  and {len(broken) - _SHOWN_ERRORS} more" if len(broken) > _SHOWN_ERRORS else ""
-    return (
-        f"{len(broken)} broken record(s) in {json_path}:\n  {lines}{more}\n"
-        "Repair them, or set skip_broken to leave them out."
-    )
+        for fault in broken:
+            logging.warning("left out: %s", fault.message)
+        for note in (*source.notes, *faults.summary(remarks)):
+            logging.warning("%s", note)
+        self.info.metadata["skipped"].extend(fault.message for fault in broken)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from input_pipeline import datasets
+from input_pipeline.annotations.panoptic import read_panoptic
 from input_pipeline.builders import raw
-from input_pipeline.coco_format import CocoFolderSource, load_coco_json
+from input_pipeline.coco_format import CocoFolderSource
 from input_pipeline.files import sha256
 
 _FOLDERS = {"train": "training", "validation": "validation"}
@@ -40,22 +41,11 @@ class MapillaryPanoptic(raw.PanopticBuilder):
         json_path = next(
             path for path in (root / name for name in _panoptic_jsons(folder)) if path.exists()
         )
-        content = load_coco_json(json_path)
-        notes = check_categories(json_path, content["categories"])
         # The names of the classes and images are not taken from the JSON: the official code has
         # its own class names, and finds an image by the name of its PNG.
-        table = cls.CLASSES
-        content["categories"] = [
-            {"id": id_, "name": name, "isthing": int(thing)}
-            for id_, name, thing in zip(
-                table.category_ids, table.class_names, table.is_thing, strict=True
-            )
-        ]
-        content["images"] = [
-            {"id": a["image_id"], "file_name": f"{Path(a['file_name']).stem}.jpg"}
-            for a in content["annotations"]
-        ]
-        reader = CocoFolderSource(images, json_path.parent, json_path, table, content)
+        content = read_panoptic(json_path, image_names=False)
+        notes = check_categories(json_path, content.categories)
+        reader = CocoFolderSource(images, json_path.parent, json_path, cls.CLASSES, content)
         return raw.PanopticJsonSplit(
             reader, (images, json_path.parent), sha256(json_path), notes=notes
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -24,9 +25,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from input_pipeline import prepared
+from input_pipeline.annotations import faults
+from input_pipeline.annotations.faults import Fault
 from input_pipeline.builders import raw, schema
 from input_pipeline.files import exclusive, sync, writing
 from input_pipeline.records import RecordError, decode_image, encode_dense
@@ -67,7 +71,7 @@ class SplitReport:
       files, bytes: the record files and their size.
       complete: whether the split can be used.
       missing: a line for every record with a missing file.
-      broken: a line for every record that cannot be read.
+      broken: every record that cannot be read, and every annotation that was left out.
       notes: what else to know.
     """
 
@@ -79,12 +83,12 @@ class SplitReport:
     bytes: int = 0
     complete: bool = False
     missing: list[str] = dataclasses.field(default_factory=list)
-    broken: list[str] = dataclasses.field(default_factory=list)
+    broken: list[Fault] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def left_out(self) -> list[str]:
         """A line for every reason why records are not there."""
-        found = [*self.missing, *self.broken]
+        found = [*self.missing, *(fault.message for fault in self.broken)]
         if self.listed != self.expected:
             found.insert(
                 0, f"the download has {self.listed:,} records, the dataset {self.expected:,}"
@@ -99,11 +103,20 @@ class SplitReport:
             + ("" if self.complete else "; NOT COMPLETE")
         ]
         lines += [f"  note: {note}" for note in self.notes]
-        found = self.left_out()
+        found = self.left_out()[: -len(self.broken) or None]
         lines += [f"  {line}" for line in found[:_SHOWN_MESSAGES]]
         if len(found) > _SHOWN_MESSAGES:
             lines.append(f"  and {len(found) - _SHOWN_MESSAGES:,} more, see {REPORT}")
-        return lines
+        return lines + [f"  {line}" for line in faults.summary(self.broken)]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the report file keeps: also the number of broken records of each kind."""
+        groups = faults.by_kind(self.broken)
+        return {
+            **dataclasses.asdict(self),
+            "broken": [fault.message for fault in self.broken],
+            "kinds": {kind: len(messages) for kind, messages in groups.items()},
+        }
 
 
 def prepare(
@@ -217,7 +230,7 @@ def _write_report(
         "dataset": builder.DATASET,
         "version": str(builder.version),
         "source": str(root.resolve()),
-        "splits": {**earlier, **{k: dataclasses.asdict(v) for k, v in reports.items()}},
+        "splits": {**earlier, **{k: v.to_json() for k, v in reports.items()}},
     }
     log(f"{builder.DATASET} in {target}")
     for split, report in reports.items():
@@ -358,12 +371,13 @@ class _SplitWork:
                     finished = self._facts(shard)
                     if finished:
                         self._progress.skip(len(indices))
-                    facts.append(finished or self._write_shard(shard, pool))
+                    facts.append(finished or self._write_shard(shard, pool, skip_broken))
             finally:
                 pool.shutdown(cancel_futures=True)
                 report.files, report.bytes = len(facts), sum(f["bytes"] for f in facts)
                 report.written = sum(len(f["height"]) for f in facts)
                 report.with_things = sum(sum(f["has_things"]) for f in facts)
+                report.notes += _remark_notes(facts)
             if not report.written:
                 raise ValueError(
                     f"none of the {len(self._raw):,} records of {split} can be read; the first: "
@@ -408,23 +422,32 @@ class _SplitWork:
         if not (path.is_file() and facts_path.is_file()):
             return None
         facts = json.loads(facts_path.read_text("utf-8"))
-        whole = len(facts["height"]) == len(self._shards[shard])
+        whole = len(facts["height"]) == len(self._shards[shard]) and not facts.get("left_out")
         return facts if whole and facts["bytes"] == path.stat().st_size else None
 
-    def _write_shard(self, shard: int, pool: concurrent.futures.Executor) -> dict:
+    def _write_shard(
+        self, shard: int, pool: concurrent.futures.Executor, skip_broken: bool
+    ) -> dict:
         indices = [i for i in self._shards[shard] if i not in self._raw.missing]
         self._progress.skip(len(self._shards[shard]) - len(indices))
         facts: dict[str, Any] = {key: [] for key in schema.FACTS}
-        examples = []
-        for result in pool.map(self._encode, indices):
+        remarks: list[Fault] = []
+        examples, left_out = [], 0
+        for result in pool.map(functools.partial(self._encode, skip_broken=skip_broken), indices):
             self._progress.step()
-            if isinstance(result, str):
+            if isinstance(result, Fault):
                 self._report.broken.append(result)
                 continue
-            example, fact = result
+            record, example, shape = result
+            self._report.broken += record.left_out
+            left_out += len(record.left_out)
+            remarks += record.remarks
             examples.append((len(examples), example))
-            for key, value in zip(schema.FACTS, fact, strict=True):
+            for key, value in zip(schema.FACTS, (*shape, record.has_things), strict=True):
                 facts[key].append(value)
+        facts["left_out"] = left_out
+        groups = faults.by_kind(remarks)
+        facts["remarks"] = {kind: [len(found), found[0]] for kind, found in groups.items()}
         path, facts_path = self._paths[shard], self._facts_path(shard)
         facts_path.unlink(missing_ok=True)
         # A name that neither TFDS nor `_begin` takes for a finished file's.
@@ -440,10 +463,12 @@ class _SplitWork:
         write_atomically(facts_path, json.dumps(facts))
         return facts
 
-    def _encode(self, index: int) -> tuple[bytes, tuple[int, int, bool]] | str:
-        """Serialised example and its facts (in the order of `schema.FACTS`), or what is broken."""
+    def _encode(
+        self, index: int, skip_broken: bool
+    ) -> tuple[raw.RawRecord, bytes, tuple[int, int]] | Fault:
+        """A record, serialised, with the size of its image; or what is broken."""
         try:
-            record = self._raw.read(index)
+            record = self._raw.read(index, skip_broken=skip_broken)
             classes = self._store.builder.CLASSES.num_classes
             record.segments.check(classes, record.where)
             shape = decode_image(record.image, record.where).shape[:2]
@@ -454,7 +479,7 @@ class _SplitWork:
                     f"{record.panoptic.shape[1]}"
                 )
         except RecordError as error:
-            return str(error)
+            return Fault(error.kind, str(error))
         example = schema.example(
             record.image,
             encode_dense(record.panoptic, record.segments),
@@ -463,7 +488,19 @@ class _SplitWork:
             file_name=record.file_name,
             semantic_png=record.semantic,
         )
-        return self._features.serialize_example(example), (*shape, record.has_things)
+        parts = dataclasses.replace(record, image=b"", panoptic=np.zeros((0, 0), np.int32))
+        return parts, self._features.serialize_example(example), shape
+
+
+def _remark_notes(facts: Sequence[dict]) -> list[str]:
+    """A line for each kind of remark about the records of all files."""
+    counts: dict[str, int] = {}
+    examples: dict[str, str] = {}
+    for found in facts:
+        for kind, (count, example) in found.get("remarks", {}).items():
+            counts[kind] = counts.get(kind, 0) + count
+            examples.setdefault(kind, example)
+    return [f"{count:,} x {kind}, as {examples[kind]}" for kind, count in counts.items()]
 
 
 class _Progress:

@@ -17,11 +17,12 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from input_pipeline.annotations.faults import Fault
 from input_pipeline.builders import schema
 from input_pipeline.coco_format import CocoFolderSource
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.files import found_in, read_file
-from input_pipeline.records import RecordError, SegmentTable, decode_panoptic
+from input_pipeline.records import RecordError, SegmentTable, with_ids
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
@@ -40,6 +41,8 @@ class RawRecord:
       has_things: whether the training filter of the dataset keeps the image.
       semantic: PNG of class id + 1, 0 unlabelled, if the dataset has a semantic annotation that is
         not the panoptic one.
+      left_out: faults of annotations that are not in the record.
+      remarks: what is odd about the annotation, but no fault.
     """
 
     image: bytes
@@ -50,6 +53,8 @@ class RawRecord:
     file_name: str
     has_things: bool
     semantic: bytes | None = None
+    left_out: Sequence[Fault] = ()
+    remarks: Sequence[Fault] = ()
 
 
 class RawSplit(abc.ABC):
@@ -71,8 +76,12 @@ class RawSplit(abc.ABC):
         return len(self.names)
 
     @abc.abstractmethod
-    def read(self, index: int) -> RawRecord:
-        """Reads record `index`; RecordError if it is broken."""
+    def read(self, index: int, *, skip_broken: bool = False) -> RawRecord:
+        """Reads record `index`; RecordError if it is broken.
+
+        With `skip_broken` single annotations that are broken are left out where the format has
+        such.
+        """
 
 
 class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
@@ -221,7 +230,8 @@ class LabelMapSplit(RawSplit):
         listing = "\n".join(self.names).encode()
         self.fingerprint = hashlib.sha256(listing).hexdigest()
 
-    def read(self, index: int) -> RawRecord:
+    def read(self, index: int, *, skip_broken: bool = False) -> RawRecord:
+        del skip_broken  # a map is whole or broken
         name = self.names[index]
         image_path = self._files["image"][name]
         maps = {k: read_file(paths[name]) for k, paths in self._files.items() if k != "image"}
@@ -260,7 +270,7 @@ class PanopticJsonSplit(RawSplit):
         notes: tuple[str, ...] = (),
     ):
         self._folder, self._with_instances = folder, with_instances
-        self.fingerprint, self.notes = fingerprint, notes
+        self.fingerprint, self.notes = fingerprint, (*notes, *folder.notes)
         self.names = [folder.image_id(index) for index in range(len(folder))]
         self.missing = {}
         present = {path: set(os.listdir(path)) for path in folders}
@@ -281,22 +291,23 @@ class PanopticJsonSplit(RawSplit):
                     f"{' and '.join(lacking)}: no such file, but the JSON lists it"
                 )
 
-    def read(self, index: int) -> RawRecord:
-        image_path, panoptic_path = (
-            self._folder.image_path(index),
-            self._folder.panoptic_path(index),
-        )
-        image_id, segments = self._folder.image_id(index), self._folder.segments(index)
+    def read(self, index: int, *, skip_broken: bool = False) -> RawRecord:
+        folder = self._folder
+        image_path, image_id = folder.image_path(index), folder.image_id(index)
+        numbers, segments, remarks = folder.annotation(index, skip_broken=skip_broken)
         if self._with_instances is None:
-            has_things = self._folder.has_things(index)
+            is_thing = np.array(folder.info.is_thing)
+            has_things = bool(is_thing[segments.categories[segments.crowd == 0]].any())
         else:
             has_things = image_id in self._with_instances
         return RawRecord(
             image=read_file(image_path),
             where=str(image_path),
-            panoptic=decode_panoptic(read_file(panoptic_path), segments, str(panoptic_path)),
+            panoptic=with_ids(numbers, segments),
             segments=segments,
             image_id=image_id,
             file_name=image_path.name,
             has_things=has_things,
+            left_out=folder.left_out(index),
+            remarks=remarks,
         )

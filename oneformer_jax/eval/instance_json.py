@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import typing
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from absl import logging
 from pycocotools import mask as coco_mask
 
+from input_pipeline.annotations import faults, run_lengths
+from input_pipeline.annotations.instances import InstanceFile, read_instances
+from input_pipeline.annotations.run_lengths import SegmentationError
 from oneformer_jax.types import Metadata
 
 
@@ -31,15 +32,13 @@ class Masks(typing.NamedTuple):
     counts: list[bytes]
 
 
-_ANNOTATION_KEYS = ("image_id", "category_id", "area", "segmentation")
-
-
 class InstanceAnnotations:
     """Reads a COCO instance file once and gives the masks of one image at a time.
 
     Its categories may be numbered as the dataset numbers its classes (`metadata.category_ids`) or
     by their position among the things, as ADE20K's 100 instance classes are; its list of categories
-    tells which.
+    tells which. An area that is not given is that of the pixels; an annotation without a pixel is
+    no truth.
 
     Args:
       path: a JSON with "images", "annotations" and "categories".
@@ -47,7 +46,8 @@ class InstanceAnnotations:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not such a JSON, or categories that are not things of `metadata`.
+      ValueError: not such a JSON, faults in it, nothing but crowds, or categories that are not
+        things of `metadata`.
     """
 
     def __init__(self, path: str | os.PathLike[str], metadata: Metadata):
@@ -57,84 +57,60 @@ class InstanceAnnotations:
                 f"eval.instance_json={path}: there is no such file; leave it empty to derive the "
                 "instances from the panoptic annotation"
             )
-        try:
-            content = json.loads(self.path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); is it truncated?") from error
-        keys = ("images", "annotations", "categories")
-        missing = [k for k in keys if k not in content] if isinstance(content, Mapping) else keys
-        if missing:
-            raise ValueError(
-                f"{path} lacks {', '.join(missing)}; eval.instance_json must be a COCO "
-                "instance file"
+        content = read_instances(self.path, names=False)
+        if content.faults:
+            raise faults.error(
+                f"eval.instance_json={self.path}",
+                content.faults,
+                "Scores against a part of the truth would mislead: correct the file.",
             )
-        classes = _class_of_category(self.path, content["categories"], metadata)
-        self._images: dict[str, tuple[int, int, list[Any]]] = {}
-        by_id = {}
-        for image in content["images"]:
-            entry = (int(image["height"]), int(image["width"]), [])
-            by_id[image["id"]] = self._images[str(image["id"])] = entry
-        for image in content["images"]:  # a panoptic file may call an image by its file
-            stem = pathlib.PurePath(image.get("file_name", "")).stem
-            self._images.setdefault(stem, by_id[image["id"]])
-        for annotation in content["annotations"]:
-            number = annotation.get("id")
-            absent = [
-                k
-                for k in ("image_id", "category_id", "area", "segmentation")
-                if k not in annotation
-            ]
-            if absent:
-                hint = "; a panoptic file?" if "segments_info" in annotation else ""
-                raise ValueError(f"{path}: annotation {number} lacks {', '.join(absent)}{hint}")
-            if annotation["image_id"] not in by_id or annotation["category_id"] not in classes:
-                raise ValueError(
-                    f"{path}: annotation {number} is of image {annotation['image_id']} and "
-                    f"category {annotation['category_id']}, one of which the file does not list"
-                )
-            by_id[annotation["image_id"]][2].append(
-                (
-                    classes[annotation["category_id"]],
-                    annotation["area"],
-                    annotation.get("iscrowd", 0),
-                    annotation["segmentation"],
-                    number,
-                )
-            )
+        notes = content.crowds_note("set it to 0 in the file for instances")
+        for line in (*notes, *faults.summary(content.remarks, shown=3)):
+            logging.warning("%s", line)
+        self._content = content
+        self._classes = _class_of_category(self.path, content, metadata)
+        self._positions = {image_id: i for i, image_id in enumerate(content.image_ids)}
+        for i, name in enumerate(content.image_names):  # a panoptic file may call an image by it
+            self._positions.setdefault(pathlib.PurePath(name).stem, i)
 
     def masks(self, image_id: str, size: tuple[int, int]) -> Masks:
         """The instances of an image; ValueError if the file lacks it or has it in another size."""
-        if image_id not in self._images:
+        position = self._positions.get(image_id)
+        if position is None:
             raise ValueError(
                 f"{self.path} has no image {image_id}; eval.instance_json must belong to the "
                 "evaluated split"
             )
-        height, width, rows = self._images[image_id]
-        if (height, width) != size:
+        content = self._content
+        height, width = content.image_sizes[position].tolist()
+        if (height, width) not in ((0, 0), size):
             raise ValueError(
                 f"{self.path}: image {image_id} has {height} x {width} pixels (height x width), "
                 f"its panoptic annotation {size[0]} x {size[1]}"
             )
-        codes = []
-        for *_, segmentation, number in rows:
-            try:
-                codes.append(_run_lengths(segmentation, height, width))
-            except (AttributeError, TypeError, KeyError, ValueError) as error:
-                raise ValueError(
-                    f"{self.path}: annotation {number} of image {image_id} has no readable "
-                    f"segmentation ({error})"
-                ) from error
+        rows = content.rows(position)
+        try:
+            runs = [content.runs(row, size) for row in range(rows.start, rows.stop)]
+        except SegmentationError as error:  # only where the file does not tell the size
+            raise ValueError(f"{error} (image {image_id})") from None
+        pixels = np.array([run_lengths.area_of(r) for r in runs], np.float64)
+        seen = np.flatnonzero(pixels)
+        areas = content.areas[rows]
         return Masks(
-            classes=np.array([row[0] for row in rows], np.int64),
-            values=np.array([row[1] for row in rows], np.float64),
-            crowd=np.array([row[2] for row in rows], bool),
-            counts=codes,
+            classes=np.array(
+                [self._classes[c] for c in content.category_ids[rows][seen].tolist()], np.int64
+            ),
+            values=np.where(np.isnan(areas), pixels, areas)[seen],
+            crowd=content.crowd[rows][seen],
+            counts=[run_lengths.compress(runs[i], size) for i in seen],
         )
 
 
-def _class_of_category(path: pathlib.Path, categories: list[Any], metadata: Metadata) -> dict:
+def _class_of_category(
+    path: pathlib.Path, content: InstanceFile, metadata: Metadata
+) -> dict[int, int]:
     """Category id of the file -> contiguous class id."""
-    found = {category["id"] for category in categories}
+    found = {category["id"] for category in content.categories}
     things = [c for c, thing in enumerate(metadata.is_thing) if thing]
     by_dataset = {metadata.category_ids[c]: c for c in things}
     by_position = dict(enumerate(things))
@@ -147,22 +123,6 @@ def _class_of_category(path: pathlib.Path, categories: list[Any], metadata: Meta
         f"{path}: the categories {strange} are no things of {metadata.dataset}; they must have the "
         f"dataset's own category ids, or be 0..{len(things) - 1} in the order of its things"
     )
-
-
-def _run_lengths(segmentation: Any, height: int, width: int) -> bytes:
-    """Compressed run-length code of a COCO segmentation: polygons, counts, or compressed counts."""
-    if isinstance(segmentation, Mapping):
-        counts = segmentation["counts"]
-        if not isinstance(counts, list):
-            if list(segmentation["size"]) != [height, width]:
-                raise ValueError(f"its mask has the size {segmentation['size']}")
-            return counts.encode("ascii")
-        if sum(counts) != height * width:
-            raise ValueError(f"its run lengths are of {sum(counts)} pixels")
-        return coco_mask.frPyObjects(segmentation, height, width)["counts"]
-    if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-        raise ValueError("it is neither run lengths nor polygons of at least three points")
-    return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))["counts"]
 
 
 def encode(mask: np.ndarray) -> bytes:

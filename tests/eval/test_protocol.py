@@ -164,10 +164,13 @@ def test_ade20k_file_numbers_its_100_things_in_either_way(tmp_path, by_position)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(categories=[dict(id=7)]), r"\[7\] are no things of five"),
-        (dict(images=[]), "annotation 1 is of image 7 and category 26, one of which"),
-        (dict(annotations=[dict(id=5, image_id=7)]), "annotation 5 lacks category_id, area"),
-        (dict(annotations=[dict(id=5, segments_info=[])]), "a panoptic file"),
+        (dict(categories=[dict(id=7)], annotations=[]), r"\[7\] are no things of five"),
+        (dict(images=[]), "lists no images"),
+        (
+            dict(annotations=[dict(id=5, image_id=7)]),
+            r"lacks category_id - at \$\.annotations\[0\]",
+        ),
+        (dict(annotations=[dict(id=5, segments_info=[])]), "looks like a panoptic JSON"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, changes, message):
@@ -185,7 +188,7 @@ def test_files_of_another_kind_are_refused(tmp_path):
         choose_protocol(METADATA, instance_json=str(path))
     for text in ("[]", '{"images": []}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"lacks .*annotations.*COCO instance file"):
+        with pytest.raises(ValueError, match="COCO instance JSON has the lists"):
             choose_protocol(METADATA, instance_json=str(path))
     annotation_file(tmp_path)
     for name in ("cityscapes", "mapillary"):
@@ -199,8 +202,33 @@ def test_images_that_do_not_fit_are_refused(tmp_path):
         found.masks("9", (4, 10))
     with pytest.raises(ValueError, match=r"image 7 has 4 x 10 pixels.*5 x 10"):
         found.masks("7", (5, 10))
-    for broken in (None, {"counts": [1]}, {"size": [9, 9], "counts": "abc"}, [[1]], [], {}, 5):
-        annotation = dict(id=4, image_id=7, category_id=26, area=1, segmentation=broken)
-        path = annotation_file(tmp_path, annotations=[annotation])
-        with pytest.raises(ValueError, match="annotation 4 of image 7 has no readable"):
-            InstanceAnnotations(path, METADATA).masks("7", (4, 10))
+
+
+@pytest.mark.parametrize(
+    "broken", [None, {"counts": [1]}, {"size": [9, 9], "counts": "abc"}, [[1]], [], {}, 5]
+)
+def test_segmentations_that_are_none_are_refused(tmp_path, broken):
+    annotation = dict(id=4, image_id=7, category_id=26, area=1, segmentation=broken)
+    path = annotation_file(tmp_path, annotations=[annotation])
+    with pytest.raises(ValueError, match=r"instances\.json: .*(annotation 4|annotations\[0\])"):
+        InstanceAnnotations(path, METADATA)
+
+
+def test_truth_without_area_or_pixels(tmp_path):
+    """A missing area is counted; an annotation outside of the image is no truth."""
+    square = [[0, 0, 2, 0, 2, 4, 0, 4]]
+    outside = [[12, 0, 14, 0, 14, 4, 12, 4]]
+    rows = [
+        dict(id=i, image_id=7, category_id=26, segmentation=s)
+        for i, s in enumerate((square, outside))
+    ]
+    masks = InstanceAnnotations(annotation_file(tmp_path, annotations=rows), METADATA).masks(
+        "7", (4, 10)
+    )
+    assert masks.values.tolist() == [8] and len(masks.counts) == 1
+
+
+def test_truth_of_crowds_alone_is_refused_with_the_likely_reason(tmp_path):
+    row = dict(id=1, image_id=7, category_id=26, iscrowd=1, segmentation=[[0, 0, 2, 0, 2, 4]])
+    with pytest.raises(ValueError, match=r"1 of 1 annotations have iscrowd 1.*CVAT"):
+        InstanceAnnotations(annotation_file(tmp_path, annotations=[row]), METADATA)

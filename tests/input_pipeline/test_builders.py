@@ -295,8 +295,10 @@ def test_preparation_reads_on_without_the_original_files(coco_folder, tmp_path):
 def test_preparation_lists_all_broken_records(coco_folder, tmp_path):
     coco_folder.image(1).unlink()
     coco_folder.panoptic(3).write_bytes(coco_folder.panoptic(3).read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"2 broken record") as error:
+    with pytest.raises(ValueError, match=r"has 2 faults") as error:
         _open(coco_folder, tmp_path)
+    listing = tmp_path / "coco_folder" / "animals" / "faults.txt"
+    assert str(listing) in str(error.value) and listing.read_text().startswith("faults: 2\n")
     assert "0001.jpg" in str(error.value) and "0003.png" in str(error.value)
     assert "skip_broken" in str(error.value)
 
@@ -307,10 +309,24 @@ def test_preparation_lists_all_broken_records(coco_folder, tmp_path):
         _open(coco_folder, tmp_path)  # not silently fewer
 
 
+def test_preparation_leaves_out_segments_and_not_their_image(coco_folder, tmp_path):
+    segments = coco_folder.json["train"]["annotations"][1]["segments_info"]
+    segments[0]["category_id"] = 999
+    segments[1]["id"] = "x"
+    coco_folder.write("train")
+    with pytest.raises(ValueError, match=r"(?s)has 2 faults.*0001\.png.*category_id 999") as error:
+        _open(coco_folder, tmp_path)
+    assert "segments_info[1].id, it is 'x'" in str(error.value)
+    source, _ = _open(coco_folder, tmp_path, skip_broken=True)
+    assert len(source) == 4 and [s["id"] for s in source[1]["segments"]] == [300]
+    with pytest.raises(ValueError, match="without 2 broken record"):
+        _open(coco_folder, tmp_path)  # not silently fewer
+
+
 def test_all_records_broken_is_an_error_even_when_skipping(coco_folder, tmp_path):
     for index in range(4):
         coco_folder.image(index).unlink()
-    with pytest.raises(ValueError, match="all 4 records"):
+    with pytest.raises(ValueError, match="none of its records can be read"):
         _open(coco_folder, tmp_path, skip_broken=True)
 
 

@@ -109,9 +109,12 @@ def test_instance_json_in_place_of_the_panoptic_one(job):
     ("content", "message"),
     [
         ('{"images": [', "not valid JSON"),
-        ('{"images": []}', r"not an instance JSON of COCO \(KeyError\('annotations'\)"),
-        ('{"images": [], "annotations": [{"image_id": 1}]}', r"KeyError\('iscrowd'\)"),
-        ("[]", "not an instance JSON"),
+        ('{"images": []}', r"lacks annotations \(it has images\).*instance JSON of COCO"),
+        (
+            '{"images": [], "annotations": [{"image_id": 1}]}',
+            r"lacks iscrowd - at \$\.annotations\[0\]",
+        ),
+        ("[]", "Expected object, got array"),
     ],
 )
 @pytest.mark.parametrize("year", ["train2017", "val2017"])
@@ -239,6 +242,31 @@ def test_broken_record_is_listed_the_rest_is_kept_and_repair_goes_on(job, case):
     assert len(job.open()) == 5
     rewritten = [n for n, t in done.items() if (job.folder / n).stat().st_mtime_ns != t]
     assert len(done) == 3 and len(rewritten) == 1  # two records each, the last has one
+
+
+@pytest.mark.parametrize("dataset", ["coco", "mapillary"])
+def test_a_broken_annotation_may_be_left_out_and_is_counted_by_kind(job, dataset):
+    path = job.make(dataset).file("panoptic_*.json")
+    content = json.loads(path.read_text())
+    first, second = content["annotations"][:2]
+    first["segments_info"][0]["category_id"] = 9999
+    second["segments_info"][0].update(id=1.5, area=5)
+    second["segments_info"][1]["area"] = 3
+    path.write_text(json.dumps(content))
+    message = job.fail()
+    assert "train (2)" in message
+    kinds = {"category that is not listed": 1, "value of a wrong type or out of range": 1}
+    assert job.report()["kinds"] == kinds
+    assert any("1 x category that is not listed" in line for line in job.lines)
+    for _ in range(2):  # again: what was left out is looked at anew, and told again
+        job.prepare(skip_broken=True)
+        assert job.report()["kinds"] == kinds and job.report()["written"] == 5
+        assert any("area that is not the number of pixels" in n for n in job.report()["notes"])
+    with pytest.raises(ValueError, match="was prepared without all of its train records"):
+        job.open()
+    source = job.open(skip_broken=True)
+    lengths = [len(entry["segments_info"]) for entry in (first, second)]
+    assert [len(source[i]["segments"]) for i in (0, 1)] == [n - 1 for n in lengths]
 
 
 def test_all_records_broken_is_an_error_even_when_skipping(job):
