@@ -120,7 +120,9 @@ Tree = dict[str, Any]  # nested by names; leaves are jax.ShapeDtypeStruct or arr
 
 def _open(store: pathlib.Path) -> ts.KvStore:
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{store}/"}}
-    return ts.KvStore.open(spec).result()
+    # One cache for all arrays, or each would read the index anew.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 100 << 20}})
+    return ts.KvStore.open(spec, context=context).result()
 
 
 def describe(store: pathlib.Path) -> Tree:
@@ -258,8 +260,8 @@ def _frame_sizes(chunk: bytes) -> tuple[int, int]:
 
 
 def _array(keys: ts.KvStore, path: tuple[str, ...]) -> ts.TensorStore:
-    kvstore = keys.spec().to_json() | {"path": f"{_name(path)}/"}
-    return ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+    spec = {"driver": "zarr", "recheck_cached_data": "open"}
+    return ts.open(spec, kvstore=keys / f"{_name(path)}/", open=True).result()
 
 
 def unpack(store: pathlib.Path, tree: Tree) -> None:
