@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from input_pipeline import datasets
+from input_pipeline import datasets, images
 from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import found_in
+from input_pipeline.files import found_in, read_file
 from input_pipeline.records import (
     RecordError,
     SegmentTable,
@@ -102,6 +102,8 @@ class CocoFolderSource:
       FileNotFoundError: a folder or the JSON is missing.
       ValueError: the JSON has another layout, no annotation, or categories that `info` lacks.
     """
+
+    max_pixels = images.MAX_PIXELS  # the most pixels of an image or map
 
     def __init__(
         self,
@@ -199,6 +201,11 @@ class CocoFolderSource:
         classes = [self._contiguous.get(category) for category in categories[crowd == 0].tolist()]
         return any(k is not None and self.info.is_thing[k] for k in classes)
 
+    def classes_of(self, index: int) -> np.ndarray:
+        """The classes of the segments of image `index`, int [G], -1 if unknown; reads no file."""
+        categories = self._rows(index)[:, 1].tolist()
+        return np.array([self._contiguous.get(category, -1) for category in categories], np.int64)
+
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, read from the head of its file.
 
@@ -208,7 +215,7 @@ class CocoFolderSource:
           RecordError: the file is missing or not an image.
         """
         path = self.image_path(index)
-        return read_image_size(self._read(path), str(path))
+        return read_image_size(self._read(path), str(path), self.max_pixels)
 
     def __getitem__(self, index: int) -> dict:
         """Record `index`, in the order of the JSON's annotations.
@@ -230,8 +237,8 @@ class CocoFolderSource:
         segments = self.segments(index)
         decode = decode_panoptic_compact if compact else decode_panoptic
         return make_record(
-            decode_image(self._read(image_path), str(image_path)),
-            decode(self._read(panoptic_path), segments, str(panoptic_path)),
+            decode_image(self._read(image_path), str(image_path), self.max_pixels),
+            decode(self._read(panoptic_path), segments, str(panoptic_path), self.max_pixels),
             segments.numbered() if compact else segments,
             image_id=self._image_ids[index],
             file_name=self._image_names[index],
@@ -239,10 +246,5 @@ class CocoFolderSource:
         )
 
     def _read(self, path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise RecordError(
-                f"{path}: cannot be read ({error.strerror}), but {self._json_path} lists it; "
-                "restore the file or take it out of the JSON"
-            ) from error
+        hint = f"{self._json_path} lists it: restore the file or take it out of the JSON"
+        return read_file(path, hint)

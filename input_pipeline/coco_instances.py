@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from input_pipeline import datasets
+from input_pipeline import datasets, images
 from input_pipeline.coco_format import check_categories
 from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import found_in
+from input_pipeline.files import found_in, read_file
 from input_pipeline.records import (
     RecordError,
     SegmentTable,
@@ -85,6 +85,8 @@ class CocoInstanceSource:
       ValueError: the JSON has another layout, or categories that `info` lacks.
     """
 
+    max_pixels = images.MAX_PIXELS  # the most pixels of an image or map
+
     def __init__(
         self,
         images_dir: str | os.PathLike,
@@ -105,9 +107,9 @@ class CocoInstanceSource:
         self.info = info
         self._contiguous = info.contiguous_ids()
 
-        images = content["images"]
-        position = {image["id"]: i for i, image in enumerate(images)}
-        grouped: list[list[dict]] = [[] for _ in images]
+        listed = content["images"]
+        position = {image["id"]: i for i, image in enumerate(listed)}
+        grouped: list[list[dict]] = [[] for _ in listed]
         for annotation in content["annotations"]:
             if annotation["image_id"] not in position:
                 raise ValueError(
@@ -117,7 +119,7 @@ class CocoInstanceSource:
             grouped[position[annotation["image_id"]]].append(annotation)
         self._images = [
             (str(image["id"]), image.get("file_name", ""), image.get("height"), image.get("width"))
-            for image in images
+            for image in listed
         ]
         keys = ("id", "category_id", "iscrowd", "segmentation")
         # As text: a small pickle, and the numbers stay as they were written.
@@ -137,6 +139,11 @@ class CocoInstanceSource:
         """Whether image `index` has an instance that is no crowd; reads no file."""
         return bool(self._has_things[index])
 
+    def classes_of(self, index: int) -> np.ndarray:
+        """The classes of the instances of image `index`, int [G], -1 if unknown; reads no file."""
+        annotations = json.loads(self._annotations[index])
+        return np.array([self._contiguous.get(a["category_id"], -1) for a in annotations], np.int64)
+
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, read from the head of its file.
 
@@ -144,7 +151,7 @@ class CocoInstanceSource:
           RecordError: the file is missing or not an image.
         """
         path = self._image_path(index)
-        return read_image_size(self._read(path), str(path))
+        return read_image_size(self._read(path), str(path), self.max_pixels)
 
     def __getitem__(self, index: int) -> dict:
         """Record `index`, in the order of the JSON's images.
@@ -160,7 +167,7 @@ class CocoInstanceSource:
         """As `source[index]`, but a compact record (see `records`)."""
         index = checked_index(index, len(self))
         path = self._image_path(index)
-        image = decode_image(self._read(path), str(path))
+        image = decode_image(self._read(path), str(path), self.max_pixels)
         image_id, file_name, *listed = self._images[index]
         shape = image.shape[:2]
         if None not in listed and tuple(listed) != shape:
@@ -200,13 +207,8 @@ class CocoInstanceSource:
         return self._images_dir / name
 
     def _read(self, path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise RecordError(
-                f"{path}: cannot be read ({error.strerror}), but {self._json_path} lists it; "
-                "restore the file or take it out of the JSON"
-            ) from error
+        hint = f"{self._json_path} lists it: restore the file or take it out of the JSON"
+        return read_file(path, hint)
 
 
 def _mask(annotation: Mapping[str, Any], shape: tuple[int, int], where: str) -> np.ndarray:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from input_pipeline import images
 from input_pipeline.records import RecordError
 
 _SHOWN_NAMES = 8
@@ -25,16 +26,16 @@ def found_in(path: Path) -> str:
     return f"{folder} holds {shown or 'nothing'}"
 
 
-def read_file(path: Path) -> bytes:
-    """Content of a file that belongs to a record.
+def read_file(path: Path, hint: str = "restore the file") -> bytes:
+    """Content of an image file that belongs to a record; `hint` names the way out.
 
     Raises:
-      RecordError: it is missing or cannot be read.
+      RecordError: it is missing, cannot be read, is no regular file, or is too large for an image.
     """
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
+        return images.read_file(path)
+    except images.ImageError as error:
+        raise RecordError(f"{error}; {hint}") from None
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from input_pipeline import datasets
+from input_pipeline import datasets, images
 from input_pipeline.coco_format import CocoFolderSource, load_coco_json
 from input_pipeline.datasets import DatasetInfo
 from input_pipeline.files import exclusive, writing
@@ -71,11 +71,14 @@ class TfdsSource:
     Attributes:
       info: the class table.
       left_out: why records of the download are not there, a line each.
+      max_pixels: the most pixels of an image or map.
 
     Raises:
       FileNotFoundError: nothing is prepared there.
       ValueError: unknown split, an empty split, or another schema.
     """
+
+    max_pixels = images.MAX_PIXELS
 
     def __init__(self, builder_dir: str | os.PathLike | tfds.core.DatasetBuilder, split: str):
         from input_pipeline.builders import schema
@@ -165,16 +168,16 @@ class TfdsSource:
         segments.check(self.info.num_classes, where)
         decode = _DECODERS[self._dense, compact]
         record = make_record(
-            decode_image(example["image"], where),
-            decode(example["panoptic_image"], segments, where),
+            decode_image(example["image"], where, self.max_pixels),
+            decode(example["panoptic_image"], segments, where, self.max_pixels),
             segments.numbered() if compact else segments,
             image_id=image_id,
             file_name=file_name,
             where=where,
         )
         if schema.SEMANTIC in example and not compact:
-            semantic = decode_labels(example[schema.SEMANTIC], where)
-            record["semantic"] = np.where(semantic, semantic - 1, self.info.ignore_label)
+            semantic = decode_labels(example[schema.SEMANTIC], where, self.max_pixels)
+            record["semantic"] = semantic.astype(np.int32) - 1  # 0 becomes VOID
         return record
 
 
@@ -254,7 +257,7 @@ _SEMANTIC_FOLDER_OPTIONS = {
     "validation_images": "images/validation",
     "validation_labels": "labels/validation",
     "classes": "classes.txt",
-    "ignore_label": 255,
+    "ignore_label": (255,),
     "label_suffix": ".png",
     "table": "",
 }
@@ -272,7 +275,12 @@ OPTIONS = {
 
 
 def open_source(
-    name: str, *, data_dir: str | os.PathLike, split: str, options: Mapping | None = None
+    name: str,
+    *,
+    data_dir: str | os.PathLike,
+    split: str,
+    options: Mapping | None = None,
+    max_pixels: int = images.MAX_PIXELS,
 ) -> tuple[Source, DatasetInfo]:
     """Opens a dataset by name; "synthetic" and "coco_folder" are prepared first if need be.
 
@@ -312,7 +320,7 @@ def open_source(
         (images/validation), validation_labels (labels/validation): folders of images and maps; with
         empty validation_images there is no such split.
       classes (classes.txt): text file of the classes, VALUE NAME a line.
-      ignore_label (255): value of unlabelled pixels; -1: there are none.
+      ignore_label ((255,)): the values of unlabelled pixels, or one; -1: there are none.
       label_suffix (.png): end of a map's name in the place of the image's ".jpg".
       table (empty): name of a table to use instead of `classes`; its own ids are the pixel values.
 
@@ -321,6 +329,7 @@ def open_source(
       data_dir: local or mounted folder where prepared files are written and looked for.
       split: "train" or "validation".
       options: see above.
+      max_pixels: the most pixels that an image or a map may have; larger ones are broken records.
 
     Returns:
       The source and the class table of the dataset.
@@ -349,6 +358,7 @@ def open_source(
         source = _open_semantic_folder(data_dir, split, options)
     else:
         source = _open_official(name, data_dir, split, options)
+    source.max_pixels = max_pixels
     return source, source.info
 
 
@@ -456,15 +466,18 @@ def _open_semantic_folder(data_dir: Path, split: str, options: dict) -> Semantic
     root = Path(options["root"] or data_dir).expanduser()
     if not options[f"{split}_images"]:
         raise ValueError(f"{root} has no {split} split: the option {split}_images is empty")
+    ignored = options["ignore_label"]
+    ignored = (ignored,) if isinstance(ignored, int) else tuple(ignored)
     if options["table"]:
-        info = datasets.dataset_info(options["table"])
+        info, ignored = datasets.dataset_info(options["table"]), None
     else:
-        info = read_classes(root / options["classes"], options["ignore_label"])
+        info = read_classes(root / options["classes"], ignored)
     return SemanticFolderSource(
         root / options[f"{split}_images"],
         root / options[f"{split}_labels"],
         info,
         options["label_suffix"],
+        ignored,
     )
 
 

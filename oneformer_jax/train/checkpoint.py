@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import folders
-from oneformer_jax.train.workdir import differing_keys, first_few, is_full
+from oneformer_jax.train.workdir import differing_classes, differing_keys, first_few, is_full
 from oneformer_jax.types import Metadata
 
 CONFIG_FILE, MODEL_FILE, METADATA_FILE = "config.json", "model.json", "metadata.json"
@@ -75,7 +75,8 @@ def claim_workdir(
     """Writes config.json, model.json and metadata.json, or checks them if a run was here before.
 
     The configuration may change between starts (more steps, another learning rate), and config.json
-    follows it; the model and the classes may not. With several hosts the first one writes.
+    follows it; the model and the classes may not, but the folder, ids and colours of the dataset
+    may. With several hosts the first one writes.
 
     Args:
       workdir: created if needed.
@@ -93,13 +94,16 @@ def claim_workdir(
             continue
         theirs = read_json(workdir / name, expected="what an earlier start wrote")
         if name == MODEL_FILE:
-            theirs = _with_defaults(theirs)
-        differing = list(differing_keys(theirs, json.loads(json.dumps(ours))))
+            differing = first_few(
+                list(differing_keys(_with_defaults(theirs), json.loads(json.dumps(ours))))
+            )
+        else:
+            differing = differing_classes(_metadata_of(theirs, workdir / name), metadata)
         if differing:
             what = "another model" if name == MODEL_FILE else "a model of other classes"
             raise CheckpointError(
-                f"workdir {workdir} holds {what}: {name} differs in "
-                f"{first_few(differing)}; use another --workdir, or the settings of that one"
+                f"workdir {workdir} holds {what}: {name} differs in {differing}; use another "
+                "--workdir, or the settings of that one"
             )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -429,6 +433,13 @@ class Trained(NamedTuple):
     step: int
 
 
+def _metadata_of(found: Mapping, path: epath.Path) -> Metadata:
+    try:
+        return Metadata.from_json(json.dumps(found))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+
 def load_for_inference(path: epath.PathLike, *, use_ema: bool = True) -> Trained:
     """Reads what inference needs; the optimizer's state is neither read nor known.
 
@@ -443,11 +454,7 @@ def load_for_inference(path: epath.PathLike, *, use_ema: bool = True) -> Trained
     model = read_json(workdir / MODEL_FILE, expected="the model's settings")
     settings = read_json(workdir / CONFIG_FILE, expected="the run's configuration")
     found = read_json(workdir / METADATA_FILE, expected="the classes of the data set")
-    try:
-        metadata = Metadata.from_json(json.dumps(found))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{workdir / METADATA_FILE} is damaged: {error!r}") from error
-
+    metadata = _metadata_of(found, workdir / METADATA_FILE)
     tree = _saved_tree(checkpoint)
     source = "ema" if use_ema and "ema" in tree else "params"
     if not {source, "stats"} <= set(tree):
