@@ -180,7 +180,7 @@ def decode_image(
     Raises:
       error: another format, damaged, truncated, too large, or a kind of picture that is refused.
     """
-    return _checked(_decode_image, data, where, max_pixels, error)
+    return _checked(_of_its_size(_decode_image), data, where, max_pixels, error)
 
 
 def decode_samples(
@@ -207,7 +207,8 @@ def decode_samples(
     Raises:
       error: see `decode_image`; a lossy or other format.
     """
-    return _checked(functools.partial(_decode_samples, palette), data, where, max_pixels, error)
+    decode = functools.partial(_decode_samples, palette)
+    return _checked(_of_its_size(decode), data, where, max_pixels, error)
 
 
 def read_size(
@@ -219,6 +220,18 @@ def read_size(
 ) -> tuple[int, int]:
     """Height and width of what `decode_image` returns, from the header alone; errors as there."""
     return _checked(lambda header, _: header.upright_size, data, where, max_pixels, error)
+
+
+def _of_its_size(decode):
+    """`decode` for which a result of another size than the header's is damage."""
+
+    def checked(header, data):
+        pixels = decode(header, data)
+        if pixels.shape[:2] != header.upright_size:
+            raise _Broken(_TRUNCATED)
+        return pixels
+
+    return checked
 
 
 def _checked(use, data, where, max_pixels, error):
@@ -243,7 +256,9 @@ def _open(data: bytes, max_pixels: int) -> _Header:
     try:
         picture = reader(io.BytesIO(data))
     except Image.DecompressionBombError:
-        raise _Broken(f"too many pixels for Pillow's reader of {kind}; store it as JPEG") from None
+        raise _Broken(
+            f"more pixels than Pillow takes of {kind}, whatever data.max_pixels; store it as JPEG"
+        ) from None
     width, height = picture.size
     if height < 1 or width < 1:
         raise _Broken("it has no pixels; restore it")
@@ -393,16 +408,20 @@ def _decode_jpeg(header: _Header, data: bytes) -> np.ndarray:
     end, progressive = _jpeg_end(data)
     if header.mode == "CMYK" or not _fits_opencv(header):
         pixels = np.array(header.picture.convert("RGB"))
+        last = header.picture.getpixel((header.size[1] - 1, header.size[0] - 1))
     else:
         pixels = _opencv(data, _COLOR)
-    # libjpeg fills what a cut file lacks with this grey, and says so on stderr only.
-    if not progressive and (pixels[-1, -1] == 128).all() and not _reaches_last_pixel(data[:end]):
+        last = pixels[-1, -1]
+    # libjpeg fills what a cut file lacks with this grey, and says so on stderr only. Pillow inverts
+    # CMYK, hence 127.
+    filled = np.isin(last, (127, 128)).all()
+    if filled and not progressive and not _reaches_last_pixel(data[:end]):
         raise _Broken(_TRUNCATED)
     return pixels
 
 
 def _reaches_last_pixel(data: bytes) -> bool:
-    """Whether a sequential JPEG without its end marker suffices for its last pixel, grey 128.
+    """Whether a sequential JPEG without its end marker suffices for its last pixel, a grey.
 
     Without the marker libjpeg waits for more data instead of filling up, and Pillow's picture stays
     black there. The added bytes are those that it reads ahead.
@@ -499,15 +518,17 @@ def _tiff_samples(header: _Header, palette: bool) -> np.ndarray:
         return np.array(header.picture.convert("RGB"))
     samples = np.array(header.picture)
     if header.mode in ("1", "L") and header.bits < 8:
-        return _unscaled(samples.astype(np.uint8) * (255 if header.mode == "1" else 1), header.bits)
+        samples = samples.astype(np.uint8) * (255 if header.mode == "1" else 1)
+        return _unscaled(samples, header.bits)
     if header.mode == "I" and samples.min() >= 0 and samples.max() <= 65_535:
         return samples.astype(np.uint16)
-    if samples.dtype not in (np.uint8, np.uint16) or (samples.ndim == 3 and header.bits != 8):
+    colors = header.mode in ("RGB", "RGBA", "RGBX") and header.bits == 8  # else the high bytes
+    if header.mode not in ("L", "P", *_MODES_16) and not colors:
         raise _Broken(
             f"a map of {header.bits} bits of Pillow's mode {header.mode}; values must be whole "
             "numbers from 0 to 65535: store the map as PNG"
         )
-    return samples[..., :3]
+    return samples[..., :3] if samples.ndim == 3 else samples
 
 
 def _unscaled(samples: np.ndarray, bits: int) -> np.ndarray:

@@ -125,9 +125,9 @@ def differing_classes(theirs: Metadata, ours: Metadata) -> str:
     """
     there, here = theirs.classes(), ours.classes()
     if len(there) != len(here):
-        return f"{len(there)} classes there, {len(here)} here"
+        return f"class_names (there {len(there)} of them, here {len(here)})"
     texts = (
-        f"class {number} (there {old}, here {new})"
+        f"class_names[{number}] (there {old}, here {new})"
         for number, (old, new) in enumerate(zip(there, here, strict=True))
         if old != new
     )
