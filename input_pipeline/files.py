@@ -35,7 +35,8 @@ def read_file(path: Path, hint: str = "restore the file") -> bytes:
     try:
         return images.read_file(path)
     except images.ImageError as error:
-        raise RecordError(f"{error}; {hint}") from None
+        reason = str(error).removeprefix(str(path)).strip()
+        raise RecordError(f"{path}: cannot be read ({reason}); {hint}") from None
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -286,8 +286,11 @@ def _reader_of(data: bytes) -> tuple[str, Callable[[IO[bytes]], ImageFile.ImageF
             return kind, reader
     for start, hint in _OTHERS:
         if re.match(start, data, re.DOTALL):
-            raise _Broken(f"not an image but {hint}")
-    raise _Broken(f"not an image in one of the formats {', '.join(FORMATS)}; restore or convert it")
+            raise _Broken(f"cannot be decoded, not an image but {hint}")
+    raise _Broken(
+        f"cannot be decoded, not an image in one of the formats {', '.join(FORMATS)}; restore or "
+        "convert it"
+    )
 
 
 def _orientation(exif: bytes | None) -> int:

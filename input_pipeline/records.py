@@ -286,7 +286,7 @@ def make_record(
     if image.shape[:2] != panoptic.shape:
         raise RecordError(
             f"{where}: the image has {image.shape[0]} x {image.shape[1]} pixels (height x width), "
-            f"its map {panoptic.shape[0]} x {panoptic.shape[1]}; they must be equal"
+            f"its panoptic PNG {panoptic.shape[0]} x {panoptic.shape[1]}; they must be equal"
             + turned_hint(image.shape[:2], panoptic.shape)
         )
     return {

@@ -247,7 +247,8 @@ class SemanticFolderSource:
         if labels.ndim != 2:
             raise RecordError(
                 f"{path}: a semantic map must be a grey or palette PNG whose pixels are class "
-                f"values; this one has {labels.shape[2]} channels: convert its colours to values"
+                f"values; this one is RGB with {labels.shape[2]} channels: convert its colours to "
+                "values"
             )
         numbers = self._numbers.take(labels)
         pixels = np.bincount(numbers.reshape(-1), minlength=self._unknown + 1)

@@ -25,6 +25,8 @@ _LINE_SHARE = 0.003
 _SHRINK = 0.7
 # A label of more than this many times its segment's area is left out.
 _DWARF = 4
+# The most pixels to which a picture is enlarged.
+_ENLARGED = 1 << 22
 _PLATE = (18, 18, 22)
 _INK = (25, 25, 30)
 
@@ -57,7 +59,7 @@ def overlay(
         (those of ground truth are).
       min_score: instances below this score are left out.
       min_size: enlarge images whose shorter side has fewer pixels by a whole factor, so that text
-        and outlines stay fine, as far as `max_pixels` allows. 0 keeps the size.
+        and outlines stay fine, as far as the picture does not become large. 0 keeps the size.
       max_pixels: the most pixels of the picture; larger images are shrunk.
 
     Returns:
@@ -93,7 +95,7 @@ def _drawn_size(shape: tuple[int, int], min_size: int, max_pixels: int) -> tuple
     """(width, height) of the picture of an image of `shape`; see `overlay`."""
     height, width = shape
     factor = -(-min_size // max(1, min(shape)))
-    factor = min(factor, math.isqrt(max_pixels // max(1, height * width)))
+    factor = min(factor, math.isqrt(min(max_pixels, _ENLARGED) // max(1, height * width)))
     if factor >= 1:
         return width * factor, height * factor
     if height * width <= max_pixels:

@@ -365,7 +365,9 @@ def test_what_is_no_image_is_named_and_starts_no_program(
         lambda: records.read_image_size(data, str(path)),
         lambda: records.decode_labels(data, str(path)),
     ):
-        with pytest.raises(ValueError, match=rf"a{ending}: not an image.*{words}"):
+        with pytest.raises(
+            ValueError, match=rf"a{ending}: cannot be decoded, not an image.*{words}"
+        ):
             call()
 
 

@@ -207,7 +207,7 @@ def _no_name(content):
 
 def _missing_image(content):
     content["images"][0]["file_name"] = "gone.jpg"
-    return r"gone\.jpg is missing.*instances_train\.json lists it"
+    return r"gone\.jpg: cannot be read.*instances_train\.json lists it"
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def _value(semantics):
 
 def _colours(semantics):
     cv2.imwrite(str(semantics.label), np.zeros((24, 30, 3), np.uint8))
-    return r"a\.png: a semantic map must be a grey or palette PNG.*3 channels"
+    return r"a\.png: a semantic map must be a grey or palette PNG.*RGB with 3 channels"
 
 
 def _size(semantics):
@@ -372,7 +372,7 @@ def _truncated(semantics):
 
 def _missing(semantics):
     semantics.label.unlink()
-    return r"a\.png is missing.*every image needs its map"
+    return r"a\.png: cannot be read.*every image needs its map"
 
 
 @pytest.mark.parametrize(

@@ -137,12 +137,12 @@ def _annotation(folder):
 
 def _missing_image(folder):
     folder.image(1).unlink()
-    return r"0001\.jpg is missing.*panoptic_train\.json lists it"
+    return r"0001\.jpg: cannot be read.*panoptic_train\.json lists it"
 
 
 def _missing_png(folder):
     folder.panoptic(1).unlink()
-    return r"0001\.png is missing"
+    return r"0001\.png: cannot be read"
 
 
 def _truncated_image(folder):
@@ -163,12 +163,12 @@ def _damaged_png(folder):
 
 def _no_image(folder):
     folder.image(1).write_text("<html>404</html>")
-    return r"0001\.jpg: not an image but the text of a web page"
+    return r"0001\.jpg: cannot be decoded.*not an image"
 
 
 def _empty_image(folder):
     folder.image(1).write_bytes(b"")
-    return r"0001\.jpg: not an image but an empty file"
+    return r"0001\.jpg: cannot be decoded"
 
 
 def _grey_png(folder):
@@ -184,7 +184,7 @@ def _unknown_id(folder):
 
 def _other_size(folder):
     cv2.imwrite(str(folder.image(1)), np.zeros((20, 40, 3), np.uint8))
-    return r"0001\.jpg.*the image has 20 x 40 pixels.*map 25 x 40"
+    return r"0001\.jpg.*the image has 20 x 40 pixels.*panoptic PNG 25 x 40"
 
 
 def _unknown_category(folder):

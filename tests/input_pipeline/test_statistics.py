@@ -52,7 +52,7 @@ def test_broken_records_are_listed(source, coco_folder):
     coco_folder.image(1).unlink()
     found = statistics.collect(source, source.info)
     assert list(found.broken) == [1] and len(found.sizes) == 3
-    assert "0001.jpg is missing" in statistics.report(found, source.info, 9, 9)
+    assert "0001.jpg: cannot be read" in statistics.report(found, source.info, 9, 9)
     for index in (0, 2, 3):
         coco_folder.image(index).unlink()
     with pytest.raises(ValueError, match=r"none of 4 images.*0000\.jpg"):
