@@ -408,7 +408,7 @@ def _say_once(text: str) -> None:
 
 
 def _decode_jpeg(header: _Header, data: bytes) -> np.ndarray:
-    end, progressive = _jpeg_end(data)
+    scan = _first_scan(data)
     if header.mode == "CMYK" or not _fits_opencv(header):
         pixels = np.array(header.picture.convert("RGB"))
         last = header.picture.getpixel((header.size[1] - 1, header.size[0] - 1))
@@ -418,7 +418,7 @@ def _decode_jpeg(header: _Header, data: bytes) -> np.ndarray:
     # libjpeg fills what a cut file lacks with this grey, and says so on stderr only. Pillow inverts
     # CMYK, hence 127.
     filled = np.isin(last, (127, 128)).all()
-    if filled and not progressive and not _reaches_last_pixel(data[:end]):
+    if filled and scan and not _reaches_last_pixel(data[: data.find(_END, scan)]):
         raise _Broken(_TRUNCATED)
     return pixels
 
@@ -440,11 +440,12 @@ def _reaches_last_pixel(data: bytes) -> bool:
 
 # A marker: neither a stuffed zero, nor a restart, nor a filling byte.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_END = b"\xff\xd9"
 _SOF2, _SOI, _EOI, _SOS, _TEM = 0xC2, 0xD8, 0xD9, 0xDA, 0x01
 
 
-def _jpeg_end(data: bytes) -> tuple[int, bool]:
-    """Where the end marker of a JPEG is, and whether it is progressive.
+def _first_scan(data: bytes) -> int:
+    """Checks that a JPEG has its end marker; where its first scan begins, 0 if it is progressive.
 
     The scans of a progressive one must bring every coefficient to its full precision; what was cut
     within the last scan passes.
@@ -458,7 +459,7 @@ def _jpeg_end(data: bytes) -> tuple[int, bool]:
     while match := _MARKER.search(data, position):
         code, position = match[0][1], match.end()
         if code == _EOI and not any(missing.values()):
-            return match.start(), bool(missing)
+            return 0
         if code == _EOI:
             break
         if code in (_SOI, _TEM):
@@ -469,10 +470,9 @@ def _jpeg_end(data: bytes) -> tuple[int, bool]:
         if code == _SOF2:
             missing = {segment[6 + 3 * i]: set(range(64)) for i in range(segment[5])}
         elif code == _SOS and not missing:
-            end = data.find(b"\xff\xd9", position)  # faster than looking at every marker
-            if end < 0:
+            if not data.endswith(_END) and data.find(_END, position) < 0:
                 break
-            return end, False
+            return position
         elif code == _SOS:
             count = segment[0]
             first, last, approximation = segment[1 + 2 * count : 4 + 2 * count]
