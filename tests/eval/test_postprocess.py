@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from oneformer_jax.eval import postprocess, strips
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
-from oneformer_jax.types import Metadata
+from oneformer_jax.types import VOID, Metadata
 
 QUERIES, CLASSES = 12, 5
 PADDED = (64, 96)
@@ -368,8 +368,8 @@ def test_ground_truth_of_a_record():
     ]
     np.testing.assert_array_equal(truth.segments, panoptic)
     semantic = Segmentation.from_record(record, METADATA, "semantic")
-    np.testing.assert_array_equal(semantic.class_map, [[255, 1, 1], [2, 2, 3]])
-    own = record | {"semantic": np.array([[0, 0, 0], [1, 1, 255]], np.uint8)}
+    np.testing.assert_array_equal(semantic.class_map, [[VOID, 1, 1], [2, 2, 3]])
+    own = record | {"semantic": np.array([[0, 0, 0], [1, 1, VOID]], np.int32)}
     semantic = Segmentation.from_record(own, METADATA, "semantic")
     np.testing.assert_array_equal(semantic.class_map, own["semantic"])
     assert semantic.class_map.dtype == np.int32
