@@ -45,10 +45,7 @@ from oneformer_jax import files
 
 # Pixels of the largest image that is read unless a setting says otherwise: 16,384 x 16,384.
 MAX_PIXELS = 1 << 28
-# Bytes of the largest file that is read.
-FILE_LIMIT = 1 << 31
-# Larger pictures are more than OpenCV takes.
-_OPENCV_PIXELS, _OPENCV_SIDE = 1 << 30, 1 << 20
+FILE_LIMIT = 1 << 31  # bytes of the largest file that is read
 
 # How a file begins -> its format and Pillow's reader. `Image.open` would look through the readers
 # of all formats, and stops at a number of pixels of its own.
@@ -193,12 +190,8 @@ def decode_samples(
 ) -> np.ndarray:
     """Decodes a map of labels (PNG or TIFF) into its exact samples: nothing is scaled.
 
-    Args:
-      data: see `decode_image`.
-      where: see `decode_image`.
+    The arguments are those of `decode_image`, and
       palette: whether the indices of a palette become its colours.
-      max_pixels: see `decode_image`.
-      error: see `decode_image`.
 
     Returns:
       uint8 or uint16 [H, W] of a grey or palette picture with 1, 2, 4, 8 or 16 bits; [H, W, 3],
@@ -212,11 +205,7 @@ def decode_samples(
 
 
 def read_size(
-    data: bytes,
-    where: str,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    error: type[Exception] = ImageError,
+    data: bytes, where: str, *, max_pixels: int = MAX_PIXELS, error: type[Exception] = ImageError
 ) -> tuple[int, int]:
     """Height and width of what `decode_image` returns, from the header alone; errors as there."""
     return _checked(lambda header, _: header.upright_size, data, where, max_pixels, error)
@@ -243,9 +232,8 @@ def _checked(use, data, where, max_pixels, error):
     except MemoryError:
         raise error(f"{where}: the memory does not suffice to decode it") from None
     except Exception as cause:  # Pillow's decoders raise whatever they stumble over
-        raise error(
-            f"{where}: {_TRUNCATED} ({str(cause).strip() or type(cause).__name__})"
-        ) from cause
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise error(f"{where}: {_TRUNCATED} ({reason})") from cause
 
 
 # ------------------------------------------------------------------------ headers
@@ -333,21 +321,18 @@ def _decode_image(header: _Header, data: bytes) -> np.ndarray:
             "convert it to 8 or 16 bits, grey or RGB"
         )
     if deep:
-        return _turned(_to_rgb(_eight_bits(_deep_samples(header, data))), header.turn)
+        pixels = _eight_bits(_deep_samples(header, data))
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB) if pixels.ndim == 2 else pixels
+        return _turned(pixels, header.turn)
     if header.kind == "JPEG":
         return _turned(_decode_jpeg(header, data), header.turn)
-    if header.kind == "PNG" and not header.animated and _fits_opencv(header):
+    if header.kind == "PNG" and not header.animated:
         return _turned(_opencv(data, _COLOR), header.turn)
     return _turned(np.array(header.picture.convert("RGB")), header.turn)
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return _TURNS[orientation](pixels) if orientation != 1 else pixels
-
-
-def _fits_opencv(header: _Header) -> bool:
-    height, width = header.size
-    return height * width <= _OPENCV_PIXELS and max(header.size) <= _OPENCV_SIDE
 
 
 def _opencv(data: bytes, flags: int) -> np.ndarray:
@@ -398,10 +383,6 @@ def _eight_bits(samples: np.ndarray) -> np.ndarray:
     return table.astype(np.uint8)[samples]
 
 
-def _to_rgb(pixels: np.ndarray) -> np.ndarray:
-    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB) if pixels.ndim == 2 else pixels
-
-
 @functools.cache
 def _say_once(text: str) -> None:
     logging.warning("%s", text)
@@ -409,7 +390,7 @@ def _say_once(text: str) -> None:
 
 def _decode_jpeg(header: _Header, data: bytes) -> np.ndarray:
     scan = _first_scan(data)
-    if header.mode == "CMYK" or not _fits_opencv(header):
+    if header.mode == "CMYK":
         pixels = np.array(header.picture.convert("RGB"))
         last = header.picture.getpixel((header.size[1] - 1, header.size[0] - 1))
     else:
@@ -501,7 +482,7 @@ def _decode_samples(palette: bool, header: _Header, data: bytes) -> np.ndarray:
 def _png_samples(header: _Header, palette: bool, data: bytes) -> np.ndarray:
     if header.mode == "LA":
         raise _Broken("a map of grey and alpha; store it without alpha")
-    if header.animated or not _fits_opencv(header):
+    if header.animated:
         raise _Broken("a map must be a PNG of one frame")
     if header.mode == "P" and not palette:
         return np.array(header.picture)  # the indices

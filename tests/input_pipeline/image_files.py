@@ -69,3 +69,17 @@ def photo(height=48, width=64, seed=0):
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.int16)
     noise = rng.integers(-9, 10, (height, width, 1))
     return np.clip(smooth + noise, 0, 255).astype(np.uint8)
+
+
+def animated(pixels, kind, **options):
+    """A file of two frames or pages, the first of them `pixels`."""
+    second = Image.fromarray(255 - pixels)
+    return saved(pixels, kind, save_all=True, append_images=[second], **options)
+
+
+def white_is_zero(pixels):
+    """A grey TIFF of these pixels whose samples are their negative, as its header says."""
+    data = bytearray(saved(255 - pixels, "TIFF"))
+    at = data.index((262).to_bytes(2, "little") + (3).to_bytes(2, "little"))
+    data[at + 8] = 0  # PhotometricInterpretation
+    return bytes(data)

@@ -22,11 +22,13 @@ from tests.input_pipeline.image_files import (
     PALETTE,
     RGB,
     RGBA,
+    animated,
     chunk,
     orientation,
     photo,
     png,
     saved,
+    white_is_zero,
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -91,7 +93,7 @@ def from_files():
         yield f"{name} one bit", ending, data, grey((LUMA > 99) * 255)
     for name, ending in (("GIF", ".gif"), ("TIFF", ".tif"), ("BMP", ".bmp"), ("PNG", ".png")):
         yield f"{name} palette", ending, saved(indexed, name), np.asarray(indexed.convert("RGB"))
-    yield "TIFF white is zero", ".tif", _white_is_zero(), grey(LUMA)
+    yield "TIFF white is zero", ".tif", white_is_zero(LUMA), grey(LUMA)
     yield "JPEG rgb", ".jpg", saved(rgb, "JPEG", quality=95), pillow(rgb)
     yield "JPEG grey", ".jpeg", saved(LUMA, "JPEG"), pillow(rgb)
     yield "JPEG progressive", ".JPG", saved(rgb, "JPEG", progressive=True), pillow(rgb)
@@ -110,22 +112,10 @@ def from_files():
     yield "TIFF rgb 16 bits", ".tif", _tiff_of_16_bits(wide), of_12_bits(wide)
     yield "PGM 16 bits", ".pgm", b"P5 2 1 65535 " + bytes([255, 255, 0, 0]), grey([[255, 0]])
     yield "PGM 12 bits", ".pgm", b"P5 2 1 4095 " + bytes([15, 255, 0, 0]), grey([[255, 0]])
-    yield "animated GIF", ".gif", _animated("GIF"), pillow(rgb)
-    yield "animated PNG", ".png", _animated("PNG"), PHOTO
-    yield "animated WebP", ".webp", _animated("WebP", lossless=True), PHOTO
-    yield "pages of TIFF", ".tif", _animated("TIFF"), PHOTO
-
-
-def _animated(kind, **options):
-    second = Image.fromarray(255 - PHOTO)
-    return saved(PHOTO, kind, save_all=True, append_images=[second], **options)
-
-
-def _white_is_zero():
-    data = bytearray(saved(255 - LUMA, "TIFF"))
-    at = data.index((262).to_bytes(2, "little") + (3).to_bytes(2, "little"))
-    data[at + 8] = 0  # PhotometricInterpretation
-    return bytes(data)
+    yield "animated GIF", ".gif", animated(PHOTO, "GIF"), pillow(rgb)
+    yield "animated PNG", ".png", animated(PHOTO, "PNG"), PHOTO
+    yield "animated WebP", ".webp", animated(PHOTO, "WebP", lossless=True), PHOTO
+    yield "pages of TIFF", ".tif", animated(PHOTO, "TIFF"), PHOTO
 
 
 def _tiff_of_16_bits(samples):
@@ -468,94 +458,6 @@ def test_the_limit_is_a_setting_also_above_that_of_pillow():
     with pytest.raises(images.ImageError, match=r"data\.max_pixels, 100,000,000"):
         images.read_size(data, "a", max_pixels=10**8)
     assert images.decode_samples(data, "a").shape == (13_500, 13_500)
-
-
-# ------------------------------------------------------------------------ maps of labels
-
-
-@given(
-    bits=st.sampled_from([1, 2, 4, 8, 16]),
-    indexed=st.booleans(),
-    height=st.integers(1, 9),
-    width=st.integers(1, 19),
-    seed=st.integers(0, 999),
-)
-@settings(max_examples=150, deadline=None)
-def test_samples_are_exact_at_every_depth(bits, indexed, height, width, seed):
-    rng = np.random.default_rng(seed)
-    samples = rng.integers(0, 1 << bits, (height, width))
-    if indexed and bits <= 8:
-        colors = rng.integers(0, 256, (1 << bits, 3), np.uint8)
-        data = png(samples, bits, PALETTE, image_files.palette(colors))
-        with_colors = images.decode_samples(data, "a", palette=True)
-        np.testing.assert_array_equal(with_colors, colors[samples])
-    else:
-        data = png(samples, bits)
-    found = images.decode_samples(data, "a")
-    assert found.dtype == (np.uint16 if bits == 16 else np.uint8)
-    np.testing.assert_array_equal(found, samples)
-
-
-@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "packbits"])
-@pytest.mark.parametrize(
-    "samples",
-    [LUMA, DEEP, DEEP.astype(np.int32), LUMA > 99, PHOTO],
-    ids=["8", "16", "32", "1", "rgb"],
-)
-def test_samples_of_a_tiff_are_exact(samples, compression):
-    found = images.decode_samples(saved(samples, "TIFF", compression=compression), "a")
-    np.testing.assert_array_equal(found, samples)
-
-
-def test_samples_of_a_palette_in_tiff_are_its_indices():
-    indexed = Image.fromarray(PHOTO).quantize(9)
-    found = images.decode_samples(saved(indexed, "TIFF"), "a")
-    np.testing.assert_array_equal(found, np.asarray(indexed))
-
-
-def test_colours_of_a_map_keep_their_order_and_lose_their_alpha():
-    deep = PHOTO.astype(np.uint16) * 200
-    for data, expected in (
-        (png(PHOTO, 8, RGB), PHOTO),
-        (png(np.dstack([PHOTO, LUMA]), 8, RGBA), PHOTO),
-        (png(deep, 16, RGB), deep),
-        (png(np.dstack([deep, DEEP]), 16, RGBA), deep),
-    ):
-        np.testing.assert_array_equal(images.decode_samples(data, "a"), expected)
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (saved(LUMA, "JPEG"), "this is JPEG, which changes values"),
-        (saved(PHOTO, "WebP"), "must be a PNG"),
-        (png(np.dstack([LUMA, LUMA]), 8, GREY_ALPHA), "grey and alpha"),
-        (_animated("PNG"), "one frame"),
-        (saved(DEEP.astype(np.float32), "TIFF"), "whole numbers from 0 to 65535"),
-        (saved(DEEP.astype(np.int32) * 99, "TIFF"), "whole numbers from 0 to 65535"),
-        (_white_is_zero(), "zero is white"),
-        (saved(LUMA, "TIFF", compression="jpeg"), "compressed by jpeg"),
-        (png(LUMA, 8)[:-40], "truncated"),
-    ],
-)
-def test_maps_whose_values_are_not_exact_are_refused(data, words):
-    with pytest.raises(images.ImageError, match=rf"a\.png: .*{words}"):
-        images.decode_samples(data, "a.png")
-
-
-@pytest.mark.parametrize("form", ["rgb", "rgba", "palette"])
-def test_a_panoptic_map_may_have_alpha_or_a_palette(form):
-    ids = np.array([[1, 300], [70_000, 0]], np.int32)
-    pixels = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
-    data = {
-        "rgb": lambda: png(pixels, 8, RGB),
-        "rgba": lambda: png(np.dstack([pixels, [[0, 9], [255, 1]]]), 8, RGBA),
-        "palette": lambda: png(
-            np.arange(4).reshape(2, 2), 2, PALETTE, image_files.palette(pixels.reshape(4, 3))
-        ),
-    }[form]()
-    table = records.SegmentTable.from_lists([1, 300, 70_000], [0] * 3, [0] * 3, [1] * 3)
-    np.testing.assert_array_equal(records.decode_panoptic(data, table, "a"), ids)
 
 
 # ------------------------------------------------------------------------ folders
