@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from oneformer_jax import config_rules
@@ -51,6 +51,9 @@ _CHECKPOINT = flags.DEFINE_integer(
 )
 _IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
 _TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three.")
+_MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels", None, "predict: largest image that is read; other modes: data.max_pixels.", 1
+)
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
@@ -205,10 +208,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def run_train(config: ConfigDict, workdir: str) -> None:
     """Trains, evaluates and draws: see `oneformer_jax.train.loop.train`."""
-    from input_pipeline import loader, tokenizer
+    from input_pipeline import loader, statistics, tokenizer
     from oneformer_jax.train import loop
 
     source, info = open_split(config, config.dataset.train_split)
+    if process()[0] == 0:
+        for remark in statistics.remarks(source, info):
+            logging.warning("%s", remark)
     # Opened now: what is wrong with it should be said before hours of training.
     evaluation, _ = open_split(config, config.dataset.eval_split)
     settings = train_loader_config(config)
@@ -240,7 +246,12 @@ def run_eval(config: ConfigDict, workdir: str, step: int | None = None) -> None:
 
 
 def run_predict(
-    workdir: str, image: str, task: str = "all", output: str | None = None, step: int | None = None
+    workdir: str,
+    image: str,
+    task: str = "all",
+    output: str | None = None,
+    step: int | None = None,
+    max_pixels: int | None = None,
 ) -> None:
     """Segments an image or a folder of images: see `oneformer_jax.eval.predict.predict_files`."""
     import oneformer_jax
@@ -249,7 +260,8 @@ def run_predict(
 
     output = output or os.path.join(workdir, "predictions")
     path = workdir if step is None else os.path.join(workdir, CHECKPOINT_FOLDER, str(step))
-    written = predict.predict_files(oneformer_jax.load(path), image, output, task)
+    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
+    written = predict.predict_files(oneformer_jax.load(path), image, output, task, **limit)
     print(f"{len(written)} files are in {output}:")
     for file in written:
         print(f"  {file}")
@@ -379,7 +391,12 @@ def open_split(config: ConfigDict, split: str, **how: bool):
     if "skip_broken" in sources.OPTIONS.get(dataset.name, {}):  # one switch, also of preparation
         options.setdefault("skip_broken", config.data.skip_broken)
     return sources.open_source(
-        dataset.name, data_dir=dataset.data_dir, split=split, options=options, **how
+        dataset.name,
+        data_dir=dataset.data_dir,
+        split=split,
+        options=options,
+        max_pixels=config.data.max_pixels,
+        **how,
     )
 
 
@@ -511,7 +528,8 @@ def main(argv: Sequence[str]) -> None:
         elif mode == "inspect":
             run_inspect(config, _OUTPUT.value, limit=_LIMIT.value)
         else:
-            run_predict(_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
+            where = (_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
+            run_predict(*where, _MAX_PIXELS.value)
     except KeyboardInterrupt:
         saved = "finished file" if mode == "prepare" else "checkpoint"
         fail(f"stopped; the same command goes on from the last {saved}", 130)

@@ -71,6 +71,8 @@ def get_base() -> ConfigDict:
     # Text of a segment: {CLS} is its class; {TYPE} is "thing" where the task tells instances of the
     # class apart, else "stuff".
     c.data.text_template = "a photo with a {CLS}"
+    # Largest image or label map that is read, by its header; the default is 16,384 x 16,384.
+    c.data.max_pixels = 1 << 28
     c.data.skip_broken = False  # skip, count and list broken records instead of stopping
     c.data.require_things = False  # drop training images without a non-crowd thing
     c.data.augment = ConfigDict()
@@ -201,7 +203,7 @@ def get_base() -> ConfigDict:
     # padding; common sizes keep the official one.
     c.eval.max_buckets = 0
     c.eval.limit = 0  # images evaluated while training, an even sample of the split; 0 is all
-    # Metrics: "coco", "ade20k", "cityscapes" or "mapillary"; "auto" goes by the dataset's name.
+    # Metrics: "coco", "ade20k", "cityscapes" or "mapillary"; "auto" goes by dataset.name.
     c.eval.protocol = "auto"
     # Labels of instances while they are scored: "contiguous" or (official on ADE20K) "thing", their
     # position among the things; "auto" goes by the protocol.

@@ -49,7 +49,7 @@ DATA = {
         "validation_images": "images/validation",
         "validation_labels": "labels/validation",
         "classes": "classes.txt",  # a line for each class: its pixel value, then its name
-        "ignore_label": 255,  # value of unlabelled pixels
+        "ignore_label": (255,),  # values of unlabelled pixels; -1: there are none
         "label_suffix": ".png",  # end of a map's name in the place of the image's ".jpg"
     },
 }

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline import prepared
+from input_pipeline import images, prepared
 from input_pipeline.records import (
     RecordError,
     checked_index,
@@ -140,12 +140,15 @@ class TfdsSource:
     Attributes:
       info: the class table.
       left_out: why records of the download are not there, a line each.
+      max_pixels: the most pixels of an image or map.
 
     Raises:
       FileNotFoundError: nothing is prepared there.
       ValueError: its description is damaged or that of another kind of dataset; an unknown or an
         empty split.
     """
+
+    max_pixels = images.MAX_PIXELS
 
     def __init__(self, builder_dir: str | os.PathLike, split: str):
         self._dir = str(getattr(builder_dir, "data_dir", builder_dir))
@@ -201,11 +204,12 @@ class TfdsSource:
         where = f"{where} ({example.file_name})"
         segments = example.segments
         segments.check(self.info.num_classes, where)
-        panoptic = _DECODERS[self._dense, compact](example.panoptic_png, segments, where)
+        decode = _DECODERS[self._dense, compact]
+        panoptic = decode(example.panoptic_png, segments, where, self.max_pixels)
         if not compact and example.semantic_png is None:  # ADE20K's areas are its own
             segments = segments.measured(panoptic, where)
         record = make_record(
-            decode_image(example.image, where),
+            decode_image(example.image, where, self.max_pixels),
             panoptic,
             segments.numbered() if compact else segments,
             image_id=example.image_id,
@@ -217,11 +221,11 @@ class TfdsSource:
         return record
 
     def _semantic_map(self, png: bytes, record: Mapping[str, Any], where: str) -> np.ndarray:
-        stored = decode_labels(png, where)  # class id + 1, 0 unlabelled
+        stored = decode_labels(png, where, self.max_pixels)  # class id + 1, 0 unlabelled
         if stored.shape != record["panoptic"].shape or stored.max() > self.info.num_classes:
             raise RecordError(
                 f"{where}: the semantic map, {stored.shape} with values up to {stored.max()}, does "
                 f"not fit the image, {record['panoptic'].shape}, and the {self.info.num_classes} "
                 "classes; prepare the dataset again"
             )
-        return np.where(stored, stored - 1, self.info.ignore_label)
+        return stored.astype(np.int32) - 1  # 0 becomes VOID

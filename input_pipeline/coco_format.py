@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from input_pipeline import datasets
+from input_pipeline import datasets, images
 from input_pipeline.annotations import schemas
 from input_pipeline.annotations.faults import Fault
 from input_pipeline.annotations.panoptic import LAYOUT, NO_AREA, PanopticFile, read_panoptic
 from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import found_in
+from input_pipeline.files import found_in, read_file
 from input_pipeline.records import (
     RecordError,
     SegmentTable,
@@ -106,6 +106,8 @@ class CocoFolderSource:
       ValueError: see `read_panoptic`; or categories that `info` lacks.
     """
 
+    max_pixels = images.MAX_PIXELS  # the most pixels of an image or map
+
     def __init__(
         self,
         images_dir: str | os.PathLike,
@@ -193,6 +195,11 @@ class CocoFolderSource:
         _, categories, crowd, _ = self._content.rows(index).T
         return any(self.info.is_thing[self._contiguous[c]] for c in categories[crowd == 0].tolist())
 
+    def classes_of(self, index: int) -> np.ndarray:
+        """The classes of the segments of image `index`, int [G], -1 if unknown; reads no file."""
+        categories = self._content.rows(index)[:, 1].tolist()
+        return np.array([self._contiguous.get(category, -1) for category in categories], np.int64)
+
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, read from the head of its file.
 
@@ -202,7 +209,7 @@ class CocoFolderSource:
           RecordError: the file is missing or not an image.
         """
         path = self.image_path(index)
-        return read_image_size(self._read(path), str(path))
+        return read_image_size(self._read(path), str(path), self.max_pixels)
 
     def __getitem__(self, index: int) -> dict:
         """Record `index`, in the order of the JSON's annotations.
@@ -250,7 +257,11 @@ class CocoFolderSource:
         segments.check(self.info.num_classes, where)
         # A segment that is left out may have lost its id, so any unlisted one may be its.
         numbers = decode_panoptic_compact(
-            self._read(path), segments, str(path), unlisted_is_void=bool(left_out)
+            self._read(path),
+            segments,
+            str(path),
+            self.max_pixels,
+            unlisted_is_void=bool(left_out),
         )
         pixels = count_pixels(numbers, segments)
         remarks = [
@@ -278,7 +289,7 @@ class CocoFolderSource:
 
     def _image(self, index: int) -> np.ndarray:
         path = self.image_path(index)
-        return decode_image(self._read(path), str(path))
+        return decode_image(self._read(path), str(path), self.max_pixels)
 
     def _record(
         self, index: int, image: np.ndarray, panoptic: np.ndarray, segments: SegmentTable
@@ -293,11 +304,5 @@ class CocoFolderSource:
         )
 
     def _read(self, path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise RecordError(
-                f"{path}: cannot be read ({error.strerror}), but {self._json_path} lists it; "
-                "restore the file or take it out of the JSON",
-                "file that cannot be read",
-            ) from error
+        hint = f"{self._json_path} lists it: restore the file or take it out of the JSON"
+        return read_file(path, hint)

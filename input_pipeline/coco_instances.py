@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline import datasets
+from input_pipeline import datasets, images
 from input_pipeline.annotations import run_lengths, schemas
 from input_pipeline.annotations.faults import Fault
 from input_pipeline.annotations.instances import LAYOUT, NO_PIXEL, read_instances
 from input_pipeline.annotations.run_lengths import SegmentationError
 from input_pipeline.coco_format import check_categories, check_json
 from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import found_in
+from input_pipeline.files import found_in, read_file
 from input_pipeline.records import (
     RecordError,
     SegmentTable,
@@ -73,6 +73,8 @@ class CocoInstanceSource:
       ValueError: see `read_instances`; categories that `info` lacks; nothing but crowds.
     """
 
+    max_pixels = images.MAX_PIXELS  # the most pixels of an image or map
+
     def __init__(
         self,
         images_dir: str | os.PathLike,
@@ -121,6 +123,11 @@ class CocoInstanceSource:
         rows = self._content.rows(index)
         return bool((~self._content.crowd[rows] & ~self._content.empty[rows]).any())
 
+    def classes_of(self, index: int) -> np.ndarray:
+        """The classes of the instances of image `index`, int [G], -1 if unknown; reads no file."""
+        categories = self._content.category_ids[self._content.rows(index)].tolist()
+        return np.array([self._contiguous.get(category, -1) for category in categories], np.int64)
+
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, read from the head of its file.
 
@@ -128,7 +135,7 @@ class CocoInstanceSource:
           RecordError: the file is missing or not an image.
         """
         path = self._image_path(index)
-        return read_image_size(self._read(path), str(path))
+        return read_image_size(self._read(path), str(path), self.max_pixels)
 
     def __getitem__(self, index: int) -> dict:
         """Record `index`, in the order of the JSON's images.
@@ -156,7 +163,7 @@ class CocoInstanceSource:
         if faults and not self.skip_broken:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             raise RecordError(faults[0].message + more, faults[0].kind)
-        image = decode_image(self._read(path), str(path))
+        image = decode_image(self._read(path), str(path), self.max_pixels)
         shape, listed = image.shape[:2], tuple(content.image_sizes[index].tolist())
         if listed != (0, 0) and listed != shape:
             raise RecordError(
@@ -210,14 +217,8 @@ class CocoInstanceSource:
         return self._images_dir / name
 
     def _read(self, path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise RecordError(
-                f"{path}: cannot be read ({error.strerror}), but {self._json_path} lists it; "
-                "restore the file or take it out of the JSON",
-                "file that cannot be read",
-            ) from error
+        hint = f"{self._json_path} lists it: restore the file or take it out of the JSON"
+        return read_file(path, hint)
 
 
 def _paint(masks: Sequence[np.ndarray], crowd: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -93,19 +93,20 @@ def _palette_candidates() -> tuple[np.ndarray, np.ndarray]:
     return rgb[keep], lab[keep]
 
 
+_DISTINCT = 1024  # colours; more are not told apart, and are slow to find
+
+
 @functools.cache
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """`count` distinct RGB colours, always the same; a shorter palette is a longer one's beginning.
+    """`count` RGB colours, always the same; a shorter palette is a longer one's beginning.
 
     Starts with a blue and adds, each time, the colour of a fixed grid that is farthest (CIELAB
-    distance) from all that were taken; the grid leaves out near-black, near-white and grey.
-
-    Raises:
-      ValueError: more colours than the grid holds (about 3400).
+    distance) from all that were taken; the grid leaves out near-black, near-white and grey. Past
+    `_DISTINCT` the colours repeat.
     """
+    if count > _DISTINCT:
+        return (palette(_DISTINCT) * -(-count // _DISTINCT))[:count]
     rgb, lab = _palette_candidates()
-    if count > len(rgb):
-        raise ValueError(f"palette has at most {len(rgb)} colours, {count} were asked for")
     taken = [int(np.abs(rgb.astype(int) - (0, 120, 195)).sum(1).argmin())]
     distance = np.full(len(rgb), np.inf)
     while len(taken) < count:

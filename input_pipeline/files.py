@@ -10,8 +10,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from input_pipeline import images
 from input_pipeline.records import RecordError
-from oneformer_jax.files import FileError, first_few, read_bytes
+from oneformer_jax.files import first_few
 
 _SHOWN_NAMES = 8
 _MAX_BYTES = 1 << 30
@@ -26,17 +27,17 @@ def found_in(path: Path) -> str:
     return f"{folder} holds {first_few(names, _SHOWN_NAMES) or 'nothing'}"
 
 
-def read_file(path: Path) -> bytes:
-    """Reads a file that belongs to a record.
+def read_file(path: Path, hint: str = "restore the file") -> bytes:
+    """Content of an image file that belongs to a record; `hint` names the way out.
 
     Raises:
-      RecordError: it is missing, no regular file, larger than any image, or cannot be read.
+      RecordError: it is missing, cannot be read, is no regular file, or is too large for an image.
     """
     try:
-        return read_bytes(path, limit=_MAX_BYTES)
-    except FileError as error:
-        reason = str(error).removeprefix(f"{path} ")
-        raise RecordError(f"{path}: cannot be read ({reason}); restore the file") from error
+        return images.read_file(path)
+    except images.ImageError as error:
+        reason = str(error).removeprefix(str(path)).strip()
+        raise RecordError(f"{path}: cannot be read ({reason}); {hint}") from None
 
 
 def sha256(path: str | os.PathLike) -> str:

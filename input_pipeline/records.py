@@ -7,8 +7,8 @@ A record is a dict with
     (int, as the annotation says);
   image_id: str;
   file_name: str;
-  semantic: uint8 [H, W], class ids and the ignore label; only where the semantic annotation is not
-    that of the segments (ADE20K).
+  semantic: int32 [H, W], class ids, VOID where unlabelled; only where the semantic annotation is
+    not that of the segments (ADE20K).
 A *compact* record has other ids, small enough for a uint8 map, or uint16 above 255 segments, and no
 `semantic`. Training reads these.
 """
@@ -16,19 +16,19 @@ A *compact* record has other ids, small enough for a uint8 map, or uint16 above 
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image
 
-_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-_JPEG_END = b"\xff\xd9"
+from input_pipeline import images
+
 # Ids are read as R + 256 G + 65536 B, so they have 24 bits.
 _ID_LIMIT = 1 << 24
 _MAX_SEGMENTS = 65_535
+# Unlabelled pixels of a map of class ids: never a class, whatever value files have for them.
+VOID = -1
 # Maps of few values: without PNG's filters they are a third smaller and decode seven times as fast.
 _DENSE_PNG = [
     cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE, cv2.IMWRITE_PNG_COMPRESSION, 9
@@ -123,57 +123,37 @@ class SegmentTable:
         ]
 
 
-def _check_complete(data: bytes, where: str) -> None:
-    """OpenCV fills what a truncated file lacks with grey and says nothing; this raises."""
-    if data.endswith((_PNG_END, _JPEG_END)):
-        return
-    # Some complete files have bytes after their end: let PIL, which is strict and slow, decide.
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except Exception as error:  # PIL raises many types for broken files
-        raise RecordError(
-            f"{where}: cannot be decoded, the file is truncated or not an image ({error}); restore "
-            "the file or take the image out of the annotations"
-        ) from error
-
-
-def _decode(data: bytes, flags: int, where: str) -> np.ndarray:
-    _check_complete(data, where)
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:
-        raise RecordError(f"{where}: cannot be decoded ({error})") from error
-    if pixels is None:
-        raise RecordError(
-            f"{where}: cannot be decoded, the file is damaged or of an unknown format; restore the "
-            "file or take the image out of the annotations"
-        )
-    return pixels
-
-
-def decode_image(data: bytes, where: str) -> np.ndarray:
-    """Decodes a JPEG or PNG into uint8 [H, W, 3], RGB, turned upright by its EXIF orientation.
+def decode_image(data: bytes, where: str, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
+    """Decodes an image file into uint8 [H, W, 3], RGB, upright: see `images.decode_image`.
 
     Raises:
-      RecordError: truncated, damaged or not an image; the message begins with `where`.
+      RecordError: of another format, truncated, damaged, or of more than `max_pixels`; the message
+        begins with `where`.
     """
-    return _decode(data, cv2.IMREAD_COLOR_RGB, where)
+    return images.decode_image(data, where, max_pixels=max_pixels, error=RecordError)
 
 
-def read_image_size(data: bytes, where: str) -> tuple[int, int]:
+def read_image_size(
+    data: bytes, where: str, max_pixels: int = images.MAX_PIXELS
+) -> tuple[int, int]:
     """Height and width of the image that `decode_image` would return, without decoding it.
 
     Raises:
-      RecordError: not an image.
+      RecordError: see `decode_image`.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except Exception as error:  # PIL raises many types for broken files
-        raise RecordError(f"{where}: not an image ({error}); restore the file") from error
-    return (width, height) if turned else (height, width)
+    return images.read_size(data, where, max_pixels=max_pixels, error=RecordError)
+
+
+def decode_labels(data: bytes, where: str, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
+    """Decodes a map of labels into its exact samples: see `images.decode_samples`.
+
+    Returns:
+      uint8 or uint16, [H, W] (of a palette the indices) or [H, W, 3] (RGB).
+
+    Raises:
+      RecordError: see `decode_image`.
+    """
+    return images.decode_samples(data, where, max_pixels=max_pixels, error=RecordError)
 
 
 def encode_panoptic(panoptic: np.ndarray) -> bytes:
@@ -183,49 +163,45 @@ def encode_panoptic(panoptic: np.ndarray) -> bytes:
     return cv2.imencode(".png", bgr)[1].tobytes()
 
 
-def decode_panoptic(data: bytes, segments: SegmentTable, where: str) -> np.ndarray:
+def decode_panoptic(
+    data: bytes, segments: SegmentTable, where: str, max_pixels: int = images.MAX_PIXELS
+) -> np.ndarray:
     """Decodes a COCO panoptic PNG into segment ids R + 256 G + 65536 B, int32 [H, W].
 
     Raises:
-      RecordError: truncated, damaged, not an 8-bit RGB image, or an id that `segments` lacks.
+      RecordError: truncated, damaged, not an 8-bit RGB image, too large, or an id that `segments`
+        lacks.
     """
-    ids = _decode_ids(data, where)
+    ids = _decode_ids(data, where, max_pixels)
     number_segments(ids, segments, where)  # checks them
     return ids
 
 
 def decode_panoptic_compact(
-    data: bytes, segments: SegmentTable, where: str, *, unlisted_is_void: bool = False
+    data: bytes,
+    segments: SegmentTable,
+    where: str,
+    max_pixels: int = images.MAX_PIXELS,
+    *,
+    unlisted_is_void: bool = False,
 ) -> np.ndarray:
     """As `decode_panoptic`, but the map of a compact record: uint8 or uint16 [H, W]."""
-    return number_segments(
-        _decode_ids(data, where), segments, where, unlisted_is_void=unlisted_is_void
+    ids = _decode_ids(data, where, max_pixels)
+    return number_segments(ids, segments, where, unlisted_is_void=unlisted_is_void)
+
+
+def _decode_ids(data: bytes, where: str, max_pixels: int) -> np.ndarray:
+    pixels = images.decode_samples(
+        data, where, palette=True, max_pixels=max_pixels, error=RecordError
     )
-
-
-def _decode_ids(data: bytes, where: str) -> np.ndarray:
-    pixels = _decode(data, cv2.IMREAD_UNCHANGED, where)
     if pixels.dtype != np.uint8 or pixels.ndim != 3:
         raise RecordError(
             f"{where}: a panoptic PNG must be 8-bit RGB with id = R + 256 G + 65536 B, this one is "
             f"{pixels.dtype} with {1 if pixels.ndim == 2 else pixels.shape[2]} channel(s); convert "
             "it (a grey map of small ids goes into R, with G = B = 0)"
         )
-    code = cv2.COLOR_BGR2RGBA if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA
-    return cv2.cvtColor(pixels, code).view("<i4")[..., 0] & (_ID_LIMIT - 1)  # drops alpha
-
-
-def decode_labels(data: bytes, where: str) -> np.ndarray:
-    """Decodes a PNG of labels as it stands: uint8 or uint16, [H, W] or [H, W, 3] (RGB).
-
-    Raises:
-      RecordError: truncated, damaged or not an image; the message begins with `where`.
-    """
-    pixels = _decode(data, cv2.IMREAD_UNCHANGED, where)
-    if pixels.ndim == 2:
-        return pixels
-    code = cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGB
-    return cv2.cvtColor(pixels, code)
+    # The fourth channel is all ones.
+    return cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view("<i4")[..., 0] & (_ID_LIMIT - 1)
 
 
 def number_segments(
@@ -303,13 +279,15 @@ def encode_dense(panoptic: np.ndarray, segments: SegmentTable) -> bytes:
     return cv2.imencode(".png", numbers, _DENSE_PNG)[1].tobytes()
 
 
-def decode_dense(data: bytes, segments: SegmentTable, where: str) -> np.ndarray:
+def decode_dense(
+    data: bytes, segments: SegmentTable, where: str, max_pixels: int = images.MAX_PIXELS
+) -> np.ndarray:
     """Inverse of `encode_dense`: int32 [H, W] of segment ids.
 
     Raises:
       RecordError: damaged, or a position that the table lacks.
     """
-    return with_ids(decode_dense_compact(data, segments, where), segments)
+    return with_ids(decode_dense_compact(data, segments, where, max_pixels), segments)
 
 
 def with_ids(numbers: np.ndarray, segments: SegmentTable) -> np.ndarray:
@@ -317,9 +295,11 @@ def with_ids(numbers: np.ndarray, segments: SegmentTable) -> np.ndarray:
     return np.concatenate([[0], segments.ids]).astype(np.int32)[numbers]
 
 
-def decode_dense_compact(data: bytes, segments: SegmentTable, where: str) -> np.ndarray:
+def decode_dense_compact(
+    data: bytes, segments: SegmentTable, where: str, max_pixels: int = images.MAX_PIXELS
+) -> np.ndarray:
     """As `decode_dense`, but the map of a compact record: uint8 or uint16 [H, W]."""
-    numbers = _decode(data, cv2.IMREAD_UNCHANGED, where)
+    numbers = images.decode_samples(data, where, max_pixels=max_pixels, error=RecordError)
     if numbers.ndim != 2 or int(numbers.max()) > len(segments):
         raise RecordError(f"{where}: the map refers to a segment that its table lacks")
     return numbers
@@ -331,6 +311,16 @@ def checked_index(index: int, length: int) -> int:
     if not 0 <= index < length:
         raise IndexError(f"record {index} of a source with {length} records")
     return index
+
+
+def turned_hint(image: tuple[int, ...], other: tuple[int, ...]) -> str:
+    """Names the likely reason where an annotation's (height, width) is that of the turned image."""
+    if image != other[::-1]:
+        return ""
+    return (
+        ". One is the other turned: the image's EXIF orientation is applied, and the annotation "
+        "was made without it; turn the map too, or save the image without the orientation"
+    )
 
 
 def make_record(
@@ -359,6 +349,7 @@ def make_record(
         raise RecordError(
             f"{where}: the image has {image.shape[0]} x {image.shape[1]} pixels (height x width), "
             f"its panoptic PNG {panoptic.shape[0]} x {panoptic.shape[1]}; they must be equal"
+            + turned_hint(image.shape[:2], panoptic.shape)
         )
     return {
         "image": image,

@@ -2,85 +2,111 @@
 
 from __future__ import annotations
 
-import io
+import collections
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from input_pipeline import datasets
+from input_pipeline import datasets, images
 from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import found_in
+from input_pipeline.files import found_in, read_file
 from input_pipeline.records import (
     RecordError,
     SegmentTable,
     checked_index,
     decode_image,
+    decode_labels,
     make_record,
     read_image_size,
 )
+from oneformer_jax.files import first_few
 
-_IMAGES = (".jpg", ".jpeg", ".png")
 _LAYOUT = (
     "a semantic dataset is a folder of images, a folder of PNGs of the same names whose pixels are "
     "class values, and a text file of classes, a line each: VALUE NAME, as in '3 traffic light'"
 )
+_MAX_VALUE = 65_535
+_MAX_CLASSES = 65_535
+_LOOKED_AT = 16  # maps that are read when a folder is opened
+_HINT = "every image needs its map: restore the file or take the image away"
 
 
-def read_classes(path: str | os.PathLike, ignore_label: int = 255) -> DatasetInfo:
+def read_classes(path: str | os.PathLike, ignore_labels: Sequence[int] = (255,)) -> DatasetInfo:
     """Class table from a text file: the pixel value of a class, then its name, a line each.
 
     Empty lines and lines that begin with "#" are passed over. All classes are stuff: a semantic map
     does not tell objects apart. The pixel values are the table's `category_ids`.
 
+    Args:
+      path: of the file.
+      ignore_labels: values of unlabelled pixels; negative ones stand for none.
+
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line that is not "VALUE NAME", a value or name used twice, no class.
+      ValueError: a line that is not "VALUE NAME", a value or name used twice, no class, more than
+        65,535 of them, or a class whose value is an ignored one.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no list of classes {path}: {_LAYOUT}; {found_in(path)}")
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8 ({error}); store it anew") from None
     values, names = [], []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        match = re.fullmatch(r"\s*(\d+)\s+(\S.*)", line)
-        if not match or int(match[1]) > 65_535:
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s+(\S.*)", line)
+        if not match or int(match[1]) > _MAX_VALUE:
             raise ValueError(f"{path}, line {number}: {line!r} is not VALUE NAME; {_LAYOUT}")
         values.append(int(match[1]))
         names.append(match[2].strip())
-    if ignore_label in values:
-        raise ValueError(
-            f"{path}: class {names[values.index(ignore_label)]!r} has the value {ignore_label} of "
-            "unlabelled pixels; set the option ignore_label to another one (-1: there are none)"
-        )
+    if len(values) > _MAX_CLASSES:
+        raise ValueError(f"{path}: {len(values):,} classes; at most {_MAX_CLASSES:,} are possible")
+    for ignored in ignore_labels:
+        if ignored in values:
+            raise ValueError(
+                f"{path}: class {names[values.index(ignored)]!r} has the value {ignored} of "
+                "unlabelled pixels; set the option ignore_label to another one (-1: there are none)"
+            )
     return DatasetInfo(
         dataset=path.resolve().parent.name,
         class_names=tuple(names),
         is_thing=(False,) * len(names),
         colors=datasets.palette(max(len(names), 1))[: len(names)],
         category_ids=tuple(values),
-        ignore_label=ignore_label,
+        ignore_label=next(iter(ignore_labels), -1),
     )
 
 
 class SemanticFolderSource:
     """Reads images and their semantic maps as records with one segment per class.
 
-    The map of images_dir/A/B.jpg is labels_dir/A/B.png. Records come in order of the path.
+    The map of images_dir/A/B.jpg is labels_dir/A/B.png. Records come in order of the path. Both may
+    be one folder: a file that is the map of another one is no image.
 
     Args:
-      images_dir: folder of JPEGs and PNGs, subfolders included.
+      images_dir: folder of images, subfolders included; hidden files are left out.
       labels_dir: folder of the maps.
-      info: class table; `category_ids` are the pixel values, `ignore_label` that of void pixels.
+      info: class table; `category_ids` are the pixel values.
       label_suffix: end of a map's name in the place of the image's ".jpg".
+      ignore_labels: values of unlabelled pixels; None is the table's own.
+
+    Attributes:
+      info: class table.
+      max_pixels: the most pixels of an image or map.
 
     Raises:
       FileNotFoundError: a folder is missing.
-      ValueError: no images, or none that has a map.
+      ValueError: no images, none that has a map, two images that share one, images that are their
+        own maps, or masks of 0 and 255 where the classes are 0 and 1.
     """
+
+    max_pixels = images.MAX_PIXELS
 
     def __init__(
         self,
@@ -88,6 +114,7 @@ class SemanticFolderSource:
         labels_dir: str | os.PathLike,
         info: DatasetInfo,
         label_suffix: str = ".png",
+        ignore_labels: Sequence[int] | None = None,
     ):
         self._images_dir, self._labels_dir = Path(images_dir), Path(labels_dir)
         self.info = info
@@ -97,29 +124,73 @@ class SemanticFolderSource:
                 raise FileNotFoundError(
                     f"no folder of {kind} {folder}: {_LAYOUT}; {found_in(folder)}"
                 )
-        self._names = sorted(
-            path.relative_to(self._images_dir).as_posix()
-            for path in self._images_dir.rglob("*")
-            if path.suffix.lower() in _IMAGES
-        )
-        if not self._names:
-            raise ValueError(
-                f"{self._images_dir} has no {', '.join(_IMAGES)}; {found_in(self._images_dir)}"
-            )
-        if not any(self._label_path(name).is_file() for name in self._names):
-            raise ValueError(
-                f"no image of {self._images_dir} has a map: that of {self._names[0]} would be "
-                f"{self._label_path(self._names[0])}; {found_in(self._labels_dir)}. Where the "
-                "names end otherwise, set the option label_suffix"
-            )
+        self._names = self._list_names()
+        self._ignored = (info.ignore_label,) if ignore_labels is None else tuple(ignore_labels)
         # Pixel value -> class + 1; void is 0, and one more stands for values that nobody listed.
         self._unknown = info.num_classes + 1
-        self._numbers = np.full(
-            1 << 16, self._unknown, np.uint8 if self._unknown < 256 else np.uint16
-        )
+        self._numbers = np.full(_MAX_VALUE + 1, self._unknown, np.min_scalar_type(self._unknown))
         self._numbers[list(info.category_ids)] = np.arange(1, info.num_classes + 1)
-        if 0 <= info.ignore_label < len(self._numbers):
-            self._numbers[info.ignore_label] = 0
+        self._numbers[[value for value in self._ignored if 0 <= value <= _MAX_VALUE]] = 0
+        self._refuse_scaled_masks()
+
+    def _list_names(self) -> list[str]:
+        """Paths of the images below their folder, checked; see the class's docstring."""
+        names = images.walk_images(self._images_dir)
+        if not names:
+            raise ValueError(
+                f"{self._images_dir} has no {', '.join(images.ENDINGS)}; "
+                f"{found_in(self._images_dir)}"
+            )
+        # As texts: asking the file system for each of many files would take minutes on some.
+        here, there = os.path.realpath(self._images_dir), os.path.realpath(self._labels_dir)
+        files = {name: f"{here}/{name}" for name in names}
+        maps = {name: f"{there}/{os.path.splitext(name)[0]}{self._suffix}" for name in names}
+        of_others = {maps[name] for name in names if maps[name] != files[name]}
+        names = [name for name in names if files[name] not in of_others]
+        own = [name for name in names if maps[name] == files[name]]
+        if own:
+            raise ValueError(
+                f"{self._images_dir}: {first_few(own)} would be image and map in one; keep maps in "
+                "a folder of their own (option train_labels), or set the option label_suffix"
+            )
+        shared = collections.Counter(maps[name] for name in names)
+        twice = [name for name in names if shared[maps[name]] > 1]
+        if twice:
+            raise ValueError(
+                f"{self._images_dir}: the images {first_few(twice)} differ in their ending only "
+                "and would share a map; rename them or take the copies away"
+            )
+        if not any(os.path.isfile(maps[name]) for name in names):
+            raise ValueError(
+                f"no image of {self._images_dir} has a map: that of {names[0]} would be "
+                f"{self._label_path(names[0])}; {found_in(self._labels_dir)}. Where the names end "
+                "otherwise, set the option label_suffix"
+            )
+        return names
+
+    def _refuse_scaled_masks(self) -> None:
+        """ValueError for masks of 0 and 255 where 255 is ignored and the classes are 0 and 1.
+
+        Training would then see one class alone, and score 100.
+        """
+        if set(self.info.category_ids) != {0, 1} or 255 not in self._ignored:
+            return
+        found = set()
+        for index in np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int):
+            path = self._label_path(self._names[index])
+            try:
+                labels = decode_labels(read_file(path), str(path), self.max_pixels)
+            except RecordError:  # is named when it is read
+                continue
+            found |= set(np.unique(labels).tolist())
+        if found == {0, 255}:
+            name = self.info.class_names[self.info.category_ids.index(1)]
+            raise ValueError(
+                f"the maps in {self._labels_dir} hold 0 and 255 only, no 1, and 255 is the value "
+                f"of unlabelled pixels (option ignore_label): the class {name!r} would never "
+                f"occur. If 255 is this class, write '255 {name}' into the list of classes and set "
+                "the option ignore_label=-1"
+            )
 
     def __len__(self) -> int:
         return len(self._names)
@@ -134,7 +205,15 @@ class SemanticFolderSource:
           RecordError: the file is not an image.
         """
         path = self._images_dir / self._names[index]
-        return read_image_size(_read(path), str(path))
+        return read_image_size(read_file(path, _HINT), str(path), self.max_pixels)
+
+    def classes_of(self, index: int) -> np.ndarray:
+        """The classes of image `index` in ascending order, int [G]; decodes its map alone.
+
+        Raises:
+          RecordError: the map is broken, or has a value that is no class.
+        """
+        return self._numbered(self._label_path(self._names[index]))[1]
 
     def __getitem__(self, index: int) -> dict:
         """Record `index`; its segments are the classes with pixels, their ids class + 1.
@@ -150,22 +229,9 @@ class SemanticFolderSource:
         """As `source[index]`, but a compact record (see `records`)."""
         name = self._names[checked_index(index, len(self))]
         image_path, label_path = self._images_dir / name, self._label_path(name)
-        image = decode_image(_read(image_path), str(image_path))
-        labels = _decode_labels(_read(label_path), str(label_path))
-        numbers = self._numbers.take(labels)
-        pixels = np.bincount(numbers.reshape(-1), minlength=self._unknown + 1)
-        if pixels[self._unknown]:
-            values = np.unique(labels[numbers == self._unknown])
-            shown = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
-            raise RecordError(
-                f"{label_path}: {pixels[self._unknown]} pixels have values that are no class "
-                f"({shown}); add them to the list of classes, or paint them "
-                f"{self.info.ignore_label} (ignore_label)"
-            )
-        present = np.flatnonzero(pixels[1 : self._unknown])
-        table = SegmentTable.from_lists(
-            present + 1, present, np.zeros(len(present)), pixels[present + 1]
-        )
+        image = decode_image(read_file(image_path, _HINT), str(image_path), self.max_pixels)
+        numbers, present, pixels = self._numbered(label_path)
+        table = SegmentTable.from_lists(present + 1, present, np.zeros(len(present)), pixels)
         return make_record(
             image,
             numbers,
@@ -175,39 +241,29 @@ class SemanticFolderSource:
             where=f"{image_path} with {label_path}",
         )
 
+    def _numbered(self, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A map as class + 1, 0 where void; the classes that it has, and the pixels of each."""
+        labels = decode_labels(read_file(path, _HINT), str(path), self.max_pixels)
+        if labels.ndim != 2:
+            raise RecordError(
+                f"{path}: a semantic map must be a grey or palette PNG whose pixels are class "
+                f"values; this one is RGB with {labels.shape[2]} channels: convert its colours to "
+                "values"
+            )
+        numbers = self._numbers.take(labels)
+        pixels = np.bincount(numbers.reshape(-1), minlength=self._unknown + 1)
+        if pixels[self._unknown]:
+            values = np.unique(labels[numbers == self._unknown])
+            ignored = first_few(v for v in self._ignored if v >= 0)
+            raise RecordError(
+                f"{path}: {pixels[self._unknown]} pixels have values that are no class "
+                f"({first_few(values)}); add them to the list of classes, or name them in the "
+                f"option ignore_label, which is {ignored or 'empty'}"
+            )
+        present = np.flatnonzero(pixels[1 : self._unknown])
+        if self._unknown > _MAX_CLASSES:
+            numbers = numbers.astype(np.uint16)
+        return numbers, present, pixels[present + 1]
+
     def _label_path(self, name: str) -> Path:
         return self._labels_dir / (os.path.splitext(name)[0] + self._suffix)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RecordError(
-            f"{path}: cannot be read ({error.strerror}); every image needs its map: restore the "
-            "file or take the image away"
-        ) from error
-
-
-def _decode_labels(data: bytes, where: str) -> np.ndarray:
-    """Pixel values of a grey or palette PNG, uint8 or uint16 [H, W]."""
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            mode = picture.mode
-            labels = np.asarray(picture)  # of a palette picture the indices, not the colours
-    except Exception as error:  # PIL raises many types for broken files
-        raise RecordError(
-            f"{where}: cannot be decoded, the file is truncated or not an image ({error}); restore "
-            "the file or take the image away"
-        ) from error
-    if mode not in ("L", "P", "1", "I;16", "I") or labels.ndim != 2:
-        raise RecordError(
-            f"{where}: a semantic map must be a grey or palette PNG whose pixels are class values; "
-            f"this one is {mode} with {1 if labels.ndim == 2 else labels.shape[2]} channels: "
-            "convert its colours to values"
-        )
-    if labels.dtype == np.int32:
-        if labels.min() < 0 or labels.max() > 65_535:
-            raise RecordError(f"{where}: class values must be between 0 and 65535")
-        labels = labels.astype(np.uint16)
-    return labels.astype(np.uint8) if labels.dtype == bool else labels

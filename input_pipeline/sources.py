@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from input_pipeline import datasets, prepared
+from input_pipeline import datasets, images, prepared
 from input_pipeline.annotations.faults import check_annotations
 from input_pipeline.array_records import TfdsSource
 from input_pipeline.coco_format import CocoFolderSource, coco_folder_info
@@ -125,7 +125,7 @@ _SEMANTIC_FOLDER_OPTIONS = {
     "validation_images": "images/validation",
     "validation_labels": "labels/validation",
     "classes": "classes.txt",
-    "ignore_label": 255,
+    "ignore_label": (255,),
     "label_suffix": ".png",
     "table": "",
 }
@@ -149,6 +149,7 @@ def open_source(
     split: str,
     options: Mapping | None = None,
     for_inspection: bool = False,
+    max_pixels: int = images.MAX_PIXELS,
 ) -> tuple[Source, DatasetInfo]:
     """Opens a dataset by name; "synthetic" and "coco_folder" are prepared first if need be.
 
@@ -191,7 +192,7 @@ def open_source(
         (images/validation), validation_labels (labels/validation): folders of images and maps; with
         empty validation_images there is no such split.
       classes (classes.txt): text file of the classes, VALUE NAME a line.
-      ignore_label (255): value of unlabelled pixels; -1: there are none.
+      ignore_label ((255,)): the values of unlabelled pixels, or one; -1: there are none.
       label_suffix (.png): end of a map's name in the place of the image's ".jpg".
       table (empty): name of a table to use instead of `classes`; its own ids are the pixel values.
 
@@ -202,6 +203,7 @@ def open_source(
       options: see above.
       for_inspection: leave out what has faults whatever skip_broken is, and log nothing, where
         annotation files are read directly: the source knows its `faults`.
+      max_pixels: the most pixels that an image or a map may have; larger ones are broken records.
 
     Returns:
       The source and the class table of the dataset.
@@ -236,6 +238,7 @@ def open_source(
         source = _open_semantic_folder(data_dir, split, options)
     else:
         source = _open_official(name, data_dir, split, options)
+    source.max_pixels = max_pixels
     return source, source.info
 
 
@@ -336,15 +339,18 @@ def _open_semantic_folder(data_dir: Path, split: str, options: dict) -> Semantic
     root = Path(options["root"] or data_dir).expanduser()
     if not options[f"{split}_images"]:
         raise ValueError(f"{root} has no {split} split: the option {split}_images is empty")
+    ignored = options["ignore_label"]
+    ignored = (ignored,) if isinstance(ignored, int) else tuple(ignored)
     if options["table"]:
-        info = datasets.dataset_info(options["table"])
+        info, ignored = datasets.dataset_info(options["table"]), None
     else:
-        info = read_classes(root / options["classes"], options["ignore_label"])
+        info = read_classes(root / options["classes"], ignored)
     return SemanticFolderSource(
         root / options[f"{split}_images"],
         root / options[f"{split}_labels"],
         info,
         options["label_suffix"],
+        ignored,
     )
 
 

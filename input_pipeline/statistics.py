@@ -6,7 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from input_pipeline.annotations.faults import Fault, FaultsError, summary, write
 from input_pipeline.datasets import TASKS, DatasetInfo
 from input_pipeline.loader import Source
 from input_pipeline.records import RecordError
+from oneformer_jax.files import first_few
 
 _SHOWN = 12  # classes that a report lists
 
@@ -111,6 +112,48 @@ def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int =
     )
 
 
+def remarks(source: Source, info: DatasetInfo, limit: int = 1000, threads: int = 4) -> list[str]:
+    """Sentences on what the annotations have and the class list lacks, and the reverse.
+
+    Looks at no more than `limit` records, spread evenly, and only at annotations; says nothing of a
+    source without `classes_of`.
+    """
+    classes_of = getattr(source, "classes_of", None)
+    if classes_of is None:
+        return []
+    indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))
+
+    def look(index: int):
+        try:
+            return classes_of(int(index))
+        except RecordError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(look, indices))
+    broken = [item for item in found if isinstance(item, str)]
+    seen = np.unique(np.concatenate([[], *(item for item in found if not isinstance(item, str))]))
+    looked = f"the {len(found):,} annotations looked at" + (
+        f" (of {len(source):,})" if len(found) < len(source) else ""
+    )
+    lines = []
+    unseen = np.setdiff1d(np.arange(info.num_classes), seen)
+    if len(unseen) and len(broken) < len(found):
+        names = first_few((info.class_names[k].strip() for k in unseen), _SHOWN)
+        lines.append(
+            f"{len(unseen):,} of {info.num_classes:,} classes occur in none of {looked}: {names}. "
+            "A model cannot learn them"
+        )
+    if (seen < 0).any():
+        lines.append(f"{looked} have categories that the list of classes lacks")
+    if broken:
+        lines.append(
+            f"{len(broken):,} of {looked} are broken; --mode=inspect lists them. The first: "
+            f"{broken[0]}"
+        )
+    return lines
+
+
 def _count(record, info: DatasetInfo):
     """Size, slots by task, crowd and void pixels, segments by class of one record."""
     panoptic, segments = record["panoptic"], record["segments"]
@@ -168,16 +211,19 @@ def report(statistics: Statistics, info: DatasetInfo, num_slots: int, num_texts:
             f"{num_texts}: raise model.num_queries"
         )
     order = seen[np.argsort(-found.class_segments[seen], kind="stable")]
-    frequent = _listing(
-        f"{info.class_names[k].strip()} {found.class_segments[k]} in {found.class_images[k]}"
-        for k in order
+    frequent = first_few(
+        (
+            f"{info.class_names[k].strip()} {found.class_segments[k]} in {found.class_images[k]}"
+            for k in order
+        ),
+        _SHOWN,
     )
     lines += ["", f"segments by class, in so many images: {frequent}"]
     unseen = [
         n for n, images in zip(info.class_names, found.class_images, strict=True) if not images
     ]
     if unseen:
-        lines.append(f"never seen: {_listing(name.strip() for name in unseen)}")
+        lines.append(f"never seen: {first_few((name.strip() for name in unseen), _SHOWN)}")
     lines += ["", *found.notes] if found.notes else []
     if found.remarks:
         lines += ["", f"odd, but read ({len(found.remarks):,}):"]
@@ -189,9 +235,3 @@ def report(statistics: Statistics, info: DatasetInfo, num_slots: int, num_texts:
         ]
         lines += [f"  {line}" for line in summary(found.faults)]
     return "\n".join(lines)
-
-
-def _listing(words: Iterable[str]) -> str:
-    words = list(words)
-    more = f", and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
-    return ", ".join(words[:_SHOWN]) + more

@@ -9,8 +9,10 @@ import contextlib
 import difflib
 import os
 import pathlib
+import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, TypeVar
@@ -18,6 +20,8 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 T = TypeVar("T")
+# Names that `replacing` gives.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 # Descriptions of models, datasets and checkpoints are kilobytes; the index of a model in hundreds
 # of shards is under a megabyte. A text of this size becomes at most about 500 MB of objects.
@@ -137,6 +141,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], older_than: float = 60.0) -> None:
+    """Removes what `replacing` left directly in `folder` when its process was killed.
+
+    Younger files, by `older_than` seconds, may belong to a process that writes just now. A folder
+    that is missing has none.
+    """
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    if time.time() - entry.stat().st_mtime > older_than:
+                        os.unlink(entry.path)
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 
 # A task's index in this tuple is its id in a batch.
 TASKS = ("panoptic", "instance", "semantic")
+# Unlabelled pixels of a map of class ids: never a class, whatever value files have for them.
+VOID = -1
 
 
 def _task_tokens() -> np.ndarray:
@@ -94,13 +96,16 @@ class Predictions:
 class Metadata:
     """The classes of a dataset, in the order of the model's class ids.
 
+    Names and kinds (`classes`) tell whether two datasets are the same to a model; the rest is how
+    one dataset's files and pictures show them.
+
     Attributes:
       dataset: name of the dataset.
       class_names: K names.
       is_thing: K flags; False is stuff.
       colors: K RGB triples in 0..255.
       category_ids: K ids as the dataset's own annotation files number them.
-      ignore_label: value of void pixels in semantic maps.
+      ignore_label: value of void pixels in the dataset's semantic maps; within the program: VOID.
     """
 
     dataset: str
@@ -121,6 +126,13 @@ class Metadata:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def classes(self) -> list[str]:
+        """A text per class, "NAME (thing)" or "NAME (stuff)": equal lists make equal models."""
+        return [
+            f"{name} ({'thing' if thing else 'stuff'})"
+            for name, thing in zip(self.class_names, self.is_thing, strict=True)
+        ]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

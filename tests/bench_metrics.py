@@ -158,7 +158,7 @@ def pq_ours(images) -> np.ndarray:
 
 
 def confusion_by_classes(images) -> np.ndarray:
-    """int [K, K]: a mask per class of the truth, and its histogram of predictions."""
+    """Hits, true and predicted pixels int [3, K]: a mask and a histogram per class of the truth."""
     confusion = np.zeros((CLASSES, CLASSES), np.int64)
     for _, prediction, record in images:
         truth = np.full(record["panoptic"].shape, -1)
@@ -166,14 +166,14 @@ def confusion_by_classes(images) -> np.ndarray:
             truth[record["panoptic"] == s["id"]] = s["category"]
         for c in np.unique(truth[truth >= 0]):
             confusion[c] += np.bincount(prediction.class_map[truth == c], minlength=CLASSES)
-    return confusion
+    return np.stack([np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)])
 
 
 def confusion_ours(images) -> np.ndarray:
     metric = MeanIoU(CLASSES)
     for _, prediction, record in images:
         metric.update(prediction, record)
-    return metric.confusion
+    return np.stack([metric.hits, metric.true, metric.predicted])
 
 
 def seconds(function: Callable, images: Iterable, repeats: int) -> tuple[float, np.ndarray]:

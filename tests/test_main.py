@@ -195,6 +195,26 @@ def test_train_gets_data_that_fits_the_model(config, monkeypatch):
     assert calls == ["train"]
 
 
+def test_train_says_which_classes_never_occur_before_it_starts(tmp_path, monkeypatch, caplog):
+    from configs import custom
+    from oneformer_jax.train import loop
+
+    for split in ("train", "validation"):
+        for folder, pixels in (("images", (32, 32, 3)), ("labels", (32, 32))):
+            (tmp_path / folder / split).mkdir(parents=True)
+            Image.fromarray(np.zeros(pixels, np.uint8)).save(tmp_path / folder / split / "a.png")
+    (tmp_path / "classes.txt").write_text("0 ground\n4 tree\n")
+    config = custom.get_config("small,data=semantic")
+    config.dataset.data_dir = str(tmp_path)
+    monkeypatch.setattr(loop, "train", lambda *_, **__: None)
+    main.run_train(config, "run")
+    assert "1 of 2 classes occur in none of the 1 annotations looked at: tree" in caplog.text
+    config.data.max_pixels = 32 * 32 - 1
+    source, _ = main.open_split(config, "train")
+    with pytest.raises(ValueError, match=r"data\.max_pixels, 1,023"):
+        source[0]
+
+
 @pytest.mark.parametrize(
     ("only_task", "expected"),
     [
@@ -376,6 +396,11 @@ def test_predict_writes_every_task(workdir, image_file, tmp_path, capsys):
     assert len(json.loads((tmp_path / "out" / "picture_panoptic.json").read_text())) > 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in names)
+
+
+def test_predict_has_a_limit_of_pixels(workdir, image_file, tmp_path):
+    with pytest.raises(ValueError, match=r"40 x 60 pixels .*data\.max_pixels, 2,399.*--max_pixels"):
+        main.run_predict(str(workdir), str(image_file), max_pixels=2399)
 
 
 def test_predict_without_that_checkpoint(workdir, image_file):

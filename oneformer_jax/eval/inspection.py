@@ -16,7 +16,8 @@ from oneformer_jax.eval.postprocess import Segmentation
 from oneformer_jax.types import TASKS, Metadata
 
 BATCH_KEYS = ("image", "segment_map", "classes", "valid", "task")
-_SIDE = 400  # height of a picture in pixels
+_SIDE = 400  # height of a picture in pixels, or less where it would be wider than the next
+_WIDEST = 1200
 _FONT = 16
 _LINE = 21
 _GAP = 6
@@ -92,19 +93,24 @@ def _card(sample: Sample, metadata: Metadata) -> np.ndarray:
     )
     # Small images are drawn larger than shown, so that outlines follow the pixels.
     drawn = visualize.overlay(image, target, min_size=_SIDE)
-    size = (max(1, round(image.shape[1] * _SIDE / image.shape[0])), _SIDE)
+    factor = _factor(image.shape)
+    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
     drawn = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
     image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
     gap = np.full((len(image), _GAP, 3), 255, np.uint8)
     return _with_caption(np.concatenate([image, gap, drawn], 1), sample)
 
 
+def _factor(shape: tuple[int, ...]) -> float:
+    return min(_SIDE / shape[0], _WIDEST / shape[1])
+
+
 def _shrunk(image: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both at most `_SIDE` high: labels and outlines are drawn afterwards, to stay readable."""
-    factor = _SIDE / image.shape[0]
+    """Both at most as large as shown: labels and outlines are drawn afterwards, to be readable."""
+    factor = _factor(image.shape)
     if factor >= 1:
         return image, segments
-    size = (max(1, round(image.shape[1] * factor)), _SIDE)
+    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
     return (
         cv2.resize(image, size, interpolation=cv2.INTER_AREA),
         cv2.resize(segments, size, interpolation=cv2.INTER_NEAREST),

@@ -254,6 +254,8 @@ class CityscapesIoU(MeanIoU):
 
     def __init__(self, class_names: Sequence[str], is_thing: Sequence[bool]):
         super().__init__(len(class_names))
+        # Rows: truth, columns: prediction.
+        self.confusion = np.zeros((len(class_names), len(class_names)), np.int64)
         self.class_names = tuple(class_names)
         self.is_thing = np.array(is_thing, bool)
         known = [name for names in CATEGORIES.values() for name in names]
@@ -274,7 +276,7 @@ class CityscapesIoU(MeanIoU):
 
     def update(self, segmentation: Segmentation, record: Record) -> None:
         """Adds one image, as `MeanIoU.update`."""
-        truth = read_segments(record, len(self.confusion))
+        truth = read_segments(record, len(self.true))
         pixels = self._pixels(segmentation.class_map, truth, record)
         self._add(truth.classes, pixels)
         size = pixels.sum(axis=1)
@@ -289,16 +291,22 @@ class CityscapesIoU(MeanIoU):
         for total, part in zip(self.weighted, found, strict=True):
             np.add.at(total, classes, part * self._weights[classes] / size)
 
+    def _add(self, classes: np.ndarray, pixels: np.ndarray) -> None:
+        super()._add(classes, pixels)
+        np.add.at(self.confusion, classes, pixels)
+
     def merge(self, other: CityscapesIoU) -> None:
         """Adds the images that `other` has seen."""
         ours, theirs = (np.array(metric.class_names) for metric in (self, other))
         check_mergeable("CityscapesIoU", ours, theirs)
         super().merge(other)
+        self.confusion += other.confusion
         self.weighted += other.weighted
 
     def state(self) -> dict[str, np.ndarray]:
         return {
             **super().state(),
+            "confusion": self.confusion,
             "class_names": np.array(self.class_names, np.str_),
             "is_thing": self.is_thing,
             "weighted": self.weighted,
@@ -307,14 +315,14 @@ class CityscapesIoU(MeanIoU):
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> CityscapesIoU:
         metric = cls([str(name) for name in state["class_names"]], state["is_thing"])
+        metric._load(state)
         metric.confusion = np.array(state["confusion"])
-        metric.images = int(state["images"])
         metric.weighted = np.array(state["weighted"])
         return metric
 
     def per_class(self) -> dict[str, np.ndarray]:
         """As `MeanIoU.per_class`, and iIoU; NaN: stuff, or a thing that does not occur."""
-        false = self.confusion.sum(axis=0) - np.diagonal(self.confusion)
+        false = self.predicted - self.hits
         iou = _ratio(self.weighted[0], self.weighted[1] + false, self.is_thing)
         return {**super().per_class(), "semantic/iIoU": 100 * iou}
 

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from oneformer_jax import config_rules
 from oneformer_jax.eval.strips import canvas_size, mask_strips, this_host
 from oneformer_jax.rules import Flag, Number, require
-from oneformer_jax.types import Metadata, task_id
+from oneformer_jax.types import VOID, Metadata, task_id
 
 # Of the fields of `PostprocessConfig` that are no keys of a config.
 _RULES = {
@@ -79,7 +79,7 @@ class Segmentation:
       segments_info: panoptic, one dict per segment in order of id: id (int), category_id
         (contiguous class id), isthing (bool), score (class probability; the highest of merged
         stuff), area (pixels).
-      class_map: semantic, int32 [H, W] class ids (`metadata.ignore_label` only in ground truth).
+      class_map: semantic, int32 [H, W] class ids (`types.VOID` only in ground truth).
       masks: instance, bool [N, H, W], highest class probability first; masks may overlap.
       scores: instance, float32 [N], class probability times mean mask probability.
       labels: instance, int32 [N] class ids.
@@ -141,7 +141,7 @@ class Segmentation:
         if task == "semantic" and "semantic" in record:
             return cls(**common, class_map=record["semantic"].astype(np.int32))
         if task == "semantic":
-            classes = np.full(panoptic.shape, metadata.ignore_label, np.int32)
+            classes = np.full(panoptic.shape, VOID, np.int32)
             for s in segments:
                 classes[panoptic == s["id"]] = s["category"]
             return cls(**common, class_map=classes)
@@ -398,15 +398,34 @@ def things_metadata(metadata: Metadata) -> Metadata:
     )
 
 
+def class_dtype(num_classes: int) -> jnp.dtype:
+    """The dtype in which maps of class ids leave the device: two bytes where they suffice."""
+    return jnp.int16 if num_classes <= 1 << 15 else jnp.int32
+
+
+# Classes whose scores a strip holds at once: more would take gigabytes.
+_CLASSES_AT_ONCE = 1024
+
+
 def _semantic_tables(probabilities, per_strip, canvas) -> dict[str, jax.Array]:
-    """class_map int16 [Hc, Wc]."""
+    """class_map [Hc, Wc], of the dtype `class_dtype`."""
+    probabilities = probabilities[:, :-1]
+
+    def best(masks, start, stop):
+        """The highest score of these classes at each pixel, and the first class that has it."""
+        part = probabilities[:, start:stop]
+        sums = jnp.einsum("qc,qsw->csw", part, masks, precision="highest")
+        return sums.max(0), start + sums.argmax(0)
 
     def head(masks, inside_image):
         del inside_image  # the host cuts the canvas
-        sums = jnp.einsum(
-            "qc,qsw->csw", probabilities[:, :-1], jax.nn.sigmoid(masks), precision="highest"
-        )
-        return sums.argmax(0).astype(jnp.int16)
+        masks, classes = jax.nn.sigmoid(masks), probabilities.shape[1]
+        highest, winner = best(masks, 0, min(classes, _CLASSES_AT_ONCE))
+        for start in range(_CLASSES_AT_ONCE, classes, _CLASSES_AT_ONCE):
+            score, index = best(masks, start, min(classes, start + _CLASSES_AT_ONCE))
+            winner = jnp.where(score > highest, index, winner)
+            highest = jnp.maximum(score, highest)
+        return winner.astype(class_dtype(classes))
 
     return dict(class_map=per_strip(head).reshape(canvas))
 

@@ -7,8 +7,10 @@ zeros on the right and below to a multiple of 32. There are no sliding windows.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,24 +22,21 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from PIL import Image, ImageOps
+from PIL import Image
 
+from input_pipeline import images
+from input_pipeline.images import ImageError
+from oneformer_jax import files
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
-from oneformer_jax.eval.write import write_prediction
+from oneformer_jax.eval.write import source_of, write_prediction
 from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id
 
 # Deepest stride of the model: inputs are padded to multiples of it.
 STRIDE = 32
-# Endings that make a file of a folder an input; anything PIL reads may be given by name.
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-class ImageError(ValueError):
-    """An image that cannot be read; the message names the file."""
 
 
 @jax.tree_util.register_dataclass
@@ -366,26 +365,15 @@ def resize_shortest_edge(image: np.ndarray, short: int, long: int) -> np.ndarray
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """An image file as uint8 [H, W, 3], RGB, turned upright as its EXIF says.
+def read_image(path: str | os.PathLike[str], max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
+    """An image file as uint8 [H, W, 3], RGB, upright: as training reads it, see `images`.
 
     Raises:
-      ImageError: no such file, none that PIL reads, a damaged one, or more than 8 bits per channel.
+      ImageError: no such file, one of another format, damaged, or of more than `max_pixels`.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
+    if not os.path.exists(path):
         raise ImageError(f"{path}: there is no such image file")
-    try:
-        with Image.open(path) as image:
-            deep = image.mode.startswith(("I", "F"))
-            pixels = None if deep else np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not an image of a supported format; try JPEG or PNG") from error
-    except Exception as error:  # PIL's decoders raise whatever they stumble over
-        raise ImageError(f"{path}: the image is damaged ({error}); replace it") from error
-    if pixels is None:
-        raise ImageError(f"{path}: more than 8 bits per channel; convert it to 8-bit RGB")
-    return pixels
+    return images.decode_image(images.read_file(path), str(path), max_pixels=max_pixels)
 
 
 def predict_files(
@@ -393,14 +381,16 @@ def predict_files(
     path: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     task: str = "all",
+    max_pixels: int = images.MAX_PIXELS,
 ) -> list[pathlib.Path]:
     """Segments an image file, or those directly in a folder, and writes the results.
 
     Args:
       segmenter: a `Segmenter`.
-      path: an image file or a folder; in a folder, files with `IMAGE_ENDINGS` are taken.
+      path: an image file or a folder; in a folder, visible files with `images.ENDINGS` are taken.
       out_dir: folder of the results, made as needed; see `write_prediction`.
       task: one of `TASKS`, or "all".
+      max_pixels: the most pixels of an image.
 
     Returns:
       The files written.
@@ -413,35 +403,58 @@ def predict_files(
     path, out_dir = pathlib.Path(path), pathlib.Path(out_dir)
     if not path.exists():
         raise ImageError(f"{path}: there is no such image file or folder")
-    files = [path]
+    found = [path]
     if path.is_dir():
         if out_dir.resolve() == path.resolve():
             raise ValueError(f"the results would mix with the images in {path}; use another folder")
-        files = sorted(
-            f for f in path.iterdir() if f.is_file() and f.suffix.lower() in IMAGE_ENDINGS
-        )
-        if not files:
-            raise ValueError(f"{path} has no images (files with {', '.join(IMAGE_ENDINGS)})")
-    stems = [f.stem for f in files]
+        found = [path / name for name in images.list_images(path)]
+        if not found:
+            raise ValueError(f"{path} has no images (files with {', '.join(images.ENDINGS)})")
+    files.remove_leftovers(out_dir)
+    names = _result_names(found, out_dir)
     written, broken = [], []
-    for number, file in enumerate(files, 1):
+    for number, (file, name) in enumerate(zip(found, names, strict=True), 1):
         try:
-            image = read_image(file)
+            image = read_image(file, max_pixels)
         except ImageError as error:
             logging.error("%s", error)
             broken.append(str(error))
             continue
-        # Files that differ in their ending only keep it.
-        name = file.stem if stems.count(file.stem) == 1 else file.name.replace(".", "_")
         for segmentation in segmenter(image, tasks).values():
-            written += write_prediction(out_dir, name, segmentation)
-        logging.info("[%d/%d] %s: %s", number, len(files), file, ", ".join(tasks))
-    if len(broken) == len(files) == 1:
+            written += write_prediction(out_dir, name, segmentation, source=file.name)
+        logging.info("[%d/%d] %s: %s", number, len(found), file, ", ".join(tasks))
+    if len(broken) == len(found) == 1:
         raise ImageError(broken[0])
     if broken:
         listing = "\n  ".join(broken)
         raise ImageError(
-            f"{len(broken)} of {len(files)} images could not be read, the others are done and in "
+            f"{len(broken)} of {len(found)} images could not be read, the others are done and in "
             f"{out_dir}:\n  {listing}"
         )
     return written
+
+
+def _result_names(found: Sequence[pathlib.Path], out_dir: pathlib.Path) -> list[str]:
+    """How the results of files begin: distinct names, also where case does not count.
+
+    A file's stem, unless that is how the results of another file begin, in this run or an earlier
+    one into the same folder: then its name, with "_" for ".", and a digest where that is taken too.
+    """
+    stems = collections.Counter(file.stem.casefold() for file in found)
+    names: list[str] = []
+    taken: set[str] = set()
+    for file in found:
+        whole = file.name.replace(".", "_")
+        name = next(
+            (
+                name
+                for name in (file.stem, whole)
+                if stems[name.casefold()] == (name == file.stem)
+                and name.casefold() not in taken
+                and source_of(out_dir, name) in (file.name, None)
+            ),
+            f"{whole}_{hashlib.sha256(file.name.encode()).hexdigest()[:8]}",
+        )
+        names.append(name)
+        taken.add(name.casefold())
+    return names

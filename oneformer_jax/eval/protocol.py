@@ -68,17 +68,24 @@ class Protocol:
             return CocoAP(
                 metadata.is_thing, thing_labels=thing_labels, annotations=self.annotations
             )
-        return MeanIoU(metadata.num_classes, metadata.ignore_label)
+        return MeanIoU(metadata.num_classes)
 
 
 def choose_protocol(
-    metadata: Metadata, *, name: str = "auto", instance_ids: str = "auto", instance_json: str = ""
+    metadata: Metadata,
+    *,
+    dataset: str = "",
+    name: str = "auto",
+    instance_ids: str = "auto",
+    instance_json: str = "",
 ) -> Protocol:
-    """The protocol of a dataset.
+    """The protocol of an evaluation.
 
     Args:
-      metadata: the classes; its `dataset` decides where the rest is "auto". Datasets without a
-        protocol of their own are scored as COCO.
+      metadata: the classes.
+      dataset: the config's `dataset.name`, which decides where `name` is "auto": the official
+        datasets have their own protocols, all others are scored as COCO. Names of folders and
+        class tables have no part in it.
       name: one of `PROTOCOLS`, or "auto".
       instance_ids: "contiguous", "thing", or "auto": "thing" for ade20k only.
       instance_json: a COCO instance file whose instances are the ground truth of AP, or "".
@@ -88,7 +95,7 @@ def choose_protocol(
       ValueError: unknown names, or a file that does not fit.
     """
     if name == "auto":
-        name = metadata.dataset if metadata.dataset in PROTOCOLS else "coco"
+        name = dataset if dataset in PROTOCOLS else "coco"
     if instance_ids == "auto":
         instance_ids = "thing" if name == "ade20k" else "contiguous"
     annotations = InstanceAnnotations(instance_json, metadata) if instance_json else None

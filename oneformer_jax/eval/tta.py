@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from oneformer_jax import config_rules
-from oneformer_jax.eval.postprocess import Segmentation
+from oneformer_jax.eval.postprocess import Segmentation, class_dtype
 from oneformer_jax.eval.strips import canvas_size, mask_strips, strip_rows, this_host
 from oneformer_jax.types import Metadata
 
@@ -194,8 +194,8 @@ def _add(
 
 @jax.jit
 def _best(total: jax.Array) -> jax.Array:
-    """int16 [B, Hc, Wc] of float32 [B, strips, K, rows, W]."""
-    best = total.argmax(2).astype(jnp.int16)
+    """Classes [B, Hc, Wc] of float32 [B, strips, K, rows, W]."""
+    best = total.argmax(2).astype(class_dtype(total.shape[2]))
     return best.reshape(len(best), -1, best.shape[-1])
 
 

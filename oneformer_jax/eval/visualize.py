@@ -25,6 +25,8 @@ _LINE_SHARE = 0.003
 _SHRINK = 0.7
 # A label of more than this many times its segment's area is left out.
 _DWARF = 4
+# The most pixels to which a picture is enlarged.
+_ENLARGED = 1 << 22
 _PLATE = (18, 18, 22)
 _INK = (25, 25, 30)
 
@@ -45,8 +47,9 @@ def overlay(
     labels: bool = True,
     min_score: float = 0.5,
     min_size: int = 0,
+    max_pixels: int = 1 << 24,
 ) -> np.ndarray:
-    """Draw a segmentation over its image.
+    """Draws a segmentation over its image.
 
     Args:
       image: uint8 [H, W, 3] RGB of the segmentation's size.
@@ -56,10 +59,11 @@ def overlay(
         (those of ground truth are).
       min_score: instances below this score are left out.
       min_size: enlarge images whose shorter side has fewer pixels by a whole factor, so that text
-        and outlines stay fine. 0 keeps the size.
+        and outlines stay fine, as far as the picture does not become large. 0 keeps the size.
+      max_pixels: the most pixels of the picture; larger images are shrunk.
 
     Returns:
-      uint8 [H, W, 3] RGB, or the enlarged size.
+      uint8 [H, W, 3] RGB, or the other size.
 
     Raises:
       ValueError: the image is not uint8 [H, W, 3] of the segmentation's size.
@@ -70,12 +74,12 @@ def overlay(
             f"image is {image.dtype} {list(image.shape)}; the segmentation needs "
             f"uint8 {[*segmentation.size, 3]}"
         )
-    regions = _regions(segmentation, min_score)
-    factor = max(1, -(-min_size // max(1, min(image.shape[:2]))))
-    if factor > 1:
-        size = (image.shape[1] * factor, image.shape[0] * factor)
-        image = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
-        regions = [dataclasses.replace(r, mask=_enlarge(r.mask, size)) for r in regions]
+    size = _drawn_size(image.shape[:2], min_size, max_pixels)
+    larger = size[0] > image.shape[1] or size[1] > image.shape[0]
+    if size != image.shape[1::-1]:
+        method = cv2.INTER_CUBIC if larger else cv2.INTER_AREA
+        image = cv2.resize(image, size, interpolation=method)
+    regions = _regions(segmentation, min_score, size)
     # Large segments first, so that what lies on them stays visible.
     regions.sort(key=lambda r: -np.count_nonzero(r.mask))
     picture = image.astype(np.float32)
@@ -87,39 +91,59 @@ def overlay(
     return _draw_labels(picture, regions) if labels else picture
 
 
-def _enlarge(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    soft = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-    return soft >= 0.5
+def _drawn_size(shape: tuple[int, int], min_size: int, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of the picture of an image of `shape`; see `overlay`."""
+    height, width = shape
+    factor = -(-min_size // max(1, min(shape)))
+    factor = min(factor, math.isqrt(min(max_pixels, _ENLARGED) // max(1, height * width)))
+    if factor >= 1:
+        return width * factor, height * factor
+    if height * width <= max_pixels:
+        return width, height
+    shrink = math.sqrt(max_pixels / (height * width))
+    # Of a strip one pixel thin only the long side shrinks.
+    width = max(1, min(int(width * shrink), max_pixels))
+    return width, max(1, min(int(height * shrink), max_pixels // width))
+
+
+def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if mask.shape == size[::-1]:
+        return mask
+    larger = size[0] > mask.shape[1]
+    method = cv2.INTER_LINEAR if larger else cv2.INTER_AREA
+    return cv2.resize(mask.astype(np.float32), size, interpolation=method) >= 0.5
 
 
 def _scale(shape: Sequence[int]) -> float:
     return math.sqrt(shape[0] * shape[1])
 
 
-def _regions(segmentation: Segmentation, min_score: float) -> list[_Region]:
+def _regions(segmentation: Segmentation, min_score: float, size: tuple[int, int]) -> list[_Region]:
+    """The segments, their masks brought to `size`, (width, height), one after the other."""
     metadata = segmentation.metadata
     if segmentation.task == "panoptic":
-        found = [
+        found = (
             (segmentation.segments == info["id"], info["category_id"], None)
             for info in segmentation.segments_info
-        ]
+        )
     elif segmentation.task == "instance":
-        found = [
+        found = (
             (mask, int(label), float(score))
             for mask, label, score in zip(
                 segmentation.masks, segmentation.labels, segmentation.scores, strict=True
             )
             if score >= min_score
-        ]
+        )
     else:
         classes = np.unique(segmentation.class_map)
-        found = [
+        found = (
             (segmentation.class_map == c, int(c), None)
             for c in classes
             if 0 <= c < metadata.num_classes
-        ]
+        )
     regions, seen = [], {}
-    for mask, label, score in found:
+    for whole, label, score in found:
+        mask = _resized(whole, size)
         if not mask.any():
             continue
         number = seen[label] = seen.get(label, -1) + 1
@@ -306,8 +330,8 @@ def contact_sheet(
 def side_by_side(
     images: Sequence[np.ndarray], titles: Sequence[str] | None = None, *, height: int = 360
 ) -> np.ndarray:
-    """Pictures in one row of the given height in pixels; see `contact_sheet`."""
-    widest = max((i.shape[1] / i.shape[0] for i in images), default=1.0)
+    """Pictures in one row, at most `height` pixels high and 4 times that wide: `contact_sheet`."""
+    widest = min(4.0, max((i.shape[1] / i.shape[0] for i in images), default=1.0))
     return contact_sheet(
         images, titles, columns=len(images) or 1, cell=(height, math.ceil(height * widest))
     )

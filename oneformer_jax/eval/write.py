@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pycocotools import mask as coco_mask
 
+from oneformer_jax import files
 from oneformer_jax.eval.postprocess import Segmentation
+from oneformer_jax.types import TASKS
 
 
 def write_prediction(
@@ -21,26 +23,33 @@ def write_prediction(
     name: str,
     segmentation: Segmentation,
     *,
+    source: str | None = None,
     overlay_size: int = 480,
 ) -> list[pathlib.Path]:
     """Writes one image's result; a file is either complete or as it was before.
 
     For every task, `NAME_TASK_overlay.png`; images whose shorter side has less than `overlay_size`
-    pixels are enlarged in it by a whole factor. Class ids in files are the data set's own. Besides:
+    pixels are enlarged in it by a whole factor, and very large ones shrunk (see
+    `visualize.overlay`). Class ids in files are the data set's own. Besides:
 
     * panoptic: `NAME_panoptic.png` and `NAME_panoptic.json` in COCO's panoptic format. A pixel's
       segment id is R + 256 G + 65536 B, 0 is unassigned.
-    * semantic: `NAME_semantic.png`, grey values are class ids, 16 bits where 8 do not suffice.
+    * semantic: `NAME_semantic.png`, grey values are class ids, 16 bits where 8 do not suffice; of
+      ids above 65,535 an RGB picture, id = R + 256 G + 65536 B.
     * instance: `NAME_instance.json`, a list in COCO's result format, masks run-length encoded.
 
     Args:
       out_dir: folder, made as needed.
       name: start of the file names; also the image id, as a number if it consists of digits.
       segmentation: a result with its image.
+      source: name of the image file, kept in the overlay: see `source_of`.
       overlay_size: pixels.
 
     Returns:
       The files written.
+
+    Raises:
+      ValueError: ids of classes that no picture can hold.
     """
     out_dir = pathlib.Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -59,18 +68,33 @@ def write_prediction(
     else:
         texts[f"{name}_instance.json"] = list(_coco_instances(segmentation, image_id))
     for file, pixels in pictures.items():
-        _write(out_dir / file, functools.partial(Image.fromarray(pixels).save, format="PNG"))
+        write_png(out_dir / file, pixels, source if pixels is overlay else None)
     for file, content in texts.items():
-        data = json.dumps(content, allow_nan=False).encode()
-        _write(out_dir / file, lambda stream, data=data: stream.write(data))
+        files.write_atomically(out_dir / file, json.dumps(content, allow_nan=False))
     return [out_dir / file for file in (*pictures, *texts)]
 
 
-def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] RGB as a PNG; folders are made as needed."""
+def write_png(path: str | os.PathLike[str], image: np.ndarray, source: str | None = None) -> None:
+    """Writes uint8 [H, W, 3] RGB, or grey [H, W] of 8 or 16 bits, as a PNG; folders are made.
+
+    `source` is kept as a text of the PNG.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, functools.partial(Image.fromarray(image).save, format="PNG"))
+    with files.replacing(path) as temporary:
+        texts = PngImagePlugin.PngInfo()
+        if source is not None:
+            texts.add_itxt("Source", source)
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=texts)
+
+
+def source_of(out_dir: pathlib.Path, name: str) -> str | None:
+    """Name of the image file whose results in `out_dir` begin with `name`; None: none is known."""
+    for task in TASKS:
+        path = out_dir / f"{name}_{task}_overlay.png"
+        with contextlib.suppress(Exception), PngImagePlugin.PngImageFile(path) as picture:
+            return picture.info.get("Source")  # not reached if it is missing or none of ours
+    return None
 
 
 def encode_ids(segments: np.ndarray) -> np.ndarray:
@@ -136,17 +160,16 @@ def _bounding_box(mask: np.ndarray) -> list[int]:
 
 
 def _dataset_ids(segmentation: Segmentation) -> np.ndarray:
-    """The class map in the data set's own ids, uint8 or uint16 [H, W]."""
-    ids = np.array(segmentation.metadata.category_ids)
+    """The class map in the data set's own ids, uint8 or uint16 [H, W] or `encode_ids` of it."""
+    metadata = segmentation.metadata
+    ids = np.array(metadata.category_ids)
+    if ids.min() < 0 or ids.max() >= 1 << 24:
+        strange = next(i for i in metadata.category_ids if not 0 <= i < 1 << 24)
+        raise ValueError(
+            f"the category id {strange} of {metadata.dataset} does not fit into the pixels of a "
+            "picture (0 to 16777215): give the categories smaller ids in the dataset's JSON or "
+            "the model's metadata.json, or leave the semantic task out"
+        )
+    if ids.max() > 65_535:
+        return encode_ids(ids[segmentation.class_map])
     return ids.astype(np.uint8 if ids.max() < 256 else np.uint16)[segmentation.class_map]
-
-
-def _write(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes beside `path` and renames."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            write(stream)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import msgspec
 from oneformer_jax import files
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import folders
-from oneformer_jax.train.workdir import differing_keys
+from oneformer_jax.train.workdir import differing_classes, differing_keys
 from oneformer_jax.types import Metadata
 
 CONFIG_FILE, MODEL_FILE, METADATA_FILE = "config.json", "model.json", "metadata.json"
@@ -115,7 +115,8 @@ def claim_workdir(
     """Writes config.json, model.json and metadata.json, or checks them if a run was here before.
 
     The configuration may change between starts (more steps, another learning rate), and config.json
-    follows it; the model and the classes may not. With several hosts the first one writes.
+    follows it; the model and the classes may not, but the folder, ids and colours of the dataset
+    may. With several hosts the first one writes.
 
     Args:
       workdir: created if needed.
@@ -131,15 +132,19 @@ def claim_workdir(
     for name, ours in described.items():
         if not (workdir / name).exists():
             continue
-        theirs = read_json(workdir / name, expected="what an earlier start wrote")
         if name == MODEL_FILE:
-            theirs = _with_defaults(theirs)
-        differing = list(differing_keys(theirs, json.loads(json.dumps(ours))))
+            theirs = _with_defaults(
+                read_json(workdir / name, expected="what an earlier start wrote")
+            )
+            keys = differing_keys(theirs, json.loads(json.dumps(ours)))
+            differing = files.first_few(keys)
+        else:
+            differing = differing_classes(read_metadata(workdir), metadata)
         if differing:
             what = "another model" if name == MODEL_FILE else "a model of other classes"
             raise CheckpointError(
-                f"workdir {workdir} holds {what}: {name} differs in "
-                f"{files.first_few(differing)}; use another --workdir, or the settings of that one"
+                f"workdir {workdir} holds {what}: {name} differs in {differing}; use another "
+                "--workdir, or the settings of that one"
             )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -267,6 +267,7 @@ def protocol_of(config: ConfigDict, metadata: Metadata) -> Protocol:
     """The protocol that `config.eval` describes; see `choose_protocol`."""
     return choose_protocol(
         metadata,
+        dataset=config.dataset.name,
         name=config.eval.protocol,
         instance_ids=config.eval.instance_ids,
         instance_json=config.eval.instance_json,
@@ -292,7 +293,8 @@ def scored_tasks(config: ConfigDict, protocol: Protocol) -> tuple[str, ...]:
 
 def metric_names(config: ConfigDict, metadata: Metadata) -> tuple[str, ...]:
     """Names of the metrics of an evaluation; ValueError for wrong settings."""
-    protocol = choose_protocol(metadata, name=config.eval.protocol)  # names need no file
+    names = {"dataset": config.dataset.name, "name": config.eval.protocol}
+    protocol = choose_protocol(metadata, **names)  # names need no file
     return tuple(
         name
         for task in scored_tasks(config, protocol)

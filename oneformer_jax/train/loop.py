@@ -37,7 +37,7 @@ from oneformer_jax.train.evaluator import Evaluator, metric_names
 from oneformer_jax.train.flops import count_flops
 from oneformer_jax.train.preemption import Preempted, Preemption
 from oneformer_jax.train.replay import ImageIds, Watch
-from oneformer_jax.train.workdir import check_room, hold
+from oneformer_jax.train.workdir import check_room, differing_classes, hold
 from oneformer_jax.types import Metadata
 
 Batch = Mapping[str, Any]
@@ -294,10 +294,10 @@ def evaluate_workdir(
     if checkpoint_step is not None:
         path = os.path.join(workdir, folders.CHECKPOINT_FOLDER, str(checkpoint_step))
     trained = checkpoint.load_for_inference(path)
-    if trained.metadata != metadata:
+    if differing := differing_classes(trained.metadata, metadata):
         raise checkpoint.CheckpointError(
             f"{workdir} was trained on the classes of {trained.metadata.dataset}, which are not "
-            f"those of the dataset of this config ({metadata.dataset})"
+            f"those of the dataset of this config ({metadata.dataset}): {differing}"
         )
     model = OneFormerConfig.from_dict(trained.model)
     model = dataclasses.replace(model, **{name: config.model[name] for name in OF_THE_PROGRAM})

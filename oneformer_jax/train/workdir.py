@@ -16,7 +16,9 @@ from typing import Any
 import jax
 from absl import logging
 
+from oneformer_jax import files
 from oneformer_jax.train import folders
+from oneformer_jax.types import Metadata
 
 LOCK_FILE = "LOCK"
 
@@ -110,6 +112,22 @@ def differing_keys(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
             yield from differing_keys(theirs.get(key), ours.get(key), inner)
     elif theirs != ours:
         yield f"{name} (there {_short(theirs)}, here {_short(ours)})"
+
+
+def differing_classes(theirs: Metadata, ours: Metadata) -> str:
+    """Says in which classes two datasets differ, or "": names, kinds and order make the identity.
+
+    Neither the name of a dataset nor its colours and ids in files are part of a model.
+    """
+    there, here = theirs.classes(), ours.classes()
+    if len(there) != len(here):
+        return f"class_names (there {len(there)} of them, here {len(here)})"
+    texts = (
+        f"class_names[{number}] (there {old}, here {new})"
+        for number, (old, new) in enumerate(zip(there, here, strict=True))
+        if old != new
+    )
+    return files.first_few(texts)
 
 
 def _short(value: Any) -> str:

@@ -87,3 +87,10 @@ def test_a_sample_without_targets_is_drawn():
 def test_no_samples():
     with pytest.raises(ValueError, match="at least one"):
         inspection.sheet([], METADATA)
+
+
+@pytest.mark.parametrize("size", [(4, 1600), (1600, 4)])
+def test_the_card_of_a_strip_is_bounded(size):
+    card = inspection._card(make_sample(*size), METADATA)
+    assert card.shape[1] <= 2 * inspection._WIDEST + inspection._GAP
+    assert card.shape[0] < 3000

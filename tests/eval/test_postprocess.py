@@ -2,6 +2,7 @@
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
@@ -9,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from oneformer_jax.eval import postprocess, strips
 from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
-from oneformer_jax.types import Metadata
+from oneformer_jax.types import VOID, Metadata
 
 QUERIES, CLASSES = 12, 5
 PADDED = (64, 96)
@@ -367,11 +368,31 @@ def test_ground_truth_of_a_record():
     ]
     np.testing.assert_array_equal(truth.segments, panoptic)
     semantic = Segmentation.from_record(record, METADATA, "semantic")
-    np.testing.assert_array_equal(semantic.class_map, [[255, 1, 1], [2, 2, 3]])
-    own = record | {"semantic": np.array([[0, 0, 0], [1, 1, 255]], np.uint8)}
+    np.testing.assert_array_equal(semantic.class_map, [[VOID, 1, 1], [2, 2, 3]])
+    own = record | {"semantic": np.array([[0, 0, 0], [1, 1, VOID]], np.int32)}
     semantic = Segmentation.from_record(own, METADATA, "semantic")
     np.testing.assert_array_equal(semantic.class_map, own["semantic"])
     assert semantic.class_map.dtype == np.int32
     instance = Segmentation.from_record(record, METADATA, "instance")
     np.testing.assert_array_equal(instance.masks, [panoptic == 5])
     assert instance.labels.tolist() == [1] and instance.size == (2, 3)
+
+
+@pytest.mark.parametrize("num_classes", [1, 5, 7, 40_000])
+def test_the_best_class_does_not_depend_on_how_many_are_compared_at_once(monkeypatch, num_classes):
+    rng = np.random.default_rng(num_classes)
+    probabilities = jnp.asarray(rng.random((3, num_classes + 1), np.float32))
+    masks = jnp.asarray(rng.normal(size=(3, 2, 8)).astype(np.float32))
+
+    def classes():
+        def one_strip(head):
+            return head(masks, None)
+
+        return postprocess._semantic_tables(probabilities, one_strip, (2, 8))["class_map"]
+
+    whole = np.asarray(classes())
+    scores = np.einsum("qc,qsw->csw", probabilities[:, :-1], jax.nn.sigmoid(masks))
+    np.testing.assert_allclose(np.take_along_axis(scores, whole[None], 0)[0], scores.max(0), 1e-6)
+    monkeypatch.setattr(postprocess, "_CLASSES_AT_ONCE", max(3, num_classes // 3))
+    np.testing.assert_array_equal(classes(), whole)
+    assert (classes().dtype == np.int16) == (num_classes < 32_768)

@@ -3,6 +3,10 @@
 import dataclasses
 import functools
 import json
+import os
+import pathlib
+import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -371,16 +375,17 @@ def test_instance_file_is_a_coco_result(tmp_path):
     assert first["bbox"] == [3, 5, 6, 5] and second["bbox"] == [0, 0, 0, 0]
 
 
-def test_a_failing_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.json"
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
     path.write_text("old")
 
-    def fails(stream):
-        stream.write(b"half")
+    def fails(self, stream, **options):
+        pathlib.Path(stream).write_bytes(b"half")
         raise OSError("disk full")
 
+    monkeypatch.setattr(Image.Image, "save", fails)
     with pytest.raises(OSError, match="disk full"):
-        write._write(path, fails)
+        write.write_png(path, picture())
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -409,13 +414,13 @@ def broken_images(folder):
     (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
     (folder / "text.jpg").write_text("this is no image")
     (folder / "empty.jpg").write_bytes(b"")
-    Image.fromarray(np.zeros((9, 9), np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(folder / "deep.tif")
     return {
         "cut.png": "damaged",
         "cut.jpg": "damaged",
         "text.jpg": "not an image",
         "empty.jpg": "not an image",
-        "deep.png": "8 bits",
+        "deep.tif": "8 or 16 bits",
     }
 
 
@@ -454,6 +459,86 @@ def test_a_folder_of_images_for_all_tasks(tmp_path):
     assert {p.name.split("_panoptic")[0] for p in written if "panoptic" in p.name} == {
         "a_png", "a_jpg", "b",
     }  # fmt: skip
+
+
+def results(folder):
+    """Starts of the names of the results in `folder`."""
+    return {p.name.removesuffix("_semantic.png") for p in folder.glob("*_semantic.png")}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("a.png", "a.jpg", "b.png"), {"a_png", "a_jpg", "b"}),
+        (("a.png", "a.jpg", "a_jpg.png"), {"a_png", "a_jpg", r"a_jpg_[0-9a-f]{8}"}),
+        (("A.png", "a.png"), {"A_png", r"a_png_[0-9a-f]{8}"}),
+        (("x.y.png", "x.y.jpg", "x_y.png"), {"x_y_png", "x_y_jpg", "x_y"}),
+    ],
+)
+def test_every_image_has_results_of_its_own(tmp_path, names, expected):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in names:
+        Image.fromarray(picture()).save(folder / name)
+    written = predict.predict_files(fake, folder, out, "semantic")
+    assert len({p.name.casefold() for p in written}) == 2 * len(names)
+    found = results(out)
+    assert len(found) == len(expected)
+    for pattern in expected:
+        assert any(re.fullmatch(pattern, name) for name in found), (pattern, found)
+
+
+def test_a_later_run_overwrites_its_own_results_only(tmp_path):
+    out = tmp_path / "out"
+    for name in ("a.png", "a.jpg", "a.png"):
+        Image.fromarray(picture()).save(tmp_path / name)
+        predict.predict_files(fake, tmp_path / name, out, "semantic")
+    assert results(out) == {"a", "a_jpg"}
+
+
+def test_hidden_files_and_those_of_macos_are_no_images(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".b.jpg").write_bytes(b"")
+    (tmp_path / "Thumbs.db").write_bytes(b"")
+    (tmp_path / "folder.jpg").mkdir()
+    predict.predict_files(fake, tmp_path, tmp_path / "out", "semantic")
+    assert results(tmp_path / "out") == {"a"}
+
+
+def test_what_a_killed_prediction_left_is_removed(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    old, young, other = (out / n for n in (".a.png.0123abcd.tmp", ".b.png.0123abcd.tmp", "x.tmp"))
+    for path in (old, young, other):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 3600,) * 2)
+    os.utime(other, (time.time() - 3600,) * 2)
+    predict.predict_files(fake, tmp_path / "a.png", out, "semantic")
+    assert not old.exists() and young.exists() and other.exists()
+
+
+def test_too_many_pixels_are_refused_by_the_setting(tmp_path):
+    Image.fromarray(picture(20, 30)).save(tmp_path / "a.png")
+    assert predict.read_image(tmp_path / "a.png", max_pixels=600).shape == (20, 30, 3)
+    with pytest.raises(predict.ImageError, match=r"20 x 30 pixels .*data\.max_pixels, 599"):
+        predict.predict_files(fake, tmp_path / "a.png", tmp_path / "out", max_pixels=599)
+
+
+def test_semantic_ids_above_16_bits_are_exact(tmp_path):
+    classes = np.array([[0, 1, 2], [3, 4, 4]], np.int32)
+    ids = (1, 2, 65_536, 70_000, (1 << 24) - 1)
+    metadata = dataclasses.replace(METADATA, category_ids=ids)
+    result = Segmentation("semantic", metadata, class_map=classes, image=picture(2, 3))
+    path = write.write_prediction(tmp_path, "a", result)[1]
+    pixels = np.asarray(Image.open(path)).astype(int) @ [1, 256, 65_536]
+    np.testing.assert_array_equal(pixels, np.array(ids)[classes])
+    for strange in (1 << 24, -1):
+        metadata = dataclasses.replace(METADATA, category_ids=(1, 2, 3, 4, strange))
+        result = dataclasses.replace(result, metadata=metadata)
+        with pytest.raises(ValueError, match=rf"category id {strange} .*smaller ids"):
+            write.write_prediction(tmp_path, "a", result)
 
 
 def test_wrong_folders_and_tasks_are_refused(tmp_path):

@@ -33,11 +33,11 @@ def table(name):
 )
 def test_metrics_of_each_dataset(dataset, instance, semantic, ids):
     metadata = table(dataset)
-    protocol = choose_protocol(metadata)
+    protocol = choose_protocol(metadata, dataset=dataset)
     assert protocol.instance_ids == ids
     assert type(protocol.make_metric("panoptic", metadata)) is PanopticQuality
     made = protocol.make_metric("semantic", metadata)
-    assert type(made) is semantic and made.ignore_label == metadata.ignore_label
+    assert type(made) is semantic
     assert ("instance" in protocol.tasks) == (instance is not None)
     if instance:
         assert type(protocol.make_metric("instance", metadata)) is instance
@@ -46,6 +46,13 @@ def test_metrics_of_each_dataset(dataset, instance, semantic, ids):
             protocol.make_metric("instance", metadata)
     with pytest.raises(ValueError, match="depth"):
         protocol.make_metric("depth", metadata)
+
+
+@pytest.mark.parametrize("folder", ["cityscapes", "mapillary", "ade20k", "plain"])
+def test_the_name_of_a_folder_chooses_no_protocol(folder):
+    metadata = dataclasses.replace(METADATA, dataset=folder)
+    assert choose_protocol(metadata, dataset="coco_folder").name == "coco"
+    assert choose_protocol(metadata, dataset="coco_folder", name="mapillary").name == "mapillary"
 
 
 def test_the_protocol_can_be_chosen():

@@ -172,3 +172,28 @@ def test_contact_sheet_shows_every_picture_under_its_title():
         visualize.contact_sheet(pictures, ["a", "b"])
     with pytest.raises(ValueError, match="at least one image"):
         visualize.side_by_side([])
+
+
+@pytest.mark.parametrize("size", [(4, 1600), (1600, 4), (1, 5000), (5000, 1), (2, 2), (900, 1300)])
+def test_pictures_of_strips_are_bounded(size):
+    record = scene(size=(120, 160))
+    record["image"] = cv2.resize(record["image"], size[::-1])
+    record["panoptic"] = cv2.resize(record["panoptic"], size[::-1], interpolation=0)
+    result = Segmentation.from_record(record, METADATA, "panoptic")
+    height, width = result.overlay(min_size=480, max_pixels=1 << 20).shape[:2]
+    assert height * width <= max(1 << 20, size[0] * size[1])
+    # Enlarged by a whole factor, if at all.
+    assert (height % size[0], width % size[1]) == (0, 0) or size == (900, 1300)
+    sheet = visualize.side_by_side([record["image"]] * 3, height=100)
+    assert sheet.shape[0] < 400 and sheet.shape[1] < 1600
+
+
+@pytest.mark.parametrize("size", [(300, 400), (1, 5000), (5000, 1), (70, 3)])
+def test_large_images_are_drawn_smaller(size):
+    record = scene(100, size=(120, 160))
+    record["image"] = cv2.resize(record["image"], size[::-1])
+    record["panoptic"] = cv2.resize(record["panoptic"], size[::-1], interpolation=0)
+    for task in ("panoptic", "instance", "semantic"):
+        result = Segmentation.from_record(record, METADATA, task)
+        picture = result.overlay(max_pixels=100, labels=False)
+        assert picture.dtype == np.uint8 and 0 < picture.shape[0] * picture.shape[1] <= 100

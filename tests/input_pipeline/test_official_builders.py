@@ -283,8 +283,8 @@ def test_ade20k_record(prepared):
     assert (record["panoptic"][:2] == 0).all()
     assert source.has_things(0)
     semantic = record["semantic"]
-    assert semantic.dtype == np.uint8
-    assert (semantic[:2] == 255).all() and (semantic[15:, :4] == 19).all()
+    assert semantic.dtype == np.int32
+    assert (semantic[:2] == records.VOID).all() and (semantic[15:, :4] == 19).all()
     assert (semantic[5:10, 5:15] == 7).all() and (semantic[5:10, 4] == 0).all()
 
 

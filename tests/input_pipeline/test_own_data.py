@@ -426,7 +426,7 @@ def test_missing_folders_and_splits_of_maps_are_explained(semantics):
     with pytest.raises(ValueError, match="no train split: the option train_images is empty"):
         semantics.open(train_images="")
     (semantics.root / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty has no \.jpg, \.jpeg, \.png; .*holds nothing"):
+    with pytest.raises(ValueError, match=r"empty has no \.jpg, \.jpeg, \.png, .*holds nothing"):
         semantics.open(train_images="empty")
 
 

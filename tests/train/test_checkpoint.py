@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import pathlib
@@ -345,6 +346,19 @@ def test_claim_workdir(tmp_path):
     classes = Metadata("toy", ("sky", "dog"), *list(vars(METADATA).values())[2:])
     with pytest.raises(CheckpointError, match=r"a model of other classes: .*class_names"):
         descriptions.claim_workdir(workdir, MODEL, "{}", classes)
+    # The folder's name, colours and ids in files are not part of the model.
+    moved = dataclasses.replace(
+        METADATA,
+        dataset="renamed",
+        colors=METADATA.colors[::-1],
+        category_ids=tuple(i + 900 for i in METADATA.category_ids),
+        ignore_label=0,
+    )
+    descriptions.claim_workdir(workdir, MODEL, '{"lr": 2}', moved)
+    assert json.loads((workdir / "metadata.json").read_text())["dataset"] == METADATA.dataset
+    kinds = dataclasses.replace(METADATA, is_thing=tuple(not t for t in METADATA.is_thing))
+    with pytest.raises(CheckpointError, match=r"class_names\[0\] \(there .*, here "):
+        descriptions.claim_workdir(workdir, MODEL, "{}", kinds)
     (workdir / "model.json").write_text("")
     with pytest.raises(CheckpointError, match=rf"{workdir}/model.json is damaged"):
         descriptions.claim_workdir(workdir, MODEL, "{}", METADATA)
