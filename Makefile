@@ -14,13 +14,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PARITY := $(VENV)/.parity
 
-.PHONY: help setup train test test-all bench-input lint format clean
+.PHONY: help setup train test test-all bench-input bench-peers lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train     train, evaluate and draw the embedded synthetic job (in $(WORKDIR))"
 	@echo "make test      the test suite; make test-all adds the tests that take minutes"
 	@echo "make bench-input  samples/s of the input pipeline against the plain way"
+	@echo "make bench-peers  time and memory beside the other OneFormers"
 	@echo "make lint      ruff check and ruff format --check; make format applies both"
 	@echo "make setup     only the virtual environment ($(VENV)); the targets above do it themselves"
 	@echo "make clean     removes $(VENV) and caches; runs/ and data/ stay"
@@ -29,7 +30,7 @@ help:
 
 setup: $(READY)
 
-# uv installs in seconds what takes pip minutes. Where uv cannot be had or cannot reach the index
+# uv installs in seconds what takes pip minutes. Where it is not available or cannot reach the index
 # (it does not read pip's configuration), pip does the same.
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -37,16 +38,14 @@ $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "error: '$(PYTHON) -m venv' failed: install its venv module (Debian: apt install python3-venv)" >&2; exit 1; }
 	@echo "Setting up $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet uv || echo "uv is not to be had here: pip will do its work"
-	@if ! { test -x $(BIN)/uv && \
-	  $(BIN)/uv pip install --python $(BIN)/python -r requirements.txt --group dev; }; then \
-	  $(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' && \
-	  $(BIN)/python -m pip install -r requirements.txt --group dev; fi
+	@$(BIN)/python -m pip install --quiet uv || echo "uv is not available; installing with pip"
+	@if ! { test -x $(BIN)/uv && $(BIN)/uv pip install --python $(BIN)/python -e '.[dev]'; }; then \
+	  $(BIN)/python -m pip install -e '.[dev]'; fi
 	@touch $@
 
 $(PARITY): $(READY)
-	@if test -x $(BIN)/uv && $(BIN)/uv pip install --python $(BIN)/python --group parity; then :; \
-	  else $(BIN)/python -m pip install --group parity; fi
+	@if test -x $(BIN)/uv && $(BIN)/uv pip install --python $(BIN)/python -e '.[parity]'; then :; \
+	  else $(BIN)/python -m pip install -e '.[parity]'; fi
 	@touch $@
 
 train: setup
@@ -60,7 +59,10 @@ test-all: $(PARITY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench-input: setup
-	$(BIN)/python -m tests.bench_input $(ARGS)
+	$(BIN)/python -m tests.bench.input $(ARGS)
+
+bench-peers: $(PARITY)
+	$(BIN)/python -m tests.bench.peers $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ internimage_huge is from a branch of the official code, with crops of 896; "head
 four times the width.
 """
 
-from configs import common
+from oneformer_jax.configs import common
 
 # res: edge of the crop, which the sizes of training and test images follow.
 VARIANTS = {

@@ -33,7 +33,7 @@ code; "head=1024" is a head of four times the width, trained on crops of 896 x 8
 short edge of 896.
 """
 
-from configs import common
+from oneformer_jax.configs import common
 
 VARIANTS = {
     "resnet50": {"queries": 150},

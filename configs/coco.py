@@ -24,7 +24,7 @@ config; it is kept. internimage_huge is from a branch of the official code; "hea
 four times the width.
 """
 
-from configs import common
+from oneformer_jax.configs import common
 
 STEPS_PER_EPOCH = 7375  # 118,000 images in batches of 16
 

@@ -55,7 +55,7 @@ def get_base() -> ConfigDict:
     c.dataset.data_dir = ""  # where the dataset is read from, or (synthetic) prepared into
     c.dataset.train_split = "train"
     c.dataset.eval_split = "validation"
-    # Options of the source: see input_pipeline.sources.open_source.
+    # Options of the source: see oneformer_jax.input_pipeline.sources.open_source.
     c.dataset.options = ConfigDict(convert_dict=False)
 
     c.data = ConfigDict()

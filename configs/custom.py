@@ -19,7 +19,7 @@ Training starts from random parameters and sets its learning rates for that. To 
 --config.init.checkpoint=PATH and see the page.
 """
 
-from configs import common
+from oneformer_jax.configs import common
 
 MODELS = ("small", "resnet50", "swin_tiny", "swin_large")
 # Options of the dataset, see input_pipeline.sources.open_source; paths are relative to data_dir.

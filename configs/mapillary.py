@@ -28,7 +28,7 @@ internimage_huge is from a branch of the official code; "head=1024" is a head of
 width.
 """
 
-from configs import common
+from oneformer_jax.configs import common
 
 VARIANTS = {
     "resnet50": {"queries": 150},

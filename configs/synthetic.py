@@ -5,7 +5,7 @@
 A demonstration of the whole program, not a benchmark. See the README for what it reaches.
 """
 
-from configs import common
+from oneformer_jax.configs import common
 
 
 def get_config():

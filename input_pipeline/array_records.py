@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline import images, prepared
-from input_pipeline.records import (
+from oneformer_jax.input_pipeline import images, prepared
+from oneformer_jax.input_pipeline.records import (
     RecordError,
     checked_index,
     decode_dense,
@@ -195,7 +195,7 @@ class TfdsSource:
         return self._record(index, compact=True)
 
     def _record(self, index: int, *, compact: bool) -> dict:
-        from input_pipeline.builders import schema
+        from oneformer_jax.input_pipeline.builders import schema
 
         index = checked_index(index, len(self))
         data = self._files[index]

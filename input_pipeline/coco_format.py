@@ -9,13 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from input_pipeline import datasets, images
-from input_pipeline.annotations import schemas
-from input_pipeline.annotations.faults import Fault
-from input_pipeline.annotations.panoptic import LAYOUT, NO_AREA, PanopticFile, read_panoptic
-from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import found_in, read_file
-from input_pipeline.records import (
+from oneformer_jax.input_pipeline import datasets, images
+from oneformer_jax.input_pipeline.annotations import schemas
+from oneformer_jax.input_pipeline.annotations.faults import Fault
+from oneformer_jax.input_pipeline.annotations.panoptic import (
+    LAYOUT,
+    NO_AREA,
+    PanopticFile,
+    read_panoptic,
+)
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
+from oneformer_jax.input_pipeline.files import found_in, read_file
+from oneformer_jax.input_pipeline.records import (
     RecordError,
     SegmentTable,
     checked_index,

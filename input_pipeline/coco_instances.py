@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline import datasets, images
-from input_pipeline.annotations import run_lengths, schemas
-from input_pipeline.annotations.faults import Fault
-from input_pipeline.annotations.instances import LAYOUT, NO_PIXEL, read_instances
-from input_pipeline.annotations.run_lengths import SegmentationError
-from input_pipeline.coco_format import check_categories, check_json
-from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import found_in, read_file
-from input_pipeline.records import (
+from oneformer_jax.input_pipeline import datasets, images
+from oneformer_jax.input_pipeline.annotations import run_lengths, schemas
+from oneformer_jax.input_pipeline.annotations.faults import Fault
+from oneformer_jax.input_pipeline.annotations.instances import LAYOUT, NO_PIXEL, read_instances
+from oneformer_jax.input_pipeline.annotations.run_lengths import SegmentationError
+from oneformer_jax.input_pipeline.coco_format import check_categories, check_json
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
+from oneformer_jax.input_pipeline.files import found_in, read_file
+from oneformer_jax.input_pipeline.records import (
     RecordError,
     SegmentTable,
     checked_index,

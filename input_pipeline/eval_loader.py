@@ -13,8 +13,9 @@ import grain
 import numpy as np
 from absl import logging
 
-from input_pipeline import transforms
-from input_pipeline.loader import (
+from oneformer_jax import config_rules
+from oneformer_jax.input_pipeline import transforms
+from oneformer_jax.input_pipeline.loader import (
     Batch,
     Source,
     check_processes,
@@ -23,8 +24,7 @@ from input_pipeline.loader import (
     read_options,
     require,
 )
-from input_pipeline.records import RecordError
-from oneformer_jax import config_rules
+from oneformer_jax.input_pipeline.records import RecordError
 
 
 @dataclasses.dataclass(frozen=True)

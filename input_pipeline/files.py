@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from input_pipeline import images
-from input_pipeline.records import RecordError
 from oneformer_jax.files import first_few
+from oneformer_jax.input_pipeline import images
+from oneformer_jax.input_pipeline.records import RecordError
 
 _SHOWN_NAMES = 8
 _MAX_BYTES = 1 << 30

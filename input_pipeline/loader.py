@@ -23,10 +23,10 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from input_pipeline import targets, transforms, workers
-from input_pipeline.datasets import DatasetInfo
-from input_pipeline.records import RecordError
 from oneformer_jax import config_rules
+from oneformer_jax.input_pipeline import targets, transforms, workers
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
+from oneformer_jax.input_pipeline.records import RecordError
 
 Batch = dict[str, Any]
 

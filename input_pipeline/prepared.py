@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import msgspec
 import numpy as np
 
-from input_pipeline.datasets import DatasetInfo
 from oneformer_jax.files import JSON_LIMIT, FileError, first_few, read_json
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -181,7 +181,7 @@ def read(folder: str | os.PathLike[str]) -> Prepared:
     if not (folder / DESCRIPTION).exists():
         raise FileNotFoundError(
             f"no prepared dataset in {folder} (a prepared one has {DESCRIPTION}); call "
-            "input_pipeline.sources.prepare first"
+            "oneformer_jax.input_pipeline.sources.prepare first"
         )
     description = _read(folder / DESCRIPTION, _Description, JSON_LIMIT)
     dense, semantic = _form(folder)
@@ -249,7 +249,7 @@ def _form(folder: Path) -> tuple[bool, bool]:
 
 @functools.cache
 def _known_features() -> list[tuple[_Feature, tuple[bool, bool]]]:
-    from input_pipeline.builders import schema
+    from oneformer_jax.input_pipeline.builders import schema
 
     known = []
     for dense, semantic in itertools.product((False, True), repeat=2):

@@ -22,7 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from input_pipeline import images
+from oneformer_jax.input_pipeline import images
 
 # Ids are read as R + 256 G + 65536 B, so they have 24 bits.
 _ID_LIMIT = 1 << 24

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from input_pipeline import datasets, images
-from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import found_in, read_file
-from input_pipeline.records import (
+from oneformer_jax.files import first_few
+from oneformer_jax.input_pipeline import datasets, images
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
+from oneformer_jax.input_pipeline.files import found_in, read_file
+from oneformer_jax.input_pipeline.records import (
     RecordError,
     SegmentTable,
     checked_index,
@@ -22,7 +23,6 @@ from input_pipeline.records import (
     make_record,
     read_image_size,
 )
-from oneformer_jax.files import first_few
 
 _LAYOUT = (
     "a semantic dataset is a folder of images, a folder of PNGs of the same names whose pixels are "

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from input_pipeline import datasets, images, prepared
-from input_pipeline.annotations.faults import check_annotations
-from input_pipeline.array_records import TfdsSource
-from input_pipeline.coco_format import CocoFolderSource, coco_folder_info
-from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import exclusive, writing
-from input_pipeline.records import RecordError
 from oneformer_jax.files import did_you_mean
+from oneformer_jax.input_pipeline import datasets, images, prepared
+from oneformer_jax.input_pipeline.annotations.faults import check_annotations
+from oneformer_jax.input_pipeline.array_records import TfdsSource
+from oneformer_jax.input_pipeline.coco_format import CocoFolderSource, coco_folder_info
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
+from oneformer_jax.input_pipeline.files import exclusive, writing
+from oneformer_jax.input_pipeline.records import RecordError
 
 __all__ = [
     "CocoFolderSource",
@@ -36,10 +36,10 @@ __all__ = [
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-    from input_pipeline.builders.coco_folder import FolderSplit
-    from input_pipeline.coco_instances import CocoInstanceSource
-    from input_pipeline.loader import Source
-    from input_pipeline.semantic_folder import SemanticFolderSource
+    from oneformer_jax.input_pipeline.builders.coco_folder import FolderSplit
+    from oneformer_jax.input_pipeline.coco_instances import CocoInstanceSource
+    from oneformer_jax.input_pipeline.loader import Source
+    from oneformer_jax.input_pipeline.semantic_folder import SemanticFolderSource
 
 SPLITS = ("train", "validation")
 
@@ -65,7 +65,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> Path:
     neither TensorFlow nor a network.
 
     Args:
-      builder: a builder of `input_pipeline.builders`.
+      builder: a builder of `oneformer_jax.input_pipeline.builders`.
 
     Returns:
       The folder of the prepared files, for `TfdsSource`.
@@ -248,7 +248,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _open_synthetic(data_dir: str | os.PathLike, split: str, options: dict) -> TfdsSource:
-    from input_pipeline.builders.synthetic import SyntheticConfig, SyntheticPanoptic
+    from oneformer_jax.input_pipeline.builders.synthetic import SyntheticConfig, SyntheticPanoptic
 
     config = SyntheticConfig(**options)
     folder = prepared.folder_of(SyntheticPanoptic, data_dir, config.name)
@@ -258,7 +258,7 @@ def _open_synthetic(data_dir: str | os.PathLike, split: str, options: dict) -> T
 
 
 def _open_official(name: str, data_dir: Path, split: str, options: dict) -> TfdsSource:
-    from input_pipeline.builders.preparation import builder_class
+    from oneformer_jax.input_pipeline.builders.preparation import builder_class
 
     builder = builder_class(name)
     command = f"python main.py --mode=prepare --dataset={name} --source=DIR --data_dir={data_dir}"
@@ -286,7 +286,11 @@ def _open_official(name: str, data_dir: Path, split: str, options: dict) -> Tfds
 def _open_coco_folder(
     data_dir: str | os.PathLike, split: str, options: dict
 ) -> TfdsSource | CocoFolderSource:
-    from input_pipeline.builders.coco_folder import CocoFolder, CocoFolderConfig, FolderSplit
+    from oneformer_jax.input_pipeline.builders.coco_folder import (
+        CocoFolder,
+        CocoFolderConfig,
+        FolderSplit,
+    )
 
     root = Path(options["root"] or data_dir).expanduser()
     folders = {
@@ -319,7 +323,7 @@ def _open_coco_folder(
 
 
 def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInstanceSource:
-    from input_pipeline.coco_instances import CocoInstanceSource, instance_file_info
+    from oneformer_jax.input_pipeline.coco_instances import CocoInstanceSource, instance_file_info
 
     root = Path(options["root"] or data_dir).expanduser()
     files = {key: root / options[f"{key}_json"] for key in SPLITS if options[f"{key}_json"]}
@@ -334,7 +338,7 @@ def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInsta
 
 
 def _open_semantic_folder(data_dir: Path, split: str, options: dict) -> SemanticFolderSource:
-    from input_pipeline.semantic_folder import SemanticFolderSource, read_classes
+    from oneformer_jax.input_pipeline.semantic_folder import SemanticFolderSource, read_classes
 
     root = Path(options["root"] or data_dir).expanduser()
     if not options[f"{split}_images"]:

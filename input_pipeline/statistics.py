@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from input_pipeline import targets
-from input_pipeline.annotations.faults import Fault, FaultsError, summary, write
-from input_pipeline.datasets import TASKS, DatasetInfo
-from input_pipeline.loader import Source
-from input_pipeline.records import RecordError
 from oneformer_jax.files import first_few
+from oneformer_jax.input_pipeline import targets
+from oneformer_jax.input_pipeline.annotations.faults import Fault, FaultsError, summary, write
+from oneformer_jax.input_pipeline.datasets import TASKS, DatasetInfo
+from oneformer_jax.input_pipeline.loader import Source
+from oneformer_jax.input_pipeline.records import RecordError
 
 _SHOWN = 12  # classes that a report lists
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from input_pipeline.datasets import TASKS
+from oneformer_jax.input_pipeline.datasets import TASKS
 
 MAX_SLOTS = 255  # the slot map is uint8 and 0 means "no segment"
 PANOPTIC, INSTANCE, SEMANTIC = (TASKS.index(t) for t in ("panoptic", "instance", "semantic"))

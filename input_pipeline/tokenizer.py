@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import instant_clip_tokenizer
 import numpy as np
 
-from input_pipeline.datasets import TASKS
 from oneformer_jax import config_rules
+from oneformer_jax.input_pipeline.datasets import TASKS
 
 CONTEXT_LENGTH = 77
 _ARTICLES = {"panoptic": "a", "instance": "an", "semantic": "a"}

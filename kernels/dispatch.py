@@ -42,7 +42,7 @@ def load(package: str, implementation: str, function: str) -> Callable[..., jax.
       NotImplementedError: the module cannot be imported here.
     """
     try:
-        module = importlib.import_module(f"kernels.{package}.{implementation}")
+        module = importlib.import_module(f"oneformer_jax.kernels.{package}.{implementation}")
     except ImportError as error:
         raise NotImplementedError(
             f"{function}: {implementation!r} cannot be loaded here: {error}"

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from oneformer_jax.eval.postprocess import Segmentation
     from oneformer_jax.eval.predict import Segmenter
+    from oneformer_jax.eval.segmentation import Segmentation
     from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig
     from oneformer_jax.types import TASKS, Metadata
     from oneformer_jax.weights.convert import Model
+
+__version__ = "0.2.0"
 
 __all__ = [
     "TASKS",
@@ -118,7 +120,7 @@ def classes_of(
     """
     import dataclasses
 
-    from input_pipeline import datasets
+    from oneformer_jax.input_pipeline import datasets
     from oneformer_jax.types import Metadata
 
     if isinstance(given, Metadata):

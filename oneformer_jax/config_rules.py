@@ -79,7 +79,7 @@ RULES: dict[str, Rule] = {
     "dataset.data_dir": Line("the folder of the dataset"),
     "dataset.train_split": Word(("train", "validation")),
     "dataset.eval_split": Word(("train", "validation")),
-    "dataset.options": Fields("input_pipeline.sources.open_source"),
+    "dataset.options": Fields("oneformer_jax.input_pipeline.sources.open_source"),
     "data.batch_size": Integer(1, 65_536),
     "data.crop_size": Tuple(
         Integer(32, 16_384, multiple=32), 2, 2, note=", (height, width): 32 is the coarsest stride"

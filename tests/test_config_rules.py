@@ -11,16 +11,16 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import kernels.assignment
-import kernels.ms_deform_attn
-import kernels.neighborhood_attention
-import kernels.point_sampling
-import main
-from configs import common, synthetic
-from input_pipeline import datasets, sources, targets, transforms
+import oneformer_jax.kernels.assignment
+import oneformer_jax.kernels.ms_deform_attn
+import oneformer_jax.kernels.neighborhood_attention
+import oneformer_jax.kernels.point_sampling
 from oneformer_jax import config_rules, types
+from oneformer_jax.app import cli, data
 from oneformer_jax.config_rules import RULES
+from oneformer_jax.configs import common, synthetic
 from oneformer_jax.eval import protocol
+from oneformer_jax.input_pipeline import datasets, sources, targets, transforms
 from oneformer_jax.models import backbones
 from oneformer_jax.rules import Fields, Integer, Number, Odd, Tuple, Word
 from oneformer_jax.train import loop
@@ -35,11 +35,11 @@ VARIANTS = [(f, v) for f in FILES for v in importlib.import_module(f"configs.{f}
 
 def parse(*arguments):
     """The config that a command line gives; SystemExit if it is refused."""
-    argv = ["main.py", *arguments]
+    argv = ["cli.py", *arguments]
     with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-        main.parse_flags(argv)
+        cli.parse_flags(argv)
         return flags.FLAGS.config
 
 
@@ -79,10 +79,10 @@ def test_every_shipped_config_passes(file, variant):
 
 def test_the_words_of_the_rules_are_those_of_the_rooms():
     implementations = {
-        "loss.point_kernel": kernels.point_sampling,
-        "matcher.implementation": kernels.assignment,
-        "model.sampling": kernels.ms_deform_attn,
-        "model.neighborhood": kernels.neighborhood_attention,
+        "loss.point_kernel": oneformer_jax.kernels.point_sampling,
+        "matcher.implementation": oneformer_jax.kernels.assignment,
+        "model.sampling": oneformer_jax.kernels.ms_deform_attn,
+        "model.neighborhood": oneformer_jax.kernels.neighborhood_attention,
     }
     for key, kernel in implementations.items():
         assert RULES[key].words == ("auto", *kernel.IMPLEMENTATIONS), key
@@ -101,7 +101,7 @@ def test_the_metrics_of_the_rules_are_those_of_the_protocols():
     found = set()
     for name in protocol.PROTOCOLS:
         info = datasets.dataset_info(name)
-        metadata = main.metadata_of(info)
+        metadata = data.metadata_of(info)
         scored = protocol.Protocol(name)
         for task in scored.tasks:
             found |= set(scored.make_metric(task, metadata).compute())
@@ -248,7 +248,7 @@ def test_modes_that_read_no_config_do_not_check_it():
 def test_values_of_a_config_file_are_checked_and_the_file_is_named(tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from configs import synthetic\n"
+        "from oneformer_jax.configs import synthetic\n"
         "def get_config():\n"
         "    c = synthetic.get_config()\n"
         "    c.optim.lr = float('nan')\n"
@@ -335,9 +335,9 @@ def documented_commands():
     for page in PAGES:
         for piece in code(page.read_text("utf-8")):
             for line in piece.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True) if "main.py --" in line else []
+                words = shlex.split(line, comments=True) if "cli.py --" in line else []
                 if any(w.startswith("--config=configs/") for w in words) and "$" not in line:
-                    found.append(tuple(words[words.index("main.py") + 1 :]))
+                    found.append(tuple(words[words.index("cli.py") + 1 :]))
     return tuple(found)
 
 

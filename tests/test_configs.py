@@ -7,9 +7,9 @@ import importlib
 import jax
 import pytest
 
-from configs import common
-from input_pipeline import datasets, loader, transforms
+from oneformer_jax.configs import common
 from oneformer_jax.eval.tta import TtaConfig
+from oneformer_jax.input_pipeline import datasets, loader, transforms
 from oneformer_jax.models import functional, published
 from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormerConfig
 from oneformer_jax.train import state as states

@@ -8,7 +8,7 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common
+from oneformer_jax.configs import common
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]

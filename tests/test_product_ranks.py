@@ -15,9 +15,9 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from kernels.ms_deform_attn.dense import ms_deform_attn_dense
-from kernels.neighborhood_attention import neighborhood_attention
 from oneformer_jax.eval import postprocess, tta
+from oneformer_jax.kernels.ms_deform_attn.dense import ms_deform_attn_dense
+from oneformer_jax.kernels.neighborhood_attention import neighborhood_attention
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.train import state as states

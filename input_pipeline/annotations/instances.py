@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import msgspec
 import numpy as np
 
-from input_pipeline.annotations import run_lengths, schemas
-from input_pipeline.annotations.faults import Fault, FaultsError, error
-from input_pipeline.annotations.run_lengths import SegmentationError
+from oneformer_jax.input_pipeline.annotations import run_lengths, schemas
+from oneformer_jax.input_pipeline.annotations.faults import Fault, FaultsError, error
+from oneformer_jax.input_pipeline.annotations.run_lengths import SegmentationError
 
 LAYOUT = (
     'a COCO instance JSON has the lists "images", "annotations" (each with image_id, category_id '

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from input_pipeline.annotations import schemas
-from input_pipeline.annotations.faults import Fault, error
+from oneformer_jax.input_pipeline.annotations import schemas
+from oneformer_jax.input_pipeline.annotations.faults import Fault, error
 
 LAYOUT = (
     "a COCO-panoptic dataset is a folder of images, a folder of panoptic PNGs and a JSON with the "

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from input_pipeline.annotations.schemas import RunLengths, Segmentation
+from oneformer_jax.input_pipeline.annotations.schemas import RunLengths, Segmentation
 
 # pycocotools walks along an outline in steps of a fifth of a pixel: this many pixels take 300 MB.
 MAX_OUTLINE = 4_000_000

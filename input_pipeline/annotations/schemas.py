@@ -15,8 +15,8 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Raw
 
-from input_pipeline.annotations.faults import Fault, FaultsError
 from oneformer_jax.files import first_few, read_bytes
+from oneformer_jax.input_pipeline.annotations.faults import Fault, FaultsError
 
 T = TypeVar("T")
 

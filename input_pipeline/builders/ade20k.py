@@ -8,16 +8,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from input_pipeline import datasets
-from input_pipeline.builders import raw
-from input_pipeline.records import RecordError, SegmentTable, decode_labels
+from oneformer_jax.input_pipeline import datasets
+from oneformer_jax.input_pipeline.builders import official, raw
+from oneformer_jax.input_pipeline.records import RecordError, SegmentTable, decode_labels
 
 _FOLDERS = {"train": "training", "validation": "validation"}
 # Category c of the instance annotation, 1 to 100, is thing c - 1 of the table.
 _THINGS = np.flatnonzero(datasets.ADE20K.is_thing)
 
 
-class Ade20kPanoptic(raw.PanopticBuilder):
+class Ade20kPanoptic(official.OfficialBuilder):
     """Panoptic ADE20K, derived from the semantic and instance maps as the official script does.
 
     The two annotations disagree here and there, and semantic scores are taken on the semantic one:

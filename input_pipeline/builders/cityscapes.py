@@ -8,16 +8,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from input_pipeline import datasets
-from input_pipeline.builders import raw
-from input_pipeline.records import RecordError, SegmentTable, decode_labels
+from oneformer_jax.input_pipeline import datasets
+from oneformer_jax.input_pipeline.builders import official, raw
+from oneformer_jax.input_pipeline.records import RecordError, SegmentTable, decode_labels
 
 _FOLDERS = {"train": "train", "validation": "val"}
 _KNOWN_LABELS = range(34)  # labels of the annotation tool; -1, a licence plate, is not drawn
 _INSTANCE = 1000  # ids from here on are label * 1000 + number of the instance
 
 
-class CityscapesPanoptic(raw.PanopticBuilder):
+class CityscapesPanoptic(official.OfficialBuilder):
     """Panoptic Cityscapes, derived from the instanceIds PNGs as createPanopticImgs does."""
 
     DATASET = "cityscapes"

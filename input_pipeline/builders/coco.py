@@ -7,16 +7,16 @@ from typing import ClassVar
 
 import msgspec
 
-from input_pipeline import datasets
-from input_pipeline.annotations import schemas
-from input_pipeline.builders import raw
-from input_pipeline.coco_format import CocoFolderSource
-from input_pipeline.files import sha256
+from oneformer_jax.input_pipeline import datasets
+from oneformer_jax.input_pipeline.annotations import schemas
+from oneformer_jax.input_pipeline.builders import official, raw
+from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
+from oneformer_jax.input_pipeline.files import sha256
 
 _FOLDERS = {"train": "train2017", "validation": "val2017"}
 
 
-class CocoPanoptic(raw.PanopticBuilder):
+class CocoPanoptic(official.OfficialBuilder):
     """COCO 2017 with panoptic annotations.
 
     The original instance annotation, where it is there, tells which images have things, as in the

@@ -14,13 +14,13 @@ from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
-from input_pipeline.annotations import faults
-from input_pipeline.annotations.faults import Fault
-from input_pipeline.builders import schema
-from input_pipeline.coco_format import CocoFolderSource
-from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import sha256
-from input_pipeline.records import RecordError, SegmentTable, encode_dense
+from oneformer_jax.input_pipeline.annotations import faults
+from oneformer_jax.input_pipeline.annotations.faults import Fault
+from oneformer_jax.input_pipeline.builders import schema
+from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
+from oneformer_jax.input_pipeline.files import sha256
+from oneformer_jax.input_pipeline.records import RecordError, SegmentTable, encode_dense
 
 FAULTS = "faults.txt"  # beside the folder of the version
 

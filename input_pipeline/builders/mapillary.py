@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from input_pipeline import datasets
-from input_pipeline.annotations.panoptic import read_panoptic
-from input_pipeline.builders import raw
-from input_pipeline.coco_format import CocoFolderSource
-from input_pipeline.files import sha256
+from oneformer_jax.input_pipeline import datasets
+from oneformer_jax.input_pipeline.annotations.panoptic import read_panoptic
+from oneformer_jax.input_pipeline.builders import official, raw
+from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
+from oneformer_jax.input_pipeline.files import sha256
 
 _FOLDERS = {"train": "training", "validation": "validation"}
 _JSON = "panoptic_2018.json"
 
 
-class MapillaryPanoptic(raw.PanopticBuilder):
+class MapillaryPanoptic(official.OfficialBuilder):
     """Mapillary Vistas v1.2, which comes with panoptic annotations."""
 
     DATASET = "mapillary"

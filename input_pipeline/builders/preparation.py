@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from input_pipeline import prepared
-from input_pipeline.annotations import faults
-from input_pipeline.annotations.faults import Fault
-from input_pipeline.builders import raw, schema
-from input_pipeline.files import exclusive, sync, writing
-from input_pipeline.records import RecordError, decode_image, encode_dense
 from oneformer_jax.files import write_atomically
+from oneformer_jax.input_pipeline import prepared
+from oneformer_jax.input_pipeline.annotations import faults
+from oneformer_jax.input_pipeline.annotations.faults import Fault
+from oneformer_jax.input_pipeline.builders import raw, schema
+from oneformer_jax.input_pipeline.files import exclusive, sync, writing
+from oneformer_jax.input_pipeline.records import RecordError, decode_image, encode_dense
 
 BUILDERS = {
     "coco": "CocoPanoptic",

@@ -17,12 +17,12 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from input_pipeline.annotations.faults import Fault
-from input_pipeline.builders import schema
-from input_pipeline.coco_format import CocoFolderSource
-from input_pipeline.datasets import DatasetInfo
-from input_pipeline.files import found_in, read_file
-from input_pipeline.records import RecordError, SegmentTable, with_ids
+from oneformer_jax.input_pipeline.annotations.faults import Fault
+from oneformer_jax.input_pipeline.builders import schema
+from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
+from oneformer_jax.input_pipeline.files import found_in, read_file
+from oneformer_jax.input_pipeline.records import RecordError, SegmentTable, with_ids
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
@@ -167,12 +167,6 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
             "If only one split is there, name it with --split"
         )
 
-    def download_and_prepare(self, **options) -> Path:
-        """TFDS's entry point; the options are those of `preparation.prepare_builder`."""
-        from input_pipeline.builders import preparation
-
-        return preparation.prepare_builder(self, **options)
-
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -183,7 +177,7 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         )
 
     def _download_and_prepare(self, dl_manager, download_config=None):
-        # A hook of TFDS that `download_and_prepare` above takes the place of: never on the way.
+        # A hook of TFDS that `official.OfficialBuilder` takes the place of: never on the way.
         raise NotImplementedError("download_and_prepare writes the records")
 
     def _as_dataset(self, split, decoders=None, read_config=None, shuffle_files=False):

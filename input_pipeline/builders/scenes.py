@@ -18,7 +18,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from input_pipeline import datasets
+from oneformer_jax.input_pipeline import datasets
 
 INFO = datasets.SYNTHETIC
 # Both splits of a seed draw from random streams of their own.

@@ -18,8 +18,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from input_pipeline.datasets import DatasetInfo
-from input_pipeline.records import RecordError, SegmentTable
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
+from oneformer_jax.input_pipeline.records import RecordError, SegmentTable
 
 OBJECTS = "panoptic_objects"
 # PNG of class id + 1, 0 unlabelled; only in datasets whose semantic annotation is one of its own.

@@ -9,8 +9,8 @@ from typing import ClassVar
 import cv2
 import tensorflow_datasets as tfds
 
-from input_pipeline.builders import scenes, schema
-from input_pipeline.records import SegmentTable, encode_panoptic
+from oneformer_jax.input_pipeline.builders import scenes, schema
+from oneformer_jax.input_pipeline.records import SegmentTable, encode_panoptic
 
 _JPEG = [
     cv2.IMWRITE_JPEG_QUALITY, 95,

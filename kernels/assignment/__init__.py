@@ -1,5 +1,5 @@
 """Minimum-cost assignment, many small problems at a time (Jonker and Volgenant 1987)."""
 
-from kernels.assignment.api import IMPLEMENTATIONS, linear_sum_assignment
+from oneformer_jax.kernels.assignment.api import IMPLEMENTATIONS, linear_sum_assignment
 
 __all__ = ["IMPLEMENTATIONS", "linear_sum_assignment"]

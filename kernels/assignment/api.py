@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from kernels import dispatch
+from oneformer_jax.kernels import dispatch
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 

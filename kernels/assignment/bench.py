@@ -16,10 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from kernels.assignment import IMPLEMENTATIONS, api, linear_sum_assignment, pallas_gpu, xla
-from kernels.assignment.shapes import KINDS, PUBLISHED, Case
-from kernels.bench import tpu
-from kernels.bench.operation import Operation
+from oneformer_jax.kernels.assignment import (
+    IMPLEMENTATIONS,
+    api,
+    linear_sum_assignment,
+    pallas_gpu,
+    xla,
+)
+from oneformer_jax.kernels.assignment.shapes import KINDS, PUBLISHED, Case
+from oneformer_jax.kernels.bench import tpu
+from oneformer_jax.kernels.bench.operation import Operation
 
 VALID = (20, 100)  # segments of an image
 

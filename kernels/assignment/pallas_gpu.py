@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels import dispatch
-from kernels.assignment import lockstep
+from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels.assignment import lockstep
 
 COLUMNS_OF_WARP = 256  # 8 a thread, in about 12 arrays
 MAX_COLUMNS = 2048  # of 8 warps
@@ -29,7 +29,7 @@ def assign(
     interpret: bool = False,
     compute_capability: str | None = None,
 ) -> jax.Array:
-    """As `kernels.assignment.xla.assign`.
+    """As `oneformer_jax.kernels.assignment.xla.assign`.
 
     Args:
       cost, order, count: as there.

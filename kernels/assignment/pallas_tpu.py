@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import dispatch
-from kernels.assignment import lockstep
+from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels.assignment import lockstep
 
 LANES, SUBLANES = 128, 8
 # Bounds the code of a step. Beyond 20 problems a step takes 12 cycles for each.
@@ -33,7 +33,7 @@ def assign(
     interpret=False,
     vmem_bytes: int | None = None,
 ) -> jax.Array:
-    """As `kernels.assignment.xla.assign`.
+    """As `oneformer_jax.kernels.assignment.xla.assign`.
 
     Args:
       cost, order, count: as there.

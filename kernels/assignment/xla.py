@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels.assignment import lockstep
+from oneformer_jax.kernels.assignment import lockstep
 
 
 def assign(cost: jax.Array, order: jax.Array, count: jax.Array) -> jax.Array:

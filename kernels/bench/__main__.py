@@ -1,8 +1,8 @@
-"""Runs `kernels.bench.cli`."""
+"""Runs `oneformer_jax.kernels.bench.cli`."""
 
 import sys
 
-from kernels.bench import cli
+from oneformer_jax.kernels.bench import cli
 
 if __name__ == "__main__":
     sys.exit(cli.main())

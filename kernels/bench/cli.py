@@ -15,13 +15,13 @@ import pathlib
 import sys
 from typing import Any
 
-from kernels.bench import gpu, operation, records, tpu
+from oneformer_jax.kernels.bench import gpu, operation, records, tpu
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench",
+        prog="python -m oneformer_jax.kernels.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -28,15 +28,9 @@ from typing import Any
 import jax
 import numpy as np
 
-# name: (what the driver calls it, compute capability, multiprocessors, memory bytes, bytes/s,
-# bytes of L2 cache, shared memory bytes per multiprocessor); NVIDIA's data sheets.
-TARGETS = {
-    "a100": ("NVIDIA A100-SXM4-80GB", "8.0", 108, 80 * 2**30, 2.039e12, 40 * 2**20, 167936),
-    "l4": ("NVIDIA L4", "8.9", 58, 24 * 2**30, 3.0e11, 48 * 2**20, 102400),
-    "h100": ("NVIDIA H100 80GB HBM3", "9.0", 132, 80 * 2**30, 3.35e12, 50 * 2**20, 233472),
-    "h200": ("NVIDIA H200", "9.0", 132, 141 * 2**30, 4.8e12, 50 * 2**20, 233472),
-    "b200": ("NVIDIA B200", "10.0", 148, 180 * 2**30, 8.0e12, 126 * 2**20, 233472),
-}
+from oneformer_jax.kernels.chips import GPUS
+
+TARGETS = GPUS
 _PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 _TIMEOUT_SECONDS = 600
 
@@ -54,7 +48,7 @@ def compute_capability(target: str) -> str:
     """Of one of `TARGETS`; ValueError for an unknown one."""
     if target not in TARGETS:
         raise ValueError(f"gpu: unknown target {target!r}; use one of {', '.join(TARGETS)}")
-    return TARGETS[target][1]
+    return ".".join(map(str, TARGETS[target].capability))
 
 
 def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +100,7 @@ def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
         found = json.loads(pathlib.Path(folder, "report.json").read_text("utf-8"))
     known = {
         "target": target,
-        "device_kind": TARGETS[target][0],
+        "device_kind": TARGETS[target].kinds[0],
         "compute_capability": capability,
         "jax": jax.__version__,
     }
@@ -167,24 +161,11 @@ def _topology(target: str):
     """A description of one GPU, in the words of XLA's target configuration."""
     from jax.experimental import topologies
 
-    kind, capability, processors, memory, bandwidth, l2, shared = TARGETS[target]
-    major, minor = capability.split(".")
-    config = f"""
-      gpu_device_info {{
-        threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-        shared_memory_per_block: 49152 shared_memory_per_core: {shared}
-        shared_memory_per_block_optin: {shared - 1024} core_count: {processors}
-        fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-        block_dim_limit_z: 65535 memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2}
-        clock_rate_ghz: 1.7 device_memory_size: {memory} registers_per_core_limit: 65536
-        registers_per_block_limit: 65536
-        cuda_compute_capability {{ major: {major} minor: {minor} }}
-      }}
-      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
-      runtime_version {{ major: 12 minor: 9 patch: 0 }} device_description_str: "{kind}"
-    """
     return topologies.get_topology_desc(
-        platform="cuda", topology_name=target, topology="1x1x1", target_config=config
+        platform="cuda",
+        topology_name=target,
+        topology="1x1x1",
+        target_config=TARGETS[target].target_config(),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
-from kernels.bench import gpu, records, tpu
+from oneformer_jax.kernels.bench import gpu, records, tpu
 
 Case = TypeVar("Case")
 Array = jax.Array | jax.ShapeDtypeStruct
@@ -129,7 +129,7 @@ class Operation(Generic[Case]):
 
 def load(name: str) -> Operation:
     """The operation of one of `OPERATIONS`."""
-    return importlib.import_module(f"kernels.{name}.bench").OPERATION
+    return importlib.import_module(f"oneformer_jax.kernels.{name}.bench").OPERATION
 
 
 def with_gradients(call: Callable, differentiated: Sequence[int]) -> Callable:

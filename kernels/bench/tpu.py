@@ -11,7 +11,6 @@ from a process of their own: `run` starts it, and `serve` is its main program.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -26,31 +25,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from oneformer_jax.kernels.chips import TPUS
+
 # What depends on XLA's optimisations, of the reports.
 OF_XLA = ("temporary_bytes", "traffic_bytes", "xla_milliseconds")
 MISSING = 'libtpu is not installed (pip install "jax[tpu]")'
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A single chip.
-
-    Attributes:
-      topology: its name for `get_topology_desc`.
-      clock: cycles per second: peak bfloat16 rate over the operations of the matrix units' cycle.
-    """
-
-    topology: str
-    clock: float
-
-
-TARGETS = {
-    "v4": Target("v4:1x1x1", 1.05e9),
-    "v5e": Target("v5e:1x1", 1.5e9),
-    "v5p": Target("v5p:1x1x1", 1.75e9),
-    "v6e": Target("v6e:1x1", 1.75e9),
-    "v7x": Target("tpu7x:1x1x1", 2.2e9),
-}
+TARGETS = TPUS
 
 
 def environment(dump: str | os.PathLike) -> dict[str, str]:
@@ -177,7 +159,7 @@ def _device(target: str):
 
     topology = topologies.get_topology_desc(
         platform="tpu",
-        topology_name=TARGETS[target].topology,
+        topology_name=TARGETS[target].one_chip,
         chips_per_host_bounds=[1, 1, 1],
     )
     return topology.devices[0]

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kernels import dispatch
-from kernels.ms_deform_attn.dense import ms_deform_attn_dense
-from kernels.ms_deform_attn.reference import (
+from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels.ms_deform_attn.dense import ms_deform_attn_dense
+from oneformer_jax.kernels.ms_deform_attn.reference import (
     SpatialShapes,
     ms_deform_attn_chunks,
     ms_deform_attn_gather,

@@ -1,4 +1,4 @@
-"""The published calls of multi-scale deformable attention, for `kernels.bench`."""
+"""The published calls of multi-scale deformable attention, for `oneformer_jax.kernels.bench`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.bench import tpu
-from kernels.bench.operation import Operation
-from kernels.ms_deform_attn import IMPLEMENTATIONS, ms_deform_attn, pallas_gpu, quad_rows
-from kernels.ms_deform_attn.reference import ms_deform_attn_gather
-from kernels.ms_deform_attn.shapes import PUBLISHED, CallShape
+from oneformer_jax.kernels.bench import tpu
+from oneformer_jax.kernels.bench.operation import Operation
+from oneformer_jax.kernels.ms_deform_attn import (
+    IMPLEMENTATIONS,
+    ms_deform_attn,
+    pallas_gpu,
+    quad_rows,
+)
+from oneformer_jax.kernels.ms_deform_attn.reference import ms_deform_attn_gather
+from oneformer_jax.kernels.ms_deform_attn.shapes import PUBLISHED, CallShape
 
 
 class MsDeformAttn(Operation[CallShape]):

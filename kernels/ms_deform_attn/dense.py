@@ -19,7 +19,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels.ms_deform_attn.reference import SpatialShapes, cell_coordinates, corners, split_levels
+from oneformer_jax.kernels.ms_deform_attn.reference import (
+    SpatialShapes,
+    cell_coordinates,
+    corners,
+    split_levels,
+)
 
 
 def ms_deform_attn_dense(

@@ -39,8 +39,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels import dispatch
-from kernels.ms_deform_attn.reference import SpatialShapes, cell_coordinates, split_levels
+from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels.ms_deform_attn.reference import (
+    SpatialShapes,
+    cell_coordinates,
+    split_levels,
+)
 
 Backend = Literal["mosaic", "triton"]
 
@@ -251,9 +255,9 @@ def _backward(call: _Call, value, locations, weights, gradient):
 def _kernels(backend: Backend):
     # Not at the top: both are APIs that upstream may move, and a CPU needs neither.
     if backend == "triton":
-        from kernels.ms_deform_attn import pallas_triton as kernels
+        from oneformer_jax.kernels.ms_deform_attn import pallas_triton as kernels
     else:
-        from kernels.ms_deform_attn import pallas_mosaic_gpu as kernels
+        from oneformer_jax.kernels.ms_deform_attn import pallas_mosaic_gpu as kernels
     return kernels
 
 

@@ -18,9 +18,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
-from kernels.ms_deform_attn import quad_rows
-from kernels.ms_deform_attn.reference import SpatialShapes, cell_coordinates, split_levels
+from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels.ms_deform_attn import quad_rows
+from oneformer_jax.kernels.ms_deform_attn.reference import (
+    SpatialShapes,
+    cell_coordinates,
+    split_levels,
+)
 
 MIB = 2**20
 INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x

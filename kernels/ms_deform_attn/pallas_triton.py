@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels.ms_deform_attn.reference import SpatialShapes
+from oneformer_jax.kernels.ms_deform_attn.reference import SpatialShapes
 
 # Numbers a block holds of one [queries, channels] array: 4 warps with 16 bytes of bfloat16 each;
 # the gradient keeps more of them, in float32.

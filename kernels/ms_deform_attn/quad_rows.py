@@ -32,7 +32,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.tpu_rows import LANES, SUBLANES, fetch_indices, fill_with_zeros, index_scratch
+from oneformer_jax.kernels.tpu_rows import (
+    LANES,
+    SUBLANES,
+    fetch_indices,
+    fill_with_zeros,
+    index_scratch,
+)
 
 CHANNELS = LANES // 4  # of one corner
 MAX_SAMPLES = CHANNELS  # a query's weights take one lane per sample and corner

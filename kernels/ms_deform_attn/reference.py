@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels.recompute import recompute
+from oneformer_jax.kernels.recompute import recompute
 
 SpatialShapes = tuple[tuple[int, int], ...]
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kernels import dispatch
-from kernels.neighborhood_attention import reference
+from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels.neighborhood_attention import reference
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
 

@@ -1,4 +1,4 @@
-"""The calls of DiNAT-L's neighbourhood attention, for `kernels.bench`."""
+"""The calls of DiNAT-L's neighbourhood attention, for `oneformer_jax.kernels.bench`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.bench import tpu
-from kernels.bench.operation import PASSES, Operation
-from kernels.neighborhood_attention import IMPLEMENTATIONS, neighborhood_attention
-from kernels.neighborhood_attention.shapes import PUBLISHED, CallShape
+from oneformer_jax.kernels.bench import tpu
+from oneformer_jax.kernels.bench.operation import PASSES, Operation
+from oneformer_jax.kernels.neighborhood_attention import IMPLEMENTATIONS, neighborhood_attention
+from oneformer_jax.kernels.neighborhood_attention.shapes import PUBLISHED, CallShape
 
 
 def _cases() -> dict[str, CallShape]:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels import dispatch
-from kernels.neighborhood_attention import tile_kernels
-from kernels.neighborhood_attention.strips import LANES, MAX_KEYS, Plan, plan
-from kernels.neighborhood_attention.tile_kernels import Settings
+from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels.neighborhood_attention import tile_kernels
+from oneformer_jax.kernels.neighborhood_attention.strips import LANES, MAX_KEYS, Plan, plan
+from oneformer_jax.kernels.neighborhood_attention.tile_kernels import Settings
 
 MIB = 2**20
 INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x

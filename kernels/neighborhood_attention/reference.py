@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.recompute import recompute
+from oneformer_jax.kernels.recompute import recompute
 
 # Logits formed at a time, relative to the number of values in the map.
 STEP = 1.0

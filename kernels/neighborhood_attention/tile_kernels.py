@@ -34,7 +34,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.neighborhood_attention.strips import LANES, ROW_BLOCK, SUBLANES, Cut, Plan
+from oneformer_jax.kernels.neighborhood_attention.strips import (
+    LANES,
+    ROW_BLOCK,
+    SUBLANES,
+    Cut,
+    Plan,
+)
 
 BLOCKED = -1e30  # added to the logit of a key out of sight; finite, as all may be
 TILES_PER_STEP = 8  # of maps that are one strip: several residue classes make a step

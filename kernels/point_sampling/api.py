@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kernels import dispatch
+from oneformer_jax.kernels import dispatch
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
 
@@ -21,7 +21,7 @@ FASTEST_MEASURED = {"cpu": "xla"}
 def load(implementation: str):
     """The module with `forward` and `backward` of an implementation, imported when first used."""
     name = "reference" if implementation == "xla" else implementation
-    return importlib.import_module(f"kernels.point_sampling.{name}")
+    return importlib.import_module(f"oneformer_jax.kernels.point_sampling.{name}")
 
 
 def sample_features(

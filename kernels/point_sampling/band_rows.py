@@ -27,7 +27,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.tpu_rows import LANES, SUBLANES, fetch_indices, fill_with_zeros, index_scratch
+from oneformer_jax.kernels.tpu_rows import (
+    LANES,
+    SUBLANES,
+    fetch_indices,
+    fill_with_zeros,
+    index_scratch,
+)
 
 ROWS = 4  # of the table that a point reads: two and the two below them
 GROUP = 32  # points of one loop body

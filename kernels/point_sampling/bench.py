@@ -1,7 +1,7 @@
-"""The calls of the losses that read features at points, for `kernels.bench`.
+"""The calls of the losses that read features at points, for `oneformer_jax.kernels.bench`.
 
 What XLA's version costs on a TPU that is not there, and as a share of the training step:
-`python -m tests.bench_points`.
+`python -m tests.bench.points`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.bench import tpu
-from kernels.bench.operation import Operation
-from kernels.point_sampling import IMPLEMENTATIONS, band_rows, sample_features
-from kernels.point_sampling.shapes import PUBLISHED, CallShape
+from oneformer_jax.kernels.bench import tpu
+from oneformer_jax.kernels.bench.operation import Operation
+from oneformer_jax.kernels.point_sampling import IMPLEMENTATIONS, band_rows, sample_features
+from oneformer_jax.kernels.point_sampling.shapes import PUBLISHED, CallShape
 
 
 class PointSampling(Operation[CallShape]):

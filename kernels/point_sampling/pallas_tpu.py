@@ -14,9 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
-from kernels.point_sampling import band_rows
-from kernels.point_sampling.band_rows import LANES, VMEM_RESERVE
+from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels.point_sampling import band_rows
+from oneformer_jax.kernels.point_sampling.band_rows import LANES, VMEM_RESERVE
 
 MIB = 2**20
 INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x

@@ -22,9 +22,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from oneformer_jax import files
-from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_images
+from oneformer_jax.eval.postprocess import PostprocessConfig, segment_images
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.protocol import Metric, Protocol
+from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.types import TASKS, Metadata
 

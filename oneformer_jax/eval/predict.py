@@ -24,13 +24,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from input_pipeline import images
-from input_pipeline.images import ImageError
 from oneformer_jax import files
-from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
+from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
 from oneformer_jax.eval.predictor import Predictor
+from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.eval.write import source_of, write_prediction
+from oneformer_jax.input_pipeline import images
+from oneformer_jax.input_pipeline.images import ImageError
 from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id

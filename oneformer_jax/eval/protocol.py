@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from oneformer_jax import config_rules
-from oneformer_jax.eval.instance_json import InstanceAnnotations
-from oneformer_jax.eval.metrics import MeanIoU, PanopticQuality
-from oneformer_jax.eval.metrics_ap import CocoAP
-from oneformer_jax.eval.metrics_cityscapes import CityscapesAP, CityscapesIoU
+from oneformer_jax.eval.metrics.ap import CocoAP
+from oneformer_jax.eval.metrics.cityscapes import CityscapesAP, CityscapesIoU
+from oneformer_jax.eval.metrics.instance_json import InstanceAnnotations
+from oneformer_jax.eval.metrics.iou import MeanIoU
+from oneformer_jax.eval.metrics.pq import PanopticQuality
 from oneformer_jax.types import TASKS, Metadata, task_id
 
 Metric = PanopticQuality | MeanIoU | CocoAP | CityscapesAP | CityscapesIoU

@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from oneformer_jax import config_rules
-from oneformer_jax.eval.postprocess import Segmentation, class_dtype
+from oneformer_jax.eval.postprocess import class_dtype
+from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.strips import canvas_size, mask_strips, strip_rows, this_host
 from oneformer_jax.types import Metadata
 

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from pycocotools import mask as coco_mask
 
 from oneformer_jax import files
-from oneformer_jax.eval.postprocess import Segmentation
+from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.types import TASKS
 
 
@@ -30,7 +30,7 @@ def write_prediction(
 
     For every task, `NAME_TASK_overlay.png`; images whose shorter side has less than `overlay_size`
     pixels are enlarged in it by a whole factor, and very large ones shrunk (see
-    `visualize.overlay`). Class ids in files are the data set's own. Besides:
+    `overlay.draw`). Class ids in files are the data set's own. Besides:
 
     * panoptic: `NAME_panoptic.png` and `NAME_panoptic.json` in COCO's panoptic format. A pixel's
       segment id is R + 256 G + 65536 B, 0 is unassigned.

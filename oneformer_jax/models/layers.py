@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kernels.recompute import recompute
+from oneformer_jax.kernels.recompute import recompute
 from oneformer_jax.models import initial
 from oneformer_jax.models.initial import ParamKeys
 

@@ -21,8 +21,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from kernels.point_sampling import sample_features
 from oneformer_jax import config_rules, rules
+from oneformer_jax.kernels.point_sampling import sample_features
 from oneformer_jax.models import matcher, points
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.points import Purpose

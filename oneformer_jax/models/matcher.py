@@ -2,7 +2,7 @@
 
 All predictions of a step are matched in one call. Two backends find assignments of equal cost:
 "host" calls SciPy once per device shard, "device" solves inside the compiled program, with one of
-the implementations of `kernels.assignment`.
+the implementations of `oneformer_jax.kernels.assignment`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from scipy import optimize
 
-from kernels.assignment import linear_sum_assignment
 from oneformer_jax import config_rules
+from oneformer_jax.kernels.assignment import linear_sum_assignment
 
 BATCH_AXES = ("data", "fsdp")
 

@@ -71,7 +71,7 @@ class OneFormerConfig:
         `kernels.ms_deform_attn`: "auto" is the fastest that a recorded benchmark supports on the
         device.
       neighborhood: the same for the neighbourhood attention of DiNAT, see
-        `kernels.neighborhood_attention`.
+        `oneformer_jax.kernels.neighborhood_attention`.
       dtype: compute dtype of the matrix products, "float32" or "bfloat16"; parameters, softmax,
         norm statistics, coordinates and the task token are float32 always.
       remat: recompute blocks in the backward pass instead of keeping their activations.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kernels.ms_deform_attn import ms_deform_attn
+from oneformer_jax.kernels.ms_deform_attn import ms_deform_attn
 from oneformer_jax.models import initial, layers
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, layer_norm, linear, split_key

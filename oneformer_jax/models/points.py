@@ -3,7 +3,7 @@
 A point is a float32 pair (x, y) in [0, 1)², relative to the width and height of the map it reads.
 Every reading is bilinear with zeros outside the map and `align_corners=False`: the pixel
 coordinate is `p * size - 0.5` (PyTorch's `grid_sample` at `2 p - 1`). No gradient flows to points.
-Feature vectors are read by `kernels.point_sampling`.
+Feature vectors are read by `oneformer_jax.kernels.point_sampling`.
 
 Drawing is a pure function of (key, purpose, prediction, slot), so any other program can draw the
 very same points.
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.point_sampling import corners, find_cells, take
+from oneformer_jax.kernels.point_sampling import corners, find_cells, take
 
 
 class Purpose(enum.IntEnum):

@@ -31,11 +31,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from oneformer_jax import config_rules, files
-from oneformer_jax.train import descriptions, folders, reading, seals, stores
+from oneformer_jax.train import descriptions, reading, seals, stores
 from oneformer_jax.train.descriptions import CheckpointError
-from oneformer_jax.train.folders import CHECKPOINT_FOLDER, UNVERIFIED
 from oneformer_jax.train.reading import DamagedCheckpoint
-from oneformer_jax.train.workdir import is_full
+from oneformer_jax.train.runtime import folders
+from oneformer_jax.train.runtime.folders import CHECKPOINT_FOLDER, UNVERIFIED
+from oneformer_jax.train.runtime.workdir import is_full
 from oneformer_jax.types import Metadata
 
 _BARRIER_MS = 3_600_000

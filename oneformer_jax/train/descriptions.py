@@ -20,8 +20,8 @@ import msgspec
 
 from oneformer_jax import files
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import folders
-from oneformer_jax.train.workdir import differing_classes, differing_keys
+from oneformer_jax.train.runtime import folders
+from oneformer_jax.train.runtime.workdir import differing_classes, differing_keys
 from oneformer_jax.types import Metadata
 
 CONFIG_FILE, MODEL_FILE, METADATA_FILE = "config.json", "model.json", "metadata.json"

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
-from oneformer_jax.eval import postprocess, tta, visualize
+from oneformer_jax.eval import postprocess, tta
 from oneformer_jax.eval.evaluate import (
     EvalResult,
     evaluate,
@@ -21,13 +21,16 @@ from oneformer_jax.eval.evaluate import (
     format_results,
     write_results,
 )
-from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
+from oneformer_jax.eval.pictures import sheets
+from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.protocol import Protocol, choose_protocol
+from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.write import write_png
 from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import descriptions, folders
+from oneformer_jax.train import descriptions
+from oneformer_jax.train.runtime import folders
 from oneformer_jax.train.tensorboard import metric_writers
 from oneformer_jax.types import TASKS, Metadata
 
@@ -228,7 +231,7 @@ class Evaluator:
                 break
         if not pictures or jax.process_index() != 0:
             return
-        sheet = visualize.contact_sheet(pictures, titles, columns=2 + len(TASKS))
+        sheet = sheets.contact_sheet(pictures, titles, columns=2 + len(TASKS))
         writer.write_images(step, {"predictions": sheet[None]})
         write_png(self._picture_path(step), sheet)
 

@@ -19,25 +19,18 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
+from oneformer_jax.kernels import chips
 from oneformer_jax.models import backbones, matcher
 from oneformer_jax.models.oneformer import OF_THE_PROGRAM, OneFormerConfig
-from oneformer_jax.train import (
-    accelerators,
-    checkpoint,
-    descriptions,
-    folders,
-    observe,
-    optim,
-    sharding,
-    start,
-)
+from oneformer_jax.train import checkpoint, descriptions, observe, optim, sharding, start
 from oneformer_jax.train import state as states
-from oneformer_jax.train.distributed import compile_everywhere
 from oneformer_jax.train.evaluator import Evaluator, metric_names
 from oneformer_jax.train.flops import count_flops
-from oneformer_jax.train.preemption import Preempted, Preemption
 from oneformer_jax.train.replay import ImageIds, Watch
-from oneformer_jax.train.workdir import check_room, differing_classes, hold
+from oneformer_jax.train.runtime import folders
+from oneformer_jax.train.runtime.distributed import compile_everywhere
+from oneformer_jax.train.runtime.preemption import Preempted, Preemption
+from oneformer_jax.train.runtime.workdir import check_room, differing_classes, hold
 from oneformer_jax.types import Metadata
 
 Batch = Mapping[str, Any]
@@ -141,7 +134,7 @@ def train(
         first_step = position["step"]
         writer = observe.make_writer(workdir, resume_step=first_step)
         stack.callback(writer.close)
-        rate = accelerators.peak_flops(mesh.devices.flat[0])
+        rate = chips.peak_flops(mesh.devices.flat[0])
         chrono = observe.Chrono(
             first_step,
             steps,

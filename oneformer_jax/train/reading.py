@@ -15,8 +15,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from oneformer_jax import files
-from oneformer_jax.train import folders, seals, stores
+from oneformer_jax.train import seals, stores
 from oneformer_jax.train.descriptions import CheckpointError
+from oneformer_jax.train.runtime import folders
 
 POSITION_FILE = "position/metadata"  # as Orbax's JSON handler names it
 

@@ -20,10 +20,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
-from oneformer_jax.train import descriptions, folders, observe, reading, sharding
+from oneformer_jax.train import descriptions, observe, reading, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.observe import NonFiniteLoss
+from oneformer_jax.train.runtime import folders
 from oneformer_jax.types import Metadata
 
 FOLDER = "nonfinite"

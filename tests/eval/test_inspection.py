@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from oneformer_jax.eval import inspection
+from oneformer_jax.eval.pictures import inspection
 from oneformer_jax.types import Metadata
 
 METADATA = Metadata(

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from oneformer_jax.eval.metrics import MeanIoU, PanopticQuality
-from oneformer_jax.eval.metrics_ap import CocoAP
-from oneformer_jax.eval.metrics_cityscapes import CityscapesAP, CityscapesIoU
+from oneformer_jax.eval.metrics.ap import CocoAP
+from oneformer_jax.eval.metrics.cityscapes import CityscapesAP, CityscapesIoU
+from oneformer_jax.eval.metrics.iou import MeanIoU
+from oneformer_jax.eval.metrics.pq import PanopticQuality
 from oneformer_jax.eval.protocol import PROTOCOLS, Protocol
 from oneformer_jax.types import VOID
 from tests.eval.metric_cases import (

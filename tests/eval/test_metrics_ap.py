@@ -6,7 +6,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from oneformer_jax.eval.metrics_ap import CocoAP
+from oneformer_jax.eval.metrics.ap import CocoAP
 from tests.eval.metric_cases import (
     IS_THING,
     columns_mask,

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from input_pipeline import datasets
-from oneformer_jax.eval.metrics_cityscapes import (
+from oneformer_jax.eval.metrics.cityscapes import (
     CATEGORIES,
     MEAN_PIXELS,
     OVERLAPS,
     CityscapesAP,
     CityscapesIoU,
 )
+from oneformer_jax.input_pipeline import datasets
 from tests.eval.metric_cases import IS_THING, instances, panoptic, random_updates, truth
 
 CITYSCAPES = datasets.CITYSCAPES

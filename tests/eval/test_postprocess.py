@@ -9,7 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from oneformer_jax.eval import postprocess, strips
-from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation, segment_batch
+from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
+from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.types import VOID, Metadata
 
 QUERIES, CLASSES = 12, 5

@@ -16,7 +16,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from oneformer_jax.eval import predict, write
-from oneformer_jax.eval.postprocess import PostprocessConfig, Segmentation
+from oneformer_jax.eval.postprocess import PostprocessConfig
+from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tta import TtaConfig
 from oneformer_jax.types import TASK_TOKENS, TASKS
 from tests import tiny
@@ -179,7 +180,7 @@ def test_raw_takes_a_batch_that_the_devices_do_not_divide(raw, mesh8):
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 def test_one_image_on_a_mesh_runs_kernels_on_each_device(monkeypatch, axis_type):
     """A kernel cannot do without the mesh: it gets one image there, and the result is the same."""
-    from kernels.ms_deform_attn import api
+    from oneformer_jax.kernels.ms_deform_attn import api
 
     plain = segmenter()(picture(), "semantic")
     batches = []

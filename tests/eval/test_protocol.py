@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from input_pipeline import datasets
-from oneformer_jax.eval.instance_json import InstanceAnnotations
-from oneformer_jax.eval.metrics import MeanIoU, PanopticQuality
-from oneformer_jax.eval.metrics_ap import CocoAP
-from oneformer_jax.eval.metrics_cityscapes import CityscapesAP, CityscapesIoU
+from oneformer_jax.eval.metrics.ap import CocoAP
+from oneformer_jax.eval.metrics.cityscapes import CityscapesAP, CityscapesIoU
+from oneformer_jax.eval.metrics.instance_json import InstanceAnnotations
+from oneformer_jax.eval.metrics.iou import MeanIoU
+from oneformer_jax.eval.metrics.pq import PanopticQuality
 from oneformer_jax.eval.protocol import choose_protocol
+from oneformer_jax.input_pipeline import datasets
 from oneformer_jax.types import Metadata
 from tests.eval.metric_cases import columns_mask, instances, truth
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import common
+from oneformer_jax.configs import common
 from oneformer_jax.eval import tta
 from oneformer_jax.eval.evaluate import evaluate, format_results
 from oneformer_jax.eval.postprocess import PostprocessConfig

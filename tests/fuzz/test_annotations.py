@@ -60,9 +60,9 @@ def mutated(content: dict, rng: random.Random) -> bytes:
 
 def read(reader: str, folder: pathlib.Path, file: pathlib.Path) -> str:
     """Reads all that a program would; "read" or "refused". Other errors than ours get out."""
-    from input_pipeline.builders.coco import images_with_instances
-    from input_pipeline.records import RecordError
-    from oneformer_jax.eval.instance_json import InstanceAnnotations
+    from oneformer_jax.eval.metrics.instance_json import InstanceAnnotations
+    from oneformer_jax.input_pipeline.builders.coco import images_with_instances
+    from oneformer_jax.input_pipeline.records import RecordError
     from oneformer_jax.types import Metadata
 
     shape = (cases.HEIGHT, cases.WIDTH)

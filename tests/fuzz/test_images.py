@@ -14,7 +14,7 @@ MAX_PIXELS = 1 << 22
 CHILD = """
 import resource, sys, time
 import numpy as np
-from input_pipeline import images
+from oneformer_jax.input_pipeline import images
 from tests.fuzz import test_images as fuzz
 seed, count = map(int, sys.argv[1:])
 seeds = fuzz.corpus()

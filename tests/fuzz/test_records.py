@@ -111,9 +111,9 @@ def _places(content):
 
 
 def _child(target: str, count: int, seed: int) -> None:
-    from input_pipeline import prepared, sources
-    from input_pipeline.array_records import RecordFiles
-    from input_pipeline.records import RecordError
+    from oneformer_jax.input_pipeline import prepared, sources
+    from oneformer_jax.input_pipeline.array_records import RecordFiles
+    from oneformer_jax.input_pipeline.records import RecordError
     from tests.input_pipeline import prepared_scenes
 
     rng = random.Random(seed)

@@ -6,8 +6,8 @@ import json
 import cv2
 import numpy as np
 
-from input_pipeline.coco_format import CocoFolderSource
-from input_pipeline.coco_instances import CocoInstanceSource
+from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
+from oneformer_jax.input_pipeline.coco_instances import CocoInstanceSource
 
 MISSING = object()
 SHAPE = HEIGHT, WIDTH = 32, 48

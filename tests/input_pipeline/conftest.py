@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from input_pipeline import records
+from oneformer_jax.input_pipeline import records
 
 CATEGORIES = [
     {"id": 30, "name": "ground", "isthing": 0},

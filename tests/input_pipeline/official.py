@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from input_pipeline import datasets, records, sources
-from input_pipeline.builders import preparation
+from oneformer_jax.input_pipeline import datasets, records, sources
+from oneformer_jax.input_pipeline.builders import preparation
 
 NAMES = tuple(preparation.BUILDERS)
 COUNTS = {"train": 5, "validation": 3}

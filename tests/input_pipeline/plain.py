@@ -1,7 +1,7 @@
 """The plain way to make a training sample: PIL, one binary mask per segment, texts as strings.
 
 What the fast pipeline is checked against (test_against_plain.py) and timed against
-(tests/bench_input.py). It follows the order of the official dataset mappers and draws its random
+(tests/bench/input.py). It follows the order of the official dataset mappers and draws its random
 numbers in the order of `input_pipeline`, so that both make the same sample from the same generator.
 """
 
@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from input_pipeline import tokenizer
+from oneformer_jax.input_pipeline import tokenizer
 
 TASKS = ("panoptic", "instance", "semantic")
 

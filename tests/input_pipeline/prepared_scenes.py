@@ -6,7 +6,7 @@ import shutil
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from input_pipeline import sources
+from oneformer_jax.input_pipeline import sources
 
 COUNT = 6  # training records, in one file
 OPTIONS = {"size": 48, "train_examples": COUNT, "validation_examples": 2}

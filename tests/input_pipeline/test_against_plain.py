@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from input_pipeline import loader, sources, targets, tokenizer, transforms
-from input_pipeline.coco_format import CocoFolderSource
-from input_pipeline.transforms import AugmentConfig
+from oneformer_jax.input_pipeline import loader, sources, targets, tokenizer, transforms
+from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
+from oneformer_jax.input_pipeline.transforms import AugmentConfig
 from tests.input_pipeline import plain
 
 CROP = (32, 64)
@@ -121,7 +121,7 @@ def test_compact_records_are_the_records_with_small_ids(both):
 def test_more_than_255_segments_need_two_bytes(coco_folder):
     import cv2
 
-    from input_pipeline import records
+    from oneformer_jax.input_pipeline import records
 
     ids = np.arange(1, 301, dtype=np.int32).reshape(20, 15).repeat(2, 0) * 50_000
     coco_folder.panoptic(0).write_bytes(records.encode_panoptic(ids))

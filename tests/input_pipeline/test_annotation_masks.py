@@ -6,13 +6,13 @@ import types
 import numpy as np
 import pytest
 
-from input_pipeline import sources, statistics
-from input_pipeline.annotations import faults, instances, panoptic
-from input_pipeline.annotations.faults import Fault, FaultsError
-from input_pipeline.coco_instances import HIDDEN
-from input_pipeline.records import RecordError, SegmentTable
-from oneformer_jax.eval.instance_json import InstanceAnnotations
-from oneformer_jax.eval.metrics import PanopticQuality
+from oneformer_jax.eval.metrics.instance_json import InstanceAnnotations
+from oneformer_jax.eval.metrics.pq import PanopticQuality
+from oneformer_jax.input_pipeline import sources, statistics
+from oneformer_jax.input_pipeline.annotations import faults, instances, panoptic
+from oneformer_jax.input_pipeline.annotations.faults import Fault, FaultsError
+from oneformer_jax.input_pipeline.coco_instances import HIDDEN
+from oneformer_jax.input_pipeline.records import RecordError, SegmentTable
 from oneformer_jax.types import Metadata
 from tests.input_pipeline import annotation_cases as cases
 from tests.input_pipeline.annotation_cases import SHAPE, opened

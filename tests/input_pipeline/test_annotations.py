@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from input_pipeline.annotations.faults import FaultsError
-from input_pipeline.records import RecordError
-from oneformer_jax.eval.instance_json import InstanceAnnotations
+from oneformer_jax.eval.metrics.instance_json import InstanceAnnotations
+from oneformer_jax.input_pipeline.annotations.faults import FaultsError
+from oneformer_jax.input_pipeline.records import RecordError
 from oneformer_jax.types import Metadata
 from tests.input_pipeline import annotation_cases as cases
 from tests.input_pipeline.annotation_cases import opened

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
-from input_pipeline import eval_loader, loader, sources, transforms
-from input_pipeline.array_records import RecordFiles
-from input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline import eval_loader, loader, sources, transforms
+from oneformer_jax.input_pipeline.array_records import RecordFiles
+from oneformer_jax.input_pipeline.records import RecordError
 from tests.input_pipeline import prepared_scenes
 from tests.input_pipeline.prepared_scenes import COUNT
 

@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from input_pipeline import records, sources
-from input_pipeline.builders import scenes
-from input_pipeline.builders.coco_folder import CocoFolder, CocoFolderConfig
-from input_pipeline.builders.synthetic import SyntheticConfig, SyntheticPanoptic
-from input_pipeline.coco_format import CocoFolderSource
+from oneformer_jax.input_pipeline import records, sources
+from oneformer_jax.input_pipeline.builders import scenes
+from oneformer_jax.input_pipeline.builders.coco_folder import CocoFolder, CocoFolderConfig
+from oneformer_jax.input_pipeline.builders.synthetic import SyntheticConfig, SyntheticPanoptic
+from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INFO = scenes.INFO
@@ -226,7 +226,7 @@ def refuse(*args, **kwargs):
     raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
 import cv2
-from input_pipeline import records, sources
+from oneformer_jax.input_pipeline import records, sources
 assert "tensorflow_datasets" not in sys.modules, "importing sources must stay light"
 assert cv2.getNumThreads() == 1
 options = dict(size=32, train_examples=2, validation_examples=1)

@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from input_pipeline import datasets
 from oneformer_jax import types
+from oneformer_jax.input_pipeline import datasets
 
 TABLES = ("coco", "ade20k", "cityscapes", "mapillary", "synthetic")
 

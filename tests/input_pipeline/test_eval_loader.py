@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from input_pipeline import transforms
-from input_pipeline.eval_loader import EvalLoaderConfig, _merge_buckets, eval_loader
-from input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline import transforms
+from oneformer_jax.input_pipeline.eval_loader import EvalLoaderConfig, _merge_buckets, eval_loader
+from oneformer_jax.input_pipeline.records import RecordError
 from tests.input_pipeline.test_loader import ListSource, RichSource
 
 EVAL_SIZES = [(40, 60), (60, 40), (64, 64), (20, 30), (50, 200), (44, 61), (40, 60)]

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from input_pipeline import images, records, sources
 from oneformer_jax.eval import predict
+from oneformer_jax.input_pipeline import images, records, sources
 from tests.input_pipeline import image_files
 from tests.input_pipeline.image_files import (
     GREY,
@@ -424,7 +424,7 @@ def test_bombs_are_refused_by_their_header_in_bounded_memory(tmp_path):
         (tmp_path / name).write_bytes(make())
     code = """
 import json, pathlib, resource, sys
-from input_pipeline import images
+from oneformer_jax.input_pipeline import images
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000,) * 2)
 found = {}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from input_pipeline import images, records
+from oneformer_jax.input_pipeline import images, records
 from tests.input_pipeline import image_files
 from tests.input_pipeline.image_files import (
     GREY_ALPHA,

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from input_pipeline import datasets, records, sources, statistics
-from input_pipeline.semantic_folder import SemanticFolderSource, read_classes
-from oneformer_jax.eval.metrics import MeanIoU
-from oneformer_jax.eval.postprocess import Segmentation
+from oneformer_jax.eval.metrics.iou import MeanIoU
+from oneformer_jax.eval.segmentation import Segmentation
+from oneformer_jax.input_pipeline import datasets, records, sources, statistics
+from oneformer_jax.input_pipeline.semantic_folder import SemanticFolderSource, read_classes
 from oneformer_jax.types import VOID, Metadata
 from tests.input_pipeline.image_files import png, saved
 

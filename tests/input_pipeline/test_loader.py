@@ -6,10 +6,10 @@ import itertools
 import numpy as np
 import pytest
 
-from input_pipeline import loader, transforms
-from input_pipeline.datasets import DatasetInfo
-from input_pipeline.loader import LoaderConfig
-from input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline import loader, transforms
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
+from oneformer_jax.input_pipeline.loader import LoaderConfig
+from oneformer_jax.input_pipeline.records import RecordError
 
 INFO = DatasetInfo(
     dataset="test",

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
-from input_pipeline import datasets, eval_loader, loader, records, sources, transforms
-from input_pipeline.builders import ade20k, cityscapes, preparation
-from input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline import datasets, eval_loader, loader, records, sources, transforms
+from oneformer_jax.input_pipeline.builders import ade20k, cityscapes, preparation
+from oneformer_jax.input_pipeline.records import RecordError
 from tests.input_pipeline import official
 
 

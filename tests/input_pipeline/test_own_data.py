@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-import main
-from configs import common, custom
-from input_pipeline import loader, sources, targets
-from input_pipeline.coco_instances import CocoInstanceSource
-from input_pipeline.records import RecordError
-from input_pipeline.semantic_folder import SemanticFolderSource, read_classes
-from oneformer_jax.eval.instance_json import InstanceAnnotations
+from oneformer_jax.app import data
+from oneformer_jax.configs import common, custom
+from oneformer_jax.eval.metrics.instance_json import InstanceAnnotations
+from oneformer_jax.input_pipeline import loader, sources, targets
+from oneformer_jax.input_pipeline.coco_instances import CocoInstanceSource
+from oneformer_jax.input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline.semantic_folder import SemanticFolderSource, read_classes
 
 
 def box(x, y, width, height):
@@ -108,7 +108,7 @@ def test_the_evaluation_finds_the_overlapping_originals(instances):
     instances.write()
     source = instances.open()
     path = instances.root / "instances_val.json"
-    originals = InstanceAnnotations(path, main.metadata_of(source.info))
+    originals = InstanceAnnotations(path, data.metadata_of(source.info))
     masks = originals.masks(source[0]["image_id"], (32, 48))
     assert masks.classes.tolist() == [s["category"] for s in source[0]["segments"]]
     pixels = [coco_mask.area({"size": [32, 48], "counts": code}) for code in masks.counts]
@@ -161,7 +161,7 @@ def test_sources_can_be_pickled_and_train(instances, semantics):
         np.testing.assert_array_equal(copy[0]["panoptic"], source[0]["panoptic"])
         config.data.batch_size, config.data.workers = 2, 0
         config.data.crop_size = (32, 64)
-        settings = main.train_loader_config(config)
+        settings = data.train_loader_config(config)
         batches = loader.train_loader(copy, settings, copy.info)
         found = list(itertools.islice(batches, 4))
         batches.close()

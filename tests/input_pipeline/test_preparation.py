@@ -12,10 +12,10 @@ import time
 import numpy as np
 import pytest
 
-import main
-from input_pipeline import sources
-from input_pipeline.builders import preparation
-from input_pipeline.files import exclusive
+from oneformer_jax.app import cli, modes
+from oneformer_jax.input_pipeline import sources
+from oneformer_jax.input_pipeline.builders import preparation
+from oneformer_jax.input_pipeline.files import exclusive
 from tests.input_pipeline import official
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -389,8 +389,8 @@ def test_builder_is_used_like_any_of_tfds(job):
 
 def test_main_prepares_without_jax(job, capsys, monkeypatch):
     job.make("cityscapes")
-    monkeypatch.setattr(main, "start_jax", lambda *args: pytest.fail("JAX was started"))
-    main.run_prepare("cityscapes", str(job.root), str(job.data_dir), ["validation", "validation"])
+    monkeypatch.setattr(cli, "start_jax", lambda *args: pytest.fail("JAX was started"))
+    modes.prepare("cityscapes", str(job.root), str(job.data_dir), ["validation", "validation"])
     assert "validation: 3 of 3 records in 2 files" in capsys.readouterr().out
     assert len(job.open("validation")) == 3
 
@@ -399,7 +399,7 @@ def test_command_line(job):
     job.make("ade20k")
     result = subprocess.run(
         [
-            sys.executable, "main.py", "--mode=prepare", "--dataset=ade20k",
+            sys.executable, "cli.py", "--mode=prepare", "--dataset=ade20k",
             f"--source={job.root}", f"--data_dir={job.data_dir}", "--skip_broken",
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from input_pipeline import sources
-from input_pipeline.builders import preparation
+from oneformer_jax.input_pipeline import sources
+from oneformer_jax.input_pipeline.builders import preparation
 from tests.input_pipeline import official
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ def job(tmp_path, monkeypatch):
 
 _PREPARE = """
 import sys
-from input_pipeline.builders import preparation
+from oneformer_jax.input_pipeline.builders import preparation
 dataset, source, data_dir, code = sys.argv[1:]
 builder = preparation.builder_class(dataset)
 builder.EXPECTED, builder.RECORDS_PER_SHARD = {"train": 5, "validation": 3}, 2
@@ -51,7 +51,7 @@ def _run(job, code="", **options):
 # The moments at which a kill leaves most behind: the function, and the how manieth call of it.
 _KILL = """
 import os, signal
-import input_pipeline.files
+import oneformer_jax.input_pipeline.files
 owner, name, calls = {owner}, {name!r}, [0]
 original = getattr(owner, name)
 def kill(*args, **kwargs):
@@ -119,7 +119,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 """
 _SYNTHETIC = """
 import sys
-from input_pipeline import sources
+from oneformer_jax.input_pipeline import sources
 exec(sys.argv[2])
 options = dict(size=32, train_examples=40, validation_examples=1)
 try:

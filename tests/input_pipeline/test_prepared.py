@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from input_pipeline import prepared, sources
-from input_pipeline.builders import preparation
 from oneformer_jax.files import FileError
+from oneformer_jax.input_pipeline import prepared, sources
+from oneformer_jax.input_pipeline.builders import preparation
 from tests.input_pipeline import prepared_scenes
 from tests.input_pipeline.prepared_scenes import COUNT, OPTIONS
 
@@ -40,7 +40,7 @@ def test_the_description_is_read(folder):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("semantic", [False, True])
 def test_the_form_of_the_records_is_told_by_the_features(folder, dense, semantic):
-    from input_pipeline.builders import schema
+    from oneformer_jax.input_pipeline.builders import schema
 
     schema.features(dense=dense, semantic=semantic).save_config(folder)
     found = prepared.read(folder)
@@ -214,7 +214,7 @@ def test_preparing_anew_tells_of_a_damaged_description(folder, tmp_path):
 
 ATTACK = """
 import sys
-from input_pipeline import sources
+from oneformer_jax.input_pipeline import sources
 try:
     sources.TfdsSource(sys.argv[1], "train")
 except ValueError as error:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from input_pipeline.annotations import run_lengths, schemas
-from input_pipeline.annotations.run_lengths import SegmentationError
-from input_pipeline.annotations.schemas import RunLengths
+from oneformer_jax.input_pipeline.annotations import run_lengths, schemas
+from oneformer_jax.input_pipeline.annotations.run_lengths import SegmentationError
+from oneformer_jax.input_pipeline.annotations.schemas import RunLengths
 
 SHAPE = (6, 9)
 few = hypothesis.settings(max_examples=200, deadline=None)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import coco_format, records, sources
-from input_pipeline.coco_format import CocoFolderSource
-from input_pipeline.files import read_file
-from input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline import coco_format, records, sources
+from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
+from oneformer_jax.input_pipeline.files import read_file
+from oneformer_jax.input_pipeline.records import RecordError
 
 
 def _source(folder, **kwargs):

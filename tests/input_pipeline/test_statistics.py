@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from input_pipeline import statistics
-from input_pipeline.coco_format import CocoFolderSource
+from oneformer_jax.input_pipeline import statistics
+from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from input_pipeline import targets
-from input_pipeline.datasets import TASKS
+from oneformer_jax.input_pipeline import targets
+from oneformer_jax.input_pipeline.datasets import TASKS
 
 PANOPTIC, INSTANCE, SEMANTIC = (TASKS.index(t) for t in ("panoptic", "instance", "semantic"))
 IS_THING = (False, True, True, False)  # sky, person, dog, road

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from input_pipeline import tokenizer
 from oneformer_jax import types
+from oneformer_jax.input_pipeline import tokenizer
 
 START, END = 49406, 49407
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common
-from input_pipeline import transforms
-from input_pipeline.transforms import AugmentConfig
+from oneformer_jax.configs import common
+from oneformer_jax.input_pipeline import transforms
+from oneformer_jax.input_pipeline.transforms import AugmentConfig
 
 
 class FixedRandom:

@@ -13,8 +13,8 @@ import uuid
 
 import pytest
 
-from input_pipeline import loader, workers
-from input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline import loader, workers
+from oneformer_jax.input_pipeline.records import RecordError
 from tests.input_pipeline.test_loader import INFO, ListSource, make_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -17,8 +17,8 @@ from multiprocessing import shared_memory
 
 import numpy as np
 
-from input_pipeline import loader, transforms
-from input_pipeline.datasets import DatasetInfo
+from oneformer_jax.input_pipeline import loader, transforms
+from oneformer_jax.input_pipeline.datasets import DatasetInfo
 
 MODE, NAME = sys.argv[1:3]
 shared_memory._SHM_NAME_PREFIX = f"/{NAME}"

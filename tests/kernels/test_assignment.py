@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import optimize
 
-from kernels.assignment import api, linear_sum_assignment, pallas_gpu, pallas_tpu, xla
+from oneformer_jax.kernels.assignment import api, linear_sum_assignment, pallas_gpu, pallas_tpu, xla
 
 ROWS, COLUMNS, MORE_COLUMNS = 8, 6, 11
 

@@ -10,12 +10,12 @@ import pytest
 import test_assignment as shared
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.assignment import api, pallas_gpu, pallas_tpu
-from kernels.assignment.bench import OPERATION
-from kernels.assignment.shapes import PUBLISHED
-from kernels.bench import operation
-from kernels.bench.gpu import missing
-from kernels.bench.tpu import TARGETS
+from oneformer_jax.kernels.assignment import api, pallas_gpu, pallas_tpu
+from oneformer_jax.kernels.assignment.bench import OPERATION
+from oneformer_jax.kernels.assignment.shapes import PUBLISHED
+from oneformer_jax.kernels.bench import operation
+from oneformer_jax.kernels.bench.gpu import missing
+from oneformer_jax.kernels.bench.tpu import TARGETS
 
 MIB = 2**20
 
@@ -81,7 +81,7 @@ class TestTpuSchedule:
                 pytest.skip(f"no recorded cycles for {name}")
             for key in ("step_cycles", "other_cycles"):
                 assert found[key] == pytest.approx(same[0][key], rel=0.05), (
-                    f"{key} {name}: record with python -m kernels.bench"
+                    f"{key} {name}: record with python -m oneformer_jax.kernels.bench"
                 )
 
     def test_what_was_recorded(self):

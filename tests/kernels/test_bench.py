@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.assignment import bench as assignment_bench
-from kernels.assignment.shapes import Case
-from kernels.bench import cli, gpu, operation, records, tpu
-from kernels.ms_deform_attn import shapes as ms_shapes
-from kernels.neighborhood_attention import shapes as na_shapes
-from kernels.point_sampling import shapes as point_shapes
+from oneformer_jax.kernels.assignment import bench as assignment_bench
+from oneformer_jax.kernels.assignment.shapes import Case
+from oneformer_jax.kernels.bench import cli, gpu, operation, records, tpu
+from oneformer_jax.kernels.ms_deform_attn import shapes as ms_shapes
+from oneformer_jax.kernels.neighborhood_attention import shapes as na_shapes
+from oneformer_jax.kernels.point_sampling import shapes as point_shapes
 
 OPERATIONS = {name: operation.load(name) for name in operation.OPERATIONS}
 SMALL = {

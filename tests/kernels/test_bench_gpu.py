@@ -1,6 +1,6 @@
 """What is read from the output of the GPU compilers."""
 
-from kernels.bench import gpu
+from oneformer_jax.kernels.bench import gpu
 
 
 def test_output_of_ptxas():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels.bench import tpu
+from oneformer_jax.kernels.bench import tpu
 
 
 def test_cycles_of_a_known_schedule():

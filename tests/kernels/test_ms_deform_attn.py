@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from configs import synthetic
-from kernels.ms_deform_attn import IMPLEMENTATIONS, api, ms_deform_attn, reference
-from kernels.ms_deform_attn.dense import ms_deform_attn_dense
-from kernels.ms_deform_attn.reference import ms_deform_attn_chunks, ms_deform_attn_gather
-from kernels.ms_deform_attn.shapes import PUBLISHED, SMALL_DEFAULT, CallShape
+from oneformer_jax.configs import synthetic
+from oneformer_jax.kernels.ms_deform_attn import IMPLEMENTATIONS, api, ms_deform_attn, reference
+from oneformer_jax.kernels.ms_deform_attn.dense import ms_deform_attn_dense
+from oneformer_jax.kernels.ms_deform_attn.reference import (
+    ms_deform_attn_chunks,
+    ms_deform_attn_gather,
+)
+from oneformer_jax.kernels.ms_deform_attn.shapes import PUBLISHED, SMALL_DEFAULT, CallShape
 
 # Most of the time of these tests is the compiler's, and its care is wasted on maps of 4 x 5.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -12,9 +12,20 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels.neighborhood_attention import IMPLEMENTATIONS, api, neighborhood_attention
-from kernels.neighborhood_attention.reference import Axis
-from kernels.neighborhood_attention.shapes import BASE, HEAD_DIM, HEADS, PUBLISHED, SEVEN, WIDE
+from oneformer_jax.kernels.neighborhood_attention import (
+    IMPLEMENTATIONS,
+    api,
+    neighborhood_attention,
+)
+from oneformer_jax.kernels.neighborhood_attention.reference import Axis
+from oneformer_jax.kernels.neighborhood_attention.shapes import (
+    BASE,
+    HEAD_DIM,
+    HEADS,
+    PUBLISHED,
+    SEVEN,
+    WIDE,
+)
 from oneformer_jax.models.backbones.dinat import DILATIONS, DinatConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent

@@ -11,10 +11,10 @@ import pytest
 import test_neighborhood_attention as shared
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.bench import operation
-from kernels.neighborhood_attention import api, pallas_tpu, strips, tile_kernels
-from kernels.neighborhood_attention.bench import OPERATION
-from kernels.neighborhood_attention.shapes import HEAD_DIM, PUBLISHED
+from oneformer_jax.kernels.bench import operation
+from oneformer_jax.kernels.neighborhood_attention import api, pallas_tpu, strips, tile_kernels
+from oneformer_jax.kernels.neighborhood_attention.bench import OPERATION
+from oneformer_jax.kernels.neighborhood_attention.shapes import HEAD_DIM, PUBLISHED
 
 MIB = 2**20
 STRICT = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
@@ -147,7 +147,7 @@ class TestSchedule:
         (recorded,) = same
         for name in ("forward", "backward"):
             assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
-                f"{name} {target} {call}: record with python -m kernels.bench"
+                f"{name} {target} {call}: record with python -m oneformer_jax.kernels.bench"
             )
         if memory and "temporary_bytes" in recorded:
             assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]

@@ -16,13 +16,13 @@ import pytest
 import test_ms_deform_attn as shared
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels import dispatch
-from kernels.bench import operation
-from kernels.bench.gpu import missing
-from kernels.ms_deform_attn import pallas_gpu
-from kernels.ms_deform_attn.bench import OPERATION
-from kernels.ms_deform_attn.reference import ms_deform_attn_gather
-from kernels.ms_deform_attn.shapes import CallShape
+from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels.bench import operation
+from oneformer_jax.kernels.bench.gpu import missing
+from oneformer_jax.kernels.ms_deform_attn import pallas_gpu
+from oneformer_jax.kernels.ms_deform_attn.bench import OPERATION
+from oneformer_jax.kernels.ms_deform_attn.reference import ms_deform_attn_gather
+from oneformer_jax.kernels.ms_deform_attn.shapes import CallShape
 
 SHAPES = ((2, 3), (4, 5))
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])

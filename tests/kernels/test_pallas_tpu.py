@@ -11,11 +11,11 @@ import test_ms_deform_attn as shared
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels.bench import operation
-from kernels.bench.tpu import TARGETS
-from kernels.ms_deform_attn import api, pallas_tpu, quad_rows
-from kernels.ms_deform_attn.bench import OPERATION
-from kernels.ms_deform_attn.shapes import PUBLISHED
+from oneformer_jax.kernels.bench import operation
+from oneformer_jax.kernels.bench.tpu import TARGETS
+from oneformer_jax.kernels.ms_deform_attn import api, pallas_tpu, quad_rows
+from oneformer_jax.kernels.ms_deform_attn.bench import OPERATION
+from oneformer_jax.kernels.ms_deform_attn.shapes import PUBLISHED
 
 MIB = 2**20
 # Table rows beyond the numbers that the kernels may read count as reads out of bounds, and what no
@@ -162,7 +162,7 @@ class TestSchedule:
         for name in ("forward", "backward"):
             assert found[name]["kernels"] == 1
             assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
-                f"{name} {target} {image}: record with python -m kernels.bench"
+                f"{name} {target} {image}: record with python -m oneformer_jax.kernels.bench"
             )
         if memory and "temporary_bytes" in recorded:
             assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]

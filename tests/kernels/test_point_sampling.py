@@ -12,8 +12,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels.bench import operation
-from kernels.point_sampling import (
+from oneformer_jax.kernels.bench import operation
+from oneformer_jax.kernels.point_sampling import (
     IMPLEMENTATIONS,
     api,
     band_rows,
@@ -21,7 +21,7 @@ from kernels.point_sampling import (
     pallas_tpu,
     sample_features,
 )
-from kernels.point_sampling.shapes import PUBLISHED, CallShape
+from oneformer_jax.kernels.point_sampling.shapes import PUBLISHED, CallShape
 
 MIB = 2**20
 # `interpret=True` hides reads out of bounds and of what no one has written.
@@ -346,7 +346,7 @@ class TestSchedule:
         for name in operation.PASSES:
             assert found[name]["kernels"] == recorded[name]["kernels"]
             assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
-                f"{name} {target}: record with python -m kernels.bench"
+                f"{name} {target}: record with python -m oneformer_jax.kernels.bench"
             )
         assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax
 
-from configs import common
+from oneformer_jax.configs import common
 from oneformer_jax.models import losses
 from oneformer_jax.models.decoder import TransformerDecoder
 from oneformer_jax.models.initial import ParamKeys

@@ -145,7 +145,7 @@ def test_the_task_is_the_only_thing_that_a_program_is_told(mesh8):
 
 def test_a_kernel_of_the_model_works_on_each_devices_images(mesh8, monkeypatch):
     """The batch reaches it split by a shard_map, which no kernel can do without."""
-    from kernels.ms_deform_attn import api
+    from oneformer_jax.kernels.ms_deform_attn import api
 
     batches = []
     load = api.load

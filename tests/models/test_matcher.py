@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from kernels.assignment import api, xla
+from oneformer_jax.kernels.assignment import api, xla
 from oneformer_jax.models import matcher
 from oneformer_jax.models.matcher import MatcherConfig, match
 

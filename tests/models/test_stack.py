@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels.recompute import recompute
+from oneformer_jax.kernels.recompute import recompute
 from oneformer_jax.models import backbones
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.stack import Stack, find_loop, run

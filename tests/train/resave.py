@@ -10,8 +10,9 @@ import sys
 import jax
 
 import tests.conftest  # noqa: F401 - before jax is imported
-from oneformer_jax.train import distributed, sharding
+from oneformer_jax.train import sharding
 from oneformer_jax.train.checkpoint import Checkpoints
+from oneformer_jax.train.runtime import distributed
 from tests.train.test_checkpoint import make_target
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from configs import common
+from oneformer_jax.configs import common
 from tests import tiny
 
 STEPS, BATCH = 6, 8

@@ -24,8 +24,8 @@ import time
 import numpy as np
 
 import tests.conftest  # noqa: F401 - chooses the CPU before jax is imported
-from oneformer_jax.train import folders
 from oneformer_jax.train.checkpoint import CHECKPOINT_FOLDER, load_for_inference
+from oneformer_jax.train.runtime import folders
 from tests import tiny
 from tests.train.test_observe import read_lines
 

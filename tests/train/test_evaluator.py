@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common
+from oneformer_jax.configs import common
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD

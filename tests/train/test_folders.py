@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oneformer_jax.train import checkpoint, descriptions, folders, workdir
+from oneformer_jax.train import checkpoint, descriptions
 from oneformer_jax.train.checkpoint import Checkpoints
-from oneformer_jax.train.folders import FolderError
+from oneformer_jax.train.runtime import folders, workdir
+from oneformer_jax.train.runtime.folders import FolderError
 from tests import tiny
 
 # Characters that mean something to a shell, a pattern, a URL, a format or a terminal.

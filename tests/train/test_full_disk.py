@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from oneformer_jax.train import folders
+from oneformer_jax.train.runtime import folders
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZE = 4 << 20  # room for two checkpoints of 1.5 MB

@@ -20,11 +20,11 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from oneformer_jax.eval.metrics_cityscapes import CityscapesIoU
+from oneformer_jax.eval.metrics.cityscapes import CityscapesIoU
 from oneformer_jax.train import checkpoint, loop, sharding
 from oneformer_jax.train.checkpoint import CheckpointError, load_for_inference
 from oneformer_jax.train.observe import TIME_METRICS, NonFiniteLoss
-from oneformer_jax.train.preemption import EXIT_CODE
+from oneformer_jax.train.runtime.preemption import EXIT_CODE
 from tests import tiny
 from tests.train import eval_scenes
 from tests.train.runs import BATCH, BEST, STEPS, Batches, make_config

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from configs import common
+from oneformer_jax.configs import common
 from oneformer_jax.models import functional
 from oneformer_jax.train import optim, sharding
 from oneformer_jax.train import state as states

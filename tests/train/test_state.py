@@ -206,7 +206,7 @@ def test_the_training_step_holds_no_stack_of_masks(point_sampling):
 
 
 def test_loss_config_reads_every_key():
-    from configs import common
+    from oneformer_jax.configs import common
 
     config = common.get_base()
     config.loss.num_points = 99
@@ -221,7 +221,7 @@ def test_loss_config_reads_every_key():
 
 
 def test_base_config_is_the_published_coco_resnet50():
-    from configs import common
+    from oneformer_jax.configs import common
     from oneformer_jax.models.oneformer import OneFormerConfig
 
     assert states.model_config(common.get_base(), 133) == OneFormerConfig.resnet50("coco")

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from oneformer_jax.train import folders
 from oneformer_jax.train.checkpoint import load_for_inference
-from oneformer_jax.train.preemption import EXIT_CODE, INTERRUPTED
+from oneformer_jax.train.runtime import folders
+from oneformer_jax.train.runtime.preemption import EXIT_CODE, INTERRUPTED
 from tests.train.stress_kill import Job, stress
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-import main
 import oneformer_jax
+from oneformer_jax.app import modes
 from oneformer_jax.models import backbones, functional, published
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.weights import architecture, convert, files, names
@@ -468,10 +468,10 @@ def test_the_program_converts_in_every_direction(tmp_path, capsys):
     params, stats = random_weights(config)
     write(tmp_path / "a.pth", "official", config, params, stats)
     paths = {name: str(tmp_path / name) for name in ("run", "b.pth", "hf", "run2")}
-    main.run_convert(str(tmp_path / "a.pth"), paths["run"])
-    main.run_convert(paths["run"], paths["hf"], "hugging_face")
-    main.run_convert(paths["hf"], paths["b.pth"], "official")
-    main.run_convert(paths["b.pth"], paths["run2"], "workdir")
+    modes.convert(str(tmp_path / "a.pth"), paths["run"])
+    modes.convert(paths["run"], paths["hf"], "hugging_face")
+    modes.convert(paths["hf"], paths["b.pth"], "official")
+    modes.convert(paths["b.pth"], paths["run2"], "workdir")
     assert "official checkpoint: ConvNeXt" in capsys.readouterr().out
     assert_identical(convert.read_model(paths["b.pth"]).params, params)
     segmenter = oneformer_jax.load(paths["run2"])
@@ -480,5 +480,5 @@ def test_the_program_converts_in_every_direction(tmp_path, capsys):
     with pytest.raises(ValueError, match="holds its own metadata"):
         oneformer_jax.load(paths["run2"], metadata="coco")
     with pytest.raises(ValueError, match=re.escape(f"{paths['run']} is there already")):
-        main.run_convert(paths["hf"], paths["run"])
+        modes.convert(paths["hf"], paths["run"])
     assert json.loads((tmp_path / "run" / "model.json").read_text())["num_classes"] == 5

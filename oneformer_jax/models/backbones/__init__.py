@@ -115,7 +115,7 @@ def build_backbone(
       scan: run blocks that repeat as a loop, which is compiled once.
       sampling: implementation of InternImage's deformable attention, see `kernels.ms_deform_attn`.
       neighborhood: the same for DiNAT's neighbourhood attention, see
-        `kernels.neighborhood_attention`.
+        `oneformer_jax.kernels.neighborhood_attention`.
     """
     kind = kind_of(config)
     _, module = _KINDS[kind]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kernels.neighborhood_attention import neighborhood_attention
+from oneformer_jax.kernels.neighborhood_attention import neighborhood_attention
 from oneformer_jax.models.backbones.common import (
     DEPTHS,
     DROP_PATH,
@@ -146,7 +146,7 @@ class DiNAT(nnx.Module):
     ):
         """`dtype` is that of the matrix products; see `stack.Stack` for `remat` and `scan`.
 
-        `implementation` is that of `kernels.neighborhood_attention`.
+        `implementation` is that of `oneformer_jax.kernels.neighborhood_attention`.
         """
         self.dtype = dtype
         self.patch_embed = ConvTokenizer(config.embed_dim, rngs=rngs, dtype=dtype)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kernels.ms_deform_attn import ms_deform_attn
-from kernels.recompute import recompute
+from oneformer_jax.kernels.ms_deform_attn import ms_deform_attn
+from oneformer_jax.kernels.recompute import recompute
 from oneformer_jax.models import initial
 from oneformer_jax.models.backbones.common import (
     DEPTHS,
@@ -350,7 +350,7 @@ def sample(
         columns one after another: (-1, -1), (-1, 0), (-1, 1), (0, -1) and so on.
       shares: float32 [B, H * W, G, 9].
       shape: (H, W).
-      implementation: see `kernels.ms_deform_attn`.
+      implementation: see `oneformer_jax.kernels.ms_deform_attn`.
 
     Returns:
       [B, H * W, G, D] in the type of `value`.

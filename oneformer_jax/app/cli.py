@@ -1,0 +1,307 @@
+"""Trains, evaluates and predicts with OneFormer.
+
+  python main.py --config=synthetic --workdir=runs/synthetic --mode=train
+  python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=eval
+  python main.py --workdir=runs/synthetic --mode=predict --image=FILE_OR_FOLDER --task=all
+  python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
+  python main.py --mode=prepare --dataset=coco --source=DIR
+  python main.py --config=configs/synthetic.py --mode=inspect
+  python main.py --config=configs/synthetic.py --config.mesh.topology=v5e:4x4 --mode=compile
+
+--config takes a file, configs/coco.py:swin_large, or the name of one that is shipped,
+coco:swin_large. Any value is overridden with --config.KEY=VALUE, as in --config.optim.lr=3e-4.
+Running the same command again resumes, or skips what is done.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+import oneformer_jax
+from oneformer_jax import config_rules
+from oneformer_jax.app import modes
+from oneformer_jax.files import did_you_mean, first_few
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"  # those that are shipped
+COMMON = os.path.join("configs", "common.py")  # every key of a config
+TASKS = ("panoptic", "instance", "semantic", "all")
+FORMATS = ("workdir", "official", "hugging_face")
+OFFICIAL = ("coco", "ade20k", "cityscapes", "mapillary")
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config: FILE.py, NAME of a shipped one, or either with :VARIANT.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
+)
+_MODES = ("train", "eval", "predict", "convert", "prepare", "inspect", "compile", "replay")
+WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay")  # modes that read the config
+_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
+_CHECKPOINT = flags.DEFINE_integer(
+    "checkpoint", None, "eval, predict, replay: the step; the newest when not given.", 0
+)
+_IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
+_TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three.")
+_MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels", None, "predict: largest image that is read; other modes: data.max_pixels.", 1
+)
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "predict, inspect: folder of the results; WORKDIR/predictions or runs/inspection when not "
+    "given. convert: what is written.",
+)
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "convert: an official .pth, a Hugging Face folder or a workdir. prepare: the folder of a "
+    "dataset's own files.",
+)
+_FORMAT = flags.DEFINE_enum("format", "workdir", FORMATS, "convert: what the output is to be.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "convert: the published model, where tensors do not tell, as coco:swin_large."
+)
+_DATASET = flags.DEFINE_enum("dataset", None, OFFICIAL, "prepare: the dataset.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare: where the prepared files go.")
+_SPLIT = flags.DEFINE_multi_enum(
+    "split", ["train", "validation"], ["train", "validation"], "prepare: only this split."
+)
+_SKIP_BROKEN = flags.DEFINE_bool("skip_broken", False, "prepare: leave out what is broken.")
+_LIMIT = flags.DEFINE_integer("limit", 2000, "inspect: images read for the counts; 0: all.", 0)
+_SUGGEST = flags.DEFINE_bool("suggest", False, "compile: if it does not fit, look for what does.")
+_QUICK = flags.DEFINE_bool("quick", False, "compile: faster, by other programs than a run has.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join the other processes of this run. Cloud TPU, GKE, SLURM and MPI tell each its place; "
+    "elsewhere give the next three, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "distributed: host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "distributed: number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "distributed: number of this one, from 0.")
+_STARTUP_TIMEOUT = flags.DEFINE_float(
+    "startup_timeout", 300.0, "distributed: seconds in which all processes must have come.", 1.0
+)
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+flags.DEFINE_bool("version", False, "Show the version and end.")
+
+# What wrong input raises, here and below. Everything else is a fault of the program and is shown
+# with its traceback.
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+DOES_NOT_FIT = 3  # exit code of --mode=compile
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# ------------------------------------------------------------------------ the command line
+
+
+def config_argument(argv: Sequence[str]) -> str | None:
+    """Value of --config in `argv`, or None."""
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            return match[1] if match[1] is not None else following
+    return None
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configs in the package."""
+    return sorted(f.stem for f in CONFIGS.glob("[!_]*.py") if f.name != "common.py")
+
+
+def with_config_file(argv: Sequence[str]) -> list[str]:
+    """`argv`, in which the name of a shipped config has become the path of its file.
+
+    A mistake ends the program with one line and code 2.
+    """
+    given = config_argument(argv)
+    if given is None or pathlib.Path(given.split(":")[0]).is_file():
+        return list(argv)
+    name, colon, variant = given.partition(":")
+    if name not in shipped_configs():
+        hint = (
+            did_you_mean(name, shipped_configs()) or f"; shipped are {', '.join(shipped_configs())}"
+        )
+        fail(f"--config={given}: there is no such file{hint}", 2)
+    found = f"--config={CONFIGS / name}.py{colon}{variant}"
+    position = next(i for i, word in enumerate(argv) if re.match(r"--?config(=|$)", word))
+    return [*argv[:position], found, *argv[position + 1 + (argv[position].find("=") < 0) :]]
+
+
+def overridden_keys(argv: Sequence[str]) -> list[str]:
+    """Keys that `argv` overrides: "optim.lr" of "--config.optim.lr=3e-4"."""
+    matches = (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
+    return [match[1] for match in matches if match]
+
+
+def config_keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted keys of all values of `config`, groups included."""
+    keys = []
+    for name, value in config.items():
+        keys.append(prefix + name)
+        if isinstance(value, ConfigDict):
+            keys += config_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
+    """One line about the `overrides` that are no keys of `config`, or "" if all are.
+
+    Each is given with the keys that it may have been meant as: those with the same last name in
+    another group first, then those of similar spelling.
+    """
+    keys = config_keys(config)
+    messages = []
+    for override in overrides:
+        # An element, as in crop_size[0], belongs to its key.
+        if re.sub(r"\[.*", "", override) in keys:
+            continue
+        last = override.rsplit(".", 1)[-1]
+        near = [key for key in keys if key.rsplit(".", 1)[-1] == last]
+        near += [k for k in difflib.get_close_matches(override, keys, 3, 0.7) if k not in near]
+        hint = ", ".join(f"--config.{key}" for key in near[:3])
+        messages.append(
+            f"the config has no key {override!r}"
+            + (f" (did you mean {hint}?)" if hint else f" (all keys are in {COMMON})")
+        )
+    return "; ".join(messages)
+
+
+def wrong_values(config: ConfigDict, path: str, overrides: Sequence[str]) -> str:
+    """A line for each of the first wrong values of `config`, or "" if there are none.
+
+    Args:
+      config: with the overrides.
+      path: of the config file, to which the values belong that are not overridden.
+      overrides: keys that are.
+    """
+    lines = []
+    for fault in config_rules.find_faults(config):
+        overridden = any(re.sub(r"\[.*", "", key) == fault.key for key in overrides)
+        source = "--config." if overridden else f"{path}: "
+        lines.append(f"{source}{fault.key}={fault.shown}: it must {fault.text}")
+    return first_few(lines, 10, "\n")
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses absl flags and the config; a mistake ends the program with one line and code 2."""
+    if "--version" in argv:
+        print(f"oneformer-jax {oneformer_jax.__version__}")
+        sys.exit(0)
+    argv = with_config_file(argv)
+    path = config_argument(argv)
+    overrides = overridden_keys(argv)
+    if overrides and path is None:
+        fail(f"--config.{overrides[0]} overrides a config, but there is no --config=FILE", 2)
+    try:
+        rest, message = flags.FLAGS(argv), ""
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        if not overrides and not isinstance(error, flags.Error):
+            raise  # the config file itself is at fault
+        message = str(error).strip()
+        if "Error whilst parsing config file" in message:  # and then its whole traceback
+            fail(f"--config={path}: {message.splitlines()[-1]}", 2)
+        message = message.replace("\n", "\\n")  # of the value
+        message = message if len(message) < 500 else f"{message[:500]}..."
+        if not any(key in message for key in overrides) and not isinstance(error, flags.Error):
+            message = f"--config.{first_few(overrides)}: {message}"
+    if overrides:
+        # Loaded once more, without the overrides, to say what the parser does not.
+        defaults = flags.FLAGS["config"].parser.parse(path)
+        message = unknown_keys(defaults, overrides) or message
+    if path is not None and not message and _MODE.value in WITH_CONFIG:
+        message = wrong_values(_CONFIG.value, path, overrides)
+    if message:
+        fail(message, 2)
+    return rest
+
+
+# ------------------------------------------------------------------------ start
+
+
+def start_jax(compilation_cache: str = "") -> None:
+    """Joins the other processes, if asked to, and keeps compiled programs for the next run."""
+    import jax
+
+    from oneformer_jax.train import observe
+    from oneformer_jax.train.runtime import distributed
+
+    observe.quiet_libraries()
+    explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _DISTRIBUTED.value or any(value is not None for value in explicit):
+        distributed.start(distributed.find_place(os.environ, *explicit), _STARTUP_TIMEOUT.value)
+    if compilation_cache or not jax.config.jax_compilation_cache_dir:
+        default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "oneformer_jax"
+        folder = pathlib.Path(compilation_cache or default).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def require_flags(**values: object) -> None:
+    for name, value in values.items():
+        if not value:
+            fail(f"--mode={_MODE.value} needs --{name}=...", 2)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        fail(f"{argv[1]!r} is not a flag; flags begin with --", 2)
+    mode, config = _MODE.value, _CONFIG.value
+    if mode == "convert":
+        require_flags(source=_SOURCE.value, output=_OUTPUT.value)
+    elif mode == "prepare":
+        require_flags(dataset=_DATASET.value, source=_SOURCE.value)
+    elif mode in ("inspect", "compile"):
+        require_flags(config=config)
+    else:
+        require_flags(workdir=_WORKDIR.value)
+        require_flags(**({"image": _IMAGE.value} if mode == "predict" else {"config": config}))
+    try:
+        if mode == "prepare":  # without JAX
+            return modes.prepare(
+                _DATASET.value, _SOURCE.value, _DATA_DIR.value, _SPLIT.value, _SKIP_BROKEN.value
+            )
+        start_jax(config.compilation_cache if config else "")
+        if mode == "train":
+            modes.train(config, _WORKDIR.value)
+        elif mode == "compile":
+            options = {"try_others": _SUGGEST.value, "quick": _QUICK.value}
+            sys.exit(0 if modes.compile_programs(config, **options) else DOES_NOT_FIT)
+        elif mode == "replay":
+            modes.replay(config, _WORKDIR.value, _CHECKPOINT.value)
+        elif mode == "eval":
+            modes.evaluate(config, _WORKDIR.value, _CHECKPOINT.value)
+        elif mode == "convert":
+            modes.convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value)
+        elif mode == "inspect":
+            modes.inspect_data(config, _OUTPUT.value, limit=_LIMIT.value)
+        else:
+            where = (_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
+            modes.predict(*where, _MAX_PIXELS.value)
+    except KeyboardInterrupt:
+        saved = "finished file" if mode == "prepare" else "checkpoint"
+        fail(f"stopped; the same command goes on from the last {saved}", 130)
+    except USER_ERRORS as error:
+        if _DEBUG.value:
+            raise
+        fail(f"{error} (--debug shows the traceback)", 1)
+
+
+def run() -> None:
+    """Runs the program: `main.py` and the installed command `oneformer-jax`."""
+    sys.modules["__main__"].__doc__ = __doc__  # what absl shows for --help
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,153 @@
+"""Mean intersection over union as a mergeable state; see the package for its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from oneformer_jax.eval.metrics.truth import (
+    Record,
+    Segments,
+    check_classes,
+    check_mergeable,
+    check_size,
+    count_pairs,
+    read_segments,
+    runs,
+    segment_numbers,
+)
+from oneformer_jax.eval.segmentation import Segmentation
+from oneformer_jax.types import VOID
+
+
+class MeanIoU:
+    """Semantic IoU from the pixels of each class, with the conventions of Detectron2 v0.6.
+
+    Void pixels of the ground truth count nowhere, not even as predictions. The mean IoU is over
+    the classes that occur in the ground truth or are predicted on its non-void pixels, so a class
+    that is only predicted counts as 0 (newer Detectron2 leaves it out). The mean accuracy is over
+    the classes of the ground truth.
+
+    Attributes:
+      hits: int64 [K], pixels of a class that are predicted as it.
+      true: int64 [K], pixels of a class.
+      predicted: int64 [K], non-void pixels predicted as a class.
+    """
+
+    def __init__(self, num_classes: int):
+        # No table of all pairs: with K = 65,535 it would take 34 GB.
+        self.hits, self.true, self.predicted = np.zeros((3, num_classes), np.int64)
+        self.images = 0
+
+    def update(self, segmentation: Segmentation, record: Record) -> None:
+        """Adds one image: `segmentation.class_map` int [H, W] against the record.
+
+        Raises:
+          ValueError: sizes differ or a class id is out of range.
+        """
+        num_classes = len(self.true)
+        if "semantic" not in record:
+            truth = read_segments(record, num_classes)
+            self._add(truth.classes, self._pixels(segmentation.class_map, truth, record))
+            return
+        check_size(segmentation.class_map.shape, record)
+        check_size(record["semantic"].shape, record)
+        truth, predicted, lengths = runs(record["semantic"], segmentation.class_map)
+        scored = truth != VOID
+        truth, predicted, lengths = truth[scored], predicted[scored], lengths[scored]
+        check_classes(truth, num_classes, f"semantic map of image {record['image_id']}")
+        check_classes(predicted, num_classes, f"prediction for image {record['image_id']}")
+        hit = truth == predicted
+        np.add.at(self.hits, truth[hit], lengths[hit])
+        np.add.at(self.true, truth, lengths)
+        np.add.at(self.predicted, predicted, lengths)
+        self.images += 1
+
+    def _pixels(self, class_map: np.ndarray, truth: Segments, record: Record) -> np.ndarray:
+        """int64 [G, K]: the pixels of each true segment that are predicted as each class."""
+        num_classes = len(self.true)
+        check_size(class_map.shape, record)
+        true_ids, predicted, lengths = runs(record["panoptic"], class_map)
+        numbers = segment_numbers(true_ids, truth.ids, truth.where)
+        scored = numbers > 0
+        predicted = predicted[scored]
+        check_classes(predicted, num_classes, f"prediction for image {record['image_id']}")
+        shape = (len(truth.ids), num_classes)
+        return count_pairs(numbers[scored] - 1, predicted, lengths[scored], shape)
+
+    def _add(self, classes: np.ndarray, pixels: np.ndarray) -> None:
+        """Adds int64 [G, K] pixels of true segments of `classes` [G]."""
+        np.add.at(self.hits, classes, pixels[np.arange(len(classes)), classes])
+        np.add.at(self.true, classes, pixels.sum(axis=1))
+        self.predicted += pixels.sum(axis=0)
+        self.images += 1
+
+    def merge(self, other: MeanIoU) -> None:
+        """Adds the images that `other` has seen."""
+        check_mergeable("MeanIoU", *(np.array([len(m.true)]) for m in (self, other)))
+        self.hits += other.hits
+        self.true += other.true
+        self.predicted += other.predicted
+        self.images += other.images
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The attributes, and the number of images as a scalar."""
+        return {
+            "hits": self.hits,
+            "true": self.true,
+            "predicted": self.predicted,
+            "images": np.array(self.images, np.int64),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> MeanIoU:
+        metric = cls(len(state["true"]))
+        metric._load(state)
+        return metric
+
+    def _load(self, state: Mapping[str, np.ndarray]) -> None:
+        for name in ("hits", "true", "predicted"):
+            setattr(self, name, np.array(state[name]))
+        self.images = int(state["images"])
+
+    def per_class(self) -> dict[str, np.ndarray]:
+        """IoU and accuracy in percent, float64 [K]; NaN where the class does not occur."""
+        union = self.true + self.predicted - self.hits
+        nan = np.full(len(self.true), np.nan)
+        true = self.true > 0
+        return {
+            "semantic/IoU": 100 * np.divide(self.hits, union, out=nan.copy(), where=union > 0),
+            "semantic/ACC": 100 * np.divide(self.hits, self.true, out=nan.copy(), where=true),
+        }
+
+    def compute(self) -> dict[str, float]:
+        """`semantic/mIoU`, `fwIoU` (weighted by true pixels), `mACC` and `pACC`, in percent."""
+        table = self.per_class()
+        iou, accuracy = table["semantic/IoU"], table["semantic/ACC"]
+        true, pixels = self.true, self.true.sum()
+        if pixels == 0:
+            return dict.fromkeys(self._names, float("nan"))
+        present = true > 0
+        values = (
+            np.nanmean(iou),
+            (iou[present] * true[present]).sum() / pixels,
+            np.nanmean(accuracy),
+            100 * self.hits.sum() / pixels,
+        )
+        return dict(zip(self._names, map(float, values), strict=True))
+
+    _names = ("semantic/mIoU", "semantic/fwIoU", "semantic/mACC", "semantic/pACC")
+
+    def undefined(self) -> dict[str, str]:
+        """Reasons for the NaNs of `compute()`."""
+        if self.true.any():
+            return {}
+        return dict.fromkeys(self._names, "no pixel of the ground truth has a class")
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "semantic/images": self.images,
+            "semantic/classes": int((self.true > 0).sum()),
+            "semantic/pixels": int(self.true.sum()),
+        }

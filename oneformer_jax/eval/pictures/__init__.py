@@ -1,0 +1,1 @@
+"""Pictures of segmentations and of training samples."""

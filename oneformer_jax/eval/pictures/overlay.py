@@ -1,0 +1,287 @@
+"""Pictures of segmentations, drawn over their images.
+
+Sizes of text and lines follow the image. Labels stand where the largest box of the text's shape
+fits into the segment, in white on a dark plate, so that they read on light and dark images alike.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from oneformer_jax.eval.pictures import sheets
+from oneformer_jax.types import Metadata
+
+# Shares of the picture's size (geometric mean of its sides), with lower bounds in pixels.
+_FONT_SHARE, _MIN_FONT = 0.032, 9
+_LINE_SHARE = 0.003
+# A label may shrink to this share of the usual font before it leaves its segment.
+_SHRINK = 0.7
+# A label of more than this many times its segment's area is left out.
+_DWARF = 4
+# The most pixels to which a picture is enlarged.
+_ENLARGED = 1 << 22
+_PLATE = (18, 18, 22)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Region:
+    mask: np.ndarray  # bool [H, W]
+    color: tuple[int, int, int]
+    text: str
+    isthing: bool
+
+
+class Drawable(Protocol):
+    """What is drawn of a `segmentation.Segmentation`; see there for the fields."""
+
+    task: str
+    metadata: Metadata
+    segments: np.ndarray | None
+    segments_info: list[dict[str, Any]] | None
+    class_map: np.ndarray | None
+    masks: np.ndarray | None
+    scores: np.ndarray | None
+    labels: np.ndarray | None
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+
+def draw(
+    image: np.ndarray,
+    segmentation: Drawable,
+    *,
+    alpha: float = 0.5,
+    labels: bool = True,
+    min_score: float = 0.5,
+    min_size: int = 0,
+    max_pixels: int = 1 << 24,
+) -> np.ndarray:
+    """Draws a segmentation over its image.
+
+    Args:
+      image: uint8 [H, W, 3] RGB of the segmentation's size.
+      segmentation: what to draw; unassigned pixels stay as they are.
+      alpha: opacity of the segments, 0..1.
+      labels: write class names into the segments, and scores of instances that are not certain
+        (those of ground truth are).
+      min_score: instances below this score are left out.
+      min_size: enlarge images whose shorter side has fewer pixels by a whole factor, so that text
+        and outlines stay fine, as far as the picture does not become large. 0 keeps the size.
+      max_pixels: the most pixels of the picture; larger images are shrunk.
+
+    Returns:
+      uint8 [H, W, 3] RGB, or the other size.
+
+    Raises:
+      ValueError: the image is not uint8 [H, W, 3] of the segmentation's size.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.shape != (*segmentation.size, 3):
+        raise ValueError(
+            f"image is {image.dtype} {list(image.shape)}; the segmentation needs "
+            f"uint8 {[*segmentation.size, 3]}"
+        )
+    size = _drawn_size(image.shape[:2], min_size, max_pixels)
+    larger = size[0] > image.shape[1] or size[1] > image.shape[0]
+    if size != image.shape[1::-1]:
+        method = cv2.INTER_CUBIC if larger else cv2.INTER_AREA
+        image = cv2.resize(image, size, interpolation=method)
+    regions = _regions(segmentation, min_score, size)
+    # Large segments first, so that what lies on them stays visible.
+    regions.sort(key=lambda r: -np.count_nonzero(r.mask))
+    picture = image.astype(np.float32)
+    for region in regions:
+        color = np.asarray(region.color, np.float32)
+        picture[region.mask] += alpha * (color - picture[region.mask])
+    picture = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    _draw_outlines(picture, regions)
+    return _draw_labels(picture, regions) if labels else picture
+
+
+def _drawn_size(shape: tuple[int, int], min_size: int, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of the picture of an image of `shape`; see `overlay`."""
+    height, width = shape
+    factor = -(-min_size // max(1, min(shape)))
+    factor = min(factor, math.isqrt(min(max_pixels, _ENLARGED) // max(1, height * width)))
+    if factor >= 1:
+        return width * factor, height * factor
+    if height * width <= max_pixels:
+        return width, height
+    shrink = math.sqrt(max_pixels / (height * width))
+    # Of a strip one pixel thin only the long side shrinks.
+    width = max(1, min(int(width * shrink), max_pixels))
+    return width, max(1, min(int(height * shrink), max_pixels // width))
+
+
+def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if mask.shape == size[::-1]:
+        return mask
+    larger = size[0] > mask.shape[1]
+    method = cv2.INTER_LINEAR if larger else cv2.INTER_AREA
+    return cv2.resize(mask.astype(np.float32), size, interpolation=method) >= 0.5
+
+
+def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) -> list[_Region]:
+    """The segments, their masks brought to `size`, (width, height), one after the other."""
+    metadata = segmentation.metadata
+    if segmentation.task == "panoptic":
+        found = (
+            (segmentation.segments == info["id"], info["category_id"], None)
+            for info in segmentation.segments_info
+        )
+    elif segmentation.task == "instance":
+        found = (
+            (mask, int(label), float(score))
+            for mask, label, score in zip(
+                segmentation.masks, segmentation.labels, segmentation.scores, strict=True
+            )
+            if score >= min_score
+        )
+    else:
+        classes = np.unique(segmentation.class_map)
+        found = (
+            (segmentation.class_map == c, int(c), None)
+            for c in classes
+            if 0 <= c < metadata.num_classes
+        )
+    regions, seen = [], {}
+    for whole, label, score in found:
+        mask = _resized(whole, size)
+        if not mask.any():
+            continue
+        number = seen[label] = seen.get(label, -1) + 1
+        name = metadata.class_names[label]
+        text = name if score in (None, 1.0) else f"{name} {score:.0%}"
+        color = shade(metadata.colors[label], number)
+        regions.append(_Region(mask, color, text, metadata.is_thing[label]))
+    return regions
+
+
+def shade(color: Sequence[int], number: int) -> tuple[int, int, int]:
+    """The colour of the `number`-th instance of a class: `color` itself, then shades around it."""
+    shades = _shades(tuple(int(c) for c in color))
+    return shades[number % len(shades)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _shades(color: tuple[int, int, int], count: int = 24) -> tuple[tuple[int, int, int], ...]:
+    """`color`, then each time the neighbour in hue that is farthest from those so far.
+
+    Distances are in CIELAB, where they match what the eye tells apart.
+    """
+    hue, saturation, _ = colorsys.rgb_to_hsv(*(c / 255 for c in color))
+    candidates = [
+        colorsys.hsv_to_rgb((hue + turn) % 1.0, s, v)
+        for turn in (-0.1, -0.05, 0.0, 0.05, 0.1)
+        for s in (max(0.35, saturation - 0.4), max(0.6, saturation))
+        for v in (0.45, 0.65, 0.85, 1.0)
+    ]
+    colors = np.round(np.array([[c / 255 for c in color], *candidates]) * 255)
+    lab = cv2.cvtColor((colors / 255).astype(np.float32)[None], cv2.COLOR_RGB2LAB)[0]
+    chosen, distance = [0], np.full(len(colors), np.inf)
+    while len(chosen) < count:
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+        chosen.append(int(distance.argmax()))
+    return tuple(tuple(int(c) for c in colors[i]) for i in chosen)
+
+
+def _draw_outlines(picture: np.ndarray, regions: Sequence[_Region]) -> None:
+    """A light line in the segment's tint over a wider dark one, in place."""
+    width = max(1, round(_LINE_SHARE * sheets.scale(picture.shape)))
+    dark = picture.copy()
+    outlines = []
+    # Continued beyond the picture, so that no line runs along its edge.
+    pad = 2 * width + 2
+    for region in regions:
+        contours, _ = cv2.findContours(
+            np.pad(region.mask, pad, mode="edge").astype(np.uint8),
+            cv2.RETR_CCOMP,
+            cv2.CHAIN_APPROX_NONE,
+            offset=(-pad, -pad),
+        )
+        outlines.append(contours)
+        cv2.polylines(dark, contours, True, _PLATE, width + min(width, 2), cv2.LINE_AA)
+    cv2.addWeighted(dark, 0.5, picture, 0.5, 0, dst=picture)
+    for region, contours in zip(regions, outlines, strict=True):
+        tint = tuple(round(c + 0.6 * (255 - c)) for c in region.color)
+        cv2.polylines(picture, contours, True, tint, width, cv2.LINE_AA)
+
+
+def _draw_labels(picture: np.ndarray, regions: Sequence[_Region]) -> np.ndarray:
+    base = max(_MIN_FONT, round(_FONT_SHARE * sheets.scale(picture.shape)))
+    taken = np.zeros(picture.shape[:2], bool)
+    plates = []
+    # The smallest have the least choice of place, so they choose first.
+    for region in sorted(regions, key=lambda r: np.count_nonzero(r.mask)):
+        plate = _place(region, taken, base)
+        if plate is not None:
+            x, y, width, height, _ = plate
+            taken[y : y + height, x : x + width] = True
+            plates.append((region, plate))
+    result = Image.fromarray(picture)
+    layer = Image.new("RGBA", result.size)
+    draw = ImageDraw.Draw(layer)
+    for region, (x, y, width, height, size) in plates:
+        draw.rounded_rectangle(
+            (x, y, x + width - 1, y + height - 1),
+            radius=height // 5,
+            fill=(*_PLATE, 190),
+            outline=(*region.color, 255),
+            width=max(1, size // 14),
+        )
+        middle = (x + width / 2, y + height / 2)
+        font = ImageFont.load_default(size)
+        draw.text(middle, region.text, font=font, anchor="mm", fill=(255, 255, 255, 255))
+    result.paste(layer, mask=layer.getchannel("A"))
+    return np.asarray(result)
+
+
+def _plate_size(text: str, size: int) -> tuple[int, int]:
+    """Width and height of a label in a font of `size` pixels."""
+    pad = max(2, size // 4)
+    return round(ImageFont.load_default(size).getlength(text)) + 2 * pad, round(1.2 * size) + pad
+
+
+def _place(region: _Region, taken: np.ndarray, base: int) -> tuple[int, ...] | None:
+    """(x, y, width, height, font size) of a region's label, or None where it has no place."""
+    rows, columns = np.flatnonzero(region.mask.any(1)), np.flatnonzero(region.mask.any(0))
+    top, left = rows[0], columns[0]
+    cut = np.s_[top : rows[-1] + 1, left : columns[-1] + 1]
+    free = region.mask[cut] & ~taken[cut]
+    width, height = _plate_size(region.text, base)
+    # Squeeze x so that the plate becomes a square: the chessboard distance to the border is then
+    # half the height of the largest plate that fits around a pixel.
+    squeezed = (max(1, round(free.shape[1] * height / width)), free.shape[0])
+    room = cv2.resize(free.astype(np.uint8), squeezed, interpolation=cv2.INTER_AREA)
+    room = cv2.distanceTransform(np.pad(room, 1), cv2.DIST_C, 3)[1:-1, 1:-1]
+    y, x = np.unravel_index(room.argmax(), room.shape)
+    center_x = left + (x + 0.5) * free.shape[1] / squeezed[0]
+    center_y = top + y + 0.5
+    fits = 2 * room[y, x] / height
+    inside = fits >= _SHRINK
+    if not inside and not region.isthing:
+        return None
+    size = max(_MIN_FONT, math.floor(base * min(1.0, max(fits, _SHRINK))))
+    width, height = _plate_size(region.text, size)
+    limit_y, limit_x = taken.shape
+    # Labels that dwarf their segments would bury a crowd of small things.
+    dwarfs = width * height > _DWARF * np.count_nonzero(region.mask)
+    if dwarfs or width > limit_x or height > limit_y:
+        return None
+    # A small thing's label covers it or, if others are in the way, stands above or below it.
+    for y in (center_y - height / 2, top - height, rows[-1] + 1):
+        x = round(min(max(center_x - width / 2, 0), limit_x - width))
+        y = round(min(max(y, 0), limit_y - height))
+        if not taken[y : y + height, x : x + width].any():
+            return x, y, width, height, size
+    return None

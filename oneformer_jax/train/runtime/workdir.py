@@ -1,0 +1,135 @@
+"""The working directory as a place: one run at a time, writable, with room for what comes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+from oneformer_jax import files
+from oneformer_jax.train.runtime import folders
+from oneformer_jax.types import Metadata
+
+LOCK_FILE = "LOCK"
+
+
+class WorkdirError(ValueError):
+    """The working directory cannot be used."""
+
+
+@contextlib.contextmanager
+def hold(workdir: str | os.PathLike) -> Iterator[None]:
+    """Makes the folder and keeps other training runs out of it; the first process does it for all.
+
+    The lock is the kernel's: it ends with the process, however that ends.
+
+    Raises:
+      WorkdirError: another run holds it, or it cannot be written.
+      FolderError: see `folders.locate`.
+    """
+    folder = folders.locate(workdir)
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise WorkdirError(
+            f"workdir {folder} cannot be written: {error.strerror}; use another --workdir"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise WorkdirError(
+                f"workdir {folder} is in use by another run ({_owner(file.read())}); wait for it, "
+                "stop it, or use another --workdir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            logging.warning(
+                "%s cannot be locked (%s): take care that no second run uses it", folder, error
+            )
+        file.truncate(0)
+        owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
+        file.write(json.dumps(owner))
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def _owner(text: str) -> str:
+    try:
+        found = json.loads(text)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["since"]))
+        return f"process {found['process']} on {found['host']} since {since}"
+    except (ValueError, KeyError, TypeError):
+        return "which has just started"
+
+
+def check_room(workdir: str | os.PathLike, state: Any) -> None:
+    """WorkdirError if there is no room for one checkpoint of `state` (arrays or their shapes)."""
+    need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(folders.locate(workdir)).free
+    if free < need:
+        raise WorkdirError(
+            f"workdir {workdir} has {free / 2**30:.2f} GiB free, and one checkpoint takes about "
+            f"{need / 2**30:.2f} GiB: free some space, or use another --workdir"
+        )
+
+
+def is_full(error: BaseException) -> bool:
+    """Tells whether `error` or what caused it says that a disk is full."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    words = ("No space left", "Disk quota exceeded", "File too large")
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in full or any(word in str(cause) for word in words):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+# ------------------------------------------------------------------ what two JSON files differ in
+
+
+def differing_keys(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
+    """Texts like "backbone.depth (there 50, here 101)" for the leaves in which two JSONs differ."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in dict.fromkeys((*theirs, *ours)):
+            inner = f"{name}.{key}" if name else str(key)
+            yield from differing_keys(theirs.get(key), ours.get(key), inner)
+    elif theirs != ours:
+        yield f"{name} (there {_short(theirs)}, here {_short(ours)})"
+
+
+def differing_classes(theirs: Metadata, ours: Metadata) -> str:
+    """Says in which classes two datasets differ, or "": names, kinds and order make the identity.
+
+    Neither the name of a dataset nor its colours and ids in files are part of a model.
+    """
+    there, here = theirs.classes(), ours.classes()
+    if len(there) != len(here):
+        return f"class_names (there {len(there)} of them, here {len(here)})"
+    texts = (
+        f"class_names[{number}] (there {old}, here {new})"
+        for number, (old, new) in enumerate(zip(there, here, strict=True))
+        if old != new
+    )
+    return files.first_few(texts)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

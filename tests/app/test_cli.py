@@ -1,0 +1,485 @@
+"""The command line: its errors, and what each mode hands to the library."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+import oneformer_jax
+from oneformer_jax.app import cli, data, modes
+from oneformer_jax.compile import compile
+from oneformer_jax.configs import custom, synthetic
+from oneformer_jax.models import functional
+from oneformer_jax.train import checkpoint, descriptions, sharding
+from oneformer_jax.train import state as states
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = "--config=configs/synthetic.py"
+
+
+def run(*arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+# ------------------------------------------------------------------ what the user types wrongly
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("optm.lr", "--config.optim.lr"),
+        ("optim.leraning_rate", ""),
+        ("optim.weigth_decay", "--config.optim.weight_decay"),
+        ("lr", "--config.optim.lr"),
+        ("model.optim.lr", "--config.optim.lr"),
+        ("train.steps.foo", "--config.train.steps"),
+        ("xyzzy", ""),
+    ],
+)
+def test_unknown_key_names_the_nearest(override, meant):
+    message = cli.unknown_keys(synthetic.get_config(), ["seed", override])
+    assert message.startswith(f"the config has no key '{override}'")
+    assert "\n" not in message
+    assert (f"did you mean {meant}" in message) if meant else "configs/common.py" in message
+
+
+def test_a_name_in_two_groups_offers_both():
+    message = cli.unknown_keys(synthetic.get_config(), ["batch_size"])
+    assert "--config.data.batch_size" in message
+    assert "--config.eval.batch_size" in message
+
+
+def test_known_keys_pass():
+    config = synthetic.get_config()
+    known = cli.config_keys(config)
+    assert {"optim.lr", "optim", "model.backbone.name", "seed"} <= set(known)
+    assert cli.unknown_keys(config, known) == ""
+
+
+def test_overrides_are_found_among_the_arguments():
+    argv = ["cli.py", "--config", "a.py:b", "--config.optim.lr=1", "-config.seed", "3"]
+    argv += ["--noconfig.model.remat", "--configuration=c.py", "--workdir=--config=d.py"]
+    assert cli.config_argument(argv) == "a.py:b"
+    assert cli.config_argument(["cli.py", "--config=x.py"]) == "x.py"
+    assert cli.config_argument(["cli.py", "--mode=eval"]) is None
+    assert cli.overridden_keys(argv) == ["optim.lr", "seed", "model.remat"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        ((CONFIG, "--config.optim.lrr=1"), 2, ("no key 'optim.lrr'", "--config.optim.lr")),
+        ((CONFIG, "--config.train.steps=many"), 2, ("--config.train.steps=many",)),
+        ((CONFIG, "--config.data.crop_size=big"), 2, ("data.crop_size", "multiple of 32")),
+        ((CONFIG + ":large",), 2, ("configs/synthetic.py:large", "get_config")),
+        (("--config=configs/coco.py:swin_huge",), 2, ("has no variant 'swin_huge'", "swin_large")),
+        (("--config=configs/ade20k.py:swin_large,res=896",), 2, ("--mode=train needs --workdir",)),
+        (("--config=configs/nothing.py",), 2, ("configs/nothing.py", "configs/synthetic.py")),
+        (("--config.optim.lr=1",), 2, ("--config=FILE",)),
+        (("--wrkdir=x",), 2, ("wrkdir", "workdir")),
+        (("--mode=trian",), 2, ("trian", "|convert|prepare|inspect|compile|replay")),
+        (("--mode=predict", "--task=panoptik"), 2, ("panoptik", "panoptic|instance|semantic|all")),
+        ((CONFIG, "--mode=train"), 2, ("--mode=train needs --workdir",)),
+        (("--mode=compile",), 2, ("--mode=compile needs --config",)),
+        (
+            (CONFIG, "--mode=compile", "--config.mesh.topology=v9:1"),
+            1,
+            ("mesh.topology", "v5e:4x4"),
+        ),
+        (("--mode=eval", "--workdir=w"), 2, ("--mode=eval needs --config",)),
+        (("--mode=predict", "--workdir=w"), 2, ("--mode=predict needs --image",)),
+        (("--mode=prepare", "--dataset=coco"), 2, ("--mode=prepare needs --source",)),
+        (("--mode=prepare", "--dataset=coc"), 2, ("coc", "coco|ade20k|cityscapes|mapillary")),
+        (("--mode=inspect",), 2, ("--mode=inspect needs --config",)),
+        (("--workdir=w", "stray"), 2, ("'stray' is not a flag",)),
+    ],
+)
+def test_a_wrong_command_is_one_line(arguments, code, parts, monkeypatch, capsys):
+    # A fresh parse in this process: a process of its own would cost seconds each time.
+    argv = ["cli.py", *arguments]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+    monkeypatch.setattr(compile, "spare_the_host", lambda: None)  # this process has other tests
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_:
+        cli.main(cli.parse_flags(argv))
+    assert exit_.value.code == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for part in parts:
+        assert part in error
+
+
+def test_the_program_itself_reports_and_exits(tmp_path):
+    result = run(CONFIG, "--config.optim.lrr=1", f"--workdir={tmp_path}")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: the config has no key 'optim.lrr'")
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_error_of_the_library_is_short_unless_debugged(tmp_path):
+    arguments = ("--mode=predict", f"--workdir={tmp_path / 'none'}", "--image=x.jpg")
+    result = run(*arguments)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'none'} does not exist" in line
+
+
+# ------------------------------------------------------------------ what the modes hand over
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = synthetic.get_config()
+    config.dataset.data_dir = str(tmp_path / "data")
+    config.dataset.options = {"size": 64, "train_examples": 6, "validation_examples": 3}
+    config.data.crop_size = (64, 64)
+    config.data.batch_size = 2
+    config.eval.batch_size = 2
+    config.eval.short_edge = config.eval.max_size = 64
+    config.lock()
+    return config
+
+
+def test_train_gets_data_that_fits_the_model(config, monkeypatch):
+    from oneformer_jax.train import loop
+
+    def train(given, workdir, *, metadata, text_table, train_batches, eval_batches, image_ids):
+        assert (given, workdir) == (config, "run")
+        classes, slots = metadata.num_classes, config.data.num_slots
+        assert metadata.dataset == "synthetic"
+        assert text_table.shape[0] == classes + 3
+        resumed, first = train_batches(2), train_batches(0)
+        batch = next(resumed)
+        one = sharding.make_mesh(devices=jax.devices()[:1])
+        abstract = states.abstract_batch(config, one)  # what compile mode takes for a batch
+        assert {name: (x.shape, x.dtype) for name, x in batch.items() if name != "index"} == {
+            name: (x.shape, x.dtype) for name, x in abstract.items()
+        }
+        assert batch["segment_map"].max() <= slots
+        assert batch["classes"].shape == batch["valid"].shape == (2, slots)
+        texts = config.model.num_queries - config.model.num_context
+        assert batch["text_ids"].shape == (2, texts)
+        assert batch["text_ids"].max() < len(text_table)
+        third = [next(first) for _ in range(3)][2]
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], third[key])
+        passes = [list(eval_batches(0)) for _ in range(2)]
+        # A batch of 2, rounded up to one for each of the 8 devices of the tests.
+        assert [len(p) for p in passes] == [1, 1]
+        assert sorted(np.concatenate([b["index"] for b in passes[0]])) == [-1] * 5 + [0, 1, 2]
+        assert len(set(image_ids([0, 5]))) == 2
+        calls.append("train")
+        resumed.close(), first.close()
+
+    calls = []
+    monkeypatch.setattr(loop, "train", train)
+    modes.train(config, "run")
+    assert calls == ["train"]
+
+
+def test_train_says_which_classes_never_occur_before_it_starts(tmp_path, monkeypatch, caplog):
+    from oneformer_jax.configs import custom
+    from oneformer_jax.train import loop
+
+    for split in ("train", "validation"):
+        for folder, pixels in (("images", (32, 32, 3)), ("labels", (32, 32))):
+            (tmp_path / folder / split).mkdir(parents=True)
+            Image.fromarray(np.zeros(pixels, np.uint8)).save(tmp_path / folder / split / "a.png")
+    (tmp_path / "classes.txt").write_text("0 ground\n4 tree\n")
+    config = custom.get_config("small,data=semantic")
+    config.dataset.data_dir = str(tmp_path)
+    monkeypatch.setattr(loop, "train", lambda *_, **__: None)
+    modes.train(config, "run")
+    assert "1 of 2 classes occur in none of the 1 annotations looked at: tree" in caplog.text
+    config.data.max_pixels = 32 * 32 - 1
+    source, _ = data.open_split(config, "train")
+    with pytest.raises(ValueError, match=r"data\.max_pixels, 1,023"):
+        source[0]
+
+
+@pytest.mark.parametrize(
+    ("only_task", "expected"),
+    [
+        ("", (0.33, 0.33)),
+        ("panoptic", (0.0, 0.0)),
+        ("instance", (0.0, 1.0)),
+        ("semantic", (1.0, 0.0)),
+    ],
+)
+def test_one_task_alone_can_be_trained(config, only_task, expected):
+    with config.unlocked():
+        config.data.only_task = only_task
+    settings = data.train_loader_config(config)
+    assert (settings.semantic_prob, settings.instance_prob) == expected
+
+
+def test_the_text_template_reaches_the_table_and_the_loader(config, monkeypatch):
+    from oneformer_jax.train import loop
+
+    def train(*_, metadata, text_table, train_batches, **__):
+        batches = train_batches(0)
+        highest.append((metadata.num_classes, len(text_table), next(batches)["text_ids"].max()))
+        batches.close()
+
+    highest = []
+    monkeypatch.setattr(loop, "train", train)
+    with config.unlocked():
+        config.data.text_template = "{CLS} {TYPE}"
+        config.data.only_task = "instance"
+    modes.train(config, "run")
+    ((classes, rows, top),) = highest
+    assert rows == 2 * classes + 3
+    assert classes + 3 <= top < rows
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("only_task", "all", r"data\.only_task is 'all'; it must be one of '', panoptic, instance"),
+        ("text_template", "a photo", r"data\.text_template is 'a photo'"),
+    ],
+)
+def test_bad_tasks_and_templates_are_refused(config, key, value, message):
+    with config.unlocked():
+        config.data[key] = value
+    with pytest.raises(ValueError, match=message):
+        data.train_loader_config(config)
+
+
+def test_evaluation_batches_are_sampled_and_have_views(config):
+    with config.unlocked():
+        config.eval.tta.enabled = True
+        config.eval.tta.short_edges = (32, 96)
+    source, _ = data.open_split(config, "validation")
+    batches = data.eval_batches(config, source)
+    found = [batch for limit in (0, 2) for batch in batches(limit)]
+    # A batch of 2, rounded up to one for each of the 8 devices of the tests.
+    assert [b["index"].tolist() for b in found] == [[0, 1, 2] + [-1] * 5, [0, 1] + [-1] * 6]
+    assert [v["image"].shape[1:3] for v in found[0]["views"]] == [(32, 32), (96, 96)]
+
+
+def test_eval_gets_the_validation_split(config, monkeypatch):
+    from oneformer_jax.train import loop
+
+    def evaluate_workdir(given, workdir, *, metadata, eval_batches, checkpoint_step):
+        assert (given, workdir, checkpoint_step) == (config, "run", 7)
+        assert metadata.dataset == "synthetic"
+        assert sum(int(b["valid"].sum()) for b in eval_batches(0)) == 3
+        calls.append("eval")
+
+    calls = []
+    monkeypatch.setattr(loop, "evaluate_workdir", evaluate_workdir)
+    modes.evaluate(config, "run", step=7)
+    assert calls == ["eval"]
+
+
+def test_inspect_draws_and_counts(config, tmp_path, capsys):
+    modes.inspect_data(config, str(tmp_path / "sheet"), count=3)
+    with Image.open(tmp_path / "sheet" / "samples.png") as picture:
+        assert picture.height > picture.width / 2  # two rows of two
+    printed = capsys.readouterr().out
+    assert "6 images" in printed and "13 classes (7 things)" in printed
+    assert str(tmp_path / "sheet" / "samples.png") in printed
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    """The config of an instance JSON of two images; `write(rows)` sets its annotations."""
+    (tmp_path / "images").mkdir()
+    for i in (1, 2):
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{i}.jpg")
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 64, "width": 64} for i in (1, 2)]
+    categories = [{"id": 1, "name": "cat"}]
+
+    def write(*rows):
+        square = [[8, 8, 32, 8, 32, 32, 8, 32]]
+        rows = [
+            {"id": i, "image_id": 1, "category_id": 1, "segmentation": square, **row}
+            for i, row in enumerate(rows)
+        ]
+        content = {"images": images, "categories": categories, "annotations": rows}
+        (tmp_path / "instances_train.json").write_text(json.dumps(content))
+
+    config = custom.get_config("small,data=instances")
+    config.dataset.data_dir = str(tmp_path)
+    config.data.crop_size = (64, 64)
+    config.data.batch_size = 2
+    config.lock()
+    return config, write
+
+
+def test_inspect_lists_every_fault_and_goes_on(spoiled, tmp_path, capsys):
+    config, write = spoiled
+    write({}, {"segmentation": [[5, 5, 5, 5]]}, {"category_id": 9}, {"segmentation": "x"}, {})
+    modes.inspect_data(config, str(tmp_path / "sheet"), count=2)
+    printed = capsys.readouterr().out
+    assert "faults (3), which end a training without data.skip_broken=True" in printed
+    assert "1 x polygon without three points" in printed and "odd, but read (1)" in printed
+    listed = (tmp_path / "sheet" / "faults.txt").read_text()
+    assert listed.startswith("faults: 3\n") and "annotation 2 has category_id 9" in listed
+    assert (tmp_path / "sheet" / "samples.png").is_file()
+
+
+def test_inspect_writes_the_faults_also_where_it_must_stop(spoiled, tmp_path):
+    config, write = spoiled
+    write({"iscrowd": 1}, {"iscrowd": 1})
+    with pytest.raises(ValueError, match=r"CVAT(?s:.*)listed in .*faults\.txt"):
+        modes.inspect_data(config, str(tmp_path / "sheet"), count=2)
+    assert "2 of 2 annotations" in (tmp_path / "sheet" / "faults.txt").read_text()
+
+
+def test_skip_broken_reaches_the_preparation_of_a_folder(config, monkeypatch):
+    from oneformer_jax.input_pipeline import sources
+
+    seen = []
+    monkeypatch.setattr(sources, "open_source", lambda name, **rest: seen.append((name, rest)))
+    data.open_split(config, "train")
+    with config.unlocked():
+        config.dataset.name, config.dataset.options = "coco_folder", {}
+        config.data.skip_broken = True
+    data.open_split(config, "validation")
+    assert "skip_broken" not in seen[0][1]["options"]
+    assert seen[1][1]["options"] == {"skip_broken": True}
+    assert [rest["split"] for _, rest in seen] == ["train", "validation"]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run with an untrained tiny model and the checkpoints of steps 3 and 5."""
+    path = tmp_path_factory.mktemp("run")
+    model, metadata = tiny.model_config(), tiny.metadata()
+    settings = synthetic.get_config()
+    settings.eval.short_edge = settings.eval.max_size = 64
+    descriptions.claim_workdir(path, model.to_dict(), settings.to_json(), metadata)
+    rng = np.random.default_rng(0)  # in NumPy, because compiling the initialisation takes longer
+    params, stats = (
+        jax.tree.map(lambda x: rng.normal(0.5, 0.1, x.shape).astype(x.dtype), part)
+        for part in functional.abstract(model, training=True)[1:]
+    )
+    state = {"step": np.int32(0), "params": params, "stats": stats, "opt": {}}
+    with checkpoint.Checkpoints(path) as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(step, state, {"step": step})
+    return path
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    path = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_predict_writes_every_task(workdir, image_file, tmp_path, capsys):
+    modes.predict(str(workdir), str(image_file), "all", str(tmp_path / "out"), step=3)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {f"picture_{task}_overlay.png" for task in oneformer_jax.TASKS} <= names
+    assert len(json.loads((tmp_path / "out" / "picture_panoptic.json").read_text())) > 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in names)
+
+
+def test_predict_has_a_limit_of_pixels(workdir, image_file, tmp_path):
+    with pytest.raises(ValueError, match=r"40 x 60 pixels .*data\.max_pixels, 2,399.*--max_pixels"):
+        modes.predict(str(workdir), str(image_file), max_pixels=2399)
+
+
+def test_predict_without_that_checkpoint(workdir, image_file):
+    with pytest.raises(ValueError, match="checkpoints/4 does not exist"):
+        modes.predict(str(workdir), str(image_file), step=4)
+
+
+def test_predict_without_the_image(workdir, tmp_path):
+    missing = tmp_path / "nowhere.jpg"
+    with pytest.raises(ValueError, match=f"{missing}: there is no such image"):
+        modes.predict(str(workdir), str(missing))
+
+
+# ------------------------------------------------------------------ the public package
+
+
+def test_load_gives_a_segmenter(workdir):
+    segmenter = oneformer_jax.load(workdir, object_mask_threshold=0.25)
+    assert isinstance(segmenter, oneformer_jax.Segmenter)
+    assert segmenter.test_size == (64, 64)
+    assert segmenter.postprocess.object_mask_threshold == 0.25
+    assert segmenter.postprocess.topk == synthetic.get_config().eval.topk
+    assert segmenter.metadata == tiny.metadata()
+    segmentation = segmenter(np.zeros((40, 60, 3), np.uint8), task="semantic")
+    assert isinstance(segmentation, oneformer_jax.Segmentation)
+    assert segmentation.class_map.shape == (40, 60)
+
+
+def test_load_refuses_what_it_does_not_know(workdir, tmp_path):
+    with pytest.raises(ValueError, match="objectmask"):
+        oneformer_jax.load(workdir, objectmask=0.25)
+    with pytest.raises(ValueError, match="expected a workdir"):
+        oneformer_jax.load(tmp_path)
+
+
+def test_the_public_names():
+    for name in oneformer_jax.__all__:
+        assert getattr(oneformer_jax, name) is not None
+    assert dir(oneformer_jax) == sorted(oneformer_jax.__all__)
+    assert dataclasses.is_dataclass(oneformer_jax.OneFormerConfig)
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        _ = oneformer_jax.Trainer
+
+
+# ------------------------------------------------------------------ start
+
+
+def test_the_compilation_cache_is_chosen_in_order(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        cli.start_jax(str(tmp_path / "own"))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+        cli.start_jax()  # JAX_COMPILATION_CACHE_DIR, or what is set already
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+        cli.start_jax()
+        expected = str(tmp_path / "user" / "oneformer_jax")
+        assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_distributed_flags_and_environment(monkeypatch):
+    from oneformer_jax.train.runtime import distributed
+
+    calls = []
+    monkeypatch.setattr(distributed, "start", lambda place, timeout: calls.append((place, timeout)))
+    cli.start_jax()
+    with flagsaver.flagsaver(distributed=True):
+        cli.start_jax()
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+        monkeypatch.setenv("JAX_PROCESS_ID", "2")
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "here:80")
+        cli.start_jax()
+    with flagsaver.flagsaver(process_id=1, startup_timeout=9.0):
+        cli.start_jax()
+    (nothing, _), (second, _), (third, timeout) = calls
+    assert nothing is None
+    assert (second.process, second.count, second.coordinator) == (2, 4, "here:80")
+    assert (third.process, third.count, timeout) == (1, 4, 9.0)
