@@ -97,7 +97,7 @@ RULES: dict[str, Rule] = {
         test=_good_template,
     ),
     "data.skip_broken": Flag(),
-    "data.max_pixels": Integer(1, 2**40),
+    "data.max_pixels": Integer(1, 2**33),
     "data.require_things": Flag(),
     "data.augment.kind": Word(("unified", "lsj", "none")),
     "data.augment.lsj_scale": _FACTORS,

@@ -15,7 +15,7 @@ from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormerConfig
 from oneformer_jax.train import state as states
 
 DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
-RECIPES = {name: importlib.import_module(f"configs.{name}") for name in DATASETS}
+RECIPES = {name: importlib.import_module(f"oneformer_jax.configs.{name}") for name in DATASETS}
 VARIANTS = [(name, variant) for name, recipe in RECIPES.items() for variant in recipe.VARIANTS]
 
 every_variant = pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def config_keys() -> frozenset[str]:
                 yield from walk(value, f"{prefix}{name}.")
 
     files = [path.stem for path in (ROOT / "configs").glob("[!_]*.py") if path.stem != "common"]
-    modules = [importlib.import_module(f"configs.{name}") for name in files]
+    modules = [importlib.import_module(f"oneformer_jax.configs.{name}") for name in files]
     configs = [common.get_base()]
     for module in modules:
         for variant in getattr(module, "VARIANTS", [None]):

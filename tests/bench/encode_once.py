@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
 
     file, *variant = options.config.split(":")
-    config = importlib.import_module(f"configs.{file}").get_config(*variant)
+    config = importlib.import_module(f"oneformer_jax.configs.{file}").get_config(*variant)
     if options.short_edge:
         config.eval.short_edge = options.short_edge
     model = states.model_config(config, metrics.CLASSES)

@@ -20,6 +20,8 @@ import tempfile
 
 import numpy as np
 
+from tests.peak_memory import peak_bytes
+
 IMAGES, SEGMENTS, INSTANCES, POINTS = 118_000, 900_000, 860_000, 22
 HEIGHT, WIDTH = 480, 640
 READERS = ("imports", "panoptic", "instances", "truth")
@@ -144,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.read:
         read(options.read, pathlib.Path(options.keep))
         used = resource.getrusage(resource.RUSAGE_SELF)
-        print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+        print(used.ru_utime + used.ru_stime, peak_bytes() / 2**20)
         return
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(options.keep or stack.enter_context(tempfile.TemporaryDirectory()))

@@ -24,7 +24,6 @@ import json
 import os
 import pathlib
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from oneformer_jax.files import read_json
+from tests.peak_memory import peak_bytes
 
 WORKS = ("forward", "three_tasks", "train")
 PEERS = ("ours", "transformers", "transformers_compiled", "zeromodels")
@@ -479,7 +479,7 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
         "processor_seconds": statistics.median(processors),
         "load_seconds": loaded - start,
         "first_seconds": first - start,
-        "resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "resident_bytes": peak_bytes(),
         "program_bytes": peer.memory(),
         "images_per_second": size.batch / statistics.median(walls),
     }

@@ -9,7 +9,6 @@ what it had after loading the libraries.
 import argparse
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import numpy as np
 from oneformer_jax.models import functional
 from oneformer_jax.types import Metadata
 from oneformer_jax.weights import convert
+from tests.peak_memory import peak_bytes
 
 STEPS = ("write official", "read official", "write hugging_face", "read hugging_face")
 
@@ -46,7 +46,7 @@ def run(step: str, name: str, folder: pathlib.Path) -> dict:
             jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), tree)
             for tree in functional.abstract(config, training=True)[1:]
         )
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    base = peak_bytes() / 2**20
     start = time.perf_counter()
     if direction == "write":
         classes = metadata(config.num_classes)
@@ -59,7 +59,7 @@ def run(step: str, name: str, folder: pathlib.Path) -> dict:
     return {
         "seconds": seconds,
         "file": sum(f.stat().st_size for f in files) / 2**20,
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - base,
+        "memory": peak_bytes() / 2**20 - base,
     }
 
 

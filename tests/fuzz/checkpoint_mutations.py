@@ -12,7 +12,6 @@ an exception of another kind, a message of many lines, more than 10 s; and the m
 import json
 import pathlib
 import random
-import resource
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ import tests.conftest  # noqa: F401 - before jax is imported
 from oneformer_jax.train import checkpoint, descriptions, reading, seals, stores
 from oneformer_jax.train.checkpoint import CheckpointError, Checkpoints
 from tests import tiny
+from tests.peak_memory import peak_bytes
 from tests.train.test_stores import VALUES, put, zarray
 
 SECONDS, LINES = 10, 2
@@ -204,7 +204,7 @@ def main(kind: str, first: int, count: int, place: str) -> None:
             time.process_time() - begun > SECONDS
         ):  # others may keep the processor busy; a hang is for the timeout
             found["faults"].append((number, "took too long"))
-    found["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    found["megabytes"] = peak_bytes() >> 20
     print(json.dumps(found))
 
 

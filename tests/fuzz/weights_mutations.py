@@ -14,7 +14,6 @@ import pathlib
 import pickle
 import pickletools
 import random
-import resource
 import signal
 import sys
 import traceback
@@ -27,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from oneformer_jax.weights import files, torch_pickle
 from oneformer_jax.weights.files import FileError
+from tests.peak_memory import peak_bytes
 from tests.weights import crafting as c
 
 SECONDS = 10
@@ -348,7 +348,7 @@ def main(reader: str, first: int, count: int, home: pathlib.Path) -> dict[str, A
             faults.append((number, traceback.format_exc(limit=-4)))
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    megabytes = peak_bytes() >> 20
     return {**counts, "faults": faults, "megabytes": megabytes}
 
 

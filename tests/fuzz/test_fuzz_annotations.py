@@ -113,7 +113,14 @@ def run(reader: str, count: int, seed: int) -> dict[str, int]:
 
 
 def _in_a_child(reader: str, count: int, seed: int, timeout: float) -> dict[str, int]:
-    command = [sys.executable, "-m", "tests.fuzz.test_annotations", reader, str(count), str(seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz.test_fuzz_annotations",
+        reader,
+        str(count),
+        str(seed),
+    ]
     found = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert found.returncode == 0, found.stderr[-3000:]
     return json.loads(found.stdout.splitlines()[-1])

@@ -15,7 +15,7 @@ CHILD = """
 import resource, sys, time
 import numpy as np
 from oneformer_jax.input_pipeline import images
-from tests.fuzz import test_images as fuzz
+from tests.fuzz import test_fuzz_images as fuzz
 seed, count = map(int, sys.argv[1:])
 seeds = fuzz.corpus()
 rng = np.random.default_rng(seed)

@@ -1,6 +1,6 @@
 """Random damage to prepared datasets: their JSON, their record files, their examples.
 
-    python -m tests.fuzz.test_records TARGET COUNT SEED
+    python -m tests.fuzz.test_fuzz_records TARGET COUNT SEED
 
 Each target runs in a child process with a limit of memory, because the reader of the files is C++,
 and every case has a limit of time. Allowed are what the loader handles: RecordError for a record,
@@ -21,6 +21,8 @@ import tempfile
 
 import pytest
 
+from tests.peak_memory import peak_bytes
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECONDS, MEMORY = 10, 3 << 30
 
@@ -39,7 +41,7 @@ ODD_VALUES = (
 )
 def test_random_damage_is_refused_in_a_known_way(target, count):
     result = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.test_records", target, str(count), "7"],
+        [sys.executable, "-m", "tests.fuzz.test_fuzz_records", target, str(count), "7"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -162,7 +164,7 @@ def _child(target: str, count: int, seed: int) -> None:
                     print(f"{target} {number} of seed {seed}", file=sys.stderr)
                     raise
         faulthandler.cancel_dump_traceback_later()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "MB", *outcomes.values())
+    print(peak_bytes() >> 20, "MB", *outcomes.values())
 
 
 def _read(files, index: int, expected: bytes) -> None:
