@@ -105,8 +105,9 @@ def test_requirement_has_both_bounds(requirement):
 
 
 def test_development_tools_have_both_bounds():
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
-    assert all(set(parse(tool)[1]) == {">=", "<"} for tool in groups["dev"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert all(set(parse(tool)[1]) == {">=", "<"} for extra in extras.values() for tool in extra)
 
 
 def test_every_imported_package_is_declared():
