@@ -335,9 +335,9 @@ def documented_commands():
     for page in PAGES:
         for piece in code(page.read_text("utf-8")):
             for line in piece.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True) if "cli.py --" in line else []
+                words = shlex.split(line, comments=True) if "main.py --" in line else []
                 if any(w.startswith("--config=configs/") for w in words) and "$" not in line:
-                    found.append(tuple(words[words.index("cli.py") + 1 :]))
+                    found.append(tuple(words[words.index("main.py") + 1 :]))
     return tuple(found)
 
 
