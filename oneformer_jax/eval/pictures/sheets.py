@@ -22,20 +22,20 @@ def contact_sheet(
     columns: int | None = None,
     cell: tuple[int, int] = (360, 360),
 ) -> np.ndarray:
-    """Pictures in a grid on white, each with its title above it.
+    """Arranges pictures in a grid on white, each below its title.
 
     Args:
       images: uint8 [H, W, 3] RGB pictures of any sizes; each is fitted into its cell.
       titles: one line per picture.
       columns: pictures in a row; None makes the grid about square.
-      cell: height and width in pixels that a picture may take up.
+      cell: largest height and width of a picture, in pixels.
 
     Returns:
-      uint8 [rows of cells, columns of cells, 3] RGB; rows and columns without need of the whole
-      cell are narrower.
+      uint8 [rows of cells, columns of cells, 3] RGB; rows and columns of small pictures are
+      narrower.
 
     Raises:
-      ValueError: no pictures, or titles of another number.
+      ValueError: no pictures, or another number of titles.
     """
     if not images:
         raise ValueError("a contact sheet needs at least one image")
@@ -71,7 +71,7 @@ def contact_sheet(
 def side_by_side(
     images: Sequence[np.ndarray], titles: Sequence[str] | None = None, *, height: int = 360
 ) -> np.ndarray:
-    """Pictures in one row, at most `height` pixels high and 4 times that wide: `contact_sheet`."""
+    """As `contact_sheet`, in one row, at most `height` pixels high and 4 times that wide."""
     widest = min(4.0, max((i.shape[1] / i.shape[0] for i in images), default=1.0))
     return contact_sheet(
         images, titles, columns=len(images) or 1, cell=(height, math.ceil(height * widest))
@@ -79,7 +79,7 @@ def side_by_side(
 
 
 def _fit(image: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
-    """Resize to the largest size that fits into the cell, aspect kept."""
+    """Resizes to the largest size that fits into the cell, aspect kept."""
     height, width = image.shape[:2]
     factor = min(cell[0] / height, cell[1] / width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
@@ -88,7 +88,7 @@ def _fit(image: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
 
 
 def _fit_text(text: str, size: int, width: int) -> tuple[str, ImageFont.ImageFont]:
-    """The text in a smaller font, then cut short, until it is at most `width` pixels wide."""
+    """Shrinks the font, then cuts the text, until it is at most `width` pixels wide."""
     font = ImageFont.load_default(size)
     while font.getlength(text) > width and size > 10:
         size -= 1
