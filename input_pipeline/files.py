@@ -15,7 +15,6 @@ from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.records import RecordError
 
 _SHOWN_NAMES = 8
-_MAX_BYTES = 1 << 30
 
 
 def found_in(path: Path) -> str:

@@ -125,7 +125,7 @@ class _Header:
         return self.size[::-1] if self.turn >= 5 else self.size
 
 
-def list_images(folder: str | os.PathLike[str], endings: tuple[str, ...] = ENDINGS) -> list[str]:
+def list_images(folder: str | os.PathLike[str]) -> list[str]:
     """Names of the image files directly in `folder`, sorted, by their ending in either case.
 
     Hidden files are left out, including the `._NAME` that macOS puts beside NAME.
@@ -135,12 +135,12 @@ def list_images(folder: str | os.PathLike[str], endings: tuple[str, ...] = ENDIN
             entry.name
             for entry in entries
             if not entry.name.startswith(".")
-            and entry.name.lower().endswith(endings)
+            and entry.name.lower().endswith(ENDINGS)
             and entry.is_file()
         )
 
 
-def walk_images(folder: str | os.PathLike[str], endings: tuple[str, ...] = ENDINGS) -> list[str]:
+def walk_images(folder: str | os.PathLike[str]) -> list[str]:
     """As `list_images`, subfolders included: paths relative to `folder`, with "/", sorted.
 
     Hidden folders and the `__MACOSX` of macOS archives are left out.
@@ -150,7 +150,7 @@ def walk_images(folder: str | os.PathLike[str], endings: tuple[str, ...] = ENDIN
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         inside = os.path.relpath(path, folder).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
-        found += [prefix + name for name in list_images(path, endings)]
+        found += [prefix + name for name in list_images(path)]
     return sorted(found)
 
 

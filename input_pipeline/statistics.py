@@ -18,6 +18,7 @@ from oneformer_jax.input_pipeline.loader import Source
 from oneformer_jax.input_pipeline.records import RecordError
 
 _SHOWN = 12  # classes that a report lists
+_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ def listing_faults(folder: str) -> Iterator[str]:
         raise ValueError(f"{error}\nAll faults are listed in {path}") from None
 
 
-def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int = 4) -> Statistics:
+def collect(source: Source, info: DatasetInfo, limit: int = 2000) -> Statistics:
     """Counts at most `limit` images (0: all), spread evenly over the source.
 
     Raises:
@@ -84,7 +85,7 @@ def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int =
             return Fault(error.kind, str(error))
         return _count(record, info), remarks
 
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(count, indices))
     broken = {
         int(i): part for i, part in zip(indices, found, strict=True) if isinstance(part, Fault)
@@ -112,7 +113,7 @@ def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int =
     )
 
 
-def remarks(source: Source, info: DatasetInfo, limit: int = 1000, threads: int = 4) -> list[str]:
+def remarks(source: Source, info: DatasetInfo, limit: int = 1000) -> list[str]:
     """Compares the annotations with the class list; returns a sentence for each difference.
 
     Looks at the annotations alone, of at most `limit` records, spread evenly. A source without
@@ -129,7 +130,7 @@ def remarks(source: Source, info: DatasetInfo, limit: int = 1000, threads: int =
         except RecordError as error:
             return str(error)
 
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(look, indices))
     broken = [item for item in found if isinstance(item, str)]
     seen = np.unique(np.concatenate([[], *(item for item in found if not isinstance(item, str))]))

@@ -288,7 +288,7 @@ class _Canvas:
             cv2.copyTo(_TEXTURES[name](rng, self.size), mask.view(np.uint8), self.image)
             self._add(name, mask)
 
-    def _paint_shape(self, name: str, outlines: list[np.ndarray], hue: float) -> np.ndarray:
+    def _paint_shape(self, outlines: list[np.ndarray], hue: float) -> np.ndarray:
         """Draws one shape with shadow, shading and outline; returns its mask, bool [S, S]."""
         rng, scale, size = self.rng, self.scale, self.size
         alpha = np.zeros((size, size), np.uint8)
@@ -353,7 +353,7 @@ class _Canvas:
             center = self.rng.uniform(0.1, 0.9, 2) * self.size
             outlines = _outlines(name, center, radius * self.scale, self._angle(name))
             if not self._hides_too_much(outlines):
-                self._add(name, self._paint_shape(name, outlines, self._hue(name)))
+                self._add(name, self._paint_shape(outlines, self._hue(name)))
                 return
 
     def paint_crowd(self) -> None:
@@ -369,7 +369,7 @@ class _Canvas:
                 center = middle - half + np.array([column, row]) * pitch + rng.uniform(-2, 2, 2)
                 radius = rng.uniform(4.5, 6.5) * self.scale
                 outlines = _outlines(name, center * self.scale, radius, self._angle(name))
-                mask |= self._paint_shape(name, outlines, self._hue(name))
+                mask |= self._paint_shape(outlines, self._hue(name))
         self._add(name, mask, crowd=True)
 
     def paint_void(self) -> None:

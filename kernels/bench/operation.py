@@ -334,9 +334,7 @@ def gpu_report(request: Mapping[str, Any], compile_: Callable) -> dict[str, Any]
     return found
 
 
-def gpu_rows(
-    operation: Operation, report: Mapping[str, Any], labels: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def gpu_rows(report: Mapping[str, Any], labels: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines of a table for a result of `compile_for_gpu`: one per pass."""
     rows = []
     for name in (name for name in PASSES if name in report):

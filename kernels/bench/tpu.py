@@ -21,7 +21,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -139,17 +138,6 @@ def compile_for(target: str, function, arguments):
     mesh = Mesh([device], ("chip",)).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower().compile()
-
-
-def compile_cpu_seconds(target: str, function, arguments) -> float:
-    """Processor time, of all threads, to trace, lower and compile `function` for one chip."""
-    import jax
-    import jax.numpy as jnp
-
-    compile_for(target, lambda x: x + 1, [jax.ShapeDtypeStruct((8, 128), jnp.float32)])  # warm up
-    start = time.process_time()
-    compile_for(target, function, arguments)
-    return time.process_time() - start
 
 
 @functools.cache

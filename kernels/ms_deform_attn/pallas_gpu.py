@@ -69,15 +69,6 @@ def _has_mosaic(jax_version: str) -> bool:
     return tuple(int(part) for part in jax_version.split(".")[:2]) >= _MOSAIC_JAX
 
 
-def supports(device: jax.Device | None = None) -> bool:
-    """Tells if `ms_deform_attn` runs on a device, by default the first one."""
-    try:
-        backend_for(dispatch.compute_capability_of(device or jax.devices()[0]))
-    except NotImplementedError:
-        return False
-    return True
-
-
 class _Call(NamedTuple):
     """The static arguments of a call."""
 

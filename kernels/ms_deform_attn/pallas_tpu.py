@@ -137,7 +137,6 @@ def _attend(settings: Settings, value, locations, weights) -> jax.Array:
         out += _forward(
             settings,
             tile,
-            len(bands),
             *_select(settings.spatial_shapes, bands, cells, points),
             _table(settings.spatial_shapes, bands, value),
         )
@@ -267,12 +266,11 @@ def _padded_width(width: int) -> int:
     return -(-width // quad_rows.CHANNELS) * quad_rows.CHANNELS
 
 
-def _forward(settings: Settings, tile: int, levels: int, cells, points, table) -> jax.Array:
+def _forward(settings: Settings, tile: int, cells, points, table) -> jax.Array:
     order = quad_rows.scalar_order(cells, tile)
     return dispatch.merge_mapped_axes(
         functools.partial(
             quad_rows.forward,
-            levels=levels,
             tile=tile,
             vmem_bytes=settings.vmem_bytes,
             interpret=settings.interpret,

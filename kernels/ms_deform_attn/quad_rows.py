@@ -78,7 +78,6 @@ def forward(
     points: jax.Array,
     table: jax.Array,
     *,
-    levels: int,
     tile: int,
     vmem_bytes: int,
     interpret,
@@ -90,7 +89,6 @@ def forward(
         by level.
       points: float32 [A, 3, K, Q]: fraction along x, fraction along y, attention weight.
       table: float32 [A * G, R, 128]; R is a multiple of 8.
-      levels: samples of different levels never have the same row.
       tile: queries of a grid step; divides Q.
       vmem_bytes: vector memory of the kernel.
       interpret: as of `pl.pallas_call`.
@@ -144,8 +142,9 @@ def backward(
     Args:
       order: the `scalar_order` of 2 * cells, twice `forward`'s.
       cells: int32 [A, K, Q], the rows that `order` holds.
-      points, table, levels, tile, vmem_bytes, interpret: as of `forward`.
+      points, table, tile, vmem_bytes, interpret: as in `forward`.
       gradient: float32 [A * G, 32, Q], of the output.
+      levels: samples of different levels never have the same row.
 
     Returns:
       float32 [A * G, 3, K, Q] of each channel group, and float32 [A * G, R, 128].

@@ -17,9 +17,9 @@ def scale(shape: Sequence[int]) -> float:
 
 def contact_sheet(
     images: Sequence[np.ndarray],
-    titles: Sequence[str] | None = None,
+    titles: Sequence[str],
     *,
-    columns: int | None = None,
+    columns: int,
     cell: tuple[int, int] = (360, 360),
 ) -> np.ndarray:
     """Arranges pictures in a grid on white, each below its title.
@@ -27,7 +27,7 @@ def contact_sheet(
     Args:
       images: uint8 [H, W, 3] RGB pictures of any sizes; each is fitted into its cell.
       titles: one line per picture.
-      columns: pictures in a row; None makes the grid about square.
+      columns: pictures in a row.
       cell: largest height and width of a picture, in pixels.
 
     Returns:
@@ -39,13 +39,13 @@ def contact_sheet(
     """
     if not images:
         raise ValueError("a contact sheet needs at least one image")
-    if titles is not None and len(titles) != len(images):
+    if len(titles) != len(images):
         raise ValueError(f"{len(titles)} titles for {len(images)} images")
-    columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
+    columns = min(len(images), columns)
     pictures = [_fit(np.asarray(image), cell) for image in images]
     gap = max(6, round(0.03 * scale(cell)))
     font_size = max(10, round(0.045 * scale(cell)))
-    band = round(1.6 * font_size) if titles is not None else 0
+    band = round(1.6 * font_size)
     grid = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     heights = [max(p.shape[0] for p in row) for row in grid]
     widths = [max(p.shape[1] for p in pictures[c::columns]) for c in range(columns)]
@@ -57,25 +57,14 @@ def contact_sheet(
         x = gap
         for c, picture in enumerate(row):
             middle = x + widths[c] // 2
-            if titles is not None:
-                text, font = _fit_text(titles[r * columns + c], font_size, widths[c] + gap // 2)
-                draw.text((middle, y + band / 2), text, font=font, anchor="mm", fill=_INK)
+            text, font = _fit_text(titles[r * columns + c], font_size, widths[c] + gap // 2)
+            draw.text((middle, y + band / 2), text, font=font, anchor="mm", fill=_INK)
             offset = (heights[r] - picture.shape[0]) // 2
             position = (middle - picture.shape[1] // 2, y + band + offset)
             sheet.paste(Image.fromarray(picture), position)
             x += widths[c] + gap
         y += heights[r] + band + gap
     return np.asarray(sheet)
-
-
-def side_by_side(
-    images: Sequence[np.ndarray], titles: Sequence[str] | None = None, *, height: int = 360
-) -> np.ndarray:
-    """As `contact_sheet`, in one row, at most `height` pixels high and 4 times that wide."""
-    widest = min(4.0, max((i.shape[1] / i.shape[0] for i in images), default=1.0))
-    return contact_sheet(
-        images, titles, columns=len(images) or 1, cell=(height, math.ceil(height * widest))
-    )
 
 
 def _fit(image: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
