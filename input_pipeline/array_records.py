@@ -172,7 +172,7 @@ class TfdsSource:
         return f"TfdsSource({self._dir!r}, {self._split!r}, {len(self)} records)"
 
     def has_things(self, index: int) -> bool:
-        """Tells, without reading the image, if it has a segment of a thing that is no crowd."""
+        """Tells from the metadata whether image `index` has a thing that is no crowd."""
         return bool(self._has_things[index])
 
     def image_size(self, index: int) -> tuple[int, int]:

@@ -196,7 +196,7 @@ class CocoFolderSource:
             raise RecordError(fault.message, fault.kind)
 
     def has_things(self, index: int) -> bool:
-        """Tells from the JSON if image `index` has a segment of a thing that is no crowd."""
+        """Tells from the JSON whether image `index` has a segment of a thing that is no crowd."""
         _, categories, crowd, _ = self._content.rows(index).T
         return any(self.info.is_thing[self._contiguous[c]] for c in categories[crowd == 0].tolist())
 

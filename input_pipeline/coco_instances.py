@@ -119,7 +119,7 @@ class CocoInstanceSource:
         return {**self.__dict__, "faults": [], "remarks": []}  # loader processes need none
 
     def has_things(self, index: int) -> bool:
-        """Tells from the JSON if image `index` has a non-crowd instance with a pixel."""
+        """Tells from the JSON whether image `index` has a non-crowd instance with a pixel."""
         rows = self._content.rows(index)
         return bool((~self._content.crowd[rows] & ~self._content.empty[rows]).any())
 

@@ -109,7 +109,7 @@ class _Header:
       bits: per sample.
       size: (height, width) as stored; of TIFF upright.
       turn: the orientation still to apply, 1 to 8.
-      animated: whether a PNG has frames, which OpenCV and Pillow read differently.
+      animated: True for a PNG with frames, which OpenCV and Pillow read differently.
     """
 
     kind: str
@@ -191,7 +191,7 @@ def decode_samples(
     """Decodes a map of labels (PNG or TIFF) into its exact samples: nothing is scaled.
 
     The arguments are those of `decode_image`, and
-      palette: whether the indices of a palette become its colours.
+      palette: turn the indices of a palette into its colours.
 
     Returns:
       uint8 or uint16 [H, W] of a grey or palette picture with 1, 2, 4, 8 or 16 bits; [H, W, 3],
@@ -406,7 +406,7 @@ def _decode_jpeg(header: _Header, data: bytes) -> np.ndarray:
 
 
 def _reaches_last_pixel(data: bytes) -> bool:
-    """Tells if a sequential JPEG without its end marker still yields its last pixel, a grey.
+    """Tells whether a sequential JPEG without its end marker still yields its last pixel, a grey.
 
     Without the marker libjpeg waits for more data instead of filling with grey, so Pillow's picture
     stays black there. The added bytes are those that libjpeg reads ahead.

@@ -45,7 +45,7 @@ SPLITS = ("train", "validation")
 
 
 def is_prepared(builder_dir: str | os.PathLike) -> bool:
-    """Tells if a prepared dataset has its description and every file named there.
+    """Tells whether a prepared dataset has its description and every file named there.
 
     Raises:
       ValueError: the description is damaged.

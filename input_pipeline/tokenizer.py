@@ -60,7 +60,7 @@ def tokenize(texts: Sequence[str], length: int = CONTEXT_LENGTH) -> np.ndarray:
 
 
 def names_type(template: str) -> bool:
-    """Tells if the texts of `template` distinguish things from stuff.
+    """Tells whether the texts of `template` distinguish things from stuff.
 
     Raises:
       ValueError: it lacks {CLS}, or has something in braces besides {CLS} and {TYPE}.

@@ -276,7 +276,7 @@ class _Store:
         )
 
     def has(self, split: str) -> bool:
-        """Tells if a split is complete: it is listed, and all of its files exist."""
+        """Tells whether a split is complete: it is listed, and all of its files exist."""
         return split in self.splits and all(
             Path(path).is_file() for path in self.splits[split].filepaths
         )

@@ -162,7 +162,7 @@ class Evaluator:
         return result.metrics
 
     def has_token_table(self, step: int) -> bool:
-        """Tells if `token_table` was made for `step`."""
+        """Tells whether `token_table` was made for `step`."""
         return self._table_path(step).exists()
 
     def token_table(

@@ -155,7 +155,7 @@ def parameter_names(params: Any) -> list[str]:
 
 
 def _decays(params: Any) -> list[bool]:
-    """Tells for each leaf of `params` if it is decayed; ValueError for a norm without a rule."""
+    """Flags the leaves of `params` that are decayed; ValueError for a norm without a rule."""
     names = parameter_names(params)
     rules = [
         rule

@@ -27,7 +27,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 def any_process(flag: bool) -> bool:
-    """Tells if `flag` is set on any process; all must call it."""
+    """Tells whether `flag` is set on any process; all must call it."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

@@ -91,12 +91,12 @@ def literal(path: pathlib.Path) -> epath.Path:
 
 
 def is_step(name: str) -> bool:
-    """Tells if a folder of this name is a checkpoint."""
+    """Tells whether a folder of this name is a checkpoint."""
     return re.fullmatch("0|[1-9][0-9]{0,17}", name) is not None
 
 
 def is_complete(folder: pathlib.Path) -> bool:
-    """Tells if this is the folder of a complete checkpoint."""
+    """Tells whether this is the folder of a complete checkpoint."""
     return is_step(folder.name) and all((folder / part).exists() for part in PARTS)
 
 

@@ -148,14 +148,14 @@ class Preemption:
         self.wake()
 
     def came(self, within: float = 1.0) -> bool:
-        """Tells if this process got a signal, or gets one `within` some seconds.
+        """Tells whether this process got a signal, or gets one `within` some seconds.
 
         The effect of a signal to the process group may show in another process first.
         """
         return bool(self._old_handlers) and self._noted.wait(within)
 
     def poll(self) -> bool:
-        """Tells if the run must save and stop after this step; every process calls it every step.
+        """Tells whether to save and stop after this step; every process calls it every step.
 
         All processes get the same answer at the same step, one step after the signal to any of
         them. It waits for the device only until the flag of the step before is known.

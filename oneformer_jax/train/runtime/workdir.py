@@ -90,7 +90,7 @@ def check_room(workdir: str | os.PathLike, state: Any) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Tells if `error` or one of its causes means that a disk is full."""
+    """Tells whether `error` or one of its causes means that a disk is full."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     words = ("No space left", "Disk quota exceeded", "File too large")
     cause: BaseException | None = error
