@@ -123,7 +123,7 @@ class Cut:
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
         """The index of each strip's mask, int [2, strips], and the masks, bool [kinds, keys, tile].
 
-        The first axis is 1 for classes that are short by a position. A mask is True for a key
+        Row 1 of the indices is for classes that are short by a position. A mask is True for a key
         that the query does not see; a padding query sees all.
         """
         kinds = np.zeros((2, self.strips), int)

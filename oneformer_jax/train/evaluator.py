@@ -313,7 +313,7 @@ def tta_config(config: ConfigDict) -> tta.TtaConfig | None:
 
 
 def _progress_log(every: float = 30.0) -> Callable[[int, float], None]:
-    """Makes a function (images, seconds since the start) that logs both `every` few seconds."""
+    """Makes a function (images, seconds since the start) that logs both once in `every` seconds."""
     last = 0.0
 
     def log(images: int, seconds: float) -> None:
