@@ -73,12 +73,7 @@ class RecordFiles:
         return f"{self._paths[file]}, record {position}"
 
     def __getitem__(self, index: int) -> bytes:
-        """Record `index`.
-
-        Raises:
-          RecordError: the record or its file is missing or damaged.
-          IndexError: no such index.
-        """
+        """Record `index`; RecordError if it or its file is missing or damaged."""
         file, position = self._place(checked_index(index, len(self)))
         reader = self._readers.get(file) or self._open(file)
         try:
@@ -181,12 +176,7 @@ class TfdsSource:
         return height, width
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`, in the order in which it was written.
-
-        Raises:
-          RecordError: the record is broken.
-          IndexError: no such index.
-        """
+        """Record `index`, in the order of writing; RecordError if it is broken."""
         return self._record(index, compact=False)
 
     def compact(self, index: int) -> dict:

@@ -206,23 +206,15 @@ class CocoFolderSource:
         return np.array([self._contiguous.get(category, -1) for category in categories], np.int64)
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width of image `index`, read from the head of its file.
+        """Height and width in the head of the file of image `index`, or a RecordError.
 
         The JSON may disagree with the file.
-
-        Raises:
-          RecordError: the file is missing or not an image.
         """
         path = self.image_path(index)
         return read_image_size(self._read(path), str(path), self.max_pixels)
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`, in the order of the JSON's annotations.
-
-        Raises:
-          RecordError: the record is broken.
-          IndexError: no such index.
-        """
+        """Record `index`, in the order of the JSON's annotations; RecordError if it is broken."""
         return self.examine(index)[0]
 
     def compact(self, index: int) -> dict:

@@ -129,21 +129,12 @@ class CocoInstanceSource:
         return np.array([self._contiguous.get(category, -1) for category in categories], np.int64)
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width of image `index`, read from the head of its file.
-
-        Raises:
-          RecordError: the file is missing or not an image.
-        """
+        """Height and width in the head of the file of image `index`, or a RecordError."""
         path = self._image_path(index)
         return read_image_size(self._read(path), str(path), self.max_pixels)
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`, in the order of the JSON's images.
-
-        Raises:
-          RecordError: the record is broken.
-          IndexError: no such index.
-        """
+        """Record `index`, in the order of the JSON's images; RecordError if it is broken."""
         return self.examine(index)[0]
 
     def examine(self, index: int) -> tuple[dict, list[Fault]]:

@@ -275,11 +275,7 @@ _TABLES = {info.dataset: info for info in (COCO, ADE20K, CITYSCAPES, MAPILLARY, 
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """The table called `name`: coco, ade20k, cityscapes, mapillary or synthetic.
-
-    Raises:
-      ValueError: unknown name; the message lists the known ones.
-    """
+    """The table coco, ade20k, cityscapes, mapillary or synthetic; ValueError for other names."""
     if name not in _TABLES:
         near = difflib.get_close_matches(str(name).lower(), _TABLES, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

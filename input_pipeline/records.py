@@ -124,23 +124,14 @@ class SegmentTable:
 
 
 def decode_image(data: bytes, where: str, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
-    """Decodes an image file into uint8 [H, W, 3], RGB, upright: see `images.decode_image`.
-
-    Raises:
-      RecordError: another format, truncated, damaged, or more than `max_pixels`; the message begins
-        with `where`.
-    """
+    """As `images.decode_image`: uint8 [H, W, 3]; a RecordError begins with `where`."""
     return images.decode_image(data, where, max_pixels=max_pixels, error=RecordError)
 
 
 def read_image_size(
     data: bytes, where: str, max_pixels: int = images.MAX_PIXELS
 ) -> tuple[int, int]:
-    """Height and width of the image that `decode_image` would return, without decoding it.
-
-    Raises:
-      RecordError: see `decode_image`.
-    """
+    """Height and width of the result of `decode_image`, from the header alone; same errors."""
     return images.read_size(data, where, max_pixels=max_pixels, error=RecordError)
 
 
@@ -282,11 +273,7 @@ def encode_dense(panoptic: np.ndarray, segments: SegmentTable) -> bytes:
 def decode_dense(
     data: bytes, segments: SegmentTable, where: str, max_pixels: int = images.MAX_PIXELS
 ) -> np.ndarray:
-    """Inverse of `encode_dense`: int32 [H, W] of segment ids.
-
-    Raises:
-      RecordError: damaged, or a position that the table lacks.
-    """
+    """Inverse of `encode_dense`: int32 [H, W] of segment ids; RecordError if it is damaged."""
     return with_ids(decode_dense_compact(data, segments, where, max_pixels), segments)
 
 

@@ -199,29 +199,16 @@ class SemanticFolderSource:
         return f"SemanticFolderSource({str(self._images_dir)!r}, {len(self)} records)"
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width of image `index`, read from the head of its file.
-
-        Raises:
-          RecordError: the file is not an image.
-        """
+        """Height and width in the head of the file of image `index`, or a RecordError."""
         path = self._images_dir / self._names[index]
         return read_image_size(read_file(path, _HINT), str(path), self.max_pixels)
 
     def classes_of(self, index: int) -> np.ndarray:
-        """The classes of image `index` in ascending order, int [G]; decodes its map alone.
-
-        Raises:
-          RecordError: the map is broken, or has a value that is no class.
-        """
+        """The classes in the map of image `index`, ascending, int [G], or a RecordError."""
         return self._numbered(self._label_path(self._names[index]))[1]
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`; its segments are the classes with pixels, their ids class + 1.
-
-        Raises:
-          RecordError: the record is broken.
-          IndexError: no such index.
-        """
+        """Record `index`, whose segment ids are class + 1; RecordError if it is broken."""
         record = self.compact(index)
         return {**record, "panoptic": record["panoptic"].astype(np.int32)}
 

@@ -45,11 +45,7 @@ SPLITS = ("train", "validation")
 
 
 def is_prepared(builder_dir: str | os.PathLike) -> bool:
-    """Tells whether a prepared dataset has its description and every file named there.
-
-    Raises:
-      ValueError: the description is damaged.
-    """
+    """Tells whether a prepared dataset has all files; ValueError for a damaged description."""
     try:
         splits = prepared.read(builder_dir).splits.values()
     except FileNotFoundError:

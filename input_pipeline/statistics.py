@@ -68,11 +68,7 @@ def listing_faults(folder: str) -> Iterator[str]:
 
 
 def collect(source: Source, info: DatasetInfo, limit: int = 2000) -> Statistics:
-    """Counts at most `limit` images (0: all), spread evenly over the source.
-
-    Raises:
-      FaultsError: no image can be read.
-    """
+    """Counts at most `limit` images (0: all), evenly spread; FaultsError if none can be read."""
     total = len(source)
     indices = np.unique(np.linspace(0, total - 1, min(limit or total, total)).astype(int))
     examine = getattr(source, "examine", None)

@@ -78,11 +78,7 @@ class InstanceFile:
         return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
 
     def runs(self, row: int, shape: tuple[int, int]) -> np.ndarray:
-        """Run lengths (see `run_lengths`) of an annotation in its image of (height, width).
-
-        Raises:
-          SegmentationError: it describes no mask of this shape; the message names it.
-        """
+        """Run lengths of an annotation in its image of (height, width), or a SegmentationError."""
         start, stop = self._bounds[row]
         try:
             return run_lengths.runs_of(schemas.segmentation_of(self._text[start:stop]) or [], shape)
@@ -92,11 +88,7 @@ class InstanceFile:
             ) from None
 
     def crowds_note(self, way_out: str) -> tuple[str, ...]:
-        """A sentence about suspiciously many crowds, or none.
-
-        Raises:
-          FaultsError: all annotations are crowds.
-        """
+        """A sentence about suspiciously many crowds, or none; FaultsError if all are crowds."""
         crowds, total = int(self.crowd.sum()), len(self.crowd)
         if not total or crowds <= _FEW_CROWDS * total:
             return ()

@@ -271,11 +271,7 @@ def read_categories(path: str | os.PathLike[str], layout: str, schema: type) -> 
 
 
 def segmentation_of(text: Raw | bytearray) -> Segmentation | None:
-    """Decodes a segmentation: polygons, also as pairs of coordinates, or a run-length code.
-
-    Raises:
-      msgspec.DecodeError: it is something else.
-    """
+    """Decodes polygons, also as pairs of coordinates, or a run-length code; or a DecodeError."""
     try:
         return _SEGMENTATION.decode(text)
     except msgspec.ValidationError:

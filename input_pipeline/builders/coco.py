@@ -80,10 +80,6 @@ class _InstanceFile(msgspec.Struct):
 
 
 def images_with_instances(path: Path) -> set[str]:
-    """Ids of the images with a non-crowd instance in an instances_*.json.
-
-    Raises:
-      ValueError: not an instance JSON of COCO.
-    """
+    """Ids of the images with a non-crowd instance in an instances_*.json, or a ValueError."""
     content = schemas.open_file(path, "it must be an instance JSON of COCO", _InstanceFile)
     return {str(a.image_id) for a in content.annotations if not a.iscrowd}

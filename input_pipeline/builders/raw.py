@@ -124,19 +124,11 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def open_split(cls, root: Path, split: str) -> RawSplit:
-        """Opens a split of the download in `root`, which has all `required` paths.
-
-        Raises:
-          ValueError: an annotation file is wrong.
-        """
+        """Opens a split in `root`, which has all `required` paths; ValueError for wrong content."""
 
     @classmethod
     def find_root(cls, source: str | os.PathLike, splits: Sequence[str]) -> Path:
-        """Finds the folder of the download: `source`, or `FOLDER` in it.
-
-        Raises:
-          FileNotFoundError: neither has the paths that the splits need; lists both trees.
-        """
+        """Finds the folder of the download: `source`, or `FOLDER` in it; or a FileNotFoundError."""
         source = Path(source).expanduser()
         lacking = {}
         for root in (source, source / cls.FOLDER):

@@ -58,12 +58,7 @@ class MsDeformAttn(Operation[CallShape]):
     def gpu_call(
         self, case: CallShape, implementation: str, capability: str, **options: Any
     ) -> Callable[..., jax.Array]:
-        """As `call`; options are `backend` and `deterministic` of `pallas_gpu.ms_deform_attn`.
-
-        Raises:
-          ValueError: an unknown backend.
-          NotImplementedError: the backend does not run on such a GPU.
-        """
+        """As `call`; options are `backend` and `deterministic` of `pallas_gpu.ms_deform_attn`."""
         if implementation == "xla":
             return lambda value, *points: ms_deform_attn_gather(value, case.spatial_shapes, *points)
         best = pallas_gpu.backend_for(capability)

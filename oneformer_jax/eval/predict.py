@@ -307,11 +307,7 @@ class Segmenter:
 
 
 def tasks_of(task: str | Sequence[str]) -> tuple[str, ...]:
-    """Lists the tasks of "all", of one name, or of several, each once.
-
-    Raises:
-      ValueError: an unknown task, or none.
-    """
+    """Lists the tasks of "all", one name, or several, each once; ValueError for an unknown one."""
     if task == "all":
         return TASKS
     tasks = tuple(task) if isinstance(task, Sequence) and not isinstance(task, str) else (task,)

@@ -137,11 +137,7 @@ class Evaluator:
         return result.metrics
 
     def finished(self, step: int) -> dict[str, float | None] | None:
-        """Reads the metrics of an earlier start for `step`; None if this config has others.
-
-        Raises:
-          CheckpointError: the file is damaged.
-        """
+        """Reads the metrics of an earlier start for `step`; None if this config has others."""
         path = self._results_path(step)
         if not path.exists():
             return None
@@ -278,11 +274,7 @@ def protocol_of(config: ConfigDict, metadata: Metadata) -> Protocol:
 
 
 def scored_tasks(config: ConfigDict, protocol: Protocol) -> tuple[str, ...]:
-    """The tasks of `config.eval.tasks` that the protocol scores.
-
-    Raises:
-      ValueError: one is no task, or none is scored.
-    """
+    """The tasks of `config.eval.tasks` that the protocol scores; ValueError if there is none."""
     config_rules.require({"eval.tasks": config.eval.tasks})
     tasks = tuple(config.eval.tasks)
     scored = tuple(task for task in tasks if task in protocol.tasks)

@@ -232,11 +232,7 @@ class Chrono:
 
     @contextlib.contextmanager
     def pause(self, part: str = "evaluation") -> Iterator[None]:
-        """Counts the time of its block as a pause in training.
-
-        Args:
-          part: "evaluation" or "checkpoint".
-        """
+        """Counts the time of its block as a pause for `part`: "evaluation" or "checkpoint"."""
         self._count("step" if self._warm else "start")
         try:
             yield
@@ -368,11 +364,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parameter_overview(params: Mapping[str, Any]) -> str:
-    """Table of the parameters by top-level module: arrays, numbers, memory over all devices.
-
-    Args:
-      params: nested dict of arrays or abstract arrays.
-    """
+    """Table of the (abstract) parameters by top-level module: arrays, numbers, whole memory."""
     rows = []
     for part, tree in params.items():
         leaves = jax.tree.leaves(tree)

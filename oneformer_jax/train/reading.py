@@ -64,11 +64,7 @@ def describe(tree: Any) -> dict[str, str]:
 
 
 def seal(path: pathlib.Path, described: Mapping[str, str]) -> None:
-    """Reads back the checkpoint at `path`, and writes its digests.
-
-    Raises:
-      Exception: something is missing, or cannot be read.
-    """
+    """Reads back the checkpoint at `path`, raising any error, and writes its digests."""
     store = path / "state"
     found = stores.describe(store)
     if describe(found) != dict(described):

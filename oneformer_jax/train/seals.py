@@ -129,11 +129,7 @@ def write_scores(folder: pathlib.Path, scores: Mapping[str, float]) -> None:
 
 
 def read_scores(folder: pathlib.Path) -> dict[str, float] | None:
-    """Reads the scores of a checkpoint; None if it has none yet.
-
-    Raises:
-      SealError: the file is damaged.
-    """
+    """Reads the scores of a checkpoint; None if it has none yet, SealError if damaged."""
     path = folder / SCORES_FILE
     if not path.exists():
         return None

@@ -208,11 +208,7 @@ def _warning_before(timeout: float, text: str) -> Iterator[None]:
 
 
 def call_roll(place: Place, timeout: float) -> None:
-    """Waits until every process has called; process 0 keeps the list.
-
-    Raises:
-      DistributedError: names the missing processes, or a number that two claim.
-    """
+    """Waits until every process has called; a DistributedError names missing or double ones."""
     host, _, port = place.coordinator.rpartition(":")
     if place.count == 1:
         return
