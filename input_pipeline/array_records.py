@@ -134,7 +134,7 @@ class TfdsSource:
     Attributes:
       info: the class table.
       left_out: reasons why records of the download are missing, a line each.
-      max_pixels: the most pixels of an image or map.
+      max_pixels: limit of the pixels of an image or map.
 
     Raises:
       FileNotFoundError: nothing is prepared there.

@@ -32,7 +32,6 @@ def assign(
     """As `oneformer_jax.kernels.assignment.xla.assign`.
 
     Args:
-      cost, order, count: as there.
       interpret: run the kernel in Pallas's interpreter, on any device.
       compute_capability: of the GPU to compile for, such as "9.0"; by default the first device's.
 

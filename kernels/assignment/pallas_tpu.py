@@ -36,7 +36,6 @@ def assign(
     """As `oneformer_jax.kernels.assignment.xla.assign`.
 
     Args:
-      cost, order, count: as there.
       interpret: True or `pltpu.InterpretParams()` runs the kernel on any device, slowly.
       vmem_bytes: vector memory to plan for; by default that of the chip compiled for.
 

@@ -161,13 +161,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Times a call; returns a record per pass, with {"error"} if the implementation refuses.
 
-    Args:
-      operation: the operation.
-      case: one of its cases.
-      implementation: one of the operation's, or a rival.
-      batch: number of images.
-      dtype: dtype of the arrays.
-      repeats: timed runs of each call; 0 reports the compiled program's memory alone.
+    `implementation` is one of the operation's or a rival, `batch` a number of images. With 0
+    `repeats` the records have the compiled program's memory alone.
     """
     device = jax.devices()[0]
     known = operation.labels(case, dtype) | {"batch": batch, "implementation": implementation}
@@ -222,7 +217,7 @@ def compile_for_tpu(
       operation: the operation.
       target: a key of `tpu.TARGETS`.
       names: names of its cases.
-      dtype: dtype of the arrays; the operation's first by default.
+      dtype: the operation's first by default.
       implementation: one of the operation's.
       memory: also report figures that depend on XLA's optimisations; takes several times as long.
 
@@ -284,22 +279,15 @@ def compile_for_gpu(
 
     The backward pass is compiled alone: arguments and the output's gradient in, gradients out.
 
-    Args:
-      operation: the operation.
-      target: one of `gpu.TARGETS`.
-      name: name of one of its cases.
-      implementation: one of the operation's.
-      dtype: dtype of the arrays; the operation's first by default.
-      batch: number of images.
-      **options: for `Operation.gpu_call`.
+    `target` is one of `gpu.TARGETS`, `name` one of the operation's cases; `options` are those of
+    `Operation.gpu_call`.
 
     Returns:
       The result of `gpu.run`, with "forward" and, if it has gradients, "backward" of `gpu.serve`.
 
     Raises:
-      ValueError: an unknown target.
       NotImplementedError: the implementation does not run on the target.
-      RuntimeError: the CUDA packages are missing, or the compiler failed (with its output).
+      ValueError, RuntimeError: see `gpu.run`.
     """
     capability = gpu.compute_capability(target)
     # Refuses before a process is started.

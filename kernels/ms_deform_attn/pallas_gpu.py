@@ -95,15 +95,9 @@ def ms_deform_attn(
 
     Args:
       value: float32 or bfloat16 [B, S, N, D], D of at most 128.
-      spatial_shapes: L static pairs (h, w).
-      sampling_locations: float32 [B, Q, N, L, P, 2].
-      attention_weights: float32 or bfloat16 [B, Q, N, L, P].
       deterministic: give gradients of equal bits in every run; costs a sort of all points.
       backend: None for the first device's (see `backend_for`); a name to compile ahead of time.
       interpret: run the kernels in Pallas's interpreter, on any device; needs `backend`.
-
-    Returns:
-      [B, Q, N * D] in the dtype of `value`. Sums, and the sums of the gradients, are float32.
 
     Raises:
       NotImplementedError: the device, the version of jax, the head width, the dtype or the size is

@@ -60,7 +60,6 @@ def ms_deform_attn(
     """As `api.ms_deform_attn`, without its checks.
 
     Args:
-      value, spatial_shapes, sampling_locations, attention_weights: as in the api.
       interpret: True or `pltpu.InterpretParams()` runs the kernels on any device, slowly.
       vmem_bytes: vector memory to plan for; by default that of the chip compiled for.
 

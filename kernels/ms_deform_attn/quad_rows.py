@@ -142,7 +142,6 @@ def backward(
     Args:
       order: the `scalar_order` of 2 * cells, twice `forward`'s.
       cells: int32 [A, K, Q], the rows that `order` holds.
-      points, table, tile, vmem_bytes, interpret: as in `forward`.
       gradient: float32 [A * G, 32, Q], of the output.
       levels: samples of different levels never have the same row.
 

@@ -40,7 +40,6 @@ def neighborhood_attention(
     """As `api.neighborhood_attention`, without its checks.
 
     Args:
-      query, key, value, rpb, kernel_size, dilation: as in the api.
       interpret: True or `pltpu.InterpretParams()` runs the kernels on any device, slowly.
       vmem_bytes: vector memory to plan for; by default that of the chip compiled for.
 

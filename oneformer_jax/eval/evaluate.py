@@ -350,10 +350,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def format_results(result: EvalResult, metadata: Metadata) -> str:
-    """Formats the overall metrics, the reasons for missing ones, and the classes for a screen.
-
-    `metadata` gives the names of the classes; all values are percent.
-    """
+    """Formats the overall metrics, the reasons for missing ones, and the classes, in percent."""
     if len(result.per_class) != metadata.num_classes:
         raise ValueError(
             f"the result has {len(result.per_class)} classes, but {metadata.dataset} has "
@@ -402,10 +399,7 @@ def format_results(result: EvalResult, metadata: Metadata) -> str:
 
 
 def write_results(path: str | os.PathLike[str], result: EvalResult) -> None:
-    """Writes a result as JSON; a failure leaves the old file.
-
-    Folders are made as needed. With several processes, only one may write.
-    """
+    """Writes a result as JSON, from one process; a failure leaves the old file."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n"

@@ -153,13 +153,9 @@ class Segmenter:
         """Makes a Segmenter from the `eval` settings of a run; `overrides` replace some of them.
 
         Args:
-          config: the architecture.
-          params: see `Segmenter`.
-          stats: see `Segmenter`.
-          metadata: the K classes.
+          config, params, stats, metadata, mesh: see `Segmenter`.
           settings: `short_edge`, `max_size`, `tta` and fields of `PostprocessConfig`; others are
             ignored.
-          mesh: see `Segmenter`.
           **overrides: settings by the same names.
 
         Raises:

@@ -35,8 +35,7 @@ class Predictor:
 
         Args:
           programs: from `functional.programs`, made for `mesh`.
-          params: nested dict of arrays on the devices.
-          stats: the same for the modules' other values.
+          params, stats: nested dicts of arrays on the devices.
           mesh: devices; a batch is split over all axes. None is the default device.
         """
         self.programs = programs

@@ -75,10 +75,7 @@ def write_prediction(
 
 
 def write_png(path: str | os.PathLike[str], image: np.ndarray, source: str | None = None) -> None:
-    """Writes uint8 [H, W, 3] RGB, or grey [H, W] of 8 or 16 bits, as a PNG; makes folders.
-
-    `source` is stored as a text of the PNG.
-    """
+    """Writes uint8 [H, W, 3] RGB, or grey [H, W] of 8 or 16 bits, as a PNG with text `source`."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:
