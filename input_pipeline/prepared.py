@@ -1,7 +1,7 @@
 """The description of a prepared dataset, checked before it is used.
 
-A prepared folder may be a stranger's or damaged. A schema here reads its three JSON files, never
-TFDS, which would import classes and open files that they name. The names of record files are made
+A prepared folder may be a stranger's or damaged. Its three JSON files are read by a schema here:
+TFDS would import the classes and open the files named there. The names of record files are made
 from a checked name and a number, so none lies outside the folder.
 """
 

@@ -47,7 +47,7 @@ def read_classes(path: str | os.PathLike, ignore_labels: Sequence[int] = (255,))
     Raises:
       FileNotFoundError: no such file.
       ValueError: a line that is not "VALUE NAME", a value or name used twice, no class, more than
-        65,535 of them, or a class whose value is an ignored one.
+        65,535 of them, or a class with an ignored value.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,8 +102,8 @@ class SemanticFolderSource:
 
     Raises:
       FileNotFoundError: a folder is missing.
-      ValueError: no images, none that has a map, two images that share one, images that are their
-        own maps, or masks of 0 and 255 where the classes are 0 and 1.
+      ValueError: no images, none with a map, two with the same map, images that are their own maps,
+        or masks of 0 and 255 with the classes 0 and 1.
     """
 
     max_pixels = images.MAX_PIXELS

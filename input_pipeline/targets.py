@@ -127,8 +127,8 @@ def text_ids(
     "a photo with a {class}" in order of class id, once per target of that class, cut to
     `num_texts`; the remaining entries are the padding text of the task.
 
-    Texts that name the type of a segment (paper, table 6) say "thing" where the task tells the
-    segments of the class apart: under instance, and under panoptic for things.
+    Texts with the type of a segment (paper, table 6) say "thing" if the task tells the segments of
+    the class apart: under instance, and under panoptic for things.
 
     Args:
       classes: int32 [M] class ids of the targets.

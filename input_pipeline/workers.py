@@ -44,8 +44,8 @@ def start(index: int, count: int) -> None:
 
 
 def _end_with(parent) -> None:
-    # PR_SET_PDEATHSIG would end the worker with the thread that started it, which may end long
-    # before the process. `is_alive` watches a pipe that closes with the process.
+    # PR_SET_PDEATHSIG would end the worker with the thread that started it, maybe long before the
+    # process ends. `is_alive` watches a pipe that closes with the process.
     while parent.is_alive():
         received = signal.sigtimedwait(_HELD, _POLL_SECONDS)
         # From the parent itself: multiprocessing ends its children when the interpreter exits.

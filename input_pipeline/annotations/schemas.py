@@ -296,7 +296,7 @@ def doubled(values: Iterable[str]) -> list[str]:
 
 
 def check_images(path: object, images: Collection[Image]) -> list[Fault]:
-    """Makes faults of image ids and file names that occur twice, which are ambiguous."""
+    """Makes faults of ambiguous image ids and file names: those that occur twice."""
     return [
         Fault(
             f"{what} of two images",

@@ -51,7 +51,7 @@ def compute_capability(target: str) -> str:
 
 
 def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs `module`, whose main program is `serve`, in a process that dumps its kernels.
+    """Runs `module`, with `serve` as its main program, in a process that dumps its kernels.
 
     Args:
       module: dotted name.

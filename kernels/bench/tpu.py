@@ -52,7 +52,7 @@ def environment(dump: str | os.PathLike) -> dict[str, str]:
 def run(
     module: str, target: str, cases: Sequence[Any], *, memory: bool = True, dump: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """Runs `module`, whose main program is `serve`, in a process that dumps its schedules.
+    """Runs `module`, with `serve` as its main program, in a process that dumps its schedules.
 
     Args:
       module: dotted name.

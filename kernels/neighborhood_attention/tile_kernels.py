@@ -12,8 +12,8 @@ the lanes, so maxima and sums over the keys are taken between registers.
 
 The backward kernel computes the softmax again instead of keeping its sums. The steps of a group of
 heads run in order. Gradients of keys and values are summed in an array of the columns around the
-strip, which moves with the strips and writes out the columns that no later strip sees. The gradient
-of the bias stays in vector memory. Nothing is atomic, so results do not depend on timing.
+strip. It moves with the strips and writes out the columns that no later strip sees. The gradient of
+the bias stays in vector memory. Nothing is atomic, so results do not depend on timing.
 
 Letters: A images times residue classes, R rows and S columns of a class, G groups of heads, C = 128
 lanes of the heads of a group, T queries and K keys of a tile.

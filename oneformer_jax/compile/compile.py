@@ -1,7 +1,7 @@
 """Compile mode: the real programs of a run, compiled for accelerators that this machine lacks.
 
 The training step and the two steps of prediction are those of `loop.train`, with the same
-shardings. The report says which fit into memory, and `suggest` looks for settings that fit.
+shardings. The report tells those that fit into memory; `suggest` looks for settings that fit.
 """
 
 from __future__ import annotations

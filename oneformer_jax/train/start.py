@@ -44,7 +44,7 @@ def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> St
 
 
 def log_start(found: Start, path: str) -> None:
-    """Logs which arrays were taken from `path`, and which start afresh."""
+    """Logs the arrays taken from `path`, and those that start afresh."""
     logging.info("Starting from %s: %d arrays are taken", path, len(found.arrays))
     reasons = dict.fromkeys(found.fresh.values())
     for reason in reasons:

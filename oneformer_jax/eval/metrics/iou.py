@@ -25,7 +25,7 @@ class MeanIoU:
     """Semantic IoU from the pixels of each class, with the conventions of Detectron2 v0.6.
 
     Void pixels of the ground truth are ignored. The mean IoU is over the classes that occur in the
-    ground truth or are predicted on its other pixels, so a class that is only predicted counts as 0
+    ground truth or are predicted on its other pixels. So a class with predictions alone counts as 0
     (newer Detectron2 leaves it out). The mean accuracy is over the classes of the ground truth.
 
     Attributes:
