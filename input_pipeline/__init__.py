@@ -1,10 +1,10 @@
-"""Data on the host: datasets, sources, transforms, targets, batches. NumPy only, never JAX.
+"""Data on the host: datasets, sources, transforms, targets, batches.
 
-Loader workers import this package, so it stays light: no JAX, no Flax, no TensorFlow, and
-`tensorflow_datasets` only when a prepared dataset is opened.
+Loader workers import this package, so it stays light: NumPy, but no JAX, Flax or TensorFlow.
+`tensorflow_datasets` is imported only when a prepared dataset is opened.
 """
 
 import cv2
 
-# Every worker process has its own core; OpenCV's thread pool would only fight with the others.
+# Workers already fill the cores; OpenCV's thread pool would only compete with them.
 cv2.setNumThreads(0)

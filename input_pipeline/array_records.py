@@ -1,7 +1,7 @@
 """Records of prepared datasets, read from ArrayRecord files one by one.
 
-ArrayRecord keeps a checksum of every record and of every file's index, so damage is noticed when
-the record is read. Whatever is wrong becomes a RecordError that names the file and the record.
+ArrayRecord keeps checksums of the records and of each file's index, so reading notices damage.
+Every failure becomes a RecordError that names the file and the record.
 """
 
 from __future__ import annotations
@@ -37,16 +37,15 @@ _DECODERS = {
     (True, True): decode_dense_compact,
 }
 _WAY_OUT = (
-    "restore the file, prepare the dataset again, or set data.skip_broken=True to go on without "
-    "the records that cannot be read"
+    "restore the file, prepare the dataset again, or set data.skip_broken=True to leave out the "
+    "records that cannot be read"
 )
 
 
 class RecordFiles:
     """The records of a list of ArrayRecord files, as bytes, numbered over all of them.
 
-    Files are opened where and when they are first needed. Threads may share an object, and
-    processes copies of it.
+    Each file is opened when first needed. Threads may share an object; it can be pickled.
 
     Args:
       paths: the files.
@@ -69,22 +68,17 @@ class RecordFiles:
         self.__init__(**state)
 
     def where(self, index: int) -> str:
-        """Names the file of record `index` and its number in it, for messages."""
+        """Names the file of record `index`, and the record's number in it, for messages."""
         file, position = self._place(index)
         return f"{self._paths[file]}, record {position}"
 
     def __getitem__(self, index: int) -> bytes:
-        """Record `index`.
-
-        Raises:
-          RecordError: the record or its file is missing or damaged.
-          IndexError: no such index.
-        """
+        """Record `index`; RecordError if it or its file is missing or damaged."""
         file, position = self._place(checked_index(index, len(self)))
         reader = self._readers.get(file) or self._open(file)
         try:
             (data,) = reader.read([position])
-        except Exception as error:  # of C++: RuntimeError, ValueError, MemoryError, ...
+        except Exception as error:  # from C++: RuntimeError, ValueError, MemoryError, ...
             raise RecordError(f"{self.where(index)}: {_reason(error)}; {_WAY_OUT}") from error
         return data
 
@@ -96,7 +90,7 @@ class RecordFiles:
         from array_record.python.array_record_module import ArrayRecordReader
 
         with self._lock:
-            if file in self._readers:  # another thread was faster
+            if file in self._readers:  # opened by another thread meanwhile
                 return self._readers[file]
             path = self._paths[file]
             try:
@@ -114,12 +108,12 @@ class RecordFiles:
                 raise RecordError(
                     f"{path} cannot be read ({error.strerror}); {_WAY_OUT}"
                 ) from error
-            except Exception as error:  # of C++, as above
+            except Exception as error:  # from C++, as above
                 raise RecordError(f"{path}: {_reason(error)}; {_WAY_OUT}") from error
             if reader.num_records() != self._lengths[file]:
                 raise RecordError(
                     f"{path} has {reader.num_records():,} records, but {prepared.DESCRIPTION} "
-                    f"says {self._lengths[file]:,}: it is damaged or of another preparation; "
+                    f"says {self._lengths[file]:,}: it is damaged or from another preparation; "
                     f"{_WAY_OUT}"
                 )
             self._readers[file] = reader
@@ -139,13 +133,13 @@ class TfdsSource:
 
     Attributes:
       info: the class table.
-      left_out: why records of the download are not there, a line each.
-      max_pixels: the most pixels of an image or map.
+      left_out: reasons why records of the download are missing, a line each.
+      max_pixels: limit of the pixels of an image or map.
 
     Raises:
       FileNotFoundError: nothing is prepared there.
-      ValueError: its description is damaged or that of another kind of dataset; an unknown or an
-        empty split.
+      ValueError: its description is damaged or of another kind of dataset; the split is unknown or
+        empty.
     """
 
     max_pixels = images.MAX_PIXELS
@@ -173,7 +167,7 @@ class TfdsSource:
         return f"TfdsSource({self._dir!r}, {self._split!r}, {len(self)} records)"
 
     def has_things(self, index: int) -> bool:
-        """Whether image `index` has a segment of a thing that is no crowd; reads no image."""
+        """Tells from the metadata whether image `index` has a thing that is no crowd."""
         return bool(self._has_things[index])
 
     def image_size(self, index: int) -> tuple[int, int]:
@@ -182,12 +176,7 @@ class TfdsSource:
         return height, width
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`, in the order in which it was written.
-
-        Raises:
-          RecordError: the record is broken.
-          IndexError: no such index.
-        """
+        """Record `index`, in the order of writing; RecordError if it is broken."""
         return self._record(index, compact=False)
 
     def compact(self, index: int) -> dict:
@@ -206,7 +195,7 @@ class TfdsSource:
         segments.check(self.info.num_classes, where)
         decode = _DECODERS[self._dense, compact]
         panoptic = decode(example.panoptic_png, segments, where, self.max_pixels)
-        if not compact and example.semantic_png is None:  # ADE20K's areas are its own
+        if not compact and example.semantic_png is None:  # ADE20K keeps its annotated areas
             segments = segments.measured(panoptic, where)
         record = make_record(
             decode_image(example.image, where, self.max_pixels),

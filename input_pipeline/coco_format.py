@@ -38,11 +38,11 @@ WRONG_AREA = "area that is not the number of pixels"
 
 
 class Annotation(NamedTuple):
-    """The map of an image with the segments that it shows.
+    """The map of an image and its visible segments.
 
     Attributes:
       numbers: uint8 [H, W], or uint16 above 255 segments: positions in `segments` + 1, 0 is void.
-      segments: those with a pixel; areas are the pixels.
+      segments: those with a pixel; their areas count the pixels.
       remarks: segments without a pixel and areas that were corrected.
     """
 
@@ -52,7 +52,7 @@ class Annotation(NamedTuple):
 
 
 def check_json(path: Path, kind: str, layout: str) -> None:
-    """FileNotFoundError unless a JSON is there; says what lies there instead."""
+    """Raises FileNotFoundError for a missing JSON; the message lists what lies there instead."""
     if not path.is_file():
         raise FileNotFoundError(f"no {kind} JSON {path}: {layout}; {found_in(path)}")
 
@@ -91,17 +91,17 @@ def check_categories(path: Path, categories: list[dict], info: DatasetInfo) -> N
 class CocoFolderSource:
     """Reads a COCO-panoptic-format folder directly, without preparation.
 
-    Areas are the pixels of the PNG, whatever the JSON says, and segments without a pixel are left
-    out. The JSON is kept as flat arrays, so that a source of 100,000 images is a small pickle.
+    Areas are counted in the PNG, not read from the JSON; segments without a pixel are left out.
+    The JSON is kept as flat arrays, so a source of 100,000 images is a small pickle.
 
     Args:
       images_dir: folder of the images.
       panoptic_dir: folder of the panoptic PNGs.
       json_path: the COCO-panoptic JSON.
       info: class table; default: the categories of the JSON (`datasets.from_coco_categories`).
-      content: what `read_panoptic` gave for the JSON, where its categories are not to be compared
+      content: the result of `read_panoptic` for the JSON, if its categories need not be compared
         with `info`.
-      skip_broken: take segments with faults for void; without it their image is broken.
+      skip_broken: treat segments with faults as void; without it their image is broken.
 
     Attributes:
       faults: everything that is wrong in the JSON.
@@ -146,11 +146,11 @@ class CocoFolderSource:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What else to know of the JSON, a sentence each."""
+        """Remarks on the whole JSON, a sentence each."""
         notes = []
         if self._content.unannotated:
             notes.append(
-                f"{self._json_path}: {self._content.unannotated:,} images have no annotation; they "
+                f"{self._json_path}: {self._content.unannotated:,} images have no annotation and "
                 "are not read"
             )
         _, categories, crowd, _ = self._content.segments.T
@@ -158,8 +158,8 @@ class CocoFolderSource:
         crowd = crowd[np.isin(categories, things)]
         if len(crowd) and crowd.all():
             notes.append(
-                f"{self._json_path}: all {len(crowd):,} segments of things have iscrowd 1, so they "
-                "are groups that nothing is learned from; set it to 0 for instances"
+                f"{self._json_path}: all {len(crowd):,} segments of things have iscrowd 1, which "
+                "marks groups that training ignores; set it to 0 for instances"
             )
         return tuple(notes)
 
@@ -187,7 +187,7 @@ class CocoFolderSource:
         return self._content.image_ids[index]
 
     def left_out(self, index: int) -> list[Fault]:
-        """Faults of the segments of image `index`, which with `skip_broken` are void."""
+        """Faults of the segments of image `index`, which become void with `skip_broken`."""
         return self._content.left_out.get(index, [])
 
     def _check_annotation(self, index: int) -> None:
@@ -196,7 +196,7 @@ class CocoFolderSource:
             raise RecordError(fault.message, fault.kind)
 
     def has_things(self, index: int) -> bool:
-        """Whether image `index` has a segment of a thing that is no crowd; reads no file."""
+        """Tells from the JSON whether image `index` has a segment of a thing that is no crowd."""
         _, categories, crowd, _ = self._content.rows(index).T
         return any(self.info.is_thing[self._contiguous[c]] for c in categories[crowd == 0].tolist())
 
@@ -206,23 +206,15 @@ class CocoFolderSource:
         return np.array([self._contiguous.get(category, -1) for category in categories], np.int64)
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width of image `index`, read from the head of its file.
+        """Height and width in the head of the file of image `index`, or a RecordError.
 
-        Not from the JSON, which may disagree with the file.
-
-        Raises:
-          RecordError: the file is missing or not an image.
+        The JSON may disagree with the file.
         """
         path = self.image_path(index)
         return read_image_size(self._read(path), str(path), self.max_pixels)
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`, in the order of the JSON's annotations.
-
-        Raises:
-          RecordError: the record is broken.
-          IndexError: no such index.
-        """
+        """Record `index`, in the order of the JSON's annotations; RecordError if it is broken."""
         return self.examine(index)[0]
 
     def compact(self, index: int) -> dict:
@@ -233,7 +225,7 @@ class CocoFolderSource:
         return self._record(index, image, annotation.numbers, annotation.segments.numbered())
 
     def examine(self, index: int) -> tuple[dict, list[Fault]]:
-        """Record `index`, and what is odd about its annotation (`Annotation.remarks`)."""
+        """Record `index`, and the remarks on its annotation (`Annotation.remarks`)."""
         index = checked_index(index, len(self))
         image = self._image(index)
         numbers, segments, remarks = self.annotation(index)
@@ -244,7 +236,7 @@ class CocoFolderSource:
 
         Args:
           index: of the image.
-          skip_broken: takes the place of that of the source.
+          skip_broken: replaces the source's own.
 
         Raises:
           RecordError: the annotation or the PNG is broken.
@@ -260,7 +252,7 @@ class CocoFolderSource:
         segments = SegmentTable.from_lists(ids, classes, crowd, areas)
         where = f"{self._json_path}, annotation of {path.name}"
         segments.check(self.info.num_classes, where)
-        # A segment that is left out may have lost its id, so any unlisted one may be its.
+        # A segment that is left out may have lost its id, so an unlisted id may belong to it.
         numbers = decode_panoptic_compact(
             self._read(path),
             segments,
@@ -285,7 +277,7 @@ class CocoFolderSource:
         return Annotation(*keep_visible(numbers, segments, pixels), remarks)
 
     def sample_remarks(self, count: int = 16) -> list[Fault]:
-        """What is odd about the annotations of `count` images, evenly spread."""
+        """Remarks on the annotations of `count` images, evenly spread."""
         remarks = []
         for index in np.unique(np.linspace(0, len(self) - 1, count).astype(int)).tolist():
             with contextlib.suppress(RecordError):
@@ -309,5 +301,5 @@ class CocoFolderSource:
         )
 
     def _read(self, path: Path) -> bytes:
-        hint = f"{self._json_path} lists it: restore the file or take it out of the JSON"
+        hint = f"{self._json_path} lists it: restore the file or remove it from the JSON"
         return read_file(path, hint)

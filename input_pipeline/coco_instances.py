@@ -29,16 +29,16 @@ from oneformer_jax.input_pipeline.records import (
     read_image_size,
 )
 
-HIDDEN = "annotation that others hide wholly"
+HIDDEN = "annotation that others hide completely"
 
 
 def instance_info(name: str, categories: Sequence[Mapping[str, Any]]) -> DatasetInfo:
-    """The class table of an instance JSON: its categories in their order, all of them things."""
+    """The class table of an instance JSON: its categories in their order, all things."""
     return datasets.from_coco_categories(name, [{**c, "isthing": 1} for c in categories])
 
 
 def instance_file_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
-    """The class table of an instance JSON that is not read otherwise.
+    """The class table of an instance JSON, read from the file.
 
     Raises:
       FileNotFoundError: no such file.
@@ -52,25 +52,25 @@ class CocoInstanceSource:
     """Reads images and an instance JSON as records whose segments are the instances.
 
     A record's map holds one instance per pixel. Where annotations overlap, the smaller one is on
-    top and crowds are below all others; an instance without a visible pixel is left out. `area`
-    is what is left visible. Pixels of no instance are void. All images of the JSON are records,
-    also those without annotations.
+    top; crowds are below all others. An instance without a visible pixel is left out, and `area`
+    counts the visible pixels. Pixels of no instance are void. Every image of the JSON is a record,
+    also without annotations.
 
     Args:
       images_dir: folder of the images.
       json_path: the instance JSON.
       info: class table; default: the categories of the JSON (`instance_info`).
       skip_broken: leave out annotations with faults; without it their image is broken.
-      crowd_as_instances: take iscrowd 1 for 0.
+      crowd_as_instances: read iscrowd 1 as 0.
 
     Attributes:
       faults: everything that is wrong in the JSON.
       remarks: annotations of the JSON that cover no pixel, or repeat another one.
-      notes: what else to know of the JSON, a sentence each.
+      notes: remarks on the whole JSON, a sentence each.
 
     Raises:
       FileNotFoundError: the folder or the JSON is missing.
-      ValueError: see `read_instances`; categories that `info` lacks; nothing but crowds.
+      ValueError: see `read_instances`; categories that `info` lacks; crowds alone.
     """
 
     max_pixels = images.MAX_PIXELS  # the most pixels of an image or map
@@ -119,7 +119,7 @@ class CocoInstanceSource:
         return {**self.__dict__, "faults": [], "remarks": []}  # loader processes need none
 
     def has_things(self, index: int) -> bool:
-        """Whether image `index` has an instance with a pixel that is no crowd; reads no file."""
+        """Tells from the JSON whether image `index` has a non-crowd instance with a pixel."""
         rows = self._content.rows(index)
         return bool((~self._content.crowd[rows] & ~self._content.empty[rows]).any())
 
@@ -129,25 +129,16 @@ class CocoInstanceSource:
         return np.array([self._contiguous.get(category, -1) for category in categories], np.int64)
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width of image `index`, read from the head of its file.
-
-        Raises:
-          RecordError: the file is missing or not an image.
-        """
+        """Height and width in the head of the file of image `index`, or a RecordError."""
         path = self._image_path(index)
         return read_image_size(self._read(path), str(path), self.max_pixels)
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`, in the order of the JSON's images.
-
-        Raises:
-          RecordError: the record is broken.
-          IndexError: no such index.
-        """
+        """Record `index`, in the order of the JSON's images; RecordError if it is broken."""
         return self.examine(index)[0]
 
     def examine(self, index: int) -> tuple[dict, list[Fault]]:
-        """Record `index`, and which of its annotations have no visible pixel."""
+        """Record `index`, and a fault for each of its annotations without a visible pixel."""
         record, remarks = self._record(index)
         return {**record, "panoptic": record["panoptic"].astype(np.int32)}, remarks
 
@@ -177,7 +168,7 @@ class CocoInstanceSource:
             try:
                 masks.append(run_lengths.mask_of(content.runs(row, shape), shape))
                 kept.append(row)
-            except SegmentationError as error:  # only where the JSON does not tell the size
+            except SegmentationError as error:  # only if the JSON lacks the size
                 if not self.skip_broken:
                     raise RecordError(str(error), error.kind) from None
         table = SegmentTable.from_lists(
@@ -193,7 +184,7 @@ class CocoInstanceSource:
             Fault(
                 HIDDEN if masks[i].any() else NO_PIXEL,
                 f"{self._json_path}: annotation {content.ids[kept[i]]} of image "
-                f"{content.image_ids[index]} has no visible pixel; it is no truth",
+                f"{content.image_ids[index]} has no visible pixel; it is not part of the truth",
             )
             for i in np.flatnonzero(pixels == 0)
             if not (content.empty[kept[i]] or content.double[kept[i]])  # known from the JSON
@@ -217,12 +208,12 @@ class CocoInstanceSource:
         return self._images_dir / name
 
     def _read(self, path: Path) -> bytes:
-        hint = f"{self._json_path} lists it: restore the file or take it out of the JSON"
+        hint = f"{self._json_path} lists it: restore the file or remove it from the JSON"
         return read_file(path, hint)
 
 
 def _paint(masks: Sequence[np.ndarray], crowd: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Masks 1, 2, ... over each other: crowds below, then the larger before the smaller ones."""
+    """Paints masks 1, 2, ... over each other: crowds first, then from largest to smallest."""
     areas = np.array([mask.sum() for mask in masks])
     panoptic = np.zeros(shape, np.uint8 if len(masks) < 256 else np.uint16)
     for i in np.lexsort((-areas, crowd == 0)) if len(masks) else ():

@@ -20,15 +20,14 @@ TASKS = ("panoptic", "instance", "semantic")
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What the pipeline, the evaluation and the pictures need to know of a dataset.
+    """The class table of a dataset.
 
     Attributes:
       dataset: name of the dataset.
       class_names: K names, indexed by contiguous class id.
       is_thing: K flags; True for countable classes, whose instances are told apart.
       colors: K RGB triples in 0..255.
-      category_ids: K ids as they stand in the dataset's own files, for reading and writing
-        COCO-format JSON.
+      category_ids: K ids that the dataset's own files use.
       ignore_label: value of unlabelled pixels in a semantic map.
     """
 
@@ -93,16 +92,15 @@ def _palette_candidates() -> tuple[np.ndarray, np.ndarray]:
     return rgb[keep], lab[keep]
 
 
-_DISTINCT = 1024  # colours; more are not told apart, and are slow to find
+_DISTINCT = 1024  # more colours cannot be told apart, and are slow to find
 
 
 @functools.cache
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """`count` RGB colours, always the same; a shorter palette is a longer one's beginning.
+    """`count` RGB colours, always the same; a longer palette begins with a shorter one.
 
-    Starts with a blue and adds, each time, the colour of a fixed grid that is farthest (CIELAB
-    distance) from all that were taken; the grid leaves out near-black, near-white and grey. Past
-    `_DISTINCT` the colours repeat.
+    Starts with a blue and adds the colour of a fixed grid that is farthest (CIELAB distance) from
+    all taken so far. Past `_DISTINCT` the colours repeat.
     """
     if count > _DISTINCT:
         return (palette(_DISTINCT) * -(-count // _DISTINCT))[:count]
@@ -123,7 +121,7 @@ def _make_info(
     colors: tuple[tuple[int, int, int], ...] | None = None,
     ignore_label: int = 255,
 ) -> DatasetInfo:
-    """A table from names and the contiguous ids of its things."""
+    """Makes a table from names and the contiguous ids of its things."""
     things = frozenset(things)
     return DatasetInfo(
         dataset=dataset,
@@ -142,8 +140,8 @@ def from_coco_categories(dataset: str, categories: Sequence[dict]) -> DatasetInf
 
     Args:
       dataset: name of the dataset.
-      categories: dicts with id, name, isthing (0 or 1) and, optionally, color [R, G, B]; colours
-        are taken from the JSON only if every category has one.
+      categories: dicts with id, name, isthing (0 or 1) and, optionally, color [R, G, B], which is
+        used only if every category has one.
 
     Raises:
       ValueError: no category, a missing key, a repeated id or name.
@@ -266,8 +264,8 @@ CITYSCAPES = _make_info(
 MAPILLARY = _make_info(
     "mapillary", _MAPILLARY_NAMES.split("|"), _MAPILLARY_THINGS, range(1, 66), ignore_label=65
 )
-# The rendered scenes of builders/synthetic.py. The ids have gaps, as those of COCO do, so that the
-# embedded default exercises the mapping from category to contiguous id.
+# The rendered scenes of builders/synthetic.py. The ids have gaps, as COCO's do, so that the default
+# dataset exercises the mapping from category to contiguous id.
 SYNTHETIC = _make_info(
     "synthetic", _SYNTHETIC_NAMES.split("|"), range(7), (*range(1, 8), *range(101, 107)),
     _SYNTHETIC_COLORS,
@@ -277,11 +275,7 @@ _TABLES = {info.dataset: info for info in (COCO, ADE20K, CITYSCAPES, MAPILLARY, 
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """The table called `name`: coco, ade20k, cityscapes, mapillary or synthetic.
-
-    Raises:
-      ValueError: unknown name; the message lists the known ones.
-    """
+    """The table coco, ade20k, cityscapes, mapillary or synthetic; ValueError for other names."""
     if name not in _TABLES:
         near = difflib.get_close_matches(str(name).lower(), _TABLES, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,7 +1,4 @@
-"""Batches for evaluation: every record once, at its test-time size, in batches of one padded size.
-
-For the sources see `loader`.
-"""
+"""Batches for evaluation: every record once, at its test-time size, one padded size a batch."""
 
 from __future__ import annotations
 
@@ -35,11 +32,11 @@ class EvalLoaderConfig:
       batch_size: images per process and batch.
       short_edge: test-time length of the short side, in pixels.
       max_size: cap of the long side, in pixels.
-      bucket_multiple: padded sides are multiples of this, itself a multiple of 32. 32 is the
-        official padding; a larger one compiles fewer programs, but the model sees the padding.
-      max_buckets: padded sizes at most, 0 is no limit: rare sizes join larger ones.
-      limit: evaluate an even sample of `limit` records only; 0 is all.
-      tta_short_edges: short sides of further views of each image, made from the resized one.
+      bucket_multiple: padded sides are multiples of this multiple of 32. 32 is the official
+        padding; a larger one compiles fewer programs, but the model sees the padding.
+      max_buckets: largest number of padded sizes, 0 is no limit; rare sizes join larger ones.
+      limit: number of records, evenly spaced, to evaluate; 0 is all.
+      tta_short_edges: short sides of further views, each made from the resized image.
       tta_max_size: cap of the long side of the views, in pixels.
       num_threads: reading threads.
       prefetch: batches kept ready.
@@ -80,7 +77,7 @@ class EvalLoaderConfig:
         )
 
 
-# Padded sizes (height, width) of the images of a batch, and of each of their further views.
+# Padded sizes (height, width) of the images of a batch, then of each of their further views.
 Bucket = tuple[tuple[int, int], ...]
 
 
@@ -93,7 +90,7 @@ class _EvalStep:
 
 
 def _view_sizes(size: tuple[int, int], config: EvalLoaderConfig) -> Bucket:
-    """Sizes of an image of original size (height, width) at the test, and of its views."""
+    """Test-time sizes of an image of original size (height, width) and of its views."""
     resized = transforms.shortest_edge_size(size, config.short_edge, config.max_size)
     return (
         resized,
@@ -119,13 +116,13 @@ def _pixels(buckets: np.ndarray) -> np.ndarray:
 
 
 def _merge_buckets(buckets: dict[Bucket, list[int]], most: int) -> dict[Bucket, list[int]]:
-    """At most `most` buckets: time and again the two whose union pads the least are joined."""
+    """Merges buckets, cheapest padding first, until at most `most` remain."""
     sizes = np.array(list(buckets), np.int64)  # [N, V, 2]
     members = list(buckets.values())
     while len(members) > most:
         counts = np.array([len(m) for m in members])
         joint = np.maximum(sizes[:, None], sizes[None])
-        added = _pixels(joint) - _pixels(sizes)[:, None]  # for each image of the first of a pair
+        added = _pixels(joint) - _pixels(sizes)[:, None]  # per image of a pair's first bucket
         cost = (added * counts[:, None] + (added * counts[:, None]).T).astype(np.float64)
         np.fill_diagonal(cost, np.inf)
         first, second = sorted(np.unravel_index(cost.argmin(), cost.shape))
@@ -141,7 +138,7 @@ def _merge_buckets(buckets: dict[Bucket, list[int]], most: int) -> dict[Bucket, 
 
 @dataclasses.dataclass(frozen=True)
 class _LoadEvalBatch:
-    """Maps a planned step to its batch and the broken records met."""
+    """Maps a planned step to its batch and the broken records that it met."""
 
     source: Source
     config: EvalLoaderConfig
@@ -184,7 +181,7 @@ class _LoadEvalBatch:
         return batch, broken
 
     def _images(self, image: np.ndarray) -> Iterator[np.ndarray]:
-        """The image at its test-time size, and the views made from that."""
+        """Yields the image at its test-time size, then the views made from it."""
         config = self.config
         resized = transforms.resize_for_test(image, config.short_edge, config.max_size)
         yield resized
@@ -198,7 +195,7 @@ class _LoadEvalBatch:
         if (np.array(_view_sizes(shape, self.config)) > np.array(bucket)).any():
             raise RecordError(
                 f"{record['file_name']}: the image has {shape[0]} x {shape[1]} pixels, not the "
-                "size that its dataset gave; correct the size in the annotation file"
+                "size in its dataset; correct the size in the annotation file"
             )
         return record
 
@@ -207,9 +204,9 @@ class EvalLoader:
     """Evaluation batches of one process; every `iter()` is a new pass over all of them.
 
     Attributes:
-      buckets: padded sizes (height, width) that occur, those of further views included, in the
-        order of the batches, largest first: one compiled program each.
-      broken: source position -> error, of the broken records left out so far.
+      buckets: padded sizes (height, width), those of further views included, in the order of the
+        batches, largest first. Each is one compiled program.
+      broken: source position -> error of the broken records left out so far.
     """
 
     def __init__(
@@ -250,27 +247,25 @@ def eval_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvalLoader:
-    """Every record once over all processes, at its test-time size, in batches of one padded size.
+    """Gives every record once over all processes, in batches of one padded size.
 
     Images are resized to `short_edge` / `max_size` and padded with zeros on the right and at the
-    bottom to a multiple of `bucket_multiple`. Images of the same padded size (bucket; with further
-    views: sizes) are batched together, the largest bucket first, so that a run that does not fit
-    into memory fails at once. All processes get the same number of batches and the same bucket at
-    the same step; what a bucket's last batches lack is filled with rows whose `valid` is False. The
-    sizes come from `source.image_size(i)` where the source has it, else every image is decoded once
-    beforehand.
+    bottom to a multiple of `bucket_multiple`. Images of the same padded sizes (a bucket) share
+    batches, the largest bucket first, so a run that does not fit into memory fails at once. All
+    processes get the same number of batches, and the same bucket at the same step; rows whose
+    `valid` is False fill a bucket's last batches. A source without `image_size(i)` has every image
+    decoded once beforehand.
 
     Args:
       source: the records.
       config: settings; `config.batch_size` is per process.
-      process_index: of this process among the `process_count` that share the records.
+      process_index: number of this process among the `process_count` that share the records.
 
     Returns:
       An iterable, with a length, of dicts: image uint8 [B, Hb, Wb, 3]; image_size int32 [B, 2]
       after the resize; original_size int32 [B, 2]; valid bool [B]; index int32 [B], position in
       `source` (-1 in fillers); records: list of B records as `source` gave them (None in fillers).
-      With `tta_short_edges` also views: a list, for each of them, of dicts with image and
-      image_size.
+      With `tta_short_edges` also views: a list of dicts with image and image_size.
 
     Raises:
       ValueError: an empty dataset.
@@ -283,7 +278,7 @@ def eval_loader(
         "the evaluation dataset is empty; check dataset.data_dir and dataset.eval_split",
     )
     limit = min(config.limit or count, count)
-    # Evenly spaced, whatever the order in which a dataset lists its images.
+    # Evenly spaced: datasets may list their images in any order.
     chosen = [i * count // limit for i in range(limit)]
     known_sizes = hasattr(source, "image_size")
     if not known_sizes:

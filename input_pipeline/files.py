@@ -1,4 +1,4 @@
-"""Files on the host: what lies where, reading, and writing that leaves nothing half-done."""
+"""Reads and writes the files of a dataset; no write is left half-done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.records import RecordError
 
 _SHOWN_NAMES = 8
-_MAX_BYTES = 1 << 30
 
 
 def found_in(path: Path) -> str:
@@ -28,7 +27,7 @@ def found_in(path: Path) -> str:
 
 
 def read_file(path: Path, hint: str = "restore the file") -> bytes:
-    """Content of an image file that belongs to a record; `hint` names the way out.
+    """Reads an image file that belongs to a record; `hint` names the way out.
 
     Raises:
       RecordError: it is missing, cannot be read, is no regular file, or is too large for an image.
@@ -47,13 +46,13 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def sync(path: Path) -> None:
-    """Waits until the content of a file is on the disk; until then it could be lost with power."""
+    """Waits until the content of a file is on the disk, safe from a power cut."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 class WriteError(OSError):
-    """Records cannot be written; says where, and what to do."""
+    """Records cannot be written; the message names the folder and the way out."""
 
 
 @contextlib.contextmanager
@@ -72,13 +71,13 @@ def writing(folder: Path, failure: type[Exception] = OSError) -> Iterator[None]:
         free = shutil.disk_usage(folder).free / 1e9
         raise WriteError(
             f"cannot write to {folder} ({error}); {free:.1f} GB are free there. Make room, or "
-            "choose another folder. The same command goes on with what is not written"
+            "choose another folder. The same command resumes the writing"
         ) from error
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Lets one process at a time prepare below `folder`; the others call `waiting` and wait."""
+    """Lets one process at a time prepare below `folder`; others call `waiting`, then wait."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".prepare.lock", "w") as lock:
         try:

@@ -1,18 +1,18 @@
 """Image files as arrays: the one reader of training, evaluation and prediction.
 
-Formats are told by their first bytes, never by the ending, and only those of `FORMATS` are read:
-no decoder that starts other programs can be reached. The size is compared with a limit before
-anything is decoded. One rule for each kind of picture:
+The first bytes tell the format, never the ending. Only `FORMATS` are read, so no decoder that
+starts other programs can be reached. The size is checked against a limit before anything is
+decoded. The rules:
 
 - grey, palette and one-bit pictures become RGB; alpha is dropped; CMYK is converted;
-- 16 bits become 8 by the smallest 2^n - 1 (n from 8 to 16) that is not below the picture's maximum,
-  so 12-bit values in 16 bits keep their brightness;
+- 16 bits become 8, scaled by the smallest 2^n - 1 (n from 8 to 16) that is not below the picture's
+  maximum, so 12-bit values in 16 bits keep their brightness;
 - 32-bit and floating-point pictures have no known range and are refused;
-- the EXIF orientation (TIFF: its tag) is applied, once;
-- of several frames or pages the first is read;
+- the EXIF orientation (TIFF: its tag) is applied once;
+- the first of several frames or pages is read;
 - truncated files are refused, also those that were cut and given an end marker.
 
-OpenCV decodes JPEGs and most PNGs, since it is faster; Pillow reads the headers and the rest.
+OpenCV decodes JPEGs and most PNGs because it is faster; Pillow reads the headers and the rest.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from PIL import (
 
 from oneformer_jax import files
 
-# Pixels of the largest image that is read unless a setting says otherwise: 16,384 x 16,384.
+# Default limit of the pixels of an image: 16,384 x 16,384.
 MAX_PIXELS = 1 << 28
 FILE_LIMIT = 1 << 31  # bytes of the largest file that is read
 
-# How a file begins -> its format and Pillow's reader. `Image.open` would look through the readers
-# of all formats, and stops at a number of pixels of its own.
+# First bytes of a file -> its format and Pillow's reader. `Image.open` would try the readers of all
+# formats, and has its own limit of pixels.
 _READERS = (
     (rb"\xff\xd8\xff", "JPEG", JpegImagePlugin.JpegImageFile),
     (rb"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
@@ -59,11 +59,11 @@ _READERS = (
     (rb"P[1-6]\s", "PPM", PpmImagePlugin.PpmImageFile),
 )
 FORMATS = tuple(name for _, name, _ in _READERS)
-# Endings that make a file of a folder an image.
+# A file in a folder is an image if it has one of these endings.
 ENDINGS = (
     ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm",
 )  # fmt: skip
-# What lies under the name of an image instead of one, for messages.
+# Other files that lie under the name of an image, for messages.
 _OTHERS = (
     (rb"....ftyp(heic|heix|mif1|hevc|msf1)", "a HEIC photo; convert it to JPEG"),
     (rb"....ftypavi[fs]", "an AVIF picture; convert it to JPEG or PNG"),
@@ -76,7 +76,7 @@ _TRUNCATED = "cannot be decoded, the file is truncated or damaged; restore it"
 _MODES_8 = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _MODES_16 = ("I;16", "I;16B", "I;16L")
 _PHOTOMETRIC = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION  # 0: zero is white
-# Orientation -> what OpenCV does to bring the picture upright.
+# Orientation -> OpenCV's steps that turn the picture upright.
 _TURNS = {
     2: lambda x: cv2.flip(x, 1),
     3: lambda x: cv2.rotate(x, cv2.ROTATE_180),
@@ -87,7 +87,7 @@ _TURNS = {
     8: lambda x: cv2.rotate(x, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
 _COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-_AS_IT_IS = cv2.IMREAD_UNCHANGED  # ignores orientations, but for that of TIFF
+_AS_IT_IS = cv2.IMREAD_UNCHANGED  # ignores orientations, except TIFF's
 
 
 class ImageError(ValueError):
@@ -95,12 +95,12 @@ class ImageError(ValueError):
 
 
 class _Broken(Exception):
-    """Says what is wrong with a file, without its name."""
+    """Describes what is wrong with a file, without its name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
-    """The first bytes of a picture, read.
+    """The header of a picture.
 
     Attributes:
       kind: one of `FORMATS`.
@@ -108,8 +108,8 @@ class _Header:
       mode: Pillow's mode.
       bits: per sample.
       size: (height, width) as stored; of TIFF upright.
-      turn: the orientation that is still to be applied, 1 to 8.
-      animated: whether a PNG has frames, which OpenCV and Pillow read differently.
+      turn: the orientation still to apply, 1 to 8.
+      animated: True for a PNG with frames, which OpenCV and Pillow read differently.
     """
 
     kind: str
@@ -125,32 +125,32 @@ class _Header:
         return self.size[::-1] if self.turn >= 5 else self.size
 
 
-def list_images(folder: str | os.PathLike[str], endings: tuple[str, ...] = ENDINGS) -> list[str]:
+def list_images(folder: str | os.PathLike[str]) -> list[str]:
     """Names of the image files directly in `folder`, sorted, by their ending in either case.
 
-    Hidden files are left out, among them the `._NAME` that macOS puts beside NAME.
+    Hidden files are left out, including the `._NAME` that macOS puts beside NAME.
     """
     with os.scandir(folder) as entries:
         return sorted(
             entry.name
             for entry in entries
             if not entry.name.startswith(".")
-            and entry.name.lower().endswith(endings)
+            and entry.name.lower().endswith(ENDINGS)
             and entry.is_file()
         )
 
 
-def walk_images(folder: str | os.PathLike[str], endings: tuple[str, ...] = ENDINGS) -> list[str]:
+def walk_images(folder: str | os.PathLike[str]) -> list[str]:
     """As `list_images`, subfolders included: paths relative to `folder`, with "/", sorted.
 
-    Hidden folders are left out, and what archives of macOS call `__MACOSX`.
+    Hidden folders and the `__MACOSX` of macOS archives are left out.
     """
     found = []
     for path, folders, _ in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         inside = os.path.relpath(path, folder).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
-        found += [prefix + name for name in list_images(path, endings)]
+        found += [prefix + name for name in list_images(path)]
     return sorted(found)
 
 
@@ -170,9 +170,9 @@ def decode_image(
 
     Args:
       data: content of the file.
-      where: what the message calls it.
-      max_pixels: the most pixels that it may have; see `data.max_pixels`.
-      error: what is raised.
+      where: name of the picture in messages.
+      max_pixels: limit of its pixels; see `data.max_pixels`.
+      error: the exception to raise.
 
     Raises:
       error: another format, damaged, truncated, too large, or a kind of picture that is refused.
@@ -191,7 +191,7 @@ def decode_samples(
     """Decodes a map of labels (PNG or TIFF) into its exact samples: nothing is scaled.
 
     The arguments are those of `decode_image`, and
-      palette: whether the indices of a palette become its colours.
+      palette: turn the indices of a palette into its colours.
 
     Returns:
       uint8 or uint16 [H, W] of a grey or palette picture with 1, 2, 4, 8 or 16 bits; [H, W, 3],
@@ -207,12 +207,12 @@ def decode_samples(
 def read_size(
     data: bytes, where: str, *, max_pixels: int = MAX_PIXELS, error: type[Exception] = ImageError
 ) -> tuple[int, int]:
-    """Height and width of what `decode_image` returns, from the header alone; errors as there."""
+    """Height and width of the result of `decode_image`, from the header alone; same errors."""
     return _checked(lambda header, _: header.upright_size, data, where, max_pixels, error)
 
 
 def _of_its_size(decode):
-    """`decode` for which a result of another size than the header's is damage."""
+    """Makes `decode` refuse a result whose size differs from the header's."""
 
     def checked(header, data):
         pixels = decode(header, data)
@@ -224,14 +224,14 @@ def _of_its_size(decode):
 
 
 def _checked(use, data, where, max_pixels, error):
-    """`use(header, data)`, its errors and those of the libraries as one `error`."""
+    """Calls `use(header, data)`; raises its errors and those of the libraries as one `error`."""
     try:
         return use(_open(data, max_pixels), data)
     except _Broken as cause:
         raise error(f"{where}: {cause}") from None
     except MemoryError:
-        raise error(f"{where}: the memory does not suffice to decode it") from None
-    except Exception as cause:  # Pillow's decoders raise whatever they stumble over
+        raise error(f"{where}: there is not enough memory to decode it") from None
+    except Exception as cause:  # Pillow's decoders raise many types
         reason = " ".join(str(cause).split()) or type(cause).__name__
         raise error(f"{where}: {_TRUNCATED} ({reason})") from cause
 
@@ -245,7 +245,8 @@ def _open(data: bytes, max_pixels: int) -> _Header:
         picture = reader(io.BytesIO(data))
     except Image.DecompressionBombError:
         raise _Broken(
-            f"more pixels than Pillow takes of {kind}, whatever data.max_pixels; store it as JPEG"
+            f"it has more pixels than Pillow accepts in a {kind}, whatever data.max_pixels; store "
+            "it as JPEG"
         ) from None
     width, height = picture.size
     if height < 1 or width < 1:
@@ -282,7 +283,7 @@ def _reader_of(data: bytes) -> tuple[str, Callable[[IO[bytes]], ImageFile.ImageF
 
 
 def _orientation(exif: bytes | None) -> int:
-    """The orientation of EXIF data; 1 where there is none or it cannot be read."""
+    """The orientation in EXIF data; 1 if it is missing or unreadable."""
     if not exif:
         return 1
     found = Image.Exif()
@@ -295,7 +296,7 @@ def _orientation(exif: bytes | None) -> int:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Names of all chunks of a PNG, with the content of eXIf; `_Broken` if its end is missing."""
+    """Yields the names of a PNG's chunks, with eXIf's content; `_Broken` if the end is missing."""
     position = 8
     while position + 12 <= len(data):
         length = int.from_bytes(data[position : position + 4], "big")
@@ -350,7 +351,7 @@ def _deep_samples(header: _Header, data: bytes) -> np.ndarray:
         )
     if header.mode in _MODES_16 or header.mode == "I":
         samples = np.asarray(header.picture)
-    elif header.kind in ("PNG", "TIFF") and header.bits == 16:  # Pillow would keep the high bytes
+    elif header.kind in ("PNG", "TIFF") and header.bits == 16:  # Pillow keeps the high bytes only
         samples = _opencv(data, _AS_IT_IS)
     else:
         samples = np.zeros(0)
@@ -365,7 +366,7 @@ def _deep_samples(header: _Header, data: bytes) -> np.ndarray:
 
 
 def _rgb_order(samples: np.ndarray) -> np.ndarray:
-    """OpenCV's [H, W], or [H, W, 3 or 4] in BGR order, as [H, W] or [H, W, 3] in RGB order."""
+    """Brings OpenCV's [H, W] or BGR(A) [H, W, 3 or 4] into [H, W] or RGB [H, W, 3]."""
     if samples.ndim == 2:
         return samples
     code = cv2.COLOR_BGR2RGB if samples.shape[2] == 3 else cv2.COLOR_BGRA2RGB
@@ -373,11 +374,11 @@ def _rgb_order(samples: np.ndarray) -> np.ndarray:
 
 
 def _eight_bits(samples: np.ndarray) -> np.ndarray:
-    """16 bits as 8, scaled by the smallest 2^n - 1, n from 8 to 16, not below the maximum."""
+    """Scales 16 bits to 8 by the smallest 2^n - 1 (n from 8 to 16) not below the maximum."""
     top = (1 << max(8, int(samples.max()).bit_length())) - 1
     _say_once(
-        "16-bit images are read as 8 bits: each is scaled by the smallest of 255, 511, ... 65535 "
-        "that is not below its largest value"
+        "16-bit images are read as 8 bits: the smallest of 255, 511, ... 65535 that is not below "
+        "an image's largest value scales it"
     )
     table = (np.arange(top + 1, dtype=np.uint32) * 255 + top // 2) // top
     return table.astype(np.uint8)[samples]
@@ -396,8 +397,8 @@ def _decode_jpeg(header: _Header, data: bytes) -> np.ndarray:
     else:
         pixels = _opencv(data, _COLOR)
         last = pixels[-1, -1]
-    # libjpeg fills what a cut file lacks with this grey, and says so on stderr only. Pillow inverts
-    # CMYK, hence 127.
+    # libjpeg fills the missing part of a cut file with this grey, and reports it on stderr only.
+    # Pillow inverts CMYK, hence 127.
     filled = np.isin(last, (127, 128)).all()
     if filled and scan and not _reaches_last_pixel(data[: data.find(_END, scan)]):
         raise _Broken(_TRUNCATED)
@@ -405,15 +406,15 @@ def _decode_jpeg(header: _Header, data: bytes) -> np.ndarray:
 
 
 def _reaches_last_pixel(data: bytes) -> bool:
-    """Whether a sequential JPEG without its end marker suffices for its last pixel, a grey.
+    """Tells whether a sequential JPEG without its end marker still yields its last pixel, a grey.
 
-    Without the marker libjpeg waits for more data instead of filling up, and Pillow's picture stays
-    black there. The added bytes are those that it reads ahead.
+    Without the marker libjpeg waits for more data instead of filling with grey, so Pillow's picture
+    stays black there. The added bytes are those that libjpeg reads ahead.
     """
     picture = JpegImagePlugin.JpegImageFile(io.BytesIO(data + bytes(8)))
     try:
         picture.load()
-    except OSError:  # the end is missing, as it should be
+    except OSError:  # expected: the end marker is missing
         picture.tile = []  # shows what was decoded
     last = picture.getpixel((picture.width - 1, picture.height - 1))
     return any(last) if isinstance(last, tuple) else bool(last)
@@ -426,15 +427,15 @@ _SOF2, _SOI, _EOI, _SOS, _TEM = 0xC2, 0xD8, 0xD9, 0xDA, 0x01
 
 
 def _first_scan(data: bytes) -> int:
-    """Checks that a JPEG has its end marker; where its first scan begins, 0 if it is progressive.
+    """Checks that a JPEG has its end marker; returns where its first scan begins, 0 if progressive.
 
-    The scans of a progressive one must bring every coefficient to its full precision; what was cut
-    within the last scan passes.
+    The scans of a progressive JPEG must bring every coefficient to its full precision; a cut within
+    the last scan passes.
 
     Raises:
-      _Broken: there is no end, or scans are missing.
+      _Broken: the end marker or scans are missing.
     """
-    # Component -> the coefficients that are not precise yet, of a progressive JPEG.
+    # Component of a progressive JPEG -> the coefficients that are not precise yet.
     missing: dict[int, set[int]] = {}
     position = 2
     while match := _MARKER.search(data, position):
@@ -516,5 +517,5 @@ def _tiff_samples(header: _Header, palette: bool) -> np.ndarray:
 
 
 def _unscaled(samples: np.ndarray, bits: int) -> np.ndarray:
-    """Samples of 1, 2 or 4 bits, which the libraries scale to 0..255, as they are in the file."""
+    """Undoes the scaling of 1, 2 or 4 bits to 0..255 by the libraries."""
     return samples // (255 // ((1 << bits) - 1))

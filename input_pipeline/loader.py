@@ -1,14 +1,13 @@
-"""Batches for training, read with Grain; those for evaluation are in `eval_loader`.
+"""Batches for training, read with Grain; `eval_loader` makes those for evaluation.
 
-Which records make up the global batch of a step, and every random number drawn for them,
-are a pure function of (seed, step). They do not depend on the number of processes, workers or
-threads, and nothing random needs a checkpoint: `train_loader(..., start_step=s)` starts at batch s
-at once.
+The records of a step's global batch, and every random number drawn for them, are a pure function
+of (seed, step). They do not depend on the number of processes, workers or threads, and no random
+state needs a checkpoint: `train_loader(..., start_step=s)` starts at batch s at once.
 
 A *source* is any object with `len(source)` and `source[i] -> record` (`input_pipeline.sources`),
 picklable if worker processes read it. Optional methods: `has_things(i) -> bool` (needed for
 `require_things`), `image_size(i) -> (height, width)` (spares evaluation a pass over the images) and
-`compact(i)` (the record in its compact form, which training reads where it can: it is faster).
+`compact(i)` (the compact form of the record, which is faster to read).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Source(Protocol):
 
 
 def require(condition: bool, message: str) -> None:
-    """ValueError with `message` unless the condition holds."""
+    """Raises ValueError with `message` unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -51,17 +50,17 @@ class LoaderConfig:
       batch_size: images per process and step (global batch / number of processes).
       num_slots: M, target slots per image, at most 255.
       num_texts: texts per image: number of queries less the learned context embeddings.
-      augment: augmentation, with the size of the training images, multiples of 32.
+      augment: augmentation and size of the training images, multiples of 32.
       seed: of data order, augmentation and task choice, 0 <= seed < 2**32.
       semantic_prob: probability of the semantic task.
       instance_prob: probability of the instance task; the rest is panoptic.
-      text_types: whether texts tell things from stuff (`tokenizer.names_type`).
+      text_types: texts tell things from stuff (`tokenizer.names_type`).
       num_workers: loader processes; 0 reads in threads of this process.
-      num_threads: reading threads where there are no worker processes.
-      prefetch: batches kept ready, by each worker (at least 2) or by the threads together. Host
+      num_threads: reading threads without worker processes.
+      prefetch: batches kept ready by each worker (at least 2) or by all threads together. Host
         memory is about max(num_workers, 1) * (prefetch + 1) batches, with workers in /dev/shm.
       skip_broken: replace a record that raises RecordError by the next good one instead of raising.
-      require_things: leave out records without a non-crowd thing, as the official COCO training.
+      require_things: leave out records without a non-crowd thing, as official COCO training does.
     """
 
     batch_size: int
@@ -157,8 +156,8 @@ class _LoadTrainBatch:
 
     def _sample(self, epoch: int, number: int, report: dict[str, Any]) -> Batch:
         config = self.config
-        # One generator per position in the global order. A record that stands in for a broken one
-        # keeps the broken one's generator, so that it is not the same sample twice in an epoch.
+        # One generator per position in the global order. The substitute of a broken record uses the
+        # broken one's generator, so that an epoch does not have the same sample twice.
         rng = np.random.default_rng((config.seed, epoch, int(self.kept[number])))
         index, record = self._read(number, report)
         with naming(f"record {index} ({record['file_name']})"):
@@ -169,7 +168,7 @@ class _LoadTrainBatch:
     def _make_sample(
         self, rng: np.random.Generator, record: Mapping[str, Any]
     ) -> tuple[Batch, int]:
-        """Augments a record and makes its targets; returns also the number of segments left out."""
+        """Augments a record and makes its targets; also returns the number of segments left out."""
         config = self.config
         record = transforms.augment(rng, record, config.augment)
         task = targets.sample_task(rng, config.semantic_prob, config.instance_prob)
@@ -194,7 +193,7 @@ class _LoadTrainBatch:
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Names the record in an error that does not; the data is the likely fault of a ValueError."""
+    """Adds the record's name to errors; a ValueError becomes a RecordError, as data causes it."""
     try:
         yield
     except RecordError:
@@ -210,14 +209,14 @@ class TrainIterator(Iterator[Batch]):
     """Endless training batches; `position` belongs into a checkpoint.
 
     Attributes:
-      position: step of the next batch, what `train_loader` takes as `start_step` to go on.
+      position: step of the next batch, the `start_step` of a loader that continues here.
       broken: source position -> error, of the broken records skipped so far.
       dropped_segments: segments left out so far because an image had more than `num_slots`.
     """
 
     def __init__(self, batches: grain.DatasetIterator, position: int, with_workers: bool):
-        # Ends the workers also when this object is dropped or the interpreter exits, and then lets
-        # go of them: during the interpreter's teardown Grain cannot free their shared memory.
+        # Dropping this object or leaving the interpreter ends the workers too, and drops them at
+        # once: during the interpreter's teardown Grain cannot free their shared memory.
         self._batches = [batches]
         self._close = weakref.finalize(self, _close_and_drop, self._batches)
         self._to_start = with_workers
@@ -279,17 +278,17 @@ def train_loader(
     process_count: int = 1,
     start_step: int = 0,
 ) -> TrainIterator:
-    """Endless batches of this process, from step `start_step` on.
+    """Gives the endless batches of this process, from step `start_step` on.
 
-    Records come in a random order that is new in every epoch; every batch is complete and may span
-    two epochs. With `config.num_workers` > 0 the caller's main module needs the usual
-    `if __name__ == "__main__"` guard, because the workers are spawned.
+    Every epoch has its own random order; every batch is complete and may span two epochs. With
+    `config.num_workers` > 0 the caller's main module needs the usual `if __name__ == "__main__"`
+    guard, because the workers are spawned.
 
     Args:
       source: the records.
       config: settings; `config.batch_size` is per process.
       info: class names and thing flags.
-      process_index: of this process among the `process_count` that share the global batch.
+      process_index: number of this process among the `process_count` that share the global batch.
       start_step: step of the first batch; earlier ones are not read.
 
     Returns:
@@ -327,8 +326,8 @@ def train_loader(
     if config.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain passes its flags on to the workers
             flags.FLAGS.mark_as_parsed()
-        # A worker reads in its main thread. Grain buffers a worker's batches twice: in its queue
-        # and in a thread of this process that empties the queue.
+        # A worker reads in its main thread. Grain buffers a worker's batches twice: in its queue,
+        # and in the thread of this process that empties the queue.
         batches = batches.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(
             grain.MultiprocessingOptions(config.num_workers, max(config.prefetch // 2, 1)),
             worker_init_fn=workers.start,

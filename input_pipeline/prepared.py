@@ -1,9 +1,8 @@
-"""The description of a prepared dataset, checked before anything believes it.
+"""The description of a prepared dataset, checked before it is used.
 
-A prepared folder may be a stranger's or damaged. Its three JSON files are read by a schema here and
-never by TFDS, which would import the classes that features.json names and open the files that
-dataset_info.json names. The names of the record files are made from a checked name and a number, so
-that none lies outside of the folder.
+A prepared folder may be a stranger's or damaged. Its three JSON files are read by a schema here:
+TFDS would import the classes and open the files named there. The names of record files are made
+from a checked name and a number, so none lies outside the folder.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DESCRIPTION, FEATURES, METADATA = "dataset_info.json", "features.json", "metadata.json"
-# 17 bytes a record: enough for 3.9 million. As typed lists it is a few times as large in memory.
+# 17 bytes a record: enough for 3.9 million records.
 _METADATA_LIMIT = 64 << 20
 
 _Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
-_Side = Annotated[int, msgspec.Meta(ge=1, le=2**20)]  # OpenCV decodes no longer one
+_Side = Annotated[int, msgspec.Meta(ge=1, le=2**20)]  # OpenCV's limit
 _Channel = Annotated[int, msgspec.Meta(ge=0, le=255)]
 # Protocol buffers write an int64 as text.
 _Count = (
@@ -78,7 +77,7 @@ class _FeaturesDict(msgspec.Struct):
 
 
 class _Feature(msgspec.Struct, rename="camel"):
-    """One of TFDS's feature connectors; all None if it is of a kind that no builder here uses."""
+    """One of TFDS's feature connectors; all None for a kind that no builder here uses."""
 
     image: _Array | None = None
     tensor: _Array | None = None
@@ -119,8 +118,8 @@ class Split:
       lengths: number of records of each.
       num_bytes: size of all, as the preparation counted it.
       sizes: int32 [N, 2], height and width of the N images.
-      has_things: bool [N], whether an image has a thing that is no crowd.
-      left_out: reasons why records of the download are not there, a line each.
+      has_things: bool [N], True for an image with a thing that is no crowd.
+      left_out: reasons why records of the download are missing, a line each.
     """
 
     paths: tuple[str, ...]
@@ -131,7 +130,7 @@ class Split:
     left_out: tuple[str, ...]
 
     def missing(self) -> list[str]:
-        """Names of its files that are not there."""
+        """Names of its missing files."""
         return [os.path.basename(path) for path in self.paths if not os.path.isfile(path)]
 
 
@@ -143,9 +142,9 @@ class Prepared:
       name, version: those of its TFDS builder.
       splits: by name.
       info: the class table.
-      dense: whether its segment maps have the dense form, see `builders.schema`.
-      semantic: whether its records carry a semantic map.
-      fingerprints: of the annotations that the splits were made from.
+      dense: True if its segment maps have the dense form, see `builders.schema`.
+      semantic: True if its records carry a semantic map.
+      fingerprints: of the annotations of each split.
       skipped: reasons why records of a folder were left out.
     """
 
@@ -164,18 +163,18 @@ def folder_of(
 ) -> Path:
     """Names the folder of a builder's prepared files.
 
-    A builder itself would say so too, but making one lets TFDS read what lies there.
+    Asking a builder would make TFDS read the folder unchecked.
     """
     return Path(data_dir, builder.name, *config, str(builder.VERSION))
 
 
 def read(folder: str | os.PathLike[str]) -> Prepared:
-    """Reads and checks the description of a prepared dataset, but none of its record files.
+    """Reads and checks the description of a prepared dataset; opens no record file.
 
     Raises:
       FileNotFoundError: nothing is prepared there.
       FileError: a file of the description is missing, damaged, too large, or disagrees with
-        another; or the dataset is none of this project's. The message names the file.
+        another; or another project wrote the dataset. The message names the file.
     """
     folder = Path(folder)
     if not (folder / DESCRIPTION).exists():
@@ -215,7 +214,7 @@ def read(folder: str | os.PathLike[str]) -> Prepared:
 
 
 def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads all that metadata.json holds, also what `read` does not know; `read` checks it."""
+    """Reads the whole metadata.json, unknown keys included; `read` checks it."""
     path = Path(folder, METADATA)
     return _read(path, dict[str, Any], _METADATA_LIMIT)
 

@@ -7,10 +7,10 @@ A record is a dict with
     (int, as the annotation says);
   image_id: str;
   file_name: str;
-  semantic: int32 [H, W], class ids, VOID where unlabelled; only where the semantic annotation is
-    not that of the segments (ADE20K).
-A *compact* record has other ids, small enough for a uint8 map, or uint16 above 255 segments, and no
-`semantic`. Training reads these.
+  semantic: int32 [H, W], class ids, VOID where unlabelled; only if the semantic annotation differs
+    from that of the segments (ADE20K).
+Training reads *compact* records: they have ids that are small enough for a uint8 map (uint16 above
+255 segments), and no `semantic`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from oneformer_jax.input_pipeline import images
 # Ids are read as R + 256 G + 65536 B, so they have 24 bits.
 _ID_LIMIT = 1 << 24
 _MAX_SEGMENTS = 65_535
-# Unlabelled pixels of a map of class ids: never a class, whatever value files have for them.
+# Unlabelled pixels of a map of class ids, whatever value the files use.
 VOID = -1
-# Maps of few values: without PNG's filters they are a third smaller and decode seven times as fast.
+# Without PNG's filters, maps of few values are a third smaller and decode seven times as fast.
 _DENSE_PNG = [
     cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE, cv2.IMWRITE_PNG_COMPRESSION, 9
 ]  # fmt: skip
@@ -38,8 +38,8 @@ _DENSE_PNG = [
 class RecordError(ValueError):
     """One record is broken (a file is missing or truncated, ids or sizes disagree).
 
-    The rest of the dataset is usable: a loader may skip the record and list the message, which
-    names the file. `kind` is a phrase that errors of one cause share.
+    The rest of the dataset is usable, so a loader may skip the record. The message names the file;
+    `kind` is a phrase that errors of one cause share.
     """
 
     def __init__(self, message: str, kind: str = "image or map that cannot be used"):
@@ -49,7 +49,7 @@ class RecordError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class SegmentTable:
-    """The annotated segments of one image, one entry per segment; crowd as 0 or 1."""
+    """The annotated segments of one image, an entry each; crowd is 0 or 1."""
 
     ids: np.ndarray
     categories: np.ndarray
@@ -102,7 +102,7 @@ class SegmentTable:
             )
 
     def measured(self, panoptic: np.ndarray, where: str) -> SegmentTable:
-        """The segments that an id map, int [H, W], shows, with their pixels as areas."""
+        """The segments in an id map, int [H, W]; their areas count its pixels."""
         numbers = number_segments(panoptic, self, where)
         return keep_visible(numbers, self, count_pixels(numbers, self))[1]
 
@@ -124,23 +124,14 @@ class SegmentTable:
 
 
 def decode_image(data: bytes, where: str, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
-    """Decodes an image file into uint8 [H, W, 3], RGB, upright: see `images.decode_image`.
-
-    Raises:
-      RecordError: of another format, truncated, damaged, or of more than `max_pixels`; the message
-        begins with `where`.
-    """
+    """As `images.decode_image`: uint8 [H, W, 3]; a RecordError begins with `where`."""
     return images.decode_image(data, where, max_pixels=max_pixels, error=RecordError)
 
 
 def read_image_size(
     data: bytes, where: str, max_pixels: int = images.MAX_PIXELS
 ) -> tuple[int, int]:
-    """Height and width of the image that `decode_image` would return, without decoding it.
-
-    Raises:
-      RecordError: see `decode_image`.
-    """
+    """Height and width of the result of `decode_image`, from the header alone; same errors."""
     return images.read_size(data, where, max_pixels=max_pixels, error=RecordError)
 
 
@@ -148,7 +139,7 @@ def decode_labels(data: bytes, where: str, max_pixels: int = images.MAX_PIXELS) 
     """Decodes a map of labels into its exact samples: see `images.decode_samples`.
 
     Returns:
-      uint8 or uint16, [H, W] (of a palette the indices) or [H, W, 3] (RGB).
+      uint8 or uint16, [H, W] (a palette's indices) or [H, W, 3] (RGB).
 
     Raises:
       RecordError: see `decode_image`.
@@ -200,20 +191,20 @@ def _decode_ids(data: bytes, where: str, max_pixels: int) -> np.ndarray:
             f"{pixels.dtype} with {1 if pixels.ndim == 2 else pixels.shape[2]} channel(s); convert "
             "it (a grey map of small ids goes into R, with G = B = 0)"
         )
-    # The fourth channel is all ones.
+    # The added fourth channel is all ones: the mask removes it.
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view("<i4")[..., 0] & (_ID_LIMIT - 1)
 
 
 def number_segments(
     panoptic: np.ndarray, segments: SegmentTable, where: str, *, unlisted_is_void: bool = False
 ) -> np.ndarray:
-    """Position in `segments` + 1 of every pixel of an id map, 0 where void.
+    """Maps every pixel of an id map to its position in `segments` + 1, 0 where void.
 
     Args:
       panoptic: int [H, W] ids below 2**24.
       segments: a checked table.
-      where: what messages call the map.
-      unlisted_is_void: take ids that the table lacks for void instead of raising.
+      where: name of the map in messages.
+      unlisted_is_void: treat ids that the table lacks as void instead of raising.
 
     Returns:
       uint8 [H, W], or uint16 for more than 255 segments.
@@ -246,15 +237,15 @@ def count_pixels(numbers: np.ndarray, segments: SegmentTable) -> np.ndarray:
 def keep_visible(
     numbers: np.ndarray, segments: SegmentTable, pixels: np.ndarray
 ) -> tuple[np.ndarray, SegmentTable]:
-    """Leaves out segments without a pixel, and takes the pixels for the areas.
+    """Leaves out segments without a pixel, and makes the pixels their areas.
 
     Args:
       numbers: uint8 or uint16 [H, W] of table positions + 1, 0 is void.
       segments: the table.
-      pixels: what `count_pixels` gives for them.
+      pixels: the result of `count_pixels` for them.
 
     Returns:
-      The map of the positions in the table that is left, and that table.
+      The map of positions in the remaining table, and that table.
     """
     seen = pixels > 0
     table = SegmentTable(
@@ -282,11 +273,7 @@ def encode_dense(panoptic: np.ndarray, segments: SegmentTable) -> bytes:
 def decode_dense(
     data: bytes, segments: SegmentTable, where: str, max_pixels: int = images.MAX_PIXELS
 ) -> np.ndarray:
-    """Inverse of `encode_dense`: int32 [H, W] of segment ids.
-
-    Raises:
-      RecordError: damaged, or a position that the table lacks.
-    """
+    """Inverse of `encode_dense`: int32 [H, W] of segment ids; RecordError if it is damaged."""
     return with_ids(decode_dense_compact(data, segments, where, max_pixels), segments)
 
 
@@ -306,7 +293,7 @@ def decode_dense_compact(
 
 
 def checked_index(index: int, length: int) -> int:
-    """`index` as an int; IndexError unless it is one of 0 .. length - 1."""
+    """Returns `index` as an int; IndexError unless it is in 0 .. length - 1."""
     index = int(index)
     if not 0 <= index < length:
         raise IndexError(f"record {index} of a source with {length} records")
@@ -314,11 +301,11 @@ def checked_index(index: int, length: int) -> int:
 
 
 def turned_hint(image: tuple[int, ...], other: tuple[int, ...]) -> str:
-    """Names the likely reason where an annotation's (height, width) is that of the turned image."""
+    """Explains an annotation whose (height, width) is that of the turned image; else ""."""
     if image != other[::-1]:
         return ""
     return (
-        ". One is the other turned: the image's EXIF orientation is applied, and the annotation "
+        ". One is the other turned: the image's EXIF orientation is applied, but the annotation "
         "was made without it; turn the map too, or save the image without the orientation"
     )
 
@@ -340,7 +327,7 @@ def make_record(
       segments: a checked table.
       image_id: id of the image in the dataset.
       file_name: name of the image file.
-      where: what messages call the record.
+      where: name of the record in messages.
 
     Raises:
       RecordError: image and map differ in size.

@@ -31,23 +31,23 @@ _LAYOUT = (
 _MAX_VALUE = 65_535
 _MAX_CLASSES = 65_535
 _LOOKED_AT = 16  # maps that are read when a folder is opened
-_HINT = "every image needs its map: restore the file or take the image away"
+_HINT = "every image needs its map: restore the file or remove the image"
 
 
 def read_classes(path: str | os.PathLike, ignore_labels: Sequence[int] = (255,)) -> DatasetInfo:
-    """Class table from a text file: the pixel value of a class, then its name, a line each.
+    """Reads a class table from a text file: the pixel value of a class, then its name, a line each.
 
-    Empty lines and lines that begin with "#" are passed over. All classes are stuff: a semantic map
+    Empty lines and lines that begin with "#" are skipped. All classes are stuff: a semantic map
     does not tell objects apart. The pixel values are the table's `category_ids`.
 
     Args:
-      path: of the file.
+      path: the file.
       ignore_labels: values of unlabelled pixels; negative ones stand for none.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: a line that is not "VALUE NAME", a value or name used twice, no class, more than
-        65,535 of them, or a class whose value is an ignored one.
+        65,535 of them, or a class with an ignored value.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,7 +71,7 @@ def read_classes(path: str | os.PathLike, ignore_labels: Sequence[int] = (255,))
         if ignored in values:
             raise ValueError(
                 f"{path}: class {names[values.index(ignored)]!r} has the value {ignored} of "
-                "unlabelled pixels; set the option ignore_label to another one (-1: there are none)"
+                "unlabelled pixels; set the option ignore_label to another value (-1: none)"
             )
     return DatasetInfo(
         dataset=path.resolve().parent.name,
@@ -86,24 +86,24 @@ def read_classes(path: str | os.PathLike, ignore_labels: Sequence[int] = (255,))
 class SemanticFolderSource:
     """Reads images and their semantic maps as records with one segment per class.
 
-    The map of images_dir/A/B.jpg is labels_dir/A/B.png. Records come in order of the path. Both may
-    be one folder: a file that is the map of another one is no image.
+    The map of images_dir/A/B.jpg is labels_dir/A/B.png. Records are ordered by path. Both folders
+    may be the same: a file that is another one's map is not an image.
 
     Args:
       images_dir: folder of images, subfolders included; hidden files are left out.
       labels_dir: folder of the maps.
       info: class table; `category_ids` are the pixel values.
-      label_suffix: end of a map's name in the place of the image's ".jpg".
+      label_suffix: end of a map's name, in place of the image's ".jpg".
       ignore_labels: values of unlabelled pixels; None is the table's own.
 
     Attributes:
       info: class table.
-      max_pixels: the most pixels of an image or map.
+      max_pixels: limit of the pixels of an image or map.
 
     Raises:
       FileNotFoundError: a folder is missing.
-      ValueError: no images, none that has a map, two images that share one, images that are their
-        own maps, or masks of 0 and 255 where the classes are 0 and 1.
+      ValueError: no images, none with a map, two with the same map, images that are their own maps,
+        or masks of 0 and 255 with the classes 0 and 1.
     """
 
     max_pixels = images.MAX_PIXELS
@@ -126,7 +126,7 @@ class SemanticFolderSource:
                 )
         self._names = self._list_names()
         self._ignored = (info.ignore_label,) if ignore_labels is None else tuple(ignore_labels)
-        # Pixel value -> class + 1; void is 0, and one more stands for values that nobody listed.
+        # Pixel value -> class + 1; 0 is void, K + 1 stands for unlisted values.
         self._unknown = info.num_classes + 1
         self._numbers = np.full(_MAX_VALUE + 1, self._unknown, np.min_scalar_type(self._unknown))
         self._numbers[list(info.category_ids)] = np.arange(1, info.num_classes + 1)
@@ -141,7 +141,7 @@ class SemanticFolderSource:
                 f"{self._images_dir} has no {', '.join(images.ENDINGS)}; "
                 f"{found_in(self._images_dir)}"
             )
-        # As texts: asking the file system for each of many files would take minutes on some.
+        # Compared as text: asking some file systems about each of many files would take minutes.
         here, there = os.path.realpath(self._images_dir), os.path.realpath(self._labels_dir)
         files = {name: f"{here}/{name}" for name in names}
         maps = {name: f"{there}/{os.path.splitext(name)[0]}{self._suffix}" for name in names}
@@ -150,28 +150,28 @@ class SemanticFolderSource:
         own = [name for name in names if maps[name] == files[name]]
         if own:
             raise ValueError(
-                f"{self._images_dir}: {first_few(own)} would be image and map in one; keep maps in "
-                "a folder of their own (option train_labels), or set the option label_suffix"
+                f"{self._images_dir}: {first_few(own)} would be both image and map; keep maps in a "
+                "folder of their own (option train_labels), or set the option label_suffix"
             )
         shared = collections.Counter(maps[name] for name in names)
         twice = [name for name in names if shared[maps[name]] > 1]
         if twice:
             raise ValueError(
                 f"{self._images_dir}: the images {first_few(twice)} differ in their ending only "
-                "and would share a map; rename them or take the copies away"
+                "and would share a map; rename them or remove the copies"
             )
         if not any(os.path.isfile(maps[name]) for name in names):
             raise ValueError(
                 f"no image of {self._images_dir} has a map: that of {names[0]} would be "
-                f"{self._label_path(names[0])}; {found_in(self._labels_dir)}. Where the names end "
-                "otherwise, set the option label_suffix"
+                f"{self._label_path(names[0])}; {found_in(self._labels_dir)}. If the names end "
+                "differently, set the option label_suffix"
             )
         return names
 
     def _refuse_scaled_masks(self) -> None:
-        """ValueError for masks of 0 and 255 where 255 is ignored and the classes are 0 and 1.
+        """Raises ValueError for masks of 0 and 255 if 255 is ignored and the classes are 0 and 1.
 
-        Training would then see one class alone, and score 100.
+        Training would see one class alone, and score 100.
         """
         if set(self.info.category_ids) != {0, 1} or 255 not in self._ignored:
             return
@@ -180,7 +180,7 @@ class SemanticFolderSource:
             path = self._label_path(self._names[index])
             try:
                 labels = decode_labels(read_file(path), str(path), self.max_pixels)
-            except RecordError:  # is named when it is read
+            except RecordError:  # raised again when the record is read
                 continue
             found |= set(np.unique(labels).tolist())
         if found == {0, 255}:
@@ -199,29 +199,16 @@ class SemanticFolderSource:
         return f"SemanticFolderSource({str(self._images_dir)!r}, {len(self)} records)"
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width of image `index`, read from the head of its file.
-
-        Raises:
-          RecordError: the file is not an image.
-        """
+        """Height and width in the head of the file of image `index`, or a RecordError."""
         path = self._images_dir / self._names[index]
         return read_image_size(read_file(path, _HINT), str(path), self.max_pixels)
 
     def classes_of(self, index: int) -> np.ndarray:
-        """The classes of image `index` in ascending order, int [G]; decodes its map alone.
-
-        Raises:
-          RecordError: the map is broken, or has a value that is no class.
-        """
+        """The classes in the map of image `index`, ascending, int [G], or a RecordError."""
         return self._numbered(self._label_path(self._names[index]))[1]
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`; its segments are the classes with pixels, their ids class + 1.
-
-        Raises:
-          RecordError: the record is broken.
-          IndexError: no such index.
-        """
+        """Record `index`, whose segment ids are class + 1; RecordError if it is broken."""
         record = self.compact(index)
         return {**record, "panoptic": record["panoptic"].astype(np.int32)}
 
@@ -242,7 +229,7 @@ class SemanticFolderSource:
         )
 
     def _numbered(self, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A map as class + 1, 0 where void; the classes that it has, and the pixels of each."""
+        """Reads a map as class + 1, 0 where void; its classes, and the pixels of each."""
         labels = decode_labels(read_file(path, _HINT), str(path), self.max_pixels)
         if labels.ndim != 2:
             raise RecordError(

@@ -1,7 +1,7 @@
 """Random-access sources of records, opened by name: prepared TFDS datasets and folders.
 
-`source[i]` is a record (see `records`), `len(source)` their number. Sources can be pickled and open
-their files where they are used, so loader workers may share one.
+`source[i]` is a record (see `records`), `len(source)` the number of records. Loader workers may
+share a source: it can be pickled, and opens its files in the process that uses it.
 """
 
 from __future__ import annotations
@@ -45,11 +45,7 @@ SPLITS = ("train", "validation")
 
 
 def is_prepared(builder_dir: str | os.PathLike) -> bool:
-    """Tells whether a prepared dataset has its description and every file that this names.
-
-    Raises:
-      ValueError: the description is damaged.
-    """
+    """Tells whether a prepared dataset has all files; ValueError for a damaged description."""
     try:
         splits = prepared.read(builder_dir).splits.values()
     except FileNotFoundError:
@@ -58,11 +54,10 @@ def is_prepared(builder_dir: str | os.PathLike) -> bool:
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> Path:
-    """Writes the records of a builder as ArrayRecord files unless they are there already.
+    """Writes the records of a builder as ArrayRecord files, unless that is done already.
 
-    The files appear under their final name when they are complete. What an interrupted run left
-    behind, or a folder that lacks shards, does not count as prepared and is written anew. Needs
-    neither TensorFlow nor a network.
+    Complete files alone get their final name. The remains of an interrupted run, or a folder that
+    lacks shards, are written anew. Needs neither TensorFlow nor a network.
 
     Args:
       builder: a builder of `oneformer_jax.input_pipeline.builders`.
@@ -76,16 +71,16 @@ def prepare(builder: tfds.core.DatasetBuilder) -> Path:
     import tensorflow_datasets as tfds
 
     target = Path(builder.data_dir)
-    if is_prepared(target):  # needs no lock, so a read-only folder will do
+    if is_prepared(target):  # asked without the lock, so a read-only folder suffices
         return target
     with exclusive(target.parent):
-        if is_prepared(target):  # by the process that had the lock
+        if is_prepared(target):  # by the process that held the lock
             return target
         for leftover in (*target.parent.glob("incomplete.*"), target):
             if leftover.exists():
                 logging.warning("removing the incomplete preparation %s", leftover)
                 shutil.rmtree(leftover)
-        builder = copy.copy(builder)  # built anew, so that it remembers nothing of the leftovers
+        builder = copy.copy(builder)  # the copy has not read the leftovers
         with writing(target.parent, RuntimeError):
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
@@ -151,7 +146,7 @@ def open_source(
     for_inspection: bool = False,
     max_pixels: int = images.MAX_PIXELS,
 ) -> tuple[Source, DatasetInfo]:
-    """Opens a dataset by name; "synthetic" and "coco_folder" are prepared first if need be.
+    """Opens a dataset by name; prepares "synthetic" and "coco_folder" first if necessary.
 
     Options of "synthetic" (defaults in parentheses):
       size (128): height and width of a scene in pixels.
@@ -164,17 +159,17 @@ def open_source(
       train_json (panoptic_train.json): its JSON, which also defines the classes of all splits.
       validation_images (images), validation_panoptic (panoptic),
         validation_json (panoptic_val.json): the same for validation; an empty validation_json
-        means that there is no such split.
-      table (empty): name of a table of `datasets.dataset_info` whose classes and colours to use
-        instead of the JSON's own, e.g. "coco" for weights trained on COCO.
+        means no such split.
+      table (empty): name of a table of `datasets.dataset_info` to use instead of the JSON's own
+        classes and colours, e.g. "coco" for weights trained on COCO.
       name (name of the root folder): keeps prepared datasets apart in `data_dir`.
       prepare (True): write TFDS records into `data_dir` once and read those; False reads the folder
         itself.
-      skip_broken (False): leave broken records out of the preparation instead of failing, and take
-        segments with faults in the JSON for void, also without preparation.
+      skip_broken (False): leave broken records out of the preparation instead of failing, and treat
+        segments with faults in the JSON as void, also without preparation.
 
-    Options of "coco", "ade20k", "cityscapes" and "mapillary", which `main.py --mode=prepare` has
-    written into `data_dir` (see `builders.preparation`):
+    Options of "coco", "ade20k", "cityscapes" and "mapillary", which `main.py --mode=prepare` writes
+    into `data_dir` (see `builders.preparation`):
       skip_broken (False): accept a preparation that left records out.
 
     Options of "coco_instances" (records: see `coco_instances.CocoInstanceSource`):
@@ -182,28 +177,28 @@ def open_source(
       train_images (images), train_json (instances_train.json), validation_images (images),
         validation_json (instances_val.json): as above, with instance JSON files.
       table (empty): as above.
-      crowd_as_instances (False): take annotations with iscrowd 1 for instances; for tools that
+      crowd_as_instances (False): treat annotations with iscrowd 1 as instances; for tools that
         write 1 for every mask.
       skip_broken (False): leave out annotations with faults.
 
     Options of "semantic_folder" (records: see `semantic_folder.SemanticFolderSource`):
       root (data_dir): as above.
       train_images (images/train), train_labels (labels/train), validation_images
-        (images/validation), validation_labels (labels/validation): folders of images and maps; with
-        empty validation_images there is no such split.
+        (images/validation), validation_labels (labels/validation): folders of images and maps; an
+        empty validation_images means no such split.
       classes (classes.txt): text file of the classes, VALUE NAME a line.
-      ignore_label ((255,)): the values of unlabelled pixels, or one; -1: there are none.
-      label_suffix (.png): end of a map's name in the place of the image's ".jpg".
+      ignore_label ((255,)): the values of unlabelled pixels, or one; -1 for none.
+      label_suffix (.png): end of a map's name, in place of the image's ".jpg".
       table (empty): name of a table to use instead of `classes`; its own ids are the pixel values.
 
     Args:
       name: a key of OPTIONS.
-      data_dir: local or mounted folder where prepared files are written and looked for.
+      data_dir: local or mounted folder of the prepared files.
       split: "train" or "validation".
       options: see above.
-      for_inspection: leave out what has faults whatever skip_broken is, and log nothing, where
-        annotation files are read directly: the source knows its `faults`.
-      max_pixels: the most pixels that an image or a map may have; larger ones are broken records.
+      for_inspection: leave out annotations with faults, whatever skip_broken is, and log nothing;
+        the `faults` of the source list them.
+      max_pixels: limit of the pixels of an image or map; larger ones are broken records.
 
     Returns:
       The source and the class table of the dataset.
@@ -270,8 +265,8 @@ def _open_official(name: str, data_dir: Path, split: str, options: dict) -> Tfds
         )
     if not is_prepared(folder):
         raise FileNotFoundError(
-            f"{folder} has lost some of its files; the same command as before writes them again:"
-            f"\n  {command}"
+            f"{folder} has lost some of its files; write them again with the same command as "
+            f"before:\n  {command}"
         )
     source = TfdsSource(folder, split)
     if source.left_out and not options["skip_broken"]:
@@ -359,7 +354,7 @@ def _open_semantic_folder(data_dir: Path, split: str, options: dict) -> Semantic
 
 
 def _coco_folder_info(name: str, table: str, folders: Mapping[str, FolderSplit]) -> DatasetInfo:
-    """The named table, or the categories of the first split's JSON (training, if there is one)."""
+    """The named table, or the categories of the first split's JSON (training, if present)."""
     if table:
         return datasets.dataset_info(table)
     first = next(iter(folders.values()))
@@ -367,12 +362,12 @@ def _coco_folder_info(name: str, table: str, folders: Mapping[str, FolderSplit])
 
 
 def _check_fresh(done: Path, folder: FolderSplit, split: str, options: Mapping) -> None:
-    """Raises ValueError if what was prepared is not what the options describe."""
+    """Raises ValueError if the prepared dataset is not the one that the options describe."""
     stored = prepared.read(done)
     way_out = f"delete {done} to prepare it again, or choose another option name"
     if split not in stored.fingerprints:
         raise ValueError(f"{done} was prepared without the {split} split; {way_out}")
-    # The original files may be gone (a copy of the prepared ones is enough to train).
+    # The original files may be gone: training needs the prepared ones alone.
     if Path(folder.json_path).is_file() and stored.fingerprints[split] != folder.fingerprint():
         raise ValueError(
             f"{done} was prepared from other annotations than {folder.json_path} has now; {way_out}"

@@ -1,4 +1,4 @@
-"""What a dataset holds, counted from its annotations: segments, slots needed, crowd and void."""
+"""Counts a dataset's annotations: segments, slots needed, crowd and void."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from oneformer_jax.input_pipeline.loader import Source
 from oneformer_jax.input_pipeline.records import RecordError
 
 _SHOWN = 12  # classes that a report lists
+_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """Counts of N images before augmentation, which adds no segment.
+    """Counts over N images before augmentation, which adds no segment.
 
     Attributes:
       total: number of images in the source, N of which were read.
       sizes: int [N, 2], height and width.
       slots: task -> int [N], target slots that the image needs.
       crowd, void: int [N], pixels of crowd segments, and of no segment.
-      class_images: int [K], images with a segment of the class (no crowd).
+      class_images: int [K], images with a non-crowd segment of the class.
       class_segments: int [K], such segments.
-      broken: position in the source -> fault of the records that could not be read.
-      faults: these, and those of the annotation file, which is looked at whole.
-      remarks: what is odd in the file and in the images that were read, but no fault.
-      notes: what else to know of the dataset, a sentence each.
+      broken: position in the source -> fault of a record that could not be read.
+      faults: these, and those of the whole annotation file.
+      remarks: oddities of the file and of the images read, which are no faults.
+      notes: remarks on the whole dataset, a sentence each.
     """
 
     total: int
@@ -56,7 +57,7 @@ class Statistics:
 
 @contextlib.contextmanager
 def listing_faults(folder: str) -> Iterator[str]:
-    """Makes the folder and gives the path of its faults.txt, which a FaultsError is written to."""
+    """Makes the folder, yields the path of its faults.txt, and writes a FaultsError there."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "faults.txt")
     try:
@@ -66,12 +67,8 @@ def listing_faults(folder: str) -> Iterator[str]:
         raise ValueError(f"{error}\nAll faults are listed in {path}") from None
 
 
-def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int = 4) -> Statistics:
-    """Counts over at most `limit` images (0: all), spread evenly over the source.
-
-    Raises:
-      FaultsError: no image can be read.
-    """
+def collect(source: Source, info: DatasetInfo, limit: int = 2000) -> Statistics:
+    """Counts at most `limit` images (0: all), evenly spread; FaultsError if none can be read."""
     total = len(source)
     indices = np.unique(np.linspace(0, total - 1, min(limit or total, total)).astype(int))
     examine = getattr(source, "examine", None)
@@ -84,7 +81,7 @@ def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int =
             return Fault(error.kind, str(error))
         return _count(record, info), remarks
 
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(count, indices))
     broken = {
         int(i): part for i, part in zip(indices, found, strict=True) if isinstance(part, Fault)
@@ -112,11 +109,11 @@ def collect(source: Source, info: DatasetInfo, limit: int = 2000, threads: int =
     )
 
 
-def remarks(source: Source, info: DatasetInfo, limit: int = 1000, threads: int = 4) -> list[str]:
-    """Sentences on what the annotations have and the class list lacks, and the reverse.
+def remarks(source: Source, info: DatasetInfo, limit: int = 1000) -> list[str]:
+    """Compares the annotations with the class list; returns a sentence for each difference.
 
-    Looks at no more than `limit` records, spread evenly, and only at annotations; says nothing of a
-    source without `classes_of`.
+    Looks at the annotations alone, of at most `limit` records, spread evenly. A source without
+    `classes_of` gives no sentence.
     """
     classes_of = getattr(source, "classes_of", None)
     if classes_of is None:
@@ -129,7 +126,7 @@ def remarks(source: Source, info: DatasetInfo, limit: int = 1000, threads: int =
         except RecordError as error:
             return str(error)
 
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(look, indices))
     broken = [item for item in found if isinstance(item, str)]
     seen = np.unique(np.concatenate([[], *(item for item in found if not isinstance(item, str))]))
@@ -155,7 +152,7 @@ def remarks(source: Source, info: DatasetInfo, limit: int = 1000, threads: int =
 
 
 def _count(record, info: DatasetInfo):
-    """Size, slots by task, crowd and void pixels, segments by class of one record."""
+    """Counts one record: size, slots by task, crowd and void pixels, segments by class."""
     panoptic, segments = record["panoptic"], record["segments"]
     crowd = [s["id"] for s in segments if s["iscrowd"]]
     classes = np.zeros(info.num_classes, int)
@@ -175,7 +172,7 @@ def _count(record, info: DatasetInfo):
 
 
 def report(statistics: Statistics, info: DatasetInfo, num_slots: int, num_texts: int) -> str:
-    """Lines for the reader, with what to change where the settings do not fit the data."""
+    """Writes the statistics as text, with advice where the settings do not fit the data."""
     found = statistics
     count, pixels = len(found.sizes), found.sizes.prod(1).sum()
     void, crowd = (f"{part.sum() / pixels:.1%}" for part in (found.void, found.crowd))
@@ -200,7 +197,7 @@ def report(statistics: Statistics, info: DatasetInfo, num_slots: int, num_texts:
     if most > num_slots:
         enough = min(most, targets.MAX_SLOTS)
         lines.append(
-            f"data.num_slots is {num_slots}: of fuller images the largest segments are kept; "
+            f"data.num_slots is {num_slots}: fuller images keep their largest segments; "
             f"--config.data.num_slots={enough} would keep {'all' if enough == most else 'more'}"
         )
     else:
@@ -218,7 +215,7 @@ def report(statistics: Statistics, info: DatasetInfo, num_slots: int, num_texts:
         ),
         _SHOWN,
     )
-    lines += ["", f"segments by class, in so many images: {frequent}"]
+    lines += ["", f"segments by class (images): {frequent}"]
     unseen = [
         n for n, images in zip(info.class_names, found.class_images, strict=True) if not images
     ]

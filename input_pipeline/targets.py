@@ -1,8 +1,7 @@
-"""Training targets of one image: which task it trains, its segments under that task, its texts.
+"""Training targets of one image: its task, its segments under that task, its texts.
 
-As the official mappers derive them (paper: arXiv 2211.06220, section 3), with the ground truth kept
-as one map of slots instead of a stack of masks: under every task the targets of an image never
-overlap.
+They equal those of the official mappers (paper: arXiv 2211.06220, section 3). The ground truth is
+one map of slots instead of a stack of masks, because the targets of an image never overlap.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Targets(NamedTuple):
       segment_map: uint8 [H, W]; 0 = no segment, i + 1 = slot i.
       classes: int32 [M], contiguous class ids, 0 where invalid.
       valid: bool [M].
-      dropped: number of segments left out because there were more than M.
+      dropped: number of segments left out, those beyond M.
     """
 
     segment_map: np.ndarray
@@ -65,7 +64,7 @@ def make_targets(
     """
     if not 1 <= num_slots <= MAX_SLOTS:
         raise ValueError(f"data.num_slots is {num_slots}; it must be between 1 and {MAX_SLOTS}")
-    # Id 0 is void whatever the annotation says.
+    # Id 0 is void, whatever the annotation calls it.
     candidates = [s for s in segments if not s["iscrowd"] and s["id"] > 0]
     if task == INSTANCE:
         candidates = [s for s in candidates if is_thing[s["category"]]]
@@ -99,15 +98,15 @@ def make_targets(
 def _count_pixels(
     panoptic: np.ndarray, ids: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A map of small numbers, the pixels of each number, and the number of each of `ids`.
+    """Returns a map of small numbers, the pixels of each number, and the number of each of `ids`.
 
-    A uint8 map is its own map of numbers, with 256 of them, and OpenCV counts them fast.
+    A uint8 map already is a map of 256 numbers, which OpenCV counts fast.
     """
     if panoptic.dtype == np.uint8:
         counts = cv2.calcHist([panoptic], [0], None, [256], [0, 256]).reshape(-1)
         return panoptic, counts, np.array(ids, np.intp)
-    # One pass over the pixels: id -> position in `ids` + 1, through a table that is one longer than
-    # the largest id, so that clipping sends larger (unknown) and negative ids to 0.
+    # One pass over the pixels maps id -> position in `ids` + 1. The table is one longer than the
+    # largest id, so that clipping sends larger (unknown) and negative ids to 0.
     table = np.zeros(max(ids, default=0) + 2, np.uint16)
     keys = np.arange(1, len(ids) + 1)
     table[np.array(ids, np.intp)] = keys
@@ -128,8 +127,8 @@ def text_ids(
     "a photo with a {class}" in order of class id, once per target of that class, cut to
     `num_texts`; the remaining entries are the padding text of the task.
 
-    Texts that name the type of a segment (paper, table 6) say "thing" where the task tells the
-    segments of the class apart: under instance, and under panoptic for things.
+    Texts with the type of a segment (paper, table 6) say "thing" if the task tells the segments of
+    the class apart: under instance, and under panoptic for things.
 
     Args:
       classes: int32 [M] class ids of the targets.

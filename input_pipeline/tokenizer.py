@@ -1,8 +1,8 @@
 """CLIP byte-pair token ids of the text list and of the task strings, on the host.
 
 The vocabulary and merges come from `instant-clip-tokenizer`. CLIP's own tokenizer also repairs
-broken Unicode (ftfy) and unescapes HTML; class names need neither, and a text that might is an
-error here instead of different ids.
+broken Unicode (ftfy) and unescapes HTML. Class names need neither; a text that might need it is an
+error here, instead of other ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _tokenizer() -> instant_clip_tokenizer.Tokenizer:
 
 
 def _clean(text: str) -> str:
-    """Lower case, white space collapsed; ValueError for a text outside plain ASCII."""
+    """Lowers the case and collapses white space; ValueError for a text outside plain ASCII."""
     cleaned = " ".join(text.split()).lower()
     if not (cleaned.isascii() and cleaned.isprintable()) or html.unescape(cleaned) != cleaned:
         raise ValueError(
@@ -60,7 +60,7 @@ def tokenize(texts: Sequence[str], length: int = CONTEXT_LENGTH) -> np.ndarray:
 
 
 def names_type(template: str) -> bool:
-    """Whether the texts of `template` tell things from stuff.
+    """Tells whether the texts of `template` distinguish things from stuff.
 
     Raises:
       ValueError: it lacks {CLS}, or has something in braces besides {CLS} and {TYPE}.
@@ -70,7 +70,7 @@ def names_type(template: str) -> bool:
 
 
 def text_table(class_names: Sequence[str], template: str = TEXT_TEMPLATE) -> np.ndarray:
-    """Every text that a text list of a dataset can hold, each once.
+    """Token ids of every text that a text list of a dataset can hold, each once.
 
     Args:
       class_names: K names in order of contiguous class id, verbatim from the dataset.
@@ -80,8 +80,8 @@ def text_table(class_names: Sequence[str], template: str = TEXT_TEMPLATE) -> np.
     Returns:
       int32 [K + 3, T], or [2K + 3, T] if the template has {TYPE}: row k is the text of class k, as
       stuff; row K + t is the padding text of TASKS[t]; row K + 3 + k is the text of class k as a
-      thing. T is the length of the longest, at most 77; the text encoder is causal and reads the
-      end token only, so the cut columns, zero in every row, do not change it.
+      thing. T is the length of the longest, at most 77. Cutting columns of zeros changes nothing:
+      the text encoder is causal and reads the end token only.
 
     Raises:
       ValueError: a bad template, or a text that is not plain ASCII.
@@ -102,9 +102,9 @@ def task_tokens() -> np.ndarray:
 
 
 def detokenize(ids: np.ndarray) -> list[str]:
-    """The texts of rows of token ids, int [n, T], without start and end token and padding.
+    """Decodes rows of token ids, int [n, T], without start token, end token and padding.
 
-    In lower case, as the encoding is; a blank may stand before a comma.
+    The texts are in lower case, and may have a blank before a comma.
     """
     tokenizer = _tokenizer()
     start, end = tokenizer.start_of_text(), tokenizer.end_of_text()

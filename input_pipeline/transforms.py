@@ -1,8 +1,8 @@
-"""Augmentation and test-time resizing, as the official dataset mappers do them.
+"""Augmentation and test-time resizing, as in the official dataset mappers.
 
 A training transform is a function `(rng, record, config) -> record`: it reads `image` (uint8
 [H, W, 3] RGB) and `panoptic` (int32 [H, W] segment ids, 0 = void), draws only from `rng`, leaves
-its input unchanged and returns a record with the same other keys. Two chains are built from them:
+its input unchanged and keeps the other keys. They form two chains:
 
 - "unified" (ADE20K, Cityscapes, Mapillary Vistas): short edge to a random size, random crop,
   colour jitter as in SSD, horizontal flip, padding (official `oneformer_unified` mapper);
@@ -43,12 +43,12 @@ class AugmentConfig:
       scale: unified: smallest and largest multiple of the base; the short edge is one of 16 evenly
         spaced sizes between them, rounded down.
       max_size: unified: cap of the long edge, in pixels.
-      color: unified: whether colours are jittered.
+      color: unified: jitter the colours.
       brightness: largest brightness offset, in grey levels.
       contrast: range of the contrast factor.
       saturation: range of the saturation factor.
       hue: largest hue offset, in OpenCV's steps of 2 degrees.
-      lsj_scale: lsj: range of the scale of a box of `crop_size`, into which the image is fitted.
+      lsj_scale: lsj: range of the scale of the box of `crop_size` that the image is fitted into.
       flip_prob: unified and lsj: probability of a horizontal flip.
     """
 
@@ -82,10 +82,9 @@ def _with(record: Record, image: np.ndarray, panoptic: np.ndarray) -> dict[str, 
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear resize with antialiasing, the result of PIL to one grey level.
+    """Resizes bilinearly with antialiasing; equals PIL to one grey level.
 
-    OpenCV is used where no side shrinks: there antialiasing plays no part, and it is many times
-    faster.
+    OpenCV, many times faster, does it if no side shrinks, when antialiasing has no effect.
 
     Args:
       image: uint8 [H, W, 3].
@@ -108,7 +107,7 @@ def _resize_pil(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_ids(panoptic: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest-neighbour resize of an int32 [H, W] id map to (height, width), equal to PIL's."""
+    """Resizes an int32 [H, W] id map to (height, width) by nearest neighbour, as PIL does."""
     height, width = size
     if (height, width) == panoptic.shape:
         return panoptic
@@ -121,7 +120,7 @@ def shortest_edge_size(
 ) -> tuple[int, int]:
     """(height, width) after scaling the short side to `short_edge`, the long one <= `max_size`.
 
-    The arithmetic is that of Detectron2's ResizeShortestEdge: sides are int(v + 0.5).
+    As in Detectron2's ResizeShortestEdge, sides are int(v + 0.5).
     """
     height, width = size
     scale = short_edge / min(height, width)
@@ -193,11 +192,11 @@ def _random_hue(rng: np.random.Generator, image: np.ndarray, c: AugmentConfig) -
 
 
 def random_color(rng: np.random.Generator, record: Record, config: AugmentConfig) -> dict[str, Any]:
-    """Colour jitter of SSD as in Detectron2's ColorAugSSDTransform; the id map is untouched.
+    """Jitters the colours as SSD does (Detectron2's ColorAugSSDTransform); keeps the id map.
 
-    Brightness first; then, in an order drawn with equal chances, contrast, saturation, hue or
-    saturation, hue, contrast. Each of the four acts with probability one half, on uint8. On 8-bit
-    images each is a table of 256 levels per channel, which gives the very values of the arithmetic.
+    Brightness comes first, then contrast, saturation, hue or, as often, saturation, hue, contrast.
+    Each of the four acts with probability one half. On uint8 each is a table of 256 levels per
+    channel, which gives exactly the values of the arithmetic.
     """
     image = np.ascontiguousarray(record["image"])
     if rng.integers(2):
@@ -237,9 +236,9 @@ def large_scale_jitter(
 def fixed_size_crop(
     rng: np.random.Generator, record: Record, config: AugmentConfig
 ) -> dict[str, Any]:
-    """Cuts `crop_size`, one random fraction placing the window on both axes; pads what is smaller.
+    """Cuts a random window of `crop_size`; pads an image that is smaller.
 
-    Detectron2's FixedSizeCrop: offset = round(excess * u) with the same u for both axes.
+    As in Detectron2's FixedSizeCrop, offset = round(excess * u) with the same u for both axes.
     """
     fraction = rng.random()
     top, left = (
@@ -251,7 +250,7 @@ def fixed_size_crop(
 
 
 def pad(rng: np.random.Generator, record: Record, config: AugmentConfig) -> dict[str, Any]:
-    """Pads to `crop_size` on the right and at the bottom: image 128, ids 0. Draws nothing."""
+    """Pads to `crop_size` on the right and at the bottom: image 128, ids 0."""
     del rng
     shape = record["panoptic"].shape
     if shape[0] > config.crop_size[0] or shape[1] > config.crop_size[1]:
@@ -298,9 +297,9 @@ def augment(rng: np.random.Generator, record: Record, config: AugmentConfig) -> 
 
 
 def resize_for_test(image: np.ndarray, short_edge: int, max_size: int) -> np.ndarray:
-    """Test-time resize: PIL bilinear on uint8, short side to `short_edge`, long side <= `max_size`.
+    """Resizes for the test: the short side to `short_edge`, the long side <= `max_size`.
 
-    Always PIL, so that published scores are compared on the very pixels of the official evaluation.
+    PIL does it, bilinearly on uint8, so that the pixels are exactly those of published scores.
 
     Args:
       image: uint8 [H, W, 3].

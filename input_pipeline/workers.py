@@ -1,11 +1,11 @@
-"""Worker processes of the loader: their life, signals, and what a dead one tells.
+"""Worker processes of the loader: their life, their signals, and the reason of their death.
 
-Grain starts the workers and passes batches through shared memory. Added here:
-  - A worker ends when the main process does, however that ends, so that it keeps neither its memory
-    nor shared memory; Python's resource tracker then removes what lies in /dev/shm.
-  - Ctrl-C and SIGTERM, which a terminal or a cluster sends to the whole process group, end no
-    worker: the main process decides whether it needs further batches before it stops.
-  - A worker that dies raises a WorkerError that names the likely reason.
+Grain starts the workers and passes batches through shared memory. This module adds:
+  - A worker ends with the main process, however that ends, and frees its memory; Python's resource
+    tracker then clears /dev/shm.
+  - Ctrl-C and SIGTERM, sent to the whole process group, end no worker: the main process may need
+    further batches before it stops.
+  - A worker that dies raises a WorkerError with the likely reason.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _DEATH = re.compile(r"Worker process was terminated unexpectedly with exit code 
 
 
 class WorkerError(OSError):
-    """A worker process died; the message has the likely reason and the settings to change."""
+    """A worker process died; the message gives the likely reason and the settings to change."""
 
 
 def start(index: int, count: int) -> None:
-    """Prepares a worker process; Grain calls it there, before the worker reads anything."""
+    """Prepares a worker process; Grain calls it in the worker, before anything is read."""
     del index, count
     if sys.platform != "linux":
         return
@@ -44,8 +44,8 @@ def start(index: int, count: int) -> None:
 
 
 def _end_with(parent) -> None:
-    # PR_SET_PDEATHSIG would end the worker with the thread that started it, which Grain may end
-    # long before the process. `is_alive` looks at a pipe that closes when the process is gone.
+    # PR_SET_PDEATHSIG would end the worker with the thread that started it, maybe long before the
+    # process ends. `is_alive` watches a pipe that closes with the process.
     while parent.is_alive():
         received = signal.sigtimedwait(_HELD, _POLL_SECONDS)
         # From the parent itself: multiprocessing ends its children when the interpreter exits.
@@ -55,10 +55,10 @@ def _end_with(parent) -> None:
 
 
 def call_shielded(call: Callable[[], T]) -> T:
-    """Calls in a thread whose descendants, processes included, never see Ctrl-C or SIGTERM.
+    """Calls in a thread whose child processes never see Ctrl-C or SIGTERM.
 
-    A process takes over the blocked signals of the thread that starts it. So a worker is safe also
-    in its first seconds, while it imports modules and has not come to `start`.
+    A process inherits the blocked signals of the thread that starts it, so a worker is safe before
+    it reaches `start`, while it imports modules.
     """
     # Started here: the thread that starts the tracker would unblock these signals.
     resource_tracker.ensure_running()
@@ -83,8 +83,8 @@ def explain(error: RuntimeError) -> WorkerError | None:
     code = int(found[1])
     if code >= 0:
         return WorkerError(
-            f"a loader worker ended with exit code {code}; the lines above say why. "
-            "data.workers=0 reads in threads of the main process instead"
+            f"a loader worker ended with exit code {code}; the lines above say why. Set "
+            "data.workers=0 to read in threads of the main process"
         )
     try:
         name = signal.Signals(-code).name
@@ -112,8 +112,8 @@ def _shared_memory() -> str:
 
 def _other() -> str:
     return (
-        "; a library crashed or somebody ended it. data.workers=0 reads in threads of the main "
-        "process instead"
+        "; a library crashed or somebody ended it. Set data.workers=0 to read in threads of the "
+        "main process"
     )
 
 

@@ -1,1 +1,1 @@
-"""Operations that deserve their own implementations; they know nothing of OneFormer."""
+"""Operations with their own implementations; they know nothing of OneFormer."""

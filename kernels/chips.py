@@ -1,7 +1,7 @@
-"""Facts of accelerators, in one place: rates, clocks, memory, and how compilers are told of them.
+"""Facts of accelerators, in one place: rates, clocks, memory, and their compilers' settings.
 
-Sources: cloud.google.com/tpu/docs and NVIDIA's data sheets. Rates are of bfloat16 matrix products
-with float32 sums, without sparsity, of one jax device.
+Sources: cloud.google.com/tpu/docs and NVIDIA's data sheets. Rates are those of one jax device, for
+bfloat16 matrix products with float32 sums, without sparsity.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ class Tpu:
     """A TPU.
 
     Attributes:
-      kinds: what jax calls its devices.
+      kinds: jax's names of its devices.
       peak_flops: FLOP/s of a jax device; a v7x chip is two.
-      clock: cycles per second: the peak rate over the operations of the matrix units' cycle.
+      clock: cycles per second: the peak rate over the matrix units' operations per cycle.
       one_chip: name of a topology of a single chip.
-      chip_config: "megacore" where the two cores of a chip are one device.
+      chip_config: "megacore" if the two cores of a chip are one device.
     """
 
     kinds: tuple[str, ...]
@@ -31,10 +31,10 @@ class Tpu:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU; the facts that XLA's compiler asks for.
+    """A GPU, with the facts that XLA's compiler needs.
 
     Attributes:
-      kinds: what jax calls it; the first is the one that is compiled for.
+      kinds: jax's names of it; the first is compiled for.
       peak_flops: FLOP/s.
       cores: multiprocessors.
       memory: bytes.
@@ -56,7 +56,7 @@ class Gpu:
     shared: int
 
     def target_config(self) -> str:
-        """The description of the chip in the words of XLA's target configuration."""
+        """The description of the chip as XLA's target configuration."""
         major, minor = self.capability
         return f"""
           gpu_device_info {{

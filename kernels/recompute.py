@@ -9,11 +9,11 @@ import jax
 
 
 def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays, of whose forward pass only the arguments are kept.
+    """Wraps a function of arrays so that its forward pass keeps the arguments only.
 
-    As `jax.checkpoint`, but it holds inside of one with a policy too: there the policy would decide
-    about every value in `function`. In return, `function` must not close over arrays that are
-    differentiated, and there is no forward-mode derivative.
+    Unlike `jax.checkpoint` it also works inside of a `jax.checkpoint` with a policy, which would
+    decide about every value in `function`. In return, `function` must not close over differentiated
+    arrays, and has no forward-mode derivative.
     """
     wrapped = jax.custom_vjp(function)
 
@@ -21,7 +21,7 @@ def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args), args
 
     def backward(args, gradient):
-        # Behind the barrier the compiler cannot take the second computation for the first.
+        # The barrier keeps the compiler from merging the second computation with the first.
         args, gradient = jax.lax.optimization_barrier((args, gradient))
         return jax.vjp(function, *args)[1](gradient)
 

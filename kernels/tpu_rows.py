@@ -1,4 +1,4 @@
-"""What TPU kernels share that read rows of a table one by one, at indices from scalar memory."""
+"""Helpers of TPU kernels that read rows of a table one by one, at indices from scalar memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ SUBLANES = 8
 def index_scratch(rows: int):
     """Two buffers of a tile's indices, int32 [rows, buffer, 128], and their semaphores.
 
-    A scalar load takes `immediate + register` as its address for nothing only if the array lies at
-    a fixed place and the immediate is a static slice, which Pallas' own blocks do not give.
+    A scalar load forms its address `immediate + register` free of charge only if the array lies at
+    a fixed place and the immediate is a static slice, which Pallas' own blocks do not offer.
     """
     return pltpu.SMEM((rows, 2, LANES), jnp.int32), pltpu.SemaphoreType.DMA((2,))
 
 
 def fetch_indices(index_hbm, indices, arrived, *, part, tile_axis: int):
-    """Starts to copy the next tile's indices; returns what waits for this tile's, and their slot.
+    """Starts to copy the next tile's indices; returns the wait for this tile's, and their slot.
 
-    The first tile of a part starts its own copy, so parts can be given to several cores.
+    The first tile of a part starts its own copy, so several cores may share the parts.
 
     Args:
       index_hbm: int32 [parts, tiles, rows, 128].
       indices, arrived: as of `index_scratch`.
       part: the index of this grid step's part.
-      tile_axis: the last axis of the grid, that of the tiles.
+      tile_axis: the axis of the tiles, the grid's last.
     """
     t = pl.program_id(tile_axis)
     slot = lax.rem(t, 2)
@@ -49,7 +49,7 @@ def fetch_indices(index_hbm, indices, arrived, *, part, tile_axis: int):
 
 
 def fill_with_zeros(ref):
-    """Zeroes an array of rows; their number is a multiple of 8."""
+    """Zeroes an array of rows, a multiple of 8."""
     step = 8 * SUBLANES
     whole, rest = divmod(ref.shape[0], step)
 

@@ -1,4 +1,4 @@
-"""Annotation files: their JSON by schema, run-length codes, and the list of what is wrong.
+"""Annotation files: their JSON by schema, run-length codes, and the list of faults.
 
-Nothing here reads an image. The sources read training data through it, the evaluation its truth.
+Nothing here reads an image. Training's sources and the evaluation's truth both use it.
 """

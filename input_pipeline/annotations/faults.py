@@ -1,4 +1,4 @@
-"""Faults of a dataset: collected, counted by kind, and written down, instead of one at a time."""
+"""Faults of a dataset: collected, counted by kind, and reported together."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SHOWN = 5  # of each kind, in a summary
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong with the data.
+    """One fault of the data.
 
     Attributes:
-      kind: a phrase that faults of one cause share, as "segment id that is listed twice".
+      kind: a phrase that faults of one cause share, such as "segment id that is listed twice".
       message: one line that names the file, the annotation, the value and what to do.
     """
 
@@ -26,7 +26,7 @@ class Fault(NamedTuple):
 
 
 class FaultsError(ValueError):
-    """A file with faults; the message has the first few, `faults` all of them."""
+    """A file with faults; the message has the first few, `faults` has all."""
 
     def __init__(self, message: str, faults: Sequence[Fault]):
         super().__init__(message)
@@ -34,12 +34,12 @@ class FaultsError(ValueError):
 
 
 def error(subject: str, faults: Sequence[Fault], way_out: str) -> FaultsError:
-    """Makes the one error that a file with faults ends in.
+    """Makes one error of all faults of a file.
 
     Args:
-      subject: what has the faults, at the beginning of the message.
+      subject: beginning of the message, names the file.
       faults: at least one.
-      way_out: what to do, at its end.
+      way_out: end of the message, says what to do.
     """
     if len(faults) == 1:
         return FaultsError(f"{faults[0].message}.\n{way_out}", faults)
@@ -48,11 +48,11 @@ def error(subject: str, faults: Sequence[Fault], way_out: str) -> FaultsError:
 
 
 def check_annotations(source: Any, skip_broken: bool) -> None:
-    """Raises FaultsError for the `faults` of a source, or logs them, and what else is odd.
+    """Raises FaultsError for the `faults` of a source, or logs them; also logs its remarks.
 
     Args:
       source: may have `faults`, `notes`, `remarks` and `sample_remarks()`.
-      skip_broken: whether the source leaves out what has faults.
+      skip_broken: True if the source leaves out annotations with faults.
     """
     found = getattr(source, "faults", [])
     if found and not skip_broken:
@@ -81,7 +81,7 @@ def by_kind(faults: Iterable[Fault]) -> dict[str, list[str]]:
 
 
 def summary(faults: Iterable[Fault], shown: int = _SHOWN) -> list[str]:
-    """Lines with the count of each kind and its first few messages."""
+    """Writes the count of each kind and its first few messages, as lines."""
     lines = []
     for kind, messages in by_kind(faults).items():
         lines.append(f"{len(messages):,} x {kind}")
@@ -94,7 +94,7 @@ def summary(faults: Iterable[Fault], shown: int = _SHOWN) -> list[str]:
 def write(
     path: str | os.PathLike[str], faults: Sequence[Fault], remarks: Sequence[Fault] = ()
 ) -> None:
-    """Writes a text file of all faults and of what is odd, each with counts, then by kind."""
+    """Writes a text file of all faults and remarks: the counts, then each kind's messages."""
     lines = []
     for title, found in (("faults", faults), ("odd, but read", remarks)):
         groups = by_kind(found)

@@ -1,4 +1,4 @@
-"""COCO instance files: read once, checked whole, kept as columns and the text of the masks."""
+"""COCO instance files: read once, checked completely, kept as columns and the masks' text."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ NO_PIXEL = "annotation that covers no pixel of its image"
 DOUBLE = "annotation that repeats another one"
 _FEW_CROWDS = 0.2  # COCO has one crowd in a hundred annotations
 _CHUNK = 1 << 21  # coordinates that are measured together
-_SMALLEST = 16  # pixels: in a smaller image a polygon within 0 .. 1 may be meant so
-_PER_CENT = 200  # pixels: sides of images in which no object lies beyond the pixel 100
+_SMALLEST = 16  # pixels: in a smaller image a polygon within 0 .. 1 may be right
+_PER_CENT = 200  # pixels: in images of larger sides some object must lie beyond pixel 100
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InstanceFile:
-    """The content of a file of N images and A annotations that can be used.
+    """The usable content of a file: N images and A annotations.
 
     Attributes:
-      path: of the file.
+      path: the file.
       categories: dicts with id and name.
       image_ids, image_names: N texts each; a name may be empty.
       image_sizes: int64 [N, 2], height and width, 0 where not given.
@@ -47,8 +47,8 @@ class InstanceFile:
       empty: bool [A], True where an annotation covers no pixel by itself.
       double: bool [A], True where a later annotation of the image is the same.
       faults: of images and annotations, which are left out of the rows.
-      faults_of_image: position of the image -> those of its annotations.
-      remarks: what is odd, but no fault: annotations without a pixel, doubles.
+      faults_of_image: position of the image -> faults of its annotations.
+      remarks: annotations without a pixel, and doubles, which are no faults.
     """
 
     path: str
@@ -70,19 +70,15 @@ class InstanceFile:
     _bounds: np.ndarray  # int64 [A, 2]: where the segmentation of each row lies in `_text`
 
     def for_reading(self) -> InstanceFile:
-        """The same without what only reports need: loader processes get it."""
+        """A copy for loader processes, without the parts that only reports need."""
         return dataclasses.replace(self, faults=[], remarks=[])
 
     def rows(self, image: int) -> slice:
-        """The annotations of an image."""
+        """The rows of an image's annotations."""
         return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
 
     def runs(self, row: int, shape: tuple[int, int]) -> np.ndarray:
-        """Run lengths (see `run_lengths`) of an annotation in its image of (height, width).
-
-        Raises:
-          SegmentationError: it describes no mask of this shape; the message names it.
-        """
+        """Run lengths of an annotation in its image of (height, width), or a SegmentationError."""
         start, stop = self._bounds[row]
         try:
             return run_lengths.runs_of(schemas.segmentation_of(self._text[start:stop]) or [], shape)
@@ -92,18 +88,14 @@ class InstanceFile:
             ) from None
 
     def crowds_note(self, way_out: str) -> tuple[str, ...]:
-        """A sentence about suspiciously many crowds, if there are such.
-
-        Raises:
-          FaultsError: all annotations are crowds.
-        """
+        """A sentence about suspiciously many crowds, or none; FaultsError if all are crowds."""
         crowds, total = int(self.crowd.sum()), len(self.crowd)
         if not total or crowds <= _FEW_CROWDS * total:
             return ()
         note = (
-            f"{self.path}: {crowds:,} of {total:,} annotations have iscrowd 1, so they are groups "
-            "that nothing is learned from. Some tools (CVAT) write that for every mask drawn with "
-            f"a brush; {way_out}"
+            f"{self.path}: {crowds:,} of {total:,} annotations have iscrowd 1, which marks groups "
+            "that training ignores. Some tools (CVAT) write it for every mask drawn with a brush; "
+            f"{way_out}"
         )
         if crowds == total:
             raise FaultsError(note, [Fault("annotation that is a crowd, as all others", note)])
@@ -114,12 +106,12 @@ def read_instances(path: str | os.PathLike[str], *, names: bool = True) -> Insta
     """Reads and checks a COCO instance file.
 
     Args:
-      path: of the file.
-      names: False does without the names of categories and images.
+      path: the file.
+      names: False skips the names of categories and images.
 
     Raises:
-      ValueError: not such a file, or one that cannot be relied on: wrong categories, image ids or
-        file names that occur twice, no images.
+      ValueError: another kind of file, wrong categories, image ids or file names that occur twice,
+        no images.
     """
     path = str(path)
     file = schemas.open_file(path, LAYOUT)
@@ -146,7 +138,7 @@ def read_instances(path: str | os.PathLike[str], *, names: bool = True) -> Insta
                 text = f"{path}: image {image.id} has no file_name"
                 reading.note(Fault(NO_FILE_NAME, text), i)
     reading.add(file.annotations)
-    del file  # of as many bytes as all that is kept of it
+    del file  # as large as everything kept from it
     return reading.finish()
 
 
@@ -215,7 +207,7 @@ class _Reading:
                 self._add(number, label, image, annotation)
 
     def _image_of(self, entry: msgspec.Raw) -> int | None:
-        """Position of the image of a wrong annotation, if at least that can be told."""
+        """Position of the image of a wrong annotation; None if it is unknown."""
         try:
             return self.positions.get(str(msgspec.json.decode(entry, type=_ImageOf).image_id))
         except msgspec.DecodeError:
@@ -309,7 +301,7 @@ class _Reading:
 
     def _remark(self, row: int, image_of: np.ndarray, kind: str) -> Fault:
         image = self.images[image_of[row]]
-        what = "is the same as a later one" if kind == DOUBLE else "covers no pixel; it is no truth"
+        what = "repeats a later one" if kind == DOUBLE else "covers no pixel and is not used"
         return Fault(kind, f"{self._label(row)} of image {image.id} {what}")
 
 
@@ -321,7 +313,7 @@ def _id_column(ids: list[int | str]) -> np.ndarray:
 
 
 def _repeated(keys: np.ndarray) -> np.ndarray:
-    """bool [A]: whether a later row, which will be drawn over it, has the same key; int [A, 3]."""
+    """bool [A]: True if a later row, drawn over this one, has the same key; keys are int [A, 3]."""
     repeated = np.ones(len(keys), bool)
     if len(keys):
         repeated[::-1][np.unique(keys[::-1], axis=0, return_index=True)[1]] = False
@@ -329,7 +321,7 @@ def _repeated(keys: np.ndarray) -> np.ndarray:
 
 
 def _refuse_per_cent(path: str, measures: _Measures, sizes: np.ndarray, areas: np.ndarray) -> None:
-    """FaultsError if all polygons lie within 0 .. 100 and the areas tell that this is per cent."""
+    """Raises FaultsError if all polygons lie within 0 .. 100 and the areas show per cent."""
     inside = (measures.least >= 0) & (measures.most <= 100)
     if not len(inside) or not inside.all() or sizes.min() < _PER_CENT:
         return
@@ -339,17 +331,17 @@ def _refuse_per_cent(path: str, measures: _Measures, sizes: np.ndarray, areas: n
     expected = sizes.prod(1)[stated] / 1e4
     if len(ratio) and np.median(ratio / expected) > 0.5:
         text = (
-            f"{path}: no polygon leaves 0 .. 100, and the areas are those of larger objects; the "
-            "coordinates look like per cent of the image"
+            f"{path}: all polygons lie within 0 .. 100, but the areas are those of larger objects; "
+            "the coordinates look like per cent of the image"
         )
         raise FaultsError(
-            f"{text}. Multiply them with width / 100 and height / 100",
+            f"{text}. Multiply them by width / 100 and height / 100",
             [Fault("coordinates that look like per cent of the image", text)],
         )
 
 
 class _Outlines:
-    """Coordinates of polygons, measured many at a time."""
+    """Coordinates of polygons, measured in chunks."""
 
     def __init__(self):
         self._rows, self._lengths = array.array("q"), array.array("q")
@@ -380,7 +372,7 @@ class _Outlines:
             outline = np.add.reduceat(np.abs(after - points).max(1), starts)
         least = np.minimum.reduceat(points, starts)
         most = np.maximum.reduceat(points, starts)
-        # The polygons of an annotation follow each other.
+        # The polygons of one annotation are adjacent.
         first = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
         with np.errstate(over="ignore", invalid="ignore"):
             columns = [
@@ -413,7 +405,7 @@ class _Measures:
         self.area, self.outline = table[:, 5], table[:, 6]
 
     def faults(self, sizes: np.ndarray, label: Callable[[int], str]) -> Iterator[tuple[int, Fault]]:
-        """Row and fault of polygons that are not of this image; sizes int [P, 2], 0 is unknown."""
+        """Yields row and fault of polygons that do not fit; sizes int [P, 2], 0 is unknown."""
         reach = sizes.max(1)
         known = reach > 0
         far = (self.least < -reach) | (self.most > 2 * reach)
@@ -425,7 +417,7 @@ class _Measures:
                     FRACTIONS,
                     (
                         "has no coordinate beyond 0 .. 1, which looks like fractions of the image; "
-                        "multiply x with the width and y with the height"
+                        "multiply x by the width and y by the height"
                     ),
                 )
             else:
@@ -437,7 +429,7 @@ class _Measures:
             yield row, Fault(kind, f"{label(row)} {text}")
 
     def thin(self, sizes: np.ndarray) -> list[int]:
-        """Rows of polygons that may miss every pixel, so that only drawing them tells."""
+        """Rows of polygons so thin that they may miss every pixel: only drawing them tells."""
         least, most = self.corners
         inside = np.minimum(most, sizes[:, ::-1]) - np.maximum(least, 0)
         thick = (self.area >= self.outline) & (inside >= 4).all(1)

@@ -1,4 +1,4 @@
-"""COCO-panoptic JSON: read once, checked whole, kept as flat arrays."""
+"""COCO-panoptic JSON: read once, checked completely, kept as flat arrays."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _ID, _CATEGORY, _CROWD, _AREA = range(4)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PanopticFile:
-    """The content of a file of N annotations with S usable segments.
+    """The content of a file: N annotations with S usable segments.
 
     Attributes:
-      path: of the file.
+      path: the file.
       categories: dicts with id, name, isthing and perhaps color.
       image_ids, image_names, panoptic_names: N texts each; "" where the entry is broken.
       offsets: int64 [N + 1]; the segments of annotation i are the rows offsets[i] to offsets[i+1].
       segments: int64 [S, 4]: id, category id, iscrowd, area (NO_AREA where not given).
       faults: all of them.
-      broken: annotation -> why its whole image cannot be used.
+      broken: annotation -> the fault that makes its whole image unusable.
       left_out: annotation -> faults of segments, which are left out of the rows.
       unannotated: number of listed images without an annotation.
     """
@@ -59,11 +59,11 @@ class PanopticFile:
         return self.segments[self.offsets[index] : self.offsets[index + 1]]
 
     def for_reading(self) -> PanopticFile:
-        """The same without what only reports need: loader processes get it."""
+        """A copy for loader processes, without the parts that only reports need."""
         return dataclasses.replace(self, faults=[])
 
     def without_categories(self, known: Sequence[int]) -> PanopticFile:
-        """The same without the segments whose category is not among the `known`: faults."""
+        """A copy in which segments of categories that are not `known` are faults."""
         strange = ~np.isin(self.segments[:, _CATEGORY], known)
         return self._without(
             strange,
@@ -75,7 +75,7 @@ class PanopticFile:
         )
 
     def without_repeated_ids(self) -> PanopticFile:
-        """The same without the segments whose id another one of their image has: faults."""
+        """A copy in which segments that share an id within their image are faults."""
         keys = np.stack([self._annotation_of(), self.segments[:, _ID]], 1)
         _, inverse, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
         return self._without(
@@ -116,13 +116,13 @@ def read_panoptic(path: str | os.PathLike[str], *, image_names: bool = True) -> 
     """Reads and checks a COCO-panoptic file.
 
     Args:
-      path: of the file.
-      image_names: False takes the name of a PNG, less its ending, and ".jpg" for the image's name
-        and does not read the list of images (Mapillary Vistas).
+      path: the file.
+      image_names: False makes an image's name from the PNG's, with ".jpg" as its ending, and skips
+        the list of images (Mapillary Vistas).
 
     Raises:
-      ValueError: not such a file, or one that cannot be relied on: wrong categories, image ids or
-        file names that occur twice, no annotations.
+      ValueError: another kind of file, wrong categories, image ids or file names that occur twice,
+        no annotations.
     """
     path = str(path)
     file = schemas.open_file(path, LAYOUT)
@@ -218,7 +218,7 @@ def _refuse_doubled(path: str, image_ids: list[str], panoptic_files: list[str]) 
 def _part_by_part(
     path: str, number: int, entry: msgspec.Raw
 ) -> tuple[schemas.PanopticAnnotation, list[Fault]] | msgspec.DecodeError:
-    """An annotation without its wrong segments, and their faults; the error if more is wrong."""
+    """Decodes an annotation without its wrong segments; returns their faults too, or the error."""
     try:
         outer = msgspec.json.decode(entry, type=schemas.OpenPanopticAnnotation)
     except msgspec.DecodeError as cause:

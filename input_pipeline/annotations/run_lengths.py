@@ -1,8 +1,8 @@
 """Segmentations of COCO: polygons and run-length codes, checked before anything is drawn.
 
-A mask is kept as the lengths of its runs down the columns, int64, which alternate between
-background and foreground and begin with background. `pycocotools`, which draws the polygons, takes
-its input on trust: a short code gives uninitialised memory, a far point all of the memory.
+A mask is kept as the lengths of its runs down the columns, int64, alternating between background
+and foreground, background first. `pycocotools`, which draws the polygons, trusts its input: a short
+code reads uninitialised memory, and a far point uses up all memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from oneformer_jax.input_pipeline.annotations.schemas import RunLengths, Segmentation
 
-# pycocotools walks along an outline in steps of a fifth of a pixel: this many pixels take 300 MB.
+# pycocotools walks along an outline in steps of a fifth of a pixel; this length takes 300 MB.
 MAX_OUTLINE = 4_000_000
 _MAX_CHARACTERS = 7  # of one number in a compressed code: 32 bits and a sign
 FEW_POINTS = "polygon without three points"
@@ -25,7 +25,7 @@ DAMAGED = "damaged run-length code"
 
 
 class SegmentationError(ValueError):
-    """A segmentation that describes no mask; `kind` is that of the `Fault`."""
+    """A segmentation that describes no mask; `kind` is the kind of its `Fault`."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -39,7 +39,7 @@ def runs_of(segmentation: Segmentation, shape: tuple[int, int]) -> np.ndarray:
       int64 [R], positive except the first, whose sum is height x width.
 
     Raises:
-      SegmentationError: polygons or code are not such of an image of this shape.
+      SegmentationError: polygons or code do not fit an image of this shape.
     """
     if isinstance(segmentation, RunLengths):
         return _code_runs(segmentation, shape)
@@ -49,7 +49,7 @@ def runs_of(segmentation: Segmentation, shape: tuple[int, int]) -> np.ndarray:
 
 
 def mask_of(runs: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """bool [H, W] of run lengths."""
+    """Draws run lengths as bool [H, W]."""
     values = np.arange(len(runs)) % 2 == 1
     return np.repeat(values, runs).reshape(shape[::-1]).T
 
@@ -60,13 +60,13 @@ def area_of(runs: np.ndarray) -> int:
 
 
 def compress(runs: np.ndarray, shape: tuple[int, int]) -> bytes:
-    """COCO's compressed text of run lengths."""
+    """Encodes run lengths as COCO's compressed text."""
     code = {"size": list(shape), "counts": runs.tolist()}
     return coco_mask.frPyObjects(code, *shape)["counts"]
 
 
 def check_polygons(polygons: Sequence[Sequence[float]], shape: tuple[int, int]) -> None:
-    """SegmentationError unless the polygons can be drawn into an image of `shape`."""
+    """Raises SegmentationError unless the polygons can be drawn into an image of `shape`."""
     check_points(polygons)
     reach = max(shape)
     outline = 0.0
@@ -80,12 +80,12 @@ def check_polygons(polygons: Sequence[Sequence[float]], shape: tuple[int, int]) 
 
 
 def check_points(polygons: Sequence[Sequence[float]]) -> None:
-    """SegmentationError unless there are polygons of three points or more."""
+    """Raises SegmentationError unless all polygons, at least one, have three points or more."""
     if not polygons:
         raise SegmentationError(
             NO_SEGMENTATION,
-            "has no segmentation; a box alone is no mask: outline the object or take the "
-            "annotation out",
+            "has no segmentation; a box alone is no mask: outline the object or remove the "
+            "annotation",
         )
     for polygon in polygons:
         if len(polygon) < 6 or len(polygon) % 2:
@@ -99,14 +99,14 @@ def check_points(polygons: Sequence[Sequence[float]]) -> None:
 def far_outside(
     least: float, most: float, outline: float, shape: tuple[int, int]
 ) -> tuple[str, str]:
-    """Kind and message of polygons that are too far outside of an image, or too long, to draw."""
+    """Kind and message for polygons too far outside an image, or too long, to draw."""
     image = f"its image of {shape[0]} x {shape[1]} pixels (height x width)"
     if outline > MAX_OUTLINE:
         text = f"has an outline of {outline:g} pixels in {image}; at most {MAX_OUTLINE:,} are drawn"
     else:
         text = (
-            f"has a polygon from {least:g} to {most:g}, far outside of {image}; is it of another "
-            "image, or in another unit?"
+            f"has a polygon from {least:g} to {most:g}, far outside of {image}; does it belong to "
+            "another image, or have another unit?"
         )
     return FAR_OUTSIDE, text
 
@@ -124,7 +124,7 @@ def _code_runs(code: RunLengths, shape: tuple[int, int]) -> np.ndarray:
         runs = np.array(code.counts, np.int64)
     if len(runs) and runs.min() < 0:
         raise SegmentationError(DAMAGED, f"has a run-length code with a run of {runs.min()}")
-    # In float64 first: the sum of damaged numbers may leave int64.
+    # float64, because the sum of damaged numbers may exceed int64.
     if runs.sum(dtype=np.float64) != shape[0] * shape[1]:
         raise SegmentationError(
             WRONG_LENGTH,
@@ -135,10 +135,10 @@ def _code_runs(code: RunLengths, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _decompress(text: bytes) -> np.ndarray:
-    """Numbers of COCO's compressed code, int64; they may still be negative.
+    """Decodes the numbers of COCO's compressed code, int64; they may still be negative.
 
-    A number is written in characters of 6 bits, the low ones first: 5 bits of its value and one
-    that says whether it goes on. From the fourth on numbers are differences to the last but one.
+    A number is written in characters of 6 bits, the low ones first: 5 bits of its value and a
+    continuation bit. From the fourth on, numbers are differences to the last but one.
     """
     characters = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if not len(characters):
@@ -165,7 +165,7 @@ def _decompress(text: bytes) -> np.ndarray:
 
 
 def _tidy(runs: np.ndarray) -> np.ndarray:
-    """Joins the runs around empty ones, which pycocotools' intersections stumble over."""
+    """Joins the runs around empty ones, which break pycocotools' intersections."""
     values = np.arange(len(runs)) % 2
     kept = runs > 0
     runs, values = runs[kept], values[kept]

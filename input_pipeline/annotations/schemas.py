@@ -1,8 +1,8 @@
-"""Schemas of COCO's JSON files, and how a file is taken apart by them.
+"""Schemas of COCO's JSON files, and the decoding of a file by them.
 
-A file is opened in two steps: its lists as undecoded entries, then each entry by its own schema.
-So a wrong value is the fault of its entry, named with its path as in `$.annotations[3].area`, and
-a file of hundreds of megabytes never becomes as many objects. Keys that nobody uses are not read.
+A file is decoded in two steps: its lists as undecoded entries, then each entry by its own schema.
+So a wrong value is the fault of its entry, named by its path (`$.annotations[3].area`), and a file
+of hundreds of megabytes never becomes objects all at once. Unused keys are not read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ISTHING = (
 
 
 class IdOfCategory(msgspec.Struct):
-    """A category of a file whose ids alone are asked for."""
+    """A category of which only the id is read."""
 
     id: CategoryId
 
@@ -77,7 +77,7 @@ class PanopticAnnotation(msgspec.Struct):
 
 
 class OpenPanopticAnnotation(msgspec.Struct):
-    """An annotation whose segments are looked at one by one, since one of them is wrong."""
+    """An annotation whose segments are decoded one by one, because one of them is wrong."""
 
     image_id: Identifier
     file_name: Name
@@ -94,7 +94,7 @@ Segmentation = Polygons | RunLengths
 
 
 class InstanceAnnotation(msgspec.Struct):
-    """An annotation whose segmentation is decoded apart: see `segmentation_of`."""
+    """An annotation whose segmentation `segmentation_of` decodes later."""
 
     image_id: Identifier
     category_id: CategoryId
@@ -118,7 +118,7 @@ class _CategoriesOnly(msgspec.Struct):
 
 _SEGMENTATION = msgspec.json.Decoder(Segmentation | None)
 _PAIRS = msgspec.json.Decoder(list[list[tuple[float, float]]])
-# JSON has no NaN and no Infinity, but Python writes them; texts are skipped.
+# Python writes NaN and Infinity, which JSON lacks; texts are skipped.
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")  # of msgspec's path
 _NOT_JSON = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\b(?:NaN|Infinity)\b')
 
@@ -127,8 +127,8 @@ def open_file(path: str | os.PathLike[str], layout: str, schema: type[T] = CocoF
     """Reads an annotation file as its undecoded lists.
 
     Args:
-      path: of the file.
-      layout: what the file should hold, for the message.
+      path: the file.
+      layout: the expected content, for the message.
       schema: a struct of lists.
 
     Raises:
@@ -159,12 +159,12 @@ def open_file(path: str | os.PathLike[str], layout: str, schema: type[T] = CocoF
 
 def _as_text(match: re.Match[bytes]) -> bytes:
     found = match[0]
-    # No text of a schema may begin so.
+    # No valid text begins with a NUL.
     return found if found.startswith(b'"') else b'"\\u0000' + found + b', which JSON does not have"'
 
 
 def keys_of(entries: list[Raw]) -> list[str]:
-    """Keys of the first entry of a list, which tell the kind of the file; [] if it has none."""
+    """Keys of the first entry of a list, which tell the kind of the file; [] for an empty list."""
     return _keys(entries[0]) if entries else []
 
 
@@ -176,18 +176,18 @@ def _keys(data: bytes | Raw) -> list[str]:
 
 
 def _plain(error: Exception) -> str:
-    """msgspec's message without its typographic marks, and shorter."""
+    """Shortens msgspec's message and removes its typographic marks."""
     return str(error).replace("`", "").replace("Object missing required field", "it lacks")
 
 
 def wrong_value(path: object, place: str, error: Exception, entry: Raw) -> Fault:
-    """The fault of an entry that its schema refuses.
+    """Makes the fault of an entry that its schema refuses.
 
     Args:
-      path: of the file.
-      place: of the entry in the file, as "$.annotations[3]".
+      path: the file.
+      place: path of the entry in the file, such as "$.annotations[3]".
       error: msgspec's; its own path begins at the entry.
-      entry: the entry, for its id and the value that is wrong.
+      entry: the entry, for its id and its wrong value.
     """
     what, _, inside = _plain(error).partition(" - at $")
     try:
@@ -212,7 +212,7 @@ def _shortened(value: object, length: int = 40) -> str:
 def decode_list(
     path: object, key: str, entries: Iterable[Raw], schema: type[T], faults: list[Fault]
 ) -> list[T | None]:
-    """Decodes the entries of a list; None takes the place of a wrong one, which is noted."""
+    """Decodes the entries of a list; a wrong one becomes None and a fault."""
     decode = msgspec.json.Decoder(schema).decode
     found: list[T | None] = []
     for number, entry in enumerate(entries):
@@ -228,7 +228,7 @@ def categories_of(path: object, entries: list[Raw], schema: type) -> list[dict]:
     """The categories as dicts.
 
     Args:
-      path: of the file.
+      path: the file.
       entries: its list.
       schema: `PanopticCategory`, `Category` or `IdOfCategory`.
 
@@ -266,16 +266,12 @@ def _as_dict(category: IdOfCategory | Category) -> dict:
 
 
 def read_categories(path: str | os.PathLike[str], layout: str, schema: type) -> list[dict]:
-    """Reads the categories alone, which is fast: see `open_file` and `categories_of`."""
+    """Reads the categories alone, fast: see `open_file` and `categories_of`."""
     return categories_of(path, open_file(path, layout, _CategoriesOnly).categories, schema)
 
 
 def segmentation_of(text: Raw | bytearray) -> Segmentation | None:
-    """Decodes a segmentation: polygons, also as pairs of coordinates, or a run-length code.
-
-    Raises:
-      msgspec.DecodeError: it is something else.
-    """
+    """Decodes polygons, also as pairs of coordinates, or a run-length code; or a DecodeError."""
     try:
         return _SEGMENTATION.decode(text)
     except msgspec.ValidationError:
@@ -289,7 +285,7 @@ def segmentation_of(text: Raw | bytearray) -> Segmentation | None:
 
 
 def doubled(values: Iterable[str]) -> list[str]:
-    """Those of the values that occur more than once, in order, each once."""
+    """The values that occur more than once, in order, each once."""
     seen: set[str] = set()
     twice: dict[str, None] = {}
     for value in values:
@@ -300,7 +296,7 @@ def doubled(values: Iterable[str]) -> list[str]:
 
 
 def check_images(path: object, images: Collection[Image]) -> list[Fault]:
-    """Faults for image ids and file names that occur twice: nobody can tell which is meant."""
+    """Makes faults of ambiguous image ids and file names: those that occur twice."""
     return [
         Fault(
             f"{what} of two images",

@@ -20,8 +20,8 @@ _THINGS = np.flatnonzero(datasets.ADE20K.is_thing)
 class Ade20kPanoptic(official.OfficialBuilder):
     """Panoptic ADE20K, derived from the semantic and instance maps as the official script does.
 
-    The two annotations disagree here and there, and semantic scores are taken on the semantic one:
-    records carry it as well.
+    The two annotations disagree in places, and the semantic one defines the semantic scores, so
+    records carry it too.
     """
 
     DATASET = "ade20k"
@@ -61,22 +61,22 @@ def _convert(maps: Mapping[str, bytes], name: str) -> tuple[np.ndarray, SegmentT
 def panoptic_map(
     semantic: np.ndarray, instance: np.ndarray, where: str
 ) -> tuple[np.ndarray, SegmentTable]:
-    """Panoptic map and segments of the two raw maps, by the rules of the official conversion.
+    """Derives panoptic map and segments from the two raw maps, by the official rules.
 
-    Stuff comes from the semantic map, things from the instance map, which is laid over it. The area
-    of stuff is that *before*, so it can exceed the pixels that are left; a stuff segment without a
-    pixel left stays listed. Things that only the semantic map has become void. There is no crowd.
+    Stuff comes from the semantic map, things from the instance map, which covers it. The area of
+    stuff is counted *before* that, so it can exceed the visible pixels, and a stuff segment without
+    visible pixels stays listed. Things of the semantic map alone become void. No segment is crowd.
 
     Args:
       semantic: uint8 [H, W], class + 1, 0 is unlabelled.
       instance: uint8 [H, W, 3]: category 1 to 100, number of the instance (0: none), unused.
-      where: what messages call the maps.
+      where: name of the maps in messages.
 
     Returns:
       int32 [H, W] and the segments, stuff first; ids are 1, 2, ... in that order.
 
     Raises:
-      RecordError: other kinds of images, different sizes, an unknown category, or an instance of
+      RecordError: other kinds of images, different sizes, an unknown category, or an instance with
         two categories.
     """
     if semantic.ndim != 2 or semantic.dtype != np.uint8:

@@ -14,7 +14,7 @@ from oneformer_jax.input_pipeline.records import RecordError, SegmentTable, deco
 
 _FOLDERS = {"train": "train", "validation": "val"}
 _KNOWN_LABELS = range(34)  # labels of the annotation tool; -1, a licence plate, is not drawn
-_INSTANCE = 1000  # ids from here on are label * 1000 + number of the instance
+_INSTANCE = 1000  # ids of at least 1000 are label * 1000 + number of the instance
 
 
 class CityscapesPanoptic(official.OfficialBuilder):
@@ -59,26 +59,26 @@ def _convert(maps: Mapping[str, bytes], name: str) -> tuple[np.ndarray, SegmentT
 
 
 def panoptic_map(instance_ids: np.ndarray, where: str) -> tuple[np.ndarray, SegmentTable]:
-    """Panoptic map and segments of an instanceIds map, by the rules of createPanopticImgs.
+    """Derives panoptic map and segments from an instanceIds map, as createPanopticImgs does.
 
-    A pixel is a label id (stuff, and things that were not told apart) or 1000 * label id + number.
-    Segments keep that value as their id. Label ids outside of the evaluation become void, instances
-    of caravan and trailer among them. A thing without a number is a group: crowd.
+    A pixel is a label id (stuff, and groups of things) or 1000 * label id + number. Segments keep
+    that value as their id. Label ids outside the evaluation become void, including instances of
+    caravan and trailer. A thing without a number is a group: crowd.
 
     Args:
       instance_ids: uint16 (or uint8) [H, W].
-      where: what messages call the map.
+      where: name of the map in messages.
 
     Returns:
       int32 [H, W], and the segments in order of their ids.
 
     Raises:
-      RecordError: another kind of image, or a label id that Cityscapes does not have.
+      RecordError: another kind of image, or an unknown label id.
     """
     if instance_ids.ndim != 2 or instance_ids.dtype not in (np.uint8, np.uint16):
         raise RecordError(
             f"{where}: a map of {instance_ids.dtype} {instance_ids.shape}; instanceIds are one "
-            "16-bit channel (labelIds, color and other PNGs do not serve)"
+            "16-bit channel (labelIds, color and other PNGs cannot be used)"
         )
     counts = np.bincount(instance_ids.ravel())
     ids = np.flatnonzero(counts)

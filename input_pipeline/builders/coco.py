@@ -19,8 +19,8 @@ _FOLDERS = {"train": "train2017", "validation": "val2017"}
 class CocoPanoptic(official.OfficialBuilder):
     """COCO 2017 with panoptic annotations.
 
-    The original instance annotation, where it is there, tells which images have things, as in the
-    official training filter.
+    The original instance annotation, if present, tells which images have things, as in the official
+    training filter.
     """
 
     DATASET = "coco"
@@ -55,8 +55,7 @@ class CocoPanoptic(official.OfficialBuilder):
             with_instances = images_with_instances(instance_path)
         else:
             notes = (
-                f"there is no {instance_path}: what data.require_things keeps is told from the "
-                "panoptic annotation",
+                f"there is no {instance_path}: data.require_things uses the panoptic annotation",
             )
         return raw.PanopticJsonSplit(
             reader,
@@ -81,10 +80,6 @@ class _InstanceFile(msgspec.Struct):
 
 
 def images_with_instances(path: Path) -> set[str]:
-    """Ids of the images of an instances_*.json that have an instance that is no crowd.
-
-    Raises:
-      ValueError: not an instance JSON of COCO.
-    """
-    content = schemas.open_file(path, "it is to be an instance JSON of COCO", _InstanceFile)
+    """Ids of the images with a non-crowd instance in an instances_*.json, or a ValueError."""
+    content = schemas.open_file(path, "it must be an instance JSON of COCO", _InstanceFile)
     return {str(a.image_id) for a in content.annotations if not a.iscrowd}

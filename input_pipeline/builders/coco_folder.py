@@ -1,7 +1,7 @@
 """TFDS builder for any folder in the COCO-panoptic format.
 
-Preparing pays where a dataset is read often: the records lie in a few large files, and the segment
-maps are stored in the form that decodes fast. Every record is checked while it is written.
+Preparing pays if a dataset is read often: the records lie in a few large files, and the segment
+maps have a form that decodes fast. Every record is checked as it is written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FAULTS = "faults.txt"  # beside the folder of the version
 
 @dataclasses.dataclass(frozen=True)
 class FolderSplit:
-    """Where one split lies.
+    """The paths of one split.
 
     Attributes:
       images_dir: folder of the image files.
@@ -40,7 +40,7 @@ class FolderSplit:
     json_path: str
 
     def fingerprint(self) -> str:
-        """SHA-256 of the JSON: tells whether the annotations changed since a preparation."""
+        """SHA-256 of the JSON, to notice annotations that changed since a preparation."""
         return sha256(self.json_path)
 
 
@@ -67,8 +67,8 @@ class CocoFolderConfig(tfds.core.BuilderConfig):
 class CocoFolder(tfds.core.GeneratorBasedBuilder):
     """A folder of images, a folder of panoptic PNGs and a COCO-panoptic JSON per split.
 
-    Prepare it with `input_pipeline.sources.prepare`. The metadata stored beside the records are the
-    class table, the fingerprints of the JSON files and the list of records that were left out.
+    Prepare it with `input_pipeline.sources.prepare`. The stored metadata are the class table, the
+    fingerprints of the JSON files and the list of records that were left out.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -110,7 +110,7 @@ class CocoFolder(tfds.core.GeneratorBasedBuilder):
             try:
                 record, found = source.examine(index)
             except RecordError as error:
-                left_out = source.left_out(index)  # all of them, the error has the first
+                left_out = source.left_out(index)  # all faults; the error has the first
                 broken += left_out or [Fault(error.kind, str(error))]
                 continue
             written += 1

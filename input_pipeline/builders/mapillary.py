@@ -41,8 +41,8 @@ class MapillaryPanoptic(official.OfficialBuilder):
         json_path = next(
             path for path in (root / name for name in _panoptic_jsons(folder)) if path.exists()
         )
-        # The names of the classes and images are not taken from the JSON: the official code has
-        # its own class names, and finds an image by the name of its PNG.
+        # The official code does not read names from the JSON: it has its own class names, and finds
+        # an image by the name of its PNG.
         content = read_panoptic(json_path, image_names=False)
         notes = check_categories(json_path, content.categories)
         reader = CocoFolderSource(images, json_path.parent, json_path, cls.CLASSES, content)
@@ -58,11 +58,11 @@ def _panoptic_jsons(folder: str) -> tuple[str, ...]:
 def check_categories(json_path: Path, categories: list[dict]) -> tuple[str, ...]:
     """Compares a JSON's categories with the 65 of v1.2.
 
-    More may be listed (unlabelled pixels); a segment of one is an error later. Names are not
-    compared, and whether a class is a thing is what the official code says, not the JSON.
+    The JSON may list more (unlabelled pixels); a segment of one is an error later. Names are not
+    compared, and the official code, not the JSON, tells things from stuff.
 
     Returns:
-      Notes on classes that the JSON has as the other kind.
+      Notes on classes that are the other kind in the JSON.
 
     Raises:
       ValueError: an id is missing.

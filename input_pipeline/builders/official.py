@@ -1,4 +1,4 @@
-"""TFDS's entry point of the builders of official datasets."""
+"""The TFDS entry point of the builders of official datasets."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Prepares an official dataset: its download becomes ArrayRecord files, and a report.
+"""Prepares an official dataset: turns its download into ArrayRecord files and a report.
 
 The files of a split are written one by one, each under a temporary name until it is complete, so
-that an interrupted preparation goes on where it was. dataset_info.json names only the splits that
-are complete, and it is what readers go by. In the folder of the dataset lie
+an interrupted preparation can resume. dataset_info.json, which readers follow, names complete
+splits only. The folder of the dataset holds
 
   coco_panoptic-train.array_record-00000-of-00119, ...   the records
   dataset_info.json, features.json, metadata.json        TFDS's description; see `_Store`
   prepare_report.json                                    counts, missing files, broken records
-  .shards/                                               facts about each file, to go on from
+  .shards/                                               facts about each file, to resume from
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Log = Callable[[str], None]
 
 
 def builder_class(dataset: str) -> type[raw.PanopticBuilder]:
-    """The builder of "coco", "ade20k", "cityscapes" or "mapillary"; ValueError for others."""
+    """The builder class of "coco", "ade20k", "cityscapes" or "mapillary"; else a ValueError."""
     if dataset not in BUILDERS:
         raise ValueError(f"there is no builder of {dataset!r}, only of {', '.join(BUILDERS)}")
     module = importlib.import_module(f"{__package__}.{dataset}")
@@ -61,18 +61,18 @@ def builder_class(dataset: str) -> type[raw.PanopticBuilder]:
 
 @dataclasses.dataclass
 class SplitReport:
-    """What became of one split.
+    """Counts and faults of one prepared split.
 
     Attributes:
       expected: number of records that the dataset has.
       listed: number of records that the download names.
       written: number of records written.
-      with_things: those that the training filter (`data.require_things`) keeps.
-      files, bytes: the record files and their size.
-      complete: whether the split can be used.
+      with_things: number of records that the training filter (`data.require_things`) keeps.
+      files, bytes: number of record files and their size.
+      complete: True if the split can be used.
       missing: a line for every record with a missing file.
       broken: every record that cannot be read, and every annotation that was left out.
-      notes: what else to know.
+      notes: other remarks.
     """
 
     expected: int
@@ -87,7 +87,7 @@ class SplitReport:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def left_out(self) -> list[str]:
-        """A line for every reason why records are not there."""
+        """A line for every reason why records are missing."""
         found = [*self.missing, *(fault.message for fault in self.broken)]
         if self.listed != self.expected:
             found.insert(
@@ -110,7 +110,7 @@ class SplitReport:
         return lines + [f"  {line}" for line in faults.summary(self.broken)]
 
     def to_json(self) -> dict[str, Any]:
-        """What the report file keeps: also the number of broken records of each kind."""
+        """The report as JSON, with the number of broken records of each kind."""
         groups = faults.by_kind(self.broken)
         return {
             **dataclasses.asdict(self),
@@ -132,7 +132,7 @@ def prepare(
     known, data_dir = builder_class(dataset), Path(data_dir).expanduser()
     folder = prepared.folder_of(known, data_dir)
     if (folder / prepared.DESCRIPTION).exists():
-        prepared.read(folder)  # checked before TFDS, which a builder lets read it
+        prepared.read(folder)  # checks the files before the builder lets TFDS read them
     builder = known(source=source, data_dir=data_dir)
     return prepare_builder(builder, splits=splits, skip_broken=skip_broken, log=log)
 
@@ -144,16 +144,16 @@ def prepare_builder(
     skip_broken: bool = False,
     log: Log = print,
 ) -> Path:
-    """Writes the records of a download; goes on where an interrupted preparation stopped.
+    """Writes the records of a download; resumes an interrupted preparation.
 
-    Splits that are complete already are left alone. Missing files and wrong counts are told before
-    anything is written, broken records after all of the others are written.
+    Complete splits are kept. Missing files and wrong counts are reported before anything is
+    written, broken records after all others are written.
 
     Args:
       builder: an official dataset's builder, with the download as its `source`.
-      splits: which splits to prepare; others that are prepared stay.
-      skip_broken: leave out what is missing or broken instead of failing.
-      log: gets lines of progress and the report.
+      splits: the splits to prepare; other prepared ones stay.
+      skip_broken: leave out missing or broken records instead of failing.
+      log: receives the lines of progress and the report.
 
     Returns:
       The folder of the prepared files, for `sources.TfdsSource`.
@@ -212,7 +212,7 @@ def _check(reports: dict[str, SplitReport], skip_broken: bool, target: Path) -> 
         raise ValueError(
             f"not prepared: something is missing or broken in {', '.join(found)}, listed in "
             f"{target / REPORT}. Repair the download and run the same command again, which keeps "
-            "what is done; or add --skip_broken to leave those records out"
+            "finished files; or add --skip_broken to leave those records out"
         )
 
 
@@ -224,7 +224,7 @@ def _write_report(
     log: Log,
 ) -> None:
     path = target / REPORT
-    # A split that was prepared by another command keeps its entry.
+    # A split of an earlier command keeps its entry.
     earlier = json.loads(path.read_text("utf-8"))["splits"] if path.is_file() else {}
     content = {
         "dataset": builder.DATASET,
@@ -238,16 +238,16 @@ def _write_report(
             log(f"  {line}")
     try:
         write_atomically(path, json.dumps(content, indent=1))
-    except OSError as error:  # must not hide the error that led here
+    except OSError as error:  # raising would hide the error that led here
         log(f"the report could not be written: {error}")
 
 
 class _Store:
-    """The prepared folder: which splits it has, what is stored with them.
+    """The prepared folder: its splits and their metadata.
 
-    The metadata beside the records: `info`, the class table; and per split `records`, what a loader
-    asks before it reads an image; `fingerprints` of the annotations; `left_out`, reasons why
-    records are not there.
+    The metadata: `info`, the class table; and for each split `records`, the facts that a loader
+    needs before it reads an image; `fingerprints` of the annotations; `left_out`, reasons why
+    records are missing.
     """
 
     def __init__(self, builder: raw.PanopticBuilder, target: Path):
@@ -276,13 +276,13 @@ class _Store:
         )
 
     def has(self, split: str) -> bool:
-        """Whether a split is complete: it is listed, and all of its files are there."""
+        """Tells whether a split is complete: it is listed, and all of its files exist."""
         return split in self.splits and all(
             Path(path).is_file() for path in self.splits[split].filepaths
         )
 
     def describe(self, split: str, report: SplitReport) -> None:
-        """Enters what the folder has of a complete split."""
+        """Fills the report of a complete split from the folder."""
         info = self.splits[split]
         report.complete = True
         report.written, report.bytes = info.num_examples, int(info.num_bytes)
@@ -302,7 +302,7 @@ class _Store:
         )
 
     def remove(self, split: str) -> None:
-        """Takes a split out of the description, before its files change."""
+        """Removes a split from the description, before its files change."""
         if self.splits.pop(split, None) is not None:
             self._write()
 
@@ -312,17 +312,17 @@ class _Store:
             description.unlink(missing_ok=True)
             return
         info = self.builder.info
-        if info.file_format != _FORMAT:  # a dataset_info.json that was read has set it
+        if info.file_format != _FORMAT:  # reading a dataset_info.json has set it
             info.set_file_format(_FORMAT, override=True)
         info.set_splits(tfds.core.SplitDict(list(self.splits.values())))
         info.metadata.clear()
         info.metadata.update(self.metadata)
         folder = self.shards / "description"
-        shutil.rmtree(folder, ignore_errors=True)  # of a preparation that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed preparation
         folder.mkdir()
         info.write_to_directory(folder)
         written = [path for path in folder.iterdir() if path.name != description.name]
-        for path in (*written, folder / description.name):  # what readers look for, last
+        for path in (*written, folder / description.name):  # last the one that readers look for
             sync(path)
             os.replace(path, self.target / path.name)
         folder.rmdir()
@@ -395,7 +395,7 @@ class _SplitWork:
             store.describe(split, report)
 
     def _begin(self) -> None:
-        """Clears away what a preparation of other files left."""
+        """Removes the remains of a preparation of other files."""
         plan = self._store.shards / f"{self._split}.json"
         if plan.is_file() and json.loads(plan.read_text("utf-8")) == self._plan:
             return
@@ -414,9 +414,9 @@ class _SplitWork:
         return self._store.shards / f"{self._split}-{shard:05d}.json"
 
     def _facts(self, shard: int) -> dict | None:
-        """Facts of a finished file, or None if it is to be written (again).
+        """Facts of a finished file, or None if it must be written (again).
 
-        A file that left records out is written again: they may have been repaired.
+        A file that left records out is written again: they may be repaired now.
         """
         path, facts_path = self._paths[shard], self._facts_path(shard)
         if not (path.is_file() and facts_path.is_file()):
@@ -450,7 +450,7 @@ class _SplitWork:
         facts["remarks"] = {kind: [len(found), found[0]] for kind, found in groups.items()}
         path, facts_path = self._paths[shard], self._facts_path(shard)
         facts_path.unlink(missing_ok=True)
-        # A name that neither TFDS nor `_begin` takes for a finished file's.
+        # Neither TFDS nor `_begin` takes this name for a finished file's.
         temporary = self._store.shards / f"{self._split}-{shard:05d}.incomplete"
         try:
             with writing(path.parent, RuntimeError):
@@ -466,7 +466,7 @@ class _SplitWork:
     def _encode(
         self, index: int, skip_broken: bool
     ) -> tuple[raw.RawRecord, bytes, tuple[int, int]] | Fault:
-        """A record, serialised, with the size of its image; or what is broken."""
+        """Serialises a record; returns it with the size of its image, or its fault."""
         try:
             record = self._raw.read(index, skip_broken=skip_broken)
             classes = self._store.builder.CLASSES.num_classes
@@ -504,7 +504,7 @@ def _remark_notes(facts: Sequence[dict]) -> list[str]:
 
 
 class _Progress:
-    """Says now and then how far it is."""
+    """Logs the progress now and then."""
 
     def __init__(self, name: str, total: int, log: Log):
         self.name = name
@@ -512,7 +512,7 @@ class _Progress:
         self._start = self._last = time.monotonic()
 
     def skip(self, records: int) -> None:
-        """Records that cost no time."""
+        """Counts records as done that cost no time."""
         self._total -= records
 
     def step(self) -> None:

@@ -1,7 +1,7 @@
-"""Datasets as they are downloaded: what a builder reads its records from.
+"""Downloads of official datasets, from which builders read their records.
 
-Each official dataset has a builder class, `PanopticBuilder`, that knows the folder tree of the
-download and turns a split of it into a `RawSplit`. `builders.preparation` does the rest.
+Each dataset has its own `PanopticBuilder`, which knows the folder tree of the download and turns a
+split of it into a `RawSplit`. `builders.preparation` does the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 @dataclasses.dataclass(frozen=True)
 class RawRecord:
-    """One annotated image, its panoptic map derived.
+    """One annotated image with its panoptic map.
 
     Attributes:
       image: the image file's bytes.
@@ -38,11 +38,10 @@ class RawRecord:
       segments: its segments; areas as the official annotation counts them.
       image_id: id in the dataset.
       file_name: name of the image file.
-      has_things: whether the training filter of the dataset keeps the image.
-      semantic: PNG of class id + 1, 0 unlabelled, if the dataset has a semantic annotation that is
-        not the panoptic one.
+      has_things: True if the training filter of the dataset keeps the image.
+      semantic: PNG of class id + 1, 0 unlabelled; only with a separate semantic annotation.
       left_out: faults of annotations that are not in the record.
-      remarks: what is odd about the annotation, but no fault.
+      remarks: oddities of the annotation that are no faults.
     """
 
     image: bytes
@@ -62,9 +61,9 @@ class RawSplit(abc.ABC):
 
     Attributes:
       names: one name per record, for messages.
-      missing: record number -> which of its files are missing.
-      fingerprint: changes when the annotations or the list of files do.
-      notes: what a user should know about how the split is read.
+      missing: record number -> its missing files.
+      fingerprint: changes with the annotations or the list of files.
+      notes: remarks for users on the reading of the split.
     """
 
     names: Sequence[str]
@@ -79,29 +78,28 @@ class RawSplit(abc.ABC):
     def read(self, index: int, *, skip_broken: bool = False) -> RawRecord:
         """Reads record `index`; RecordError if it is broken.
 
-        With `skip_broken` single annotations that are broken are left out where the format has
-        such.
+        With `skip_broken` broken annotations are left out singly if the format allows it.
         """
 
 
 class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
-    """A TFDS builder that starts from the files a dataset's own site gives out.
+    """A TFDS builder that starts from the files of a dataset's own site.
 
     Its records (`schema.features`) are read with `sources.TfdsSource`, or with TFDS itself
     (`as_data_source`). Neither needs TensorFlow.
 
     Args:
-      source: folder of the download; only needed for `download_and_prepare`.
+      source: folder of the download, needed only by `download_and_prepare`.
       data_dir: folder below which the prepared files lie.
 
     Attributes:
       DATASET: name of the dataset in commands and configs.
       CLASSES: its class table.
       EXPECTED: number of records of each split.
-      RECORDS_PER_SHARD: records per file; what an interrupted preparation loses at most per thread.
-      FOLDER: usual name of the folder of the download; its parent may be given instead of it.
+      RECORDS_PER_SHARD: records per file; an interruption loses at most one file per thread.
+      FOLDER: usual name of the download's folder; `source` may also be its parent.
       LAYOUT: the folder tree, for messages.
-      SEMANTIC: whether the records carry a semantic map.
+      SEMANTIC: True if the records carry a semantic map.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -121,24 +119,16 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def required(cls, split: str) -> tuple[tuple[str, ...], ...]:
-        """Paths below the download that a split needs; of each tuple, one is enough."""
+        """Paths below the download that a split needs, one of each tuple."""
 
     @classmethod
     @abc.abstractmethod
     def open_split(cls, root: Path, split: str) -> RawSplit:
-        """Opens a split of the download in `root`, which has all that `required` names.
-
-        Raises:
-          ValueError: an annotation file is not what it should be.
-        """
+        """Opens a split in `root`, which has all `required` paths; ValueError for wrong content."""
 
     @classmethod
     def find_root(cls, source: str | os.PathLike, splits: Sequence[str]) -> Path:
-        """The folder of the download: `source`, or the folder `FOLDER` in it.
-
-        Raises:
-          FileNotFoundError: neither has what the splits need; says what was expected and found.
-        """
+        """Finds the folder of the download: `source`, or `FOLDER` in it; or a FileNotFoundError."""
         source = Path(source).expanduser()
         lacking = {}
         for root in (source, source / cls.FOLDER):
@@ -150,7 +140,7 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
             ]
             if not lacking[root]:
                 return root
-        # The one that comes closer is the one that was meant.
+        # The user meant the one that lacks less.
         root = min(lacking, key=lambda folder: len(lacking[folder]))
         wanted = ", ".join(" or ".join(options) for options in lacking[root])
         archives = sorted(
@@ -164,7 +154,7 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         raise FileNotFoundError(
             f"{root} is not the {cls.DATASET} download: it lacks {wanted}.{unpack}\n"
             f"Expected:\n{cls.LAYOUT}\nFound: {found_in(root)}\n"
-            "If only one split is there, name it with --split"
+            "If you have only one split, name it with --split"
         )
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -177,16 +167,16 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         )
 
     def _download_and_prepare(self, dl_manager, download_config=None):
-        # A hook of TFDS that `official.OfficialBuilder` takes the place of: never on the way.
+        # An abstract method of TFDS; `official.OfficialBuilder` replaces its caller.
         raise NotImplementedError("download_and_prepare writes the records")
 
     def _as_dataset(self, split, decoders=None, read_config=None, shuffle_files=False):
-        # A hook for tf.data, which the project does not use: nothing here needs TensorFlow.
+        # An abstract method of TFDS for tf.data, which would need TensorFlow.
         raise NotImplementedError("ArrayRecord files are read with as_data_source")
 
 
 def list_files(folder: Path, suffix: str) -> dict[str, Path]:
-    """Stem -> path of the files of `folder` that end in `suffix`, which the stem lacks."""
+    """Maps the stem, without `suffix`, of the files of `folder` that end in it to their path."""
     return {
         name.removesuffix(suffix): folder / name
         for name in os.listdir(folder)
@@ -195,15 +185,15 @@ def list_files(folder: Path, suffix: str) -> dict[str, Path]:
 
 
 class LabelMapSplit(RawSplit):
-    """Images beside label maps that are found by their names.
+    """Images and label maps that share their names.
 
-    A record is a name that any of the folders has; the folders that lack it make it `missing`.
+    Every name in any of the folders is a record, `missing` if another folder lacks it.
 
     Args:
       files: kind of file -> {name -> path}; "image" is one of the kinds.
       convert: (kind -> bytes of the maps, name -> panoptic map, segments); RecordError if broken.
       classes: the class table.
-      semantic: kind of file that is the semantic annotation of its own, if there is one.
+      semantic: kind of file with the separate semantic annotation, if any.
     """
 
     def __init__(
@@ -225,7 +215,7 @@ class LabelMapSplit(RawSplit):
         self.fingerprint = hashlib.sha256(listing).hexdigest()
 
     def read(self, index: int, *, skip_broken: bool = False) -> RawRecord:
-        del skip_broken  # a map is whole or broken
+        del skip_broken  # a map has no parts to leave out
         name = self.names[index]
         image_path = self._files["image"][name]
         maps = {k: read_file(paths[name]) for k, paths in self._files.items() if k != "image"}
@@ -249,8 +239,8 @@ class PanopticJsonSplit(RawSplit):
       folder: the reader of the JSON.
       folders: the folders of the images and of the PNGs.
       fingerprint: of the JSON files.
-      with_instances: ids of the images that the training filter keeps; those with a non-crowd thing
-        in the panoptic annotation if None.
+      with_instances: ids of the images that the training filter keeps; None keeps those with a
+        non-crowd thing in the panoptic annotation.
       notes: see `RawSplit`.
     """
 
@@ -277,7 +267,7 @@ class PanopticJsonSplit(RawSplit):
             lacking = [
                 str(path)
                 for path in paths
-                # A name with a folder in it is not in the listing.
+                # The listing lacks names with a folder in them.
                 if path.name not in present.get(path.parent, ()) and not path.is_file()
             ]
             if lacking:

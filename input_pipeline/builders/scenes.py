@@ -1,10 +1,9 @@
 """Renders the synthetic panoptic scenes of the embedded default dataset.
 
 A scene shows two or three textured stuff regions and up to five shapes that may occlude one
-another. Some scenes have a crowd (many small shapes of one class in one segment), some have void
-pixels, some have no thing at all. Every class has its own range of hues, which overlaps its
-neighbours', so a model has to look at shape and texture as well. The masks are exact; only the
-image is anti-aliased.
+another. Some scenes have a crowd (many small shapes of one class in one segment), void pixels, or
+no thing. The range of hues of a class overlaps its neighbours', so a model must learn shape and
+texture too. The masks are exact; only the image is anti-aliased.
 
 A scene is a pure function of (seed, split, index, size).
 """
@@ -21,7 +20,7 @@ import numpy as np
 from oneformer_jax.input_pipeline import datasets
 
 INFO = datasets.SYNTHETIC
-# Both splits of a seed draw from random streams of their own.
+# Each split of a seed has its own random stream.
 _SPLIT_STREAMS = {"train": 0, "validation": 1}
 
 # Lengths below are in pixels of a 128 x 128 scene and grow with it.
@@ -30,9 +29,9 @@ _CROWD_PROBABILITY = 0.09  # of the scenes that have things
 _VOID_PROBABILITY = 0.15
 _THING_COUNT_PROBABILITIES = (0.08, 0.14, 0.22, 0.25, 0.19, 0.12)
 _RADIUS_RANGE = (10.0, 27.0)
-# A new thing may hide at most this share of what is still visible of an earlier one.
+# A new thing may hide at most this share of the visible part of an earlier one.
 _MAX_HIDDEN = 0.45
-# A segment with fewer visible pixels becomes void: nobody could name it.
+# A segment with fewer visible pixels is unrecognisable and becomes void.
 _MIN_VISIBLE_AREA = 40
 
 
@@ -56,7 +55,7 @@ def render_scene(seed: int, split: str, index: int, size: int = _REFERENCE_SIZE)
     """Renders scene `index` of a split.
 
     Args:
-      seed: names the whole dataset.
+      seed: of the whole dataset.
       split: "train" or "validation"; their scenes are drawn from separate random streams.
       index: non-negative number of the scene in its split.
       size: height and width in pixels, at least 32.
@@ -73,7 +72,7 @@ def render_scene(seed: int, split: str, index: int, size: int = _REFERENCE_SIZE)
     if count and rng.random() < _CROWD_PROBABILITY:
         canvas.paint_crowd()
         count = min(count, 3)
-    # Large shapes first, so that no small one vanishes behind them.
+    # Large shapes first, or they would cover small ones.
     for radius in sorted(rng.uniform(*_RADIUS_RANGE, count), reverse=True):
         canvas.paint_thing(radius)
     if rng.random() < _VOID_PROBABILITY:
@@ -190,7 +189,7 @@ _TEXTURES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "road": _road,
 }
 
-# What may lie at the top, in the middle and at the bottom of a scene.
+# Stuff at the top, in the middle and at the bottom of a scene; repeats are more likely.
 _TOPS = ("sky", "sky", "sky", "brick wall")
 _MIDDLES = ("grass", "water", "brick wall", "sand")
 _BOTTOMS = ("grass", "water", "sand", "road")
@@ -219,8 +218,8 @@ def _heart_outline() -> np.ndarray:
     return np.stack([x / 16.5, -(y + 2.5) / 15.5], -1)
 
 
-# Class name -> (outlines of about unit radius, hue in degrees, half width of the hue range, how far
-# it may be turned in degrees). A second outline is a hole.
+# Class name -> (outlines of about unit radius, hue in degrees, half width of the hue range, largest
+# turn in degrees). A second outline is a hole.
 _SHAPES: dict[str, tuple[tuple[np.ndarray, ...], float, float, float]] = {
     "circle": ((_polar(np.ones(48)),), 2, 18, 180),
     "square": ((_polar(np.full(4, 1.15)),), 225, 24, 180),
@@ -260,7 +259,7 @@ class _Canvas:
         self.labels[mask] = len(self.kinds)
 
     def _boundary(self, low: float, high: float, straight: bool) -> np.ndarray:
-        """A random line through the scene: position of the border per column, float32 [S]."""
+        """Draws a random line through the scene: position of the border per column, float32 [S]."""
         rng, axis = self.rng, np.linspace(0, 1, self.size, dtype=np.float32)
         height = 0.0 if straight else rng.uniform(0.01, 0.05)
         wave = np.sin(2 * np.pi * (axis * rng.uniform(0.6, 2.2) + rng.random()))
@@ -289,7 +288,7 @@ class _Canvas:
             cv2.copyTo(_TEXTURES[name](rng, self.size), mask.view(np.uint8), self.image)
             self._add(name, mask)
 
-    def _paint_shape(self, name: str, outlines: list[np.ndarray], hue: float) -> np.ndarray:
+    def _paint_shape(self, outlines: list[np.ndarray], hue: float) -> np.ndarray:
         """Draws one shape with shadow, shading and outline; returns its mask, bool [S, S]."""
         rng, scale, size = self.rng, self.scale, self.size
         alpha = np.zeros((size, size), np.uint8)
@@ -299,7 +298,7 @@ class _Canvas:
         cv2.polylines(rim, outlines, True, 255, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
         mask = alpha >= 128
 
-        # Everything happens in the box around the shape and its shadow.
+        # Only the box around the shape and its shadow changes.
         x, y, width, height = cv2.boundingRect(np.concatenate(outlines) >> _SUBPIXEL_BITS)
         margin = round(7 * scale)
         x0, x1 = max(x - margin, 0), min(x + width + margin, size)
@@ -348,17 +347,17 @@ class _Canvas:
         )
 
     def paint_thing(self, radius: float) -> None:
-        """One shape of `radius` reference pixels; none if eight places were all too crowded."""
+        """Paints a shape of `radius` reference pixels, unless eight places are all too crowded."""
         name = self._thing_name()
         for _ in range(8):
             center = self.rng.uniform(0.1, 0.9, 2) * self.size
             outlines = _outlines(name, center, radius * self.scale, self._angle(name))
             if not self._hides_too_much(outlines):
-                self._add(name, self._paint_shape(name, outlines, self._hue(name)))
+                self._add(name, self._paint_shape(outlines, self._hue(name)))
                 return
 
     def paint_crowd(self) -> None:
-        """A group of small shapes of one class in one segment that is marked iscrowd."""
+        """Paints a group of small shapes of one class as one segment marked iscrowd."""
         rng, name = self.rng, self._thing_name()
         columns, rows = int(rng.integers(4, 7)), int(rng.integers(2, 4))
         pitch = rng.uniform(9, 11)
@@ -370,11 +369,11 @@ class _Canvas:
                 center = middle - half + np.array([column, row]) * pitch + rng.uniform(-2, 2, 2)
                 radius = rng.uniform(4.5, 6.5) * self.scale
                 outlines = _outlines(name, center * self.scale, radius, self._angle(name))
-                mask |= self._paint_shape(name, outlines, self._hue(name))
+                mask |= self._paint_shape(outlines, self._hue(name))
         self._add(name, mask, crowd=True)
 
     def paint_void(self) -> None:
-        """An unlabelled dark strip along an edge, or an unlabelled blob."""
+        """Paints an unlabelled dark strip along an edge, or an unlabelled blob."""
         rng, size = self.rng, self.size
         y, x = _grid(size)
         if rng.random() < 0.5:
@@ -391,7 +390,7 @@ class _Canvas:
         self.labels[mask] = 0
 
     def finish(self) -> Scene:
-        """Exposure, sensor noise, and arbitrary 24-bit ids for the segments that are visible."""
+        """Adds exposure and sensor noise; gives visible segments arbitrary 24-bit ids."""
         rng = self.rng
         noise = rng.standard_normal(self.labels.shape, np.float32) * rng.uniform(1, 5)
         image = self.image * (255 * rng.uniform(0.85, 1.08)) + _rgb_weight(noise)

@@ -1,6 +1,6 @@
-"""The one schema of all prepared panoptic datasets, and what is stored beside the records.
+"""The one schema of all prepared panoptic datasets, and their metadata.
 
-Feature names follow TFDS's own coco/2017_panoptic. Images stay as compressed as they came. The
+Feature names follow TFDS's own coco/2017_panoptic. Images keep their original compression. The
 segment map is a PNG in one of two forms, told apart by its channels:
   3 channels: COCO's form, id = R + 256 G + 65536 B;
   1 channel ("dense"): 0 is void and v is segment v - 1 of `panoptic_objects`; it decodes about
@@ -22,9 +22,9 @@ from oneformer_jax.input_pipeline.datasets import DatasetInfo
 from oneformer_jax.input_pipeline.records import RecordError, SegmentTable
 
 OBJECTS = "panoptic_objects"
-# PNG of class id + 1, 0 unlabelled; only in datasets whose semantic annotation is one of its own.
+# PNG of class id + 1, 0 unlabelled; only in datasets with a separate semantic annotation.
 SEMANTIC = "semantic_image"
-# What the metadata keeps about every record, besides the records themselves.
+# Facts about every record in the metadata.
 FACTS = ("height", "width", "has_things")
 
 
@@ -59,7 +59,7 @@ def example(
     file_name: str,
     semantic_png: bytes | None = None,
 ) -> dict:
-    """One example as `features` wants it."""
+    """Makes an example for `features`."""
     return {
         **({SEMANTIC: io.BytesIO(semantic_png)} if semantic_png else {}),
         "image": io.BytesIO(image),
@@ -77,7 +77,7 @@ def example(
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A stored example; images are as compressed as they came."""
+    """A stored example; images keep their original compression."""
 
     image: bytes
     panoptic_png: bytes
@@ -90,20 +90,20 @@ class Example:
 def parse(data: bytes, where: str, *, semantic: bool) -> Example:
     """Reads a serialised example of `features`.
 
-    Unlike TFDS's own parser it checks what it finds: a record may be damaged, or of another schema
-    than its folder's description.
+    TFDS's own parser does not check the record, which may be damaged, or have another schema than
+    its folder's description.
 
     Args:
       data: the serialised tf.train.Example.
-      where: what messages call the record.
-      semantic: whether it must have a semantic map.
+      where: name of the record in messages.
+      semantic: True if it must have a semantic map.
 
     Raises:
-      RecordError: not such an example, or fields are missing or of another type or number.
+      RecordError: no such example, or fields are missing or of another type or number.
     """
     try:
         fields = tf_example_pb2.Example.FromString(data).features.feature
-    except Exception as error:  # DecodeError, of whichever runtime protobuf has
+    except Exception as error:  # DecodeError, whose class depends on protobuf's runtime
         raise RecordError(
             f"{where}: not a serialised example ({error}); prepare the dataset again"
         ) from error
@@ -153,9 +153,9 @@ def _integers(fields: Mapping[str, Any], key: str) -> Sequence[int]:
 
 
 def metadata(info: DatasetInfo) -> tfds.core.MetadataDict:
-    """What is stored beside the records: the class table.
+    """Makes the metadata stored beside the records: the class table.
 
-    While a builder generates, it adds "records" (`note_record`) and further JSON values.
+    A builder that generates adds "records" (`note_record`) and further JSON values.
     """
     return tfds.core.MetadataDict(info=dataclasses.asdict(info))
 
@@ -163,7 +163,7 @@ def metadata(info: DatasetInfo) -> tfds.core.MetadataDict:
 def note_record(
     stored: dict, split: str, shape: tuple[int, ...], segments: SegmentTable, info: DatasetInfo
 ) -> None:
-    """Appends the facts of a split's next record: what a loader asks before it reads any image.
+    """Appends the facts of a split's next record, which a loader needs before it reads images.
 
     Args:
       stored: the builder's metadata, with an entry "records".

@@ -20,7 +20,7 @@ _JPEG = [
 
 @dataclasses.dataclass(eq=False)
 class SyntheticConfig(tfds.core.BuilderConfig):
-    """What to render; the name is made from the other values, so different data never mix.
+    """Settings of the scenes; the name is made from the values, so different data never mix.
 
     Attributes:
       size: height and width of the scenes in pixels, at least 32.

@@ -1,4 +1,4 @@
-"""Minimum-cost assignment, many small problems at a time (Jonker and Volgenant 1987)."""
+"""Minimum-cost assignment of many small problems at once (Jonker and Volgenant 1987)."""
 
 from oneformer_jax.kernels.assignment.api import IMPLEMENTATIONS, linear_sum_assignment
 

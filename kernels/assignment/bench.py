@@ -1,6 +1,6 @@
 """The problems of a training step, for `kernels.bench`; SciPy on the host is the rival.
 
-SciPy solves one problem after the other; the way to the host and back is not in its time.
+SciPy solves the problems in sequence; its time excludes the transfers to the host and back.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def _cases() -> dict[str, Case]:
 
 
 def solve_with_scipy(costs: np.ndarray, valid: np.ndarray) -> None:
-    """Solves problems [problems, rows, columns], one after the other."""
+    """Solves costs [problems, rows, columns], one problem after the other."""
     for cost, columns in zip(costs, valid, strict=True):
         optimize.linear_sum_assignment(cost[:, columns])
 
 
 @functools.cache
 def count_steps(case: Case) -> int:
-    """Steps until the last problem of the case is solved, counted on the device that is there."""
+    """Steps until the last problem of the case is solved, counted on this machine's device."""
     problems, rows, columns = case.sizes
     if case.valid > rows:
         raise ValueError(f"bench: {case.valid} valid columns of {case.name} exceed {rows} rows")
@@ -60,7 +60,7 @@ def count_steps(case: Case) -> int:
 
 
 class Assignment(Operation[Case]):
-    """Arrays: costs and valid columns, as of `linear_sum_assignment`; a batch is two images."""
+    """Arrays: costs and valid columns of `linear_sum_assignment`; a batch is two images."""
 
     def labels(self, case: Case, dtype: str) -> dict[str, Any]:
         return {"sizes": list(case.sizes), "costs": case.kind, "valid": case.valid}
@@ -87,18 +87,18 @@ class Assignment(Operation[Case]):
         return functools.partial(api.solve, xla.assign if implementation == "xla" else kernel)
 
     def count(self, target: str, case: Case, program: str, dump: pathlib.Path) -> dict[str, Any]:
-        """Issue cycles of one step of all problems, and of all else in the kernel.
+        """Issue cycles of one step of all problems, and of the rest of the kernel.
 
-        They are right for problems of one block only: the loop over blocks has trips that only move
-        memory, and they count as if they solved, too. For more columns than rows there are two
-        kernels, and they are those of one of them.
+        They hold only for problems of one block: trips of the loop over blocks that only move
+        memory count as if they solved, too. Of the two kernels for more columns than rows, one is
+        counted.
         """
         text = tpu.schedules(dump, "linear_sum_assignment")[0]
         none, one = (tpu.issue_cycles(text, steps=steps) for steps in (0, 1))
         return {"step_cycles": round(one - none), "other_cycles": round(none)}
 
     def predict(self, record: Mapping[str, Any], case: Case) -> list[dict[str, Any]]:
-        """One line, with the steps that the case's problems take and their time at that."""
+        """One line, with the steps of the case's problems and their time."""
         steps = count_steps(case)
         cycles = record["other_cycles"] + steps * record["step_cycles"]
         (row,) = super().predict(record, case)

@@ -1,19 +1,19 @@
-"""Shortest augmenting paths for many problems at once, as one flat loop: what all solvers share.
+"""Shortest augmenting paths for many problems at once, as one flat loop that all solvers share.
 
 Rows enter one by one; Dijkstra's algorithm on the reduced costs finds the cheapest chain of
-reassignments that ends in a free column (Jonker and Volgenant 1987, Crouse 2016). As nested loops,
-problems would wait for each other at the end of every search. Here each problem is a small machine
-of its own that at every step does one of three things:
+reassignments that ends in a free column (Jonker and Volgenant 1987, Crouse 2016). In nested loops,
+problems would wait for each other at the end of every search. Here each problem is a small state
+machine, which does one of three things at every step:
 
-  * scan: the nearest open column has an owner. The column is closed, and its owner's costs are
-    looked at next.
-  * end of a search: the nearest open column is free. Prices change, the column goes to the row
-    from which it was reached, and now that row's old column is to be given away (or the row was
-    the one that enters, and the next one's costs are looked at next).
-  * walk: the column to be given away goes to the row from which it was reached, and so on.
+  * scan: the nearest open column has an owner. The column is closed, and its owner's costs are read
+    next.
+  * end of a search: the nearest open column is free. Prices change, and the column goes to the row
+    from which it was reached. That row's old column is given away next, unless the row is the one
+    that enters: then the next row's costs are read.
+  * walk: the column given away goes to the row from which it was reached, and so on.
 
-All of them are the same masked vector operations with three reductions over the columns. Only how
-the costs of a row are fetched is left to the solver: `fetch`.
+All three are the same masked vector operations with three reductions over the columns. The solver
+supplies `fetch`, which reads the costs of a row.
 
 Letters: P problems, R rows (numbered in the order in which they enter), C columns of at most
 `width`, the rest being padding of infinite cost.
@@ -33,23 +33,23 @@ MAX_CODES = 2**24  # float32 counts without gaps up to here
 
 
 class State(NamedTuple):
-    """All float32, whole numbers too.
+    """The state of all problems, in float32, whole numbers too.
 
     Per column, [P, width]:
-      price: the column's share in the dual problem: 0 for free columns, else at most 0. Of cost
-        minus price, no column has less for a row than the row's own.
+      price: the column's share in the dual problem: 0 for free columns, else at most 0. For every
+        row, its own column has the least cost minus price.
       paired: the cost of the column for its owner.
       label: width + owner, or the column's own number if it is free. Two are equal only in a walk,
-        where the column to be given away and the row's new one have the same owner.
+        where the column given away and the row's new one have the same owner.
       distance: of open columns from the root of the search; infinite for closed ones.
       final: the distance at which a column was closed; infinite for open ones.
       via: the row from which the column was reached.
       entry: the column's cost for that row.
     Per problem, [P, lanes]:
-      root: the row that is to enter.
-      row: the row whose costs are looked at next.
-      base: what its costs are added to; infinite if they are not to be looked at.
-      walker: the row whose column is to be given away, -1 in a search.
+      root: the row that enters.
+      row: the row whose costs are read next.
+      base: added to its costs; infinite to ignore them.
+      walker: the row whose column is given away, -1 in a search.
     """
 
     price: jax.Array
@@ -72,9 +72,9 @@ def solve(
 
     Args:
       fetch: float32 [P, lanes], a row number per problem -> float32 [P, width], its costs, -1e30 to
-        1e30 or infinite. There have to be as many columns of finite cost as rows are assigned.
-      count: float32 [P, lanes], how many rows of each problem are to be assigned. `lanes` is 1, or
-        all lanes hold the same: vector units of TPUs spread a value over many lanes only slowly.
+        1e30 or infinite. At least as many columns as assigned rows must have finite costs.
+      count: float32 [P, lanes], number of rows to assign in each problem. `lanes` is 1, or all
+        lanes are equal: TPUs are slow to spread a value over lanes.
       width: columns, a multiple of lanes.
       rows: R.
 
@@ -93,7 +93,7 @@ def solve(
     def body(carry):
         state, costs, steps = carry
         state = _step(state, costs, count, rows)
-        # Fetched here, beside what else is left to do, and not when the next step begins.
+        # Fetching here, not in the next step, overlaps with the rest of this one.
         return state, fetch(state.row), steps + 1
 
     state = _start(count, width)
@@ -124,7 +124,7 @@ def _start(count: jax.Array, width: int) -> State:
 
 
 def _step(state: State, costs: jax.Array, count: jax.Array, rows: int) -> State:
-    """One step of every problem; `costs` float32 [P, width] are those of the rows `state.row`."""
+    """Does a step of every problem; `costs` float32 [P, width] belong to the rows `state.row`."""
     s = state
     width, lanes = s.price.shape[1], count.shape[1]
     code_base = float(_row_codes(rows))
@@ -143,7 +143,7 @@ def _step(state: State, costs: jax.Array, count: jax.Array, rows: int) -> State:
     via = jnp.where(better, over_columns(s.row), s.via)
     entry = jnp.where(better, costs, s.entry)
 
-    # Among equally near columns a free one comes first, of several that of the lowest number.
+    # Of equally near columns, the free one with the lowest number comes first.
     walks = over_columns(s.walker) >= 0
     given_away = (s.label == width + over_columns(s.walker)) & (s.final < INFINITY)
     nearest = reduce(jnp.min, distance)
@@ -154,7 +154,7 @@ def _step(state: State, costs: jax.Array, count: jax.Array, rows: int) -> State:
     label = jnp.floor(code * (1 / code_base))
     chosen_via = code - label * code_base
 
-    # What each problem does, as 0 or 1: masks of few lanes cannot be spread on a TPU.
+    # 0 or 1 instead of masks: a TPU cannot spread masks of few lanes.
     active = jnp.where(s.root < count, 1.0, 0.0)
     walking = jnp.where(s.walker >= 0, active, 0.0)
     scans = jnp.where(label >= width, active - walking, 0.0)

@@ -1,9 +1,9 @@
 """The assignment on NVIDIA GPUs ("pallas_gpu"), in Pallas:Triton: a program for each problem.
 
-A program is one warp as long as its columns fit into the registers of one: reductions are then
-shuffles, without a barrier. State stays in registers, costs are read from the cache. Upstream calls
+A program is one warp if its columns fit into a warp's registers: reductions are then shuffles,
+without a barrier. State stays in registers, costs are read from the cache. Upstream calls
 Pallas:Triton deprecated since jax 0.11; jax 0.10 to 0.12 compile this kernel. It has run in the
-interpreter only: no GPU was at hand.
+interpreter only, never on a GPU.
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ def assign(
     """As `oneformer_jax.kernels.assignment.xla.assign`.
 
     Args:
-      cost, order, count: as there.
       interpret: run the kernel in Pallas's interpreter, on any device.
-      compute_capability: of the GPU that is compiled for, as "9.0"; by default that of the first
-        device.
+      compute_capability: of the GPU to compile for, such as "9.0"; by default the first device's.
 
     Raises:
       NotImplementedError: the device is no NVIDIA GPU of 8.0 or newer, or there are too many

@@ -1,8 +1,8 @@
-"""The assignment on TPUs ("pallas_tpu"): all of it in vector memory, up to 40 problems in lockstep.
+"""The assignment on TPUs ("pallas_tpu"): all in vector memory, up to 40 problems in lockstep.
 
-A problem takes a sublane, its columns lie along the lanes. What a step waits for is always the
-same, for one problem or for many: three reductions over lanes, and the way of a row's number from
-the vector unit to the scalar one, which alone can address the row's costs. So problems share it.
+A problem takes a sublane, its columns lie along the lanes. A step waits for three reductions over
+lanes, and for a row's number to move from the vector unit to the scalar one, which alone can
+address the row's costs. Problems in lockstep share these waits.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from oneformer_jax.kernels import dispatch
 from oneformer_jax.kernels.assignment import lockstep
 
 LANES, SUBLANES = 128, 8
-# Bounds the code of a step. Beyond 20 problems a step takes 12 cycles for each.
+# Bounds the code of a step. Each problem beyond 20 adds 12 cycles to a step.
 MAX_BLOCK = 40
 MIB = 2**20
-VMEM_RESERVE = 2 * MIB  # state and the compiler's own, beside the costs
+VMEM_RESERVE = 2 * MIB  # for the state and the compiler
 INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x
 
 
@@ -36,7 +36,6 @@ def assign(
     """As `oneformer_jax.kernels.assignment.xla.assign`.
 
     Args:
-      cost, order, count: as there.
       interpret: True or `pltpu.InterpretParams()` runs the kernel on any device, slowly.
       vmem_bytes: vector memory to plan for; by default that of the chip compiled for.
 
@@ -82,12 +81,12 @@ def assign(
 
 
 def block_size(problems: int, rows: int, columns: int, vmem_bytes: int) -> int:
-    """Problems in lockstep: blocks of about the same size, as few as the memory allows.
+    """Problems in lockstep: as few blocks as memory allows, of about equal size.
 
     Raises:
-      NotImplementedError: not even one sublane of every register can be filled.
+      NotImplementedError: the problems of one register's sublanes do not fit.
     """
-    # Costs, while the next block's are fetched.
+    # Twice, because the next block's costs are fetched meanwhile.
     each = 2 * 4 * _round_up(rows, SUBLANES) * _round_up(columns, LANES)
     fits = (vmem_bytes - VMEM_RESERVE) // each
     most = min(MAX_BLOCK, fits)
@@ -97,9 +96,9 @@ def block_size(problems: int, rows: int, columns: int, vmem_bytes: int) -> int:
     if not most:
         raise NotImplementedError(
             f"linear_sum_assignment: 'pallas_tpu' needs {min(problems, SUBLANES) * each} bytes for "
-            f"{min(problems, SUBLANES)} problems of {rows} by {columns} costs, and "
-            f"{max(vmem_bytes - VMEM_RESERVE, 0)} of {vmem_bytes} bytes of vector memory are free "
-            "for them; use 'xla'"
+            f"{min(problems, SUBLANES)} problems of {rows} by {columns} costs, but "
+            f"{max(vmem_bytes - VMEM_RESERVE, 0)} of {vmem_bytes} bytes of vector memory are free; "
+            "use 'xla'"
         )
     return _round_up(-(-problems // -(-problems // most)), SUBLANES)
 

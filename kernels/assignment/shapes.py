@@ -1,7 +1,7 @@
-"""The problems that are really solved, for tests and benchmarks.
+"""The problems of a training step, for tests and benchmarks.
 
-A training step of OneFormer matches the queries of 10 predictions (9 layers and the one before
-them) of each image with the image's segments. Here are two images on a device.
+A step of OneFormer matches the queries of 10 predictions (9 layers and the one before them) of each
+image with the image's segments. These are the problems of two images on a device.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ class Case:
     """Sizes of one call.
 
     Attributes:
-      name: whose sizes these are.
+      name: the model of these sizes.
       rows: queries.
       columns: slots for segments.
-      kind: of costs, see `costs`.
+      kind: kind of costs, see `costs`.
       valid: columns of each problem that hold a segment.
-      problems: of one call.
+      problems: number of problems in one call.
     """
 
     name: str
@@ -39,9 +39,9 @@ class Case:
     def costs(self, seed: int = 0) -> np.ndarray:
         """Random costs, float32 [problems, rows, columns].
 
-        Kind "random": independent ones, so that conflicts are few. "places": distances between
-        points of a plane, as of a trained model, where segments want the queries near them.
-        "alike": all columns want the same rows in nearly the same order, the worst case.
+        Kind "random": independent, with few conflicts. "places": distances between points of a
+        plane, as in a trained model, where segments want the queries near them. "alike": all
+        columns want the same rows in nearly the same order, the worst case.
         """
         rng = np.random.default_rng(seed)
         if self.kind == "random":

@@ -9,7 +9,7 @@ from oneformer_jax.kernels.assignment import lockstep
 
 
 def assign(cost: jax.Array, order: jax.Array, count: jax.Array) -> jax.Array:
-    """Gives rows a column each at the least total cost.
+    """Gives each row a column at the least total cost.
 
     Args:
       cost: float32 [P, R, C], -1e30 to 1e30 or infinite.
@@ -25,7 +25,7 @@ def assign(cost: jax.Array, order: jax.Array, count: jax.Array) -> jax.Array:
 def assign_and_count(
     cost: jax.Array, order: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """As `assign`, and the number of steps that it took, int32."""
+    """As `assign`; also returns the number of steps, int32."""
     _, rows, columns = cost.shape
     cost = jnp.take_along_axis(cost, order[:, :, None], axis=1)
 

@@ -1,10 +1,10 @@
 """Times the implementations of an operation at its published calls.
 
-    python -m kernels.bench ms_deform_attn                     # on the device that is there
-    python -m kernels.bench ms_deform_attn --target=v5e        # compile for one that is not
+    python -m oneformer_jax.kernels.bench ms_deform_attn                # on this device
+    python -m oneformer_jax.kernels.bench ms_deform_attn --target=v5e   # compile for another
 
 On a device: the median time by pass, the temporary memory and the time to compile. Ahead of time:
-static issue cycles (TPU), or registers and spills (GPU), and memory; no measurement of a device.
+static issue cycles (TPU), or registers and spills (GPU), and memory; nothing is timed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20, help="0: memory only")
     parser.add_argument("--json", type=pathlib.Path, help="also write the records to this file")
     parser.add_argument(
-        "--record", action="store_true", help="make a TPU target's cycles those the tests expect"
+        "--record", action="store_true", help="store a TPU target's cycles for the tests"
     )
     parser.add_argument(
         "--no-memory", action="store_true", help="TPU targets: cycles only, in half the time"

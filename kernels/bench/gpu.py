@@ -1,12 +1,11 @@
-"""Compiles for GPUs that are not there, and reports what the compiled kernels take.
+"""Compiles for GPUs without having one, and reports the resources of the compiled kernels.
 
-Needs no GPU and no driver, but the CUDA packages of jax with the compiler, `ptxas`:
+Needs no GPU or driver, but jax's CUDA packages of its own version (0.10 to 0.12), and `ptxas`:
 
     pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 
-of the same version as jax (0.10 to 0.12). The compilers read where to dump from the environment,
-and the old ones among the GPUs can abort the process, so
-reports come from a process of their own: `run` starts it, and `serve` is its main program.
+The compilers read the folder of their dumps from the environment, and can abort the process for old
+GPUs, so each report comes from its own process: `run` starts it, and `serve` is its main program.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _TIMEOUT_SECONDS = 600
 
 
 def missing() -> str | None:
-    """What is not installed of what compiling needs, with the way out; None if all is there."""
+    """Names the first missing package and how to install it, or None."""
     if not any(_installed(name) for name in _PLUGINS):
         return "the CUDA plugin of jax (pip install jax-cuda12-plugin jax-cuda12-pjrt)"
     if _ptxas() is None:
@@ -45,26 +44,26 @@ def missing() -> str | None:
 
 
 def compute_capability(target: str) -> str:
-    """Of one of `TARGETS`; ValueError for an unknown one."""
+    """Compute capability of one of `TARGETS`; ValueError for an unknown one."""
     if target not in TARGETS:
         raise ValueError(f"gpu: unknown target {target!r}; use one of {', '.join(TARGETS)}")
     return ".".join(map(str, TARGETS[target].capability))
 
 
 def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs `module`, whose main program is `serve`, in a process that dumps its kernels.
+    """Runs `module`, with `serve` as its main program, in a process that dumps its kernels.
 
     Args:
       module: dotted name.
       target: one of `TARGETS`.
-      request: what the module is asked for; as JSON can hold it.
+      request: passed to the module as JSON.
 
     Returns:
-      {"target", "device_kind", "compute_capability", "jax"} and what the module reports.
+      {"target", "device_kind", "compute_capability", "jax"} and the module's report.
 
     Raises:
       ValueError: an unknown target.
-      RuntimeError: the CUDA packages are missing, or the compiler failed; its output is the text.
+      RuntimeError: the CUDA packages are missing, or the compiler failed (with its output).
     """
     capability = compute_capability(target)
     if (what := missing()) is not None:
@@ -72,7 +71,7 @@ def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from it is not dumped
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # cached programs are not dumped
             "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*",
             "MOSAIC_GPU_DUMP_PTXAS": "1",
             "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -114,8 +113,8 @@ def serve(report: Callable[[dict[str, Any], Callable[..., dict]], dict[str, Any]
       report: called with the request and a function `compile_(name, function, arguments)`, which
         compiles for the target (`arguments` are abstract) and returns {"kernels": [{"name",
         "registers" per thread, "spill_bytes" stored per thread, "stack_bytes" per thread}],
-        "temp_bytes", "argument_bytes", "output_bytes", "compile_seconds"}. Kernels that XLA made
-        of its own operations are among them.
+        "temp_bytes", "argument_bytes", "output_bytes", "compile_seconds"}. The kernels include
+        those that XLA made of its own operations.
     """
     target, request, folder = sys.argv[1], json.loads(sys.argv[2]), pathlib.Path(sys.argv[3])
     device = _topology(target).devices[0]
@@ -128,7 +127,7 @@ def serve(report: Callable[[dict[str, Any], Callable[..., dict]], dict[str, Any]
 
 
 def kernel_resources(text: str) -> list[dict]:
-    """The kernels of an output of `ptxas -v`: name, registers, spill_bytes, stack_bytes."""
+    """Reads the kernels from the output of `ptxas -v`: name, registers, spill and stack bytes."""
     found = []
     for line in text.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)'", line):
@@ -144,12 +143,12 @@ def kernel_resources(text: str) -> list[dict]:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # not even the package around it
+    except ModuleNotFoundError:  # the package around it is missing
         return False
 
 
 def _ptxas() -> str | None:
-    """The path of ptxas: of the CUDA packages, else of the system."""
+    """The path of ptxas in the CUDA packages, else in the system."""
     if _installed("nvidia"):
         for folder in importlib.util.find_spec("nvidia").submodule_search_locations or ():
             for path in sorted(pathlib.Path(folder).glob("*/bin/ptxas")):
@@ -175,11 +174,11 @@ def _compile(function, arguments, device, log: pathlib.Path) -> dict:
     mesh = jax.sharding.Mesh(np.array([device]), ("x",))
     before = set(log.parent.glob("*.ptx"))
     start = time.perf_counter()
-    # The abstract mesh is how Pallas learns which GPU it compiles for.
+    # Pallas learns from the abstract mesh which GPU it compiles for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _output_to(log):
         compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    kernels = kernel_resources(log.read_text("utf-8", errors="replace"))  # those of Mosaic GPU
+    kernels = kernel_resources(log.read_text("utf-8", errors="replace"))  # Mosaic GPU's
     for path in sorted(set(log.parent.glob("*.ptx")) - before):
         kernels += kernel_resources(_assemble(path))
     memory = compiled.memory_analysis()
@@ -194,7 +193,7 @@ def _compile(function, arguments, device, log: pathlib.Path) -> dict:
 
 @contextlib.contextmanager
 def _output_to(path: pathlib.Path):
-    """Sends what the compilers print, from C++ too, into a file."""
+    """Sends the output of the compilers, from C++ too, into a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [(fd, os.dup(fd)) for fd in (1, 2)]
@@ -214,7 +213,7 @@ def _output_to(path: pathlib.Path):
 
 
 def _assemble(ptx: pathlib.Path) -> str:
-    """What `ptxas -v` says of a file."""
+    """Runs `ptxas -v` on a file; returns its output."""
     target = re.search(r"^\.target (\w+)", ptx.read_text("utf-8"), re.MULTILINE)
     if target is None:  # jax 0.10 dumps an empty file for a module of constants
         return ""

@@ -1,4 +1,4 @@
-"""An operation as the benchmarks see it: its published calls, and how each is made."""
+"""The benchmarks' view of an operation: its published calls, and how to time or compile each."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operation(Generic[Case]):
-    """What one operation tells the benchmarks; the module `kernels.NAME.bench` has its instance.
+    """The calls of one operation; the module `kernels.NAME.bench` has its instance.
 
     Attributes:
-      name: of its folder, and of its kernels: `NAME_forward` and `NAME_backward`.
-      implementations: of its api, the first of them plain JAX.
+      name: name of its folder, and of its kernels: `NAME_forward` and `NAME_backward`.
+      implementations: those of its api, plain JAX first.
       cases: the published calls by name.
-      dtypes: of its arrays, the first by default.
-      differentiated: positions of the arguments that have gradients; () for an operation without.
-      key: fields that tell one recorded call from another, beside the compiler and the target.
-      rivals: implementations of others that run on the host, by name: functions of `inputs`.
-      cores: target -> cores of the chip among which a kernel shares its loops; 1 where it is none.
+      dtypes: dtypes of its arrays, the default first.
+      differentiated: positions of the arguments that have gradients.
+      key: fields that identify a recorded call, beside the compiler and the target.
+      rivals: other libraries' implementations on the host, by name: functions of `inputs`.
+      cores: target -> cores of the chip that share a kernel's loops; 1 by default.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Operation(Generic[Case]):
 
     @property
     def recorded(self) -> pathlib.Path:
-        """The file of what `--target=TPU --record` found; tests hold the kernels to it."""
+        """The file that `--target=TPU --record` writes; tests hold the kernels to it."""
         return ROOT / self.name / "tpu_cycles.json"
 
     def labels(self, case: Case, dtype: str) -> dict[str, Any]:
@@ -59,11 +59,11 @@ class Operation(Generic[Case]):
         raise NotImplementedError
 
     def call(self, case: Case, implementation: str) -> Callable[..., jax.Array]:
-        """The operation of these arrays."""
+        """The operation, as a function of these arrays."""
         raise NotImplementedError
 
     def inputs(self, case: Case, batch: int, dtype: str) -> Sequence[jax.Array]:
-        """Arrays with numbers; normal ones where an operation has nothing better."""
+        """Arrays of numbers, normally distributed by default."""
         arguments = self.arguments(case, batch, dtype)
         keys = jax.random.split(jax.random.key(0), len(arguments))
         return [
@@ -71,22 +71,21 @@ class Operation(Generic[Case]):
         ]
 
     def least_bytes(self, case: Case, batch: int, dtype: str) -> Mapping[str, int]:
-        """Traffic with memory by pass if every array is read or written once; {} where unknown."""
+        """Memory traffic by pass if every array is read or written once; {} if unknown."""
         return {}
 
     def gpu_call(
         self, case: Case, implementation: str, capability: str, **options: Any
     ) -> Callable:
-        """As `call`, for a GPU that is not there."""
+        """As `call`, to compile for a GPU ahead of time."""
         raise NotImplementedError(f"{self.name} has no kernel for GPUs")
 
     def count(self, target: str, case: Case, program: str, dump: pathlib.Path) -> dict[str, Any]:
-        """Figures of the compiled kernels from their schedules.
+        """Reads figures of the compiled kernels from their schedules.
 
         Returns:
-          Per pass {"kernels", "cycles", "milliseconds"}: how many kernels there are and their issue
-          cycles on one core, without cycles if some of the kernels are equal, of which the compiler
-          dumps one.
+          Per pass {"kernels", "cycles", "milliseconds"}: the number of kernels and their issue
+          cycles on one core. Cycles are missing if some kernels are equal: the compiler dumps one.
         """
         found = {}
         for name in PASSES[: 1 + bool(self.differentiated)]:
@@ -102,7 +101,7 @@ class Operation(Generic[Case]):
         return found
 
     def cycles(self, text: str, case: Case, cores: int) -> float:
-        """Issue cycles of a kernel by its schedule."""
+        """Issue cycles of a kernel in its schedule."""
         return tpu.issue_cycles(text)
 
     def predict(self, record: Mapping[str, Any], case: Case) -> list[dict[str, Any]]:
@@ -117,7 +116,7 @@ class Operation(Generic[Case]):
         return ""
 
     def passes(self, case: Case, implementation: str) -> dict[str, Callable]:
-        """The timed functions by name: of the gradient of the output, if any, and the arrays."""
+        """The timed functions by name; they take the output's gradient, if any, and the arrays."""
         call = self.call(case, implementation)
         if not self.differentiated:
             return {"forward": call}
@@ -133,7 +132,7 @@ def load(name: str) -> Operation:
 
 
 def with_gradients(call: Callable, differentiated: Sequence[int]) -> Callable:
-    """The function (output's gradient, *arrays) -> (output, *gradients)."""
+    """Makes the function (output's gradient, *arrays) -> (output, *gradients)."""
 
     def both(gradient, *arrays):
         def of(*chosen):
@@ -154,21 +153,16 @@ def output_gradient(call: Callable, arrays: Sequence[Array]) -> jax.ShapeDtypeSt
     return jax.ShapeDtypeStruct(out.shape, out.dtype)
 
 
-# ------------------------------------------------------------------ on the device that is there
+# ------------------------------------------------------------------ on this machine's device
 
 
 def measure(
     operation: Operation, case: Any, implementation: str, *, batch: int, dtype: str, repeats: int
 ) -> list[dict[str, Any]]:
-    """One record per pass; {"error"} stands in place of figures where the implementation refuses.
+    """Times a call; returns a record per pass, with {"error"} if the implementation refuses.
 
-    Args:
-      operation: what is timed.
-      case: one of its cases.
-      implementation: of the operation, or one that runs on the host.
-      batch: images.
-      dtype: of the arrays.
-      repeats: how often each call is timed; 0 reports the compiled program's memory alone.
+    `implementation` is one of the operation's or a rival, `batch` a number of images. With 0
+    `repeats` the records have the compiled program's memory alone.
     """
     device = jax.devices()[0]
     known = operation.labels(case, dtype) | {"batch": batch, "implementation": implementation}
@@ -205,7 +199,7 @@ def measure(
     return found
 
 
-# ------------------------------------------------------------------ for devices that are not there
+# ------------------------------------------------------------------ ahead of time, for others
 
 
 def compile_for_tpu(
@@ -217,24 +211,24 @@ def compile_for_tpu(
     implementation: str = "pallas_tpu",
     memory: bool = True,
 ) -> list[dict[str, Any]]:
-    """Compiles calls of one image, with their gradients, in a process of their own.
+    """Compiles calls of one image, with their gradients, in a separate process.
 
     Args:
-      operation: what is compiled.
+      operation: the operation.
       target: a key of `tpu.TARGETS`.
-      names: of its cases.
-      dtype: of the arrays; the operation's first by default.
-      implementation: of the operation.
-      memory: whether to report what depends on XLA's optimisations, in several times the time.
+      names: names of its cases.
+      dtype: the operation's first by default.
+      implementation: one of the operation's.
+      memory: also report figures that depend on XLA's optimisations; takes several times as long.
 
     Returns:
       Records of {"libtpu", "target", "implementation"}, the labels, `Operation.count`,
-      "temporary_bytes", "xla_milliseconds" (XLA's own estimate of all but kernels, where the text
-      of the program tells all trip counts) and "compile_seconds".
+      "temporary_bytes", "xla_milliseconds" (XLA's own estimate, without kernels, if the program's
+      text has all trip counts) and "compile_seconds".
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
-      RuntimeError: the compiler refused; with its message.
+      RuntimeError: the compiler refused (with its message).
     """
     dtype = dtype or operation.dtypes[0]
     cases = [[operation.name, name, dtype, implementation] for name in names]
@@ -242,7 +236,7 @@ def compile_for_tpu(
 
 
 def tpu_report(target: str, request: Sequence[str], dump: pathlib.Path) -> dict[str, Any]:
-    """The record of one call, in the process of its own."""
+    """The record of one call; runs in the separate process."""
     name, case_name, dtype, implementation = request
     operation = load(name)
     case = operation.cases[case_name]
@@ -266,7 +260,7 @@ def tpu_report(target: str, request: Sequence[str], dump: pathlib.Path) -> dict[
     try:
         cycles = tpu.estimated_cycles(program)
         record["xla_milliseconds"] = round(1e3 * cycles / tpu.TARGETS[target].clock, 3)
-    except ValueError:  # a loop whose trips the text does not tell
+    except ValueError:  # the text lacks the trips of a loop
         pass
     return record | operation.count(target, case, program, dump)
 
@@ -281,29 +275,23 @@ def compile_for_gpu(
     batch: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
-    """Compiles forward and backward pass of a call for a GPU, in a process of its own.
+    """Compiles forward and backward pass of a call for a GPU, in a separate process.
 
     The backward pass is compiled alone: arguments and the output's gradient in, gradients out.
 
-    Args:
-      operation: what is compiled.
-      target: one of `gpu.TARGETS`.
-      name: of one of its cases.
-      implementation: of the operation.
-      dtype: of the arrays; the operation's first by default.
-      batch: images.
-      **options: for `Operation.gpu_call`.
+    `target` is one of `gpu.TARGETS`, `name` one of the operation's cases; `options` are those of
+    `Operation.gpu_call`.
 
     Returns:
-      What `gpu.run` returns; "forward" and, if it has gradients, "backward" as of `gpu.serve`.
+      The result of `gpu.run`, with "forward" and, if it has gradients, "backward" of `gpu.serve`.
 
     Raises:
-      ValueError: an unknown target.
       NotImplementedError: the implementation does not run on the target.
-      RuntimeError: the CUDA packages are missing, or the compiler failed; its output is the text.
+      ValueError, RuntimeError: see `gpu.run`.
     """
     capability = gpu.compute_capability(target)
-    operation.gpu_call(operation.cases[name], implementation, capability, **options)  # refuses here
+    # Refuses before a process is started.
+    operation.gpu_call(operation.cases[name], implementation, capability, **options)
     request = {
         "operation": operation.name,
         "case": name,
@@ -317,7 +305,7 @@ def compile_for_gpu(
 
 
 def gpu_report(request: Mapping[str, Any], compile_: Callable) -> dict[str, Any]:
-    """The record of one call, in the process of its own."""
+    """The record of one call; runs in the separate process."""
     operation = load(request["operation"])
     case = operation.cases[request["case"]]
     call = operation.gpu_call(
@@ -334,10 +322,8 @@ def gpu_report(request: Mapping[str, Any], compile_: Callable) -> dict[str, Any]
     return found
 
 
-def gpu_rows(
-    operation: Operation, report: Mapping[str, Any], labels: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The lines of a table for what `compile_for_gpu` returns: one per pass."""
+def gpu_rows(report: Mapping[str, Any], labels: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a table for a result of `compile_for_gpu`: one per pass."""
     rows = []
     for name in (name for name in PASSES if name in report):
         kernels = report[name]["kernels"]

@@ -1,4 +1,4 @@
-"""Records of the benchmarks of all kernels: as a table, and kept in a file for the tests."""
+"""Records of the benchmarks: printed as a table, and kept in a file for the tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(path: pathlib.Path, records: Iterable[dict]) -> None:
 
 
 def table(records: list[dict]) -> str:
-    """Formats records as Markdown, one line each; its columns are all keys that occur."""
+    """Formats records as Markdown, one line each, with a column for every key."""
     columns = list(dict.fromkeys(key for record in records for key in record))
 
     def cell(value) -> str:
@@ -40,10 +40,7 @@ def table(records: list[dict]) -> str:
 
 
 def keep(path: pathlib.Path, found: Iterable[dict], key: Sequence[str]) -> None:
-    """Adds records to a JSON file, in place of older ones with equal fields `key`.
-
-    Fields that only the older record has stay.
-    """
+    """Merges records into a JSON file; a newer record updates the one with equal fields `key`."""
     identity = lambda record: [record[name] for name in key]  # noqa: E731
     old = json.loads(path.read_text("utf-8")) if path.exists() else []
     new = {str(identity(record)): record for record in old}

@@ -1,12 +1,12 @@
-"""Compiles for TPUs that are not there, and counts the cycles of the compiled kernels.
+"""Compiles for TPUs without having one, and counts the cycles of the compiled kernels.
 
 libtpu (`pip install "jax[tpu]"`) holds the whole compiler, so a machine without a TPU can compile
 for one. With its dump flags it also writes the final schedule of every kernel: a list of bundles,
 one issued per cycle. Bundles times the trip counts of the loops around them are the kernel's issue
-cycles. Waiting for memory copies is not in them, nor what a real memory system adds.
+cycles, without waits for memory.
 
-The flags must be in the environment before JAX starts, so reports come
-from a process of their own: `run` starts it, and `serve` is its main program.
+The flags must be in the environment before JAX starts, so each report comes from its own process:
+`run` starts it, and `serve` is its main program.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from oneformer_jax.kernels.chips import TPUS
 
-# What depends on XLA's optimisations, of the reports.
+# Fields of the reports that depend on XLA's optimisations.
 OF_XLA = ("temporary_bytes", "traffic_bytes", "xla_milliseconds")
 MISSING = 'libtpu is not installed (pip install "jax[tpu]")'
 
@@ -42,7 +41,7 @@ def environment(dump: str | os.PathLike) -> dict[str, str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise the second process here is aborted
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or libtpu aborts a second process
         "LIBTPU_INIT_ARGS": (
             f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
             " --xla_jf_dump_llo_pass_label_regex=final_bundles"
@@ -53,23 +52,22 @@ def environment(dump: str | os.PathLike) -> dict[str, str]:
 def run(
     module: str, target: str, cases: Sequence[Any], *, memory: bool = True, dump: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """Runs `module`, whose main program is `serve`, in a process that dumps its schedules.
+    """Runs `module`, with `serve` as its main program, in a process that dumps its schedules.
 
     Args:
       module: dotted name.
       target: a key of TARGETS.
-      cases: what to compile, one report each; as JSON can hold it.
-      memory: whether to report the temporary memory. Without it XLA's own optimisations are left
-        out, which takes half the time and changes nothing about the kernels.
-      dump: whether to write the schedules; writing takes a large part of the time to compile.
+      cases: passed to the module as JSON, for a report each.
+      memory: False skips XLA's own optimisations, which takes half the time and changes nothing
+        about the kernels.
+      dump: write the schedules, a large part of the time to compile.
 
     Yields:
-      What the module reports of each case. Without `memory` what XLA's optimisations decide is
-      left out: "temporary_bytes", "traffic_bytes" and "xla_milliseconds", if they are reported.
+      The module's report of each case; without `memory` it lacks the fields `OF_XLA`.
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
-      RuntimeError: the compiler refused; with its message.
+      RuntimeError: the compiler refused (with its message).
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(MISSING)
@@ -98,11 +96,11 @@ def run(
 
 
 def serve(report: Callable[[str, Any, pathlib.Path], dict[str, Any]]) -> None:
-    """The main program of a module that `run` starts: reports of each case, a line of JSON each.
+    """The main program of a module that `run` starts; prints a line of JSON for each case.
 
     Args:
-      report: called with the target, the case and the folder of the case's dumps; its result has
-        "temporary_bytes". The version of the compiler and the target are added to it.
+      report: called with the target, the case and the folder of the case's dumps. The version of
+        the compiler and the target are added to its result.
     """
     request = json.loads(sys.argv[1])
     dump = pathlib.Path(request["dump"])
@@ -114,15 +112,15 @@ def serve(report: Callable[[str, Any, pathlib.Path], dict[str, Any]]) -> None:
 
 
 def schedules(dump: pathlib.Path, kernel: str) -> list[str]:
-    """The final bundles of the kernels of that name; of equal kernels the compiler dumps one."""
+    """The final bundles of the kernels of that name; the compiler dumps equal kernels once."""
     files = sorted(dump.glob(f"*{kernel}*-final_bundles.txt"))
     return [f.read_text(errors="replace") for f in files if "schedule-analysis" not in f.name]
 
 
 def count_calls(program: str, kernel: str) -> int:
-    """How often a compiled program's text calls the kernels of that name."""
-    # A transformation of JAX can stand around the name, "%jvp_kernel_.1"; jax 0.12 lets the name of
-    # an operand follow, "%kernel.1.gradient_ref".
+    """Number of calls of the kernels of that name in a compiled program's text."""
+    # JAX may put a transformation around the name, "%jvp_kernel_.1"; jax 0.12 appends an operand's
+    # name, "%kernel.1.gradient_ref".
     return len(re.findall(rf"%(?:\w+_)?{kernel}_*(?:\.\w+)* = ", program))
 
 
@@ -136,21 +134,10 @@ def compile_for(target: str, function, arguments):
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
         for x in arguments
     ]
-    # The mesh tells Pallas which chip it is for.
+    # The mesh tells Pallas which chip to compile for.
     mesh = Mesh([device], ("chip",)).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower().compile()
-
-
-def compile_cpu_seconds(target: str, function, arguments) -> float:
-    """Processor time, of all threads, to trace, lower and compile `function` for one chip."""
-    import jax
-    import jax.numpy as jnp
-
-    compile_for(target, lambda x: x + 1, [jax.ShapeDtypeStruct((8, 128), jnp.float32)])  # warm up
-    start = time.process_time()
-    compile_for(target, function, arguments)
-    return time.process_time() - start
 
 
 @functools.cache
@@ -170,14 +157,13 @@ _WHILE = re.compile(r"while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 
 
 def estimated_cycles(program: str) -> int:
-    """XLA's own estimate of a program for a TPU: of all but kernels, loops with their trips.
+    """XLA's own estimate of a program for a TPU, without kernels, loops times their trips.
 
-    The estimates stand in the text of the optimised program. They are those by which the compiler
-    schedules, of unknown accuracy; copies that run beside other work are not in them.
+    The text of the optimised program has the estimates by which the compiler schedules. Their
+    accuracy is unknown; they exclude copies that run beside other work.
 
     Raises:
-      ValueError: the trip count of a loop is not in the text, as a constant that its condition
-        compares with.
+      ValueError: a loop's condition has no constant trip count.
     """
     own, loops, limits, entry, name = {}, {}, {}, "", ""
     for line in program.splitlines():
@@ -210,16 +196,16 @@ _TRIPS = r"%{}_p\d+ = scmp\.ge\.s32\.totalorder %s\d+_s\d+, (\d+) /\* loop exit 
 def issue_cycles(text: str, tiles: int = 1, steps: float | None = None) -> float:
     """Cycles of a kernel from its final bundles: each bundle times the trips of its loops.
 
-    Code under a condition counts as if it always ran, except loops that only store, which fill an
-    array with zeros in the first of the `tiles` grid steps that share it.
+    Code under a condition counts as if it always ran, except loops that only store: they zero an
+    array in the first of the `tiles` grid steps that share it.
 
     Args:
-      text: what the compiler dumped.
+      text: the compiler's dump.
       tiles: see above.
       steps: trips of loops that end by a condition on data.
 
     Raises:
-      ValueError: a loop's trip count is not in the text, and no `steps` were given.
+      ValueError: the text lacks a loop's trip count, and no `steps` were given.
     """
     bundles = []
     for line in text.splitlines():

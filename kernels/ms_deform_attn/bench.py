@@ -21,7 +21,7 @@ from oneformer_jax.kernels.ms_deform_attn.shapes import PUBLISHED, CallShape
 
 
 class MsDeformAttn(Operation[CallShape]):
-    """Arrays: value, sampling locations and attention weights, as of `ms_deform_attn`."""
+    """Arrays: value, sampling locations and attention weights of `ms_deform_attn`."""
 
     def labels(self, case: CallShape, dtype: str) -> dict[str, Any]:
         return {"image": list(case.image_size), "dtype": dtype}
@@ -32,7 +32,7 @@ class MsDeformAttn(Operation[CallShape]):
         return [jax.ShapeDtypeStruct(s, dtypes.get(n, jnp.float32)) for n, s in sizes.items()]
 
     def inputs(self, case: CallShape, batch: int, dtype: str) -> list[jax.Array]:
-        """Points a few pixels around their query, as in a trained model."""
+        """Arrays with points a few pixels around their query, as in a trained model."""
         value, locations, weights = super().inputs(case, batch, dtype)
         axes = [[(jnp.arange(n) + 0.5) / n for n in (w, h)] for h, w in case.spatial_shapes]
         centres = jnp.concatenate([jnp.stack(jnp.meshgrid(*a), -1).reshape(-1, 2) for a in axes])
@@ -52,18 +52,13 @@ class MsDeformAttn(Operation[CallShape]):
         return {"forward": forward, "forward and backward": forward + 3 * values + 2 * points}
 
     def cycles(self, text: str, case: CallShape, cores: int) -> float:
-        """Of one core: the two of v4 and v5p share the heads, and the loops are those of one."""
+        """Cycles of one core: the two of v4 and v5p share the heads; the loops are one core's."""
         return tpu.issue_cycles(text, -(-case.pixels // quad_rows.tile_size(case.pixels, 12)))
 
     def gpu_call(
         self, case: CallShape, implementation: str, capability: str, **options: Any
     ) -> Callable[..., jax.Array]:
-        """Options: `backend` and `deterministic` of `pallas_gpu.ms_deform_attn`.
-
-        Raises:
-          ValueError: an unknown backend.
-          NotImplementedError: the backend does not run on such a GPU.
-        """
+        """As `call`; options are `backend` and `deterministic` of `pallas_gpu.ms_deform_attn`."""
         if implementation == "xla":
             return lambda value, *points: ms_deform_attn_gather(value, case.spatial_shapes, *points)
         best = pallas_gpu.backend_for(capability)

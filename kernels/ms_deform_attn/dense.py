@@ -33,7 +33,7 @@ def ms_deform_attn_dense(
     sampling_locations: jax.Array,
     attention_weights: jax.Array,
 ) -> jax.Array:
-    """As `api.ms_deform_attn`, whose checks have been passed. Forms [B, N, Q, h, w] per level."""
+    """As `api.ms_deform_attn`, without its checks. Forms [B, N, Q, h, w] per level."""
     batch, queries, heads = sampling_locations.shape[:3]
     # Heads before queries, so that every product is a batch of plain matrix products.
     locations = jnp.moveaxis(sampling_locations, 2, 1)  # [B, N, Q, L, P, 2]
@@ -47,7 +47,7 @@ def ms_deform_attn_dense(
             "bnqs,bsnd->bqnd",
             matrix,
             rows.astype(jnp.float32),
-            # Matters on devices that multiply float32 matrices in fewer bits.
+            # Some devices multiply float32 matrices in fewer bits by default.
             precision=jax.lax.Precision.HIGHEST,
         )
     return out.reshape(batch, queries, -1).astype(value.dtype)
@@ -69,10 +69,9 @@ def sampling_matrix(locations: jax.Array, weights: jax.Array, shape: tuple[int, 
     cell, fraction, weights = cell_coordinates(locations, weights, shape)
     along_x = _hat(cell[..., 0], fraction[..., 0], w)  # [..., P, w]
     along_y = _hat(cell[..., 1], fraction[..., 1], h) * weights[..., None]  # [..., P, h]
-    # Without the barrier XLA computes the hats anew for each pixel of the matrix.
+    # Without the barrier XLA recomputes the hats for each pixel of the matrix.
     along_x, along_y = jax.lax.optimization_barrier((along_x, along_y))
-    # A sum of outer products, written out: P is small, and one product per query of
-    # [h, P] x [P, w] is too small for a matrix unit or a BLAS call.
+    # A sum of outer products: [h, P] x [P, w] per query is too small for a matrix unit or BLAS.
     matrix = sum(
         along_y[..., point, :, None] * along_x[..., point, None, :]
         for point in range(weights.shape[-1])
@@ -85,8 +84,8 @@ def _matrix_forward(locations, weights, shape):
 
 
 def _matrix_backward(shape, residuals, gradient):
-    # A point touches 4 pixels of its row, so 4 numbers per point are all that its gradient needs;
-    # differentiating the sum of outer products would reduce over the whole matrix P times.
+    # The gradient of a point needs only the 4 numbers of the pixels it touches; differentiating the
+    # sum of outer products would reduce over the whole matrix P times.
     index, _ = corners(*residuals, shape)
     _, pull_back = jax.vjp(lambda *points: corners(*points, shape)[1], *residuals)
     return pull_back(jnp.take_along_axis(gradient, index, axis=-1, mode="promise_in_bounds"))

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention on NVIDIA GPUs ("pallas_gpu"): which kernel, and the layout.
+"""Multi-scale deformable attention on NVIDIA GPUs ("pallas_gpu"): choice of kernels, and layout.
 
 Two sets of Pallas kernels do the work:
 
@@ -7,24 +7,20 @@ Two sets of Pallas kernels do the work:
 | "mosaic" | Hopper 9.0, Blackwell 10.x | 0.11, 0.12 | quad rows, `pallas_mosaic_gpu.py` |
 | "triton" | Ampere 8.0 and newer | 0.10 to 0.12 | gathers by pointers, `pallas_triton.py` |
 
-"mosaic" is taken where it can be, else "triton", which upstream calls deprecated. The Mosaic
-compiler aborts the whole process for GPUs older than Hopper, and fails for 12.x, so that the choice
-stands before any call of it. Which of the two is faster on Hopper is not known. "mosaic" reads
-whole quad rows, but builds tables of 4 times the size of the values; "triton" reads the values as
-they are, and with fewer instructions. `backend` names one of them, for a comparison.
-
-On GPUs older than Ampere, on other makers' GPUs and on other platforms there is no kernel here:
-plain JAX ("xla") works there.
+The default is "mosaic" where it runs, else "triton", which upstream calls deprecated. The choice is
+made before any compiler call, because Mosaic's compiler aborts the process for GPUs older than
+Hopper, and fails for 12.x. It is unknown which is faster on Hopper: "mosaic" reads whole quad rows,
+but builds tables of 4 times the size of the values; "triton" reads the values directly, with fewer
+instructions. Other GPUs have plain JAX ("xla") alone.
 
 None of this has yet run on a GPU. It has been compiled for sm_80, sm_89, sm_90a and sm_100a
-(`kernels.bench`) and run in Pallas's interpreters. `tests/kernels/test_pallas_gpu.py -k on_device`
-is the check to run first on a machine with a GPU.
+(`kernels.bench`) and run in Pallas's interpreters. Run `tests/kernels/test_pallas_gpu.py -k
+on_device` first on a machine with a GPU.
 
-The gradient of the values is a sum over all points that read a pixel. By default the kernels form
-it by atomic adds, whose order, and so whose last bits, change from run to run. With
-`deterministic=True` the points are sorted by the pixels that they read (`sorted_points`), and one
-block adds a pixel's points in order: equal bits in every run. Points without weight are left out;
-a pixel that very many points read is then slow, for its sum is not divided.
+The gradient of a value is a sum over all points that read its pixel. By default the kernels use
+atomic adds, whose order, and so whose last bits, change from run to run. With `deterministic=True`
+the points are sorted by pixel (`sorted_points`), and one block adds a pixel's points in order:
+equal bits in every run. A pixel with very many points is then slow, as its sum is not divided.
 
 Letters: B batch, Q queries, S pixels, N heads, L levels, P points, D head width; K = L * P points
 of a query, M = B * N * Q queries of all images and heads.
@@ -54,10 +50,10 @@ _MOSAIC_JAX = (0, 11)
 
 
 def backend_for(compute_capability: str | None, jax_version: str = jax.__version__) -> Backend:
-    """The kernels for a GPU.
+    """Chooses the kernels for a GPU.
 
     Args:
-      compute_capability: "9.0" and the like; None for a device that has none.
+      compute_capability: such as "9.0"; None for a device without one.
       jax_version: the version of jax.
 
     Raises:
@@ -73,17 +69,8 @@ def _has_mosaic(jax_version: str) -> bool:
     return tuple(int(part) for part in jax_version.split(".")[:2]) >= _MOSAIC_JAX
 
 
-def supports(device: jax.Device | None = None) -> bool:
-    """Whether `ms_deform_attn` runs on a device, by default the first one."""
-    try:
-        backend_for(dispatch.compute_capability_of(device or jax.devices()[0]))
-    except NotImplementedError:
-        return False
-    return True
-
-
 class _Call(NamedTuple):
-    """What of a call is static."""
+    """The static arguments of a call."""
 
     spatial_shapes: SpatialShapes
     backend: Backend
@@ -101,23 +88,16 @@ def ms_deform_attn(
     backend: Backend | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `api.ms_deform_attn`, whose checks have been passed, on an NVIDIA GPU.
+    """As `api.ms_deform_attn`, without its checks, on an NVIDIA GPU.
 
     Under `jax.vmap` the new axis joins the batch. A sharded jit cannot partition the kernels: call
     inside `jax.shard_map` with check_vma=False.
 
     Args:
       value: float32 or bfloat16 [B, S, N, D], D of at most 128.
-      spatial_shapes: L static pairs (h, w).
-      sampling_locations: float32 [B, Q, N, L, P, 2].
-      attention_weights: float32 or bfloat16 [B, Q, N, L, P].
-      deterministic: gradients of equal bits in every run; costs a sort of all points.
-      backend: None for that of the first device; a name when compiling for a GPU that is not
-        there (see `backend_for`).
+      deterministic: give gradients of equal bits in every run; costs a sort of all points.
+      backend: None for the first device's (see `backend_for`); a name to compile ahead of time.
       interpret: run the kernels in Pallas's interpreter, on any device; needs `backend`.
-
-    Returns:
-      [B, Q, N * D] in the dtype of `value`. Sums, and the sums of the gradients, are float32.
 
     Raises:
       NotImplementedError: the device, the version of jax, the head width, the dtype or the size is
@@ -143,7 +123,7 @@ def _checked_backend(backend: Backend | None, interpret: bool) -> Backend:
         )
     device = jax.devices()[0]
     if interpret or (backend is not None and device.platform != "gpu"):
-        return backend  # nothing that is here will be asked to run it
+        return backend  # compiled ahead of time: this machine's devices do not matter
     best = backend_for(dispatch.compute_capability_of(device))
     if backend == "mosaic" != best:
         raise NotImplementedError(
@@ -165,8 +145,8 @@ def _check_limits(value, shapes, locations):
             f"ms_deform_attn: pallas_gpu takes values of float32 or bfloat16, not {value.dtype}; "
             "use implementation='xla'"
         )
-    # Kernels count the numbers of an array in int32. The largest arrays are the quad rows, the
-    # corners' shares and the output.
+    # Kernels index arrays in int32. The largest are the quad rows, the corners' shares and the
+    # output.
     quads = 4 * width * batch * heads * _rows(shapes)
     largest = max(quads, 2 * locations.size, locations.shape[1] * batch * heads * width)
     if largest >= 2**31:
@@ -183,7 +163,7 @@ def _attend(call: _Call, value, locations, weights) -> jax.Array:
 
 
 def _attend_forward(call, value, locations, weights):
-    # Tables and points are formed again for the gradient: they are several times the arguments.
+    # The gradient forms tables and points again: they are several times as large as the arguments.
     return _attend(call, value, locations, weights), (value, locations, weights)
 
 
@@ -253,7 +233,7 @@ def _backward(call: _Call, value, locations, weights, gradient):
 
 
 def _kernels(backend: Backend):
-    # Not at the top: both are APIs that upstream may move, and a CPU needs neither.
+    # Imported here: upstream may move both APIs, and a CPU needs neither.
     if backend == "triton":
         from oneformer_jax.kernels.ms_deform_attn import pallas_triton as kernels
     else:
@@ -267,9 +247,9 @@ def _rows(spatial_shapes: SpatialShapes) -> int:
 
 
 def quad_table(value: jax.Array, spatial_shapes: SpatialShapes) -> jax.Array:
-    """The map as quad rows: row (y, x) of a level holds the pixels (y, x) to (y + 1, x + 1).
+    """Builds the quad rows: row (y, x) of a level holds the pixels (y, x) to (y + 1, x + 1).
 
-    y is -1..h-1 and x is -1..w-1; pixels outside are zero, and so zero padding needs no masks.
+    y is -1..h-1 and x is -1..w-1; pixels outside are zero, so zero padding needs no masks.
 
     Args:
       value: [B, S, N, D].
@@ -294,7 +274,7 @@ def quad_table(value: jax.Array, spatial_shapes: SpatialShapes) -> jax.Array:
 def quad_points(
     locations: jax.Array, weights: jax.Array, spatial_shapes: SpatialShapes
 ) -> tuple[jax.Array, jax.Array]:
-    """The quad row that each point reads, and the shares of its corners in the result.
+    """Finds the quad row of each point, and the shares of its corners in the result.
 
     Args:
       locations: float32 [B, Q, N, L, P, 2].
@@ -302,8 +282,8 @@ def quad_points(
       spatial_shapes: L pairs (h, w).
 
     Returns:
-      factor float32 [M, 4, K], 0 for points outside, and index int32 [M, K], a row of
-      `quad_table` whatever the location is.
+      factor float32 [M, 4, K], 0 for points outside, and index int32 [M, K], a row of `quad_table`
+      for every location.
     """
     batch, _, heads = weights.shape[:3]
     locations, weights = jnp.swapaxes(locations, 1, 2), jnp.swapaxes(weights, 1, 2)
@@ -315,7 +295,7 @@ def quad_points(
         cell, fraction, weight = cell_coordinates(
             at, weights[:, :, :, level].astype(jnp.float32), (h, w)
         )
-        # Points outside go to the nearest row, not all to one: they add zeros to its gradient, and
+        # Points outside go to the nearest row, not all to one: they add zeros to its gradient, but
         # additions to one row wait for each other.
         size = jnp.array([w, h], jnp.float32)
         pixel = jnp.nan_to_num(lax.stop_gradient(at)) * size - 0.5
@@ -335,7 +315,7 @@ def quad_points(
 def sorted_points(
     index: jax.Array, factor: jax.Array, rows: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All points in the order of the rows that they read, those of a row in a fixed order.
+    """Sorts the points by the row that they read; points of one row keep a fixed order.
 
     Args:
       index: int32 [M, K], in 0..rows-1.
@@ -344,7 +324,7 @@ def sorted_points(
 
     Returns:
       query int32 [M * K] and factor float32 [M * K, 4] of each point, and starts int32 [rows + 1],
-      where each row's points start; the points left out are at the end.
+      the start of each row's points; omitted points are at the end.
     """
     points = index.shape[1]
     row = jnp.where(jnp.any(factor != 0, axis=1), index, rows).reshape(-1)

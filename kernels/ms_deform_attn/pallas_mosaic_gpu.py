@@ -1,21 +1,20 @@
 """Quad-row kernels in Pallas:Mosaic GPU, for Hopper and newer ("mosaic" of pallas_gpu.py).
 
-A quad row holds the 2 x 2 pixels that a sampling point reads, so that a point needs one index and
-one row of memory. Mosaic GPU has no loads by a vector of indices; a row by a scalar index is what
-it can do, and here the four warps of a block read one corner each, a lane per channel:
+A quad row holds the 2 x 2 pixels of a sampling point, so a point needs one index and one row of
+memory. Mosaic GPU loads rows by scalar indices only, so each of the four warps of a block reads one
+corner, a lane per channel:
 
     warp 0: value[y, x]      warp 1: value[y, x+1]
     warp 2: value[y+1, x]    warp 3: value[y+1, x+1]
 
-The corner of a thread never changes, so its share of a point is one number, and no shuffles are
-needed until the four warps' sums meet in shared memory, once per block.
+The corner of a thread never changes, so its share of a point is one number. No shuffles are needed
+until the four warps' sums meet in shared memory, once per block.
 
-jax 0.11 and 0.12. jax 0.10 lacks what the gradient needs (a kernel that adds into a `Ref`). The
-kernels have been compiled for sm_90a and sm_100a, and run in the interpreter; none has yet run on
-a GPU.
+Needs jax 0.11 or 0.12; jax 0.10 has no kernel that adds into a `Ref`, as the gradient must. The
+kernels have been compiled for sm_90a and sm_100a, and run in the interpreter, but never on a GPU.
 
 Letters: M queries of all images and heads, K points of a query, R quad rows, D head width. Blocks
-work on 8 queries or rows and on 32 channels a warp: M, K, R and D are padded to what they need.
+work on 8 queries or rows and on 32 channels a warp; M, K, R and D are padded to whole blocks.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LANES = 32
 PER_BLOCK = 8  # queries, or rows in `segment_sum`
 MAX_POINTS_PER_STEP = 16  # of a query, unrolled together; more costs registers and compile time
-SEGMENT_STEP = 4  # points of a row that `segment_sum` has under way at a time
+SEGMENT_STEP = 4  # points of a row that `segment_sum` reads at a time
 
-# A [4, D] array: a warp per corner, a lane per channel (mod 32). A [4] array that every lane of a
-# warp holds, and a [D] array that every warp holds, are what the two reductions of it leave.
+# A [4, D] array: a warp per corner, a lane per channel (mod 32). Its two reductions leave a [4]
+# array that every lane of a warp holds, and a [D] array that every warp holds.
 _QUAD = plgpu.Layout.TILED(
     plgpu.Tiling(((4, 32), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
 )
 _CORNERS = _QUAD.reduce(1)
 _CHANNELS = _QUAD.reduce(0)
 
-# jax 0.11 has neither `store` nor this argument of `atomic_add`, and needs neither.
+# jax 0.11 neither has nor needs `store` and this argument of `atomic_add`.
 _HAS_STORE = hasattr(plgpu, "store")
 _ATOMIC_OPTIONS = (
     {"optimized": False} if "optimized" in inspect.signature(plgpu.atomic_add).parameters else {}
@@ -118,8 +117,7 @@ def quad_sum_gradients(
     Args:
       index, factor, table, interpret: as for `quad_sum`.
       gradient: [M, D] in the dtype of `table`.
-      scatter: also form the gradient in `table`, by atomic adds in an order that changes from run
-        to run.
+      scatter: also form the gradient in `table`, by atomic adds, whose order changes between runs.
 
     Returns:
       In `factor`, float32 [M, 4, K]; in `table`, float32 [R, 4, D], or None.
@@ -143,9 +141,9 @@ def quad_sum_gradients(
             def point_loop(i, carry):
                 steps = [i * step + k for k in range(step)]
                 rows = [index_ref[m, k] for k in steps]
-                # All loads stand before the first store, which they may not be moved across.
-                # Adding 0 rounds the products: else the compiler fuses them with the first step of
-                # the sum over lanes, which then differs from lane to lane, and all lanes store it.
+                # Loads come before the first store, as the compiler cannot move them across it.
+                # Adding 0 rounds the products. Otherwise the compiler fuses them with the first
+                # step of the sum over lanes, and lanes would store different results.
                 products = [
                     _load(table_ref.at[r], _QUAD).astype(jnp.float32) * channels + 0.0 for r in rows
                 ]
@@ -183,12 +181,12 @@ def quad_sum_gradients(
 def segment_sum(
     query: jax.Array, factor: jax.Array, starts: jax.Array, gradient: jax.Array, *, interpret: bool
 ) -> jax.Array:
-    """The gradient in `table`, each row by one block that adds in the order of its points.
+    """Forms the gradient in `table`: one block adds the points of a row in order.
 
     Args:
       query: int32 [T], the query of each point, points sorted by the row that they read.
       factor: float32 [T, 4], the shares of its corners.
-      starts: int32 [R + 1], where each row's points start.
+      starts: int32 [R + 1], the start of each row's points.
       gradient: float32 or bfloat16 [M, D].
       interpret: as for `quad_sum`.
 
@@ -210,7 +208,7 @@ def segment_sum(
                 for t in range(SEGMENT_STEP):
                     t = start + i * SEGMENT_STEP + t
                     valid = (t < end).astype(jnp.float32)
-                    t = jnp.minimum(t, end - 1)  # beyond the end, the last point again, times 0
+                    t = jnp.minimum(t, end - 1)  # beyond the end: the last point, times 0
                     channels = _load(gradient_ref.at[query_ref[t]], _CHANNELS).astype(jnp.float32)
                     share = _load(factor_ref.at[t], _CORNERS) * valid
                     total += _spread(channels, width, 1) * _spread(share, width, 0)
@@ -233,14 +231,14 @@ def segment_sum(
 
 
 def _pad(array: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """Zeros at the end of an axis, up to a multiple."""
+    """Pads the end of an axis with zeros, up to a multiple."""
     pads = [(0, 0)] * array.ndim
     pads[axis] = (0, -array.shape[axis] % multiple)
     return jnp.pad(array, pads) if pads[axis][1] else array
 
 
 def _pad_points(index, factor) -> tuple[jax.Array, jax.Array, int]:
-    """Index and factor padded along M and K with points of no weight; the points per step."""
+    """Pads index and factor along M and K with weightless points; also returns points per step."""
     points = index.shape[1]
     step = -(-points // -(-points // MAX_POINTS_PER_STEP))
     index = _pad(_pad(index, 0, PER_BLOCK), 1, step)
@@ -254,14 +252,14 @@ def _launch(items: int, interpret: bool) -> dict:
         grid=(items // PER_BLOCK,),
         grid_names=("block",),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-        # The barriers guard memory that a kernel both reads and writes. There is none but
-        # `sums_ref`, which `commit_smem` guards.
+        # The barriers guard memory that a kernel both reads and writes. That is `sums_ref` alone,
+        # which `commit_smem` guards.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
 
 
 def _load(ref, layout) -> jax.Array:
-    # Rows of a few bytes per thread are what this algorithm reads: "optimized" would refuse them.
+    # "optimized" would refuse rows of a few bytes per thread, which this algorithm reads.
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
@@ -280,5 +278,5 @@ def _atomic_add(ref, array, interpret):
 
 
 def _spread(array, width, axis) -> jax.Array:
-    """[4] (axis 0) or [D] (axis 1) -> [4, D]; no data moves between threads."""
+    """Spreads [4] (axis 0) or [D] (axis 1) to [4, D]; no data moves between threads."""
     return plgpu.layout_cast(lax.broadcast_in_dim(array, (4, width), (axis,)), _QUAD)

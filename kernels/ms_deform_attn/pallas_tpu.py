@@ -1,10 +1,9 @@
 """Multi-scale deformable attention on TPUs ("pallas_tpu"): tables, indices, and their gradients.
 
-XLA builds what the kernels of `quad_rows` read: a table per level with one row per cell between 4
-pixels (a border of zeros makes cells at the edge of the map like all others), the row of every
-sampling point, and its position within the cell. Where the tables of a head do not fit the memory
-of the chip they are taken in several passes, by levels and, for a level too large by itself, by
-bands of rows.
+XLA builds the inputs of the kernels of `quad_rows`: a table per level with one row per cell between
+4 pixels, the row of every sampling point, and its position within the cell. A border of zeros makes
+edge cells like all others. If the tables of a head do not fit into the chip's memory, several
+passes read them by levels, and a level that is too large by bands of rows.
 
 Letters: B batch, Q queries, S all pixels of all levels, N heads, L levels, P points, D head width,
 G groups of 32 channels of a head, K samples (levels times points).
@@ -39,7 +38,7 @@ class Band:
     stop: int
 
 
-Pass = tuple[Band, ...]  # tables that are in memory together
+Pass = tuple[Band, ...]  # the tables in memory together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +57,9 @@ def ms_deform_attn(
     interpret=False,
     vmem_bytes: int | None = None,
 ) -> jax.Array:
-    """As `api.ms_deform_attn`, whose checks have been passed.
+    """As `api.ms_deform_attn`, without its checks.
 
     Args:
-      value, spatial_shapes, sampling_locations, attention_weights: as of the api.
       interpret: True or `pltpu.InterpretParams()` runs the kernels on any device, slowly.
       vmem_bytes: vector memory to plan for; by default that of the chip compiled for.
 
@@ -88,7 +86,7 @@ def plan(shapes: SpatialShapes, points: int, vmem_bytes: int, copies: int) -> li
       shapes: (h, w) per level.
       points: sampling points per level.
       vmem_bytes: vector memory of the chip.
-      copies: how many arrays of a table's size are in memory: 1 forward, 2 backward.
+      copies: number of arrays of a table's size in memory: 1 forward, 2 backward.
 
     Raises:
       NotImplementedError: one row of cells is too large.
@@ -100,9 +98,9 @@ def plan(shapes: SpatialShapes, points: int, vmem_bytes: int, copies: int) -> li
         if most < 1:
             raise NotImplementedError(
                 f"ms_deform_attn: 'pallas_tpu' needs {copies * quad_rows.ROW_BYTES * (w + 9)} "
-                f"bytes for one row of level {level} of spatial_shapes {shapes}, and "
+                f"bytes for one row of level {level} of spatial_shapes {shapes}, but "
                 f"{max(budget, 0) * copies * quad_rows.ROW_BYTES} of {vmem_bytes} bytes of vector "
-                "memory are free for it; use 'xla'"
+                "memory are free; use 'xla'"
             )
         whole = Band(level, 0, h + 1)
         rows = _rows(shapes, whole)
@@ -115,7 +113,7 @@ def plan(shapes: SpatialShapes, points: int, vmem_bytes: int, copies: int) -> li
             current.append(whole)
             used += rows
         else:
-            height = -(-(h + 1) // -(-(h + 1) // most))  # bands of about the same height
+            height = -(-(h + 1) // -(-(h + 1) // most))  # bands of about equal height
             passes += [
                 (Band(level, start, min(start + height, h + 1)),)
                 for start in range(0, h + 1, height)
@@ -138,7 +136,6 @@ def _attend(settings: Settings, value, locations, weights) -> jax.Array:
         out += _forward(
             settings,
             tile,
-            len(bands),
             *_select(settings.spatial_shapes, bands, cells, points),
             _table(settings.spatial_shapes, bands, value),
         )
@@ -148,7 +145,7 @@ def _attend(settings: Settings, value, locations, weights) -> jax.Array:
 
 
 def _attend_forward(settings, value, locations, weights):
-    # The tables are 4 times the values: they are built anew rather than kept.
+    # The backward pass builds the tables again: they are 4 times as large as the values.
     return _attend(settings, value, locations, weights), (value, locations, weights)
 
 
@@ -166,7 +163,7 @@ def _attend_backward(settings, residuals, gradient):
     gradient = jnp.pad(gradient, ((0, 0), (0, 0), *((0, n) for n in padding)))
     gradient = gradient.reshape(-1, quad_rows.CHANNELS, gradient.shape[-1])
 
-    value = value.astype(jnp.float32)  # so that its gradient is summed in float32
+    value = value.astype(jnp.float32)  # makes the sums of its gradient float32
     d_value, d_levels = 0, {}
     for bands in plan(shapes, locations.shape[4], settings.vmem_bytes, copies=2):
         table, pull_back = jax.vjp(functools.partial(_table, shapes, bands), value)
@@ -187,12 +184,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _samples(shapes: SpatialShapes, tile: int, locations, weights) -> tuple[jax.Array, jax.Array]:
-    """The table row of every sampling point, and where in its cell the point lies.
+    """Finds the table row of every sampling point, and its position in the cell.
 
     Returns:
-      int32 [B * N, K, Q] in 0..(h+1)*(w+1)-1 whatever the locations are, and float32
-      [B * N, 3, K, Q]: fraction along x, along y, weight. Q is padded to whole tiles with points
-      of weight 0.
+      int32 [B * N, K, Q] in 0..(h+1)*(w+1)-1 for all locations, and float32 [B * N, 3, K, Q]:
+      fraction along x, along y, weight. Points of weight 0 pad Q to whole tiles.
     """
     batch, queries, heads, levels, points = weights.shape
     padding = ((0, 0),) * 4 + ((0, -queries % tile),)
@@ -212,7 +208,7 @@ def _samples(shapes: SpatialShapes, tile: int, locations, weights) -> tuple[jax.
 
 
 def _select(shapes: SpatialShapes, bands: Pass, cells, points) -> tuple[jax.Array, jax.Array]:
-    """The samples of a pass, with rows of its table; those outside of a band get a row of zeros."""
+    """Selects the samples of a pass, with rows of its table; others get a row of zeros."""
     count = cells.shape[1] // len(shapes)
     chosen = []
     first = 0
@@ -260,7 +256,7 @@ def _padded(rows: int) -> int:
 
 
 def _tile(locations) -> int:
-    """One tile for both directions and all passes, so that their padding is the same."""
+    """Tile size for both directions and all passes, whose padding must agree."""
     _, queries, _, levels, points, _ = locations.shape
     return quad_rows.tile_size(queries, min(levels * points, quad_rows.MAX_SAMPLES))
 
@@ -269,12 +265,11 @@ def _padded_width(width: int) -> int:
     return -(-width // quad_rows.CHANNELS) * quad_rows.CHANNELS
 
 
-def _forward(settings: Settings, tile: int, levels: int, cells, points, table) -> jax.Array:
+def _forward(settings: Settings, tile: int, cells, points, table) -> jax.Array:
     order = quad_rows.scalar_order(cells, tile)
     return dispatch.merge_mapped_axes(
         functools.partial(
             quad_rows.forward,
-            levels=levels,
             tile=tile,
             vmem_bytes=settings.vmem_bytes,
             interpret=settings.interpret,

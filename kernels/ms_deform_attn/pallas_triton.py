@@ -1,12 +1,12 @@
 """Gathering kernels in Pallas:Triton, for Ampere and newer ("triton" of pallas_gpu.py).
 
 A block takes some queries of one image and head, and reads each of their corners with a gather by
-pointers: 16 bytes a thread, neighbouring threads along the channels. The value map is read as it
-is, so nothing is built before. Points outside, NaN among them, are masked out of every access.
+pointers: 16 bytes a thread, neighbouring threads along the channels. It reads the value map itself,
+so no table is built. Points outside, including NaN, are masked out of every access.
 
 Upstream calls Pallas:Triton deprecated since jax 0.11; jax 0.10, 0.11 and 0.12 all compile these
-kernels for sm_90a, and 0.12 for sm_80, sm_89 and sm_100a too. They have run in interpret mode; none
-has yet run on a GPU.
+kernels for sm_90a, and 0.12 for sm_80, sm_89 and sm_100a too. They have run in interpret mode, but
+never on a GPU.
 
 Letters: B batch, Q queries, S pixels, N heads, L levels, P points, D head width.
 """
@@ -23,8 +23,8 @@ from jax.experimental.pallas import triton as plt
 
 from oneformer_jax.kernels.ms_deform_attn.reference import SpatialShapes
 
-# Numbers a block holds of one [queries, channels] array: 4 warps with 16 bytes of bfloat16 each;
-# the gradient keeps more of them, in float32.
+# Size of a block's [queries, channels] array: 16 bytes of bfloat16 for each thread of 4 warps. The
+# gradient keeps more arrays, in float32.
 FORWARD_TILE = 1024
 BACKWARD_TILE = 512
 _COMPILER = plt.CompilerParams(num_warps=4, num_stages=1)
@@ -84,8 +84,7 @@ def backward(
     Args:
       value, spatial_shapes, locations, weights, interpret: as for `forward`.
       gradient: [B, Q, N, D].
-      scatter: also form the gradient in `value`, by atomic adds in an order that changes from run
-        to run.
+      scatter: also form the gradient in `value`, by atomic adds, whose order changes between runs.
 
     Returns:
       In `value` (or None), `locations` and `weights`, all float32.
@@ -94,7 +93,7 @@ def backward(
     width = value.shape[-1]
 
     def kernel(value_ref, locations_ref, weights_ref, gradient_ref, *refs):
-        # An aliased buffer is an input as well as an output.
+        # An aliased buffer is both an input and an output.
         d_value_ref, d_locations_ref, d_weights_ref = refs[1:] if scatter else (None, *refs)
         tile = _Tile(queries, width, BACKWARD_TILE)
         channels = plt.load(tile.of_query(gradient_ref), mask=tile.mask, other=0.0)
@@ -145,12 +144,12 @@ def backward(
 def segment_sum(
     query: jax.Array, factor: jax.Array, starts: jax.Array, gradient: jax.Array, *, interpret: bool
 ) -> jax.Array:
-    """Sums over sorted points, each row by one thread group that adds in the order of its points.
+    """Sums over sorted points: one thread group adds the points of a row in order.
 
     Args:
       query: int32 [T], the query of each point, points sorted by the row that they read.
       factor: float32 [T, 4], the shares of the 4 corners of its row.
-      starts: int32 [R + 1], where each row's points start.
+      starts: int32 [R + 1], the start of each row's points.
       gradient: float32 or bfloat16 [M, D].
       interpret: run in interpret mode.
 
@@ -197,7 +196,7 @@ def segment_sum(
 
 
 def _channels(width: int) -> int:
-    """Triton's tiles have sizes of powers of two."""
+    """Channels of a tile: Triton's tiles have sizes of powers of two."""
     return pl.next_power_of_2(width)
 
 
@@ -226,8 +225,10 @@ class _Tile:
         return ref.at[self.image, self.query, self.head, *index]
 
     def points(self, locations_ref, weights_ref, level, p, h, w):
-        """Pixel coordinates and weights, float32 [block]; points outside and NaN are at (-2, -2),
-        where no corner is inside of the map."""
+        """Pixel coordinates and weights, float32 [block].
+
+        Points outside and NaN get (-2, -2), where no corner is inside the map.
+        """
         x, y = (
             plt.load(self.of_point(locations_ref, level, p, i), mask=self.valid, other=-1.0) * size
             - 0.5

@@ -1,21 +1,21 @@
 """The two TPU kernels of "quad rows": one table row per bilinear sample, forward and backward.
 
-A bilinear sample reads 4 neighbouring pixels. The table of a map holds, for every cell between 4
-pixels, those pixels side by side: 4 corners of 32 channels fill the 128 lanes of a vector register,
-so a sample is one load of one row. Rows are addressed from scalar memory, one after another; all
-else (corner weights, sums, gradients) is vector work that hides behind the row traffic.
+A bilinear sample reads 4 neighbouring pixels. The table of a map holds these side by side for every
+cell between 4 pixels: 4 corners of 32 channels fill the 128 lanes of a vector register, so a sample
+is one load of one row. Rows are addressed from scalar memory, one after another; the vector work
+(corner weights, sums, gradients) hides behind the row traffic.
 
-What the static schedule taught, and the code below relies on (v5e; a bundle is one issue cycle):
-  * A scalar load takes `immediate + register` as its address for nothing only if the array lies at
-    a fixed place and the immediate is a static slice. So indices are copied to a scratch array
-    [sample, buffer, block] by hand; Pallas' own blocks would cost one more scalar addition each.
-  * Rows pass through a scratch array. Putting them together in registers saves a store, but the
-    scheduler then loads indices early and spills them.
+The code relies on properties of the static schedule (v5e; a bundle is one issue cycle):
+  * A scalar load forms its address `immediate + register` free of charge only if the array lies at
+    a fixed place and the immediate is a static slice. So the kernels copy indices themselves to a
+    scratch array [sample, buffer, block]; Pallas' blocks would cost one scalar addition each.
+  * Rows pass through a scratch array. Joining them in registers saves a store, but the scheduler
+    then loads indices early and spills them.
   * Forward, the next block's rows are loaded in the same loop body as the last block's sums.
-  * Backward, a row of the table and its gradient are neighbours, so that one address and one load
-    serve both. A row's read-modify-write takes about 10 cycles, so the rows of a group of points
-    are all read before the first one is written; `_merged_weights` makes that right for equal rows.
-    Spreading weights over lanes and summing over channels are loops of their own, by transposes.
+  * Backward, a row of the table and its gradient are neighbours, so one address and one load serve
+    both. A row's read-modify-write takes about 10 cycles, so all rows of a group of points are read
+    before the first is written; `_merged_weights` makes that right for equal rows. Separate loops
+    spread weights over lanes and sum over channels, by transposes.
 
 Letters: A images times heads, G groups of 32 channels of a head, K samples (levels times points) of
 a query, Q queries (padded to whole tiles), R rows of a table.
@@ -46,26 +46,26 @@ ROW_BYTES = 4 * LANES
 MAX_TILE = 512  # queries of a grid step
 MAX_TILE_SAMPLES = 12 * MAX_TILE  # bounds the scratch of the backward kernel
 GROUP = 4  # points of one level whose rows are read before any is written
-# Per loop body of the backward kernel, so that the ends of a body's schedule weigh little.
+# Per loop body of the backward kernel: long bodies amortise the ends of their schedule.
 UPDATED_BLOCKS = 4  # divides 128 / 8
 DENSE_PARTS = 4  # of 128 queries
-VMEM_RESERVE = 10 * 2**20  # blocks, scratch and the compiler's own, beside the tables
+VMEM_RESERVE = 10 * 2**20  # for blocks, scratch and the compiler
 
 # Corner c of a row is pixel (y + CORNERS[c][0], x + CORNERS[c][1]) of cell (y, x).
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 def tile_size(queries: int, samples: int) -> int:
-    """Queries of one grid step: the tile that pads least, of those the largest."""
+    """Queries of one grid step: the largest of the tiles that pad least."""
     most = max(LANES, min(MAX_TILE, MAX_TILE_SAMPLES // samples))
     sizes = range(LANES, most + 1, LANES)
     return min(sizes, key=lambda size: (-(-queries // size) * size, -size))
 
 
 def scalar_order(cells: jax.Array, tile: int) -> jax.Array:
-    """Indices as the scalar core reads them: [A, K, Q] -> [A, tiles, K * 8, 128].
+    """Reorders indices for the scalar core: [A, K, Q] -> [A, tiles, K * 8, 128].
 
-    Block j of a tile holds the queries j, j + tile/8, j + 2 * tile/8... so that this is a reshape.
+    Block j of a tile holds the queries j, j + tile/8, j + 2 * tile/8..., which makes it a reshape.
     """
     batch, samples, queries = cells.shape
     x = cells.reshape(batch, samples, queries // tile, SUBLANES, tile // SUBLANES)
@@ -78,7 +78,6 @@ def forward(
     points: jax.Array,
     table: jax.Array,
     *,
-    levels: int,
     tile: int,
     vmem_bytes: int,
     interpret,
@@ -90,9 +89,8 @@ def forward(
         by level.
       points: float32 [A, 3, K, Q]: fraction along x, fraction along y, attention weight.
       table: float32 [A * G, R, 128]; R is a multiple of 8.
-      levels: samples of different levels never have the same row.
       tile: queries of a grid step; divides Q.
-      vmem_bytes: what the kernel may take.
+      vmem_bytes: vector memory of the kernel.
       interpret: as of `pl.pallas_call`.
 
     Returns:
@@ -100,7 +98,7 @@ def forward(
     """
     batch, _, samples, queries = points.shape
     groups = table.shape[0] // batch
-    # With room for two tables the next head's is fetched while this one's is in use.
+    # If two tables fit, the next head's is fetched while this one's is in use.
     once = 2 * table.shape[1] * ROW_BYTES > vmem_bytes - VMEM_RESERVE
     mode = {"pipeline_mode": pl.Buffered(1)} if once else {}
     rows = pltpu.VMEM((samples * _block(samples), LANES), jnp.float32)
@@ -144,11 +142,11 @@ def backward(
     Args:
       order: the `scalar_order` of 2 * cells, twice `forward`'s.
       cells: int32 [A, K, Q], the rows that `order` holds.
-      points, table, levels, tile, vmem_bytes, interpret: as of `forward`.
       gradient: float32 [A * G, 32, Q], of the output.
+      levels: samples of different levels never have the same row.
 
     Returns:
-      float32 [A * G, 3, K, Q] for each channel group by itself, and float32 [A * G, R, 128].
+      float32 [A * G, 3, K, Q] of each channel group, and float32 [A * G, R, 128].
     """
     batch, samples, queries = cells.shape
     groups = table.shape[0] // batch
@@ -185,7 +183,7 @@ def backward(
 
 
 def _block(samples: int) -> int:
-    """Queries whose rows are loaded in one go; bounds the code of the loop body."""
+    """Queries whose rows are loaded together; bounds the code of the loop body."""
     return 2 * SUBLANES if samples <= 16 else SUBLANES
 
 
@@ -195,7 +193,7 @@ def _points_spec(samples: int, tile: int, groups: int) -> pl.BlockSpec:
 
 def _compiler_params(vmem_bytes: int, interpret) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
-        # Heads may go to different cores; a head's tiles add to one table, in order.
+        # Cores may share the heads; a head's tiles add to one table, in order.
         dimension_semantics=("parallel", "arbitrary"),
         vmem_limit_bytes=None if interpret else vmem_bytes,
     )
@@ -295,7 +293,7 @@ def _backward_kernel(
     await_indices()
 
     def make_additions(i):
-        """What each sample adds to its row of the gradient: weights times output gradients."""
+        """Forms the addend of each sample's row of the gradient: weights times output gradients."""
         queries = pl.ds(_aligned(i * LANES), LANES)
         corner_weights = _corner_weights(*(points_ref[n, :, queries] for n in range(3)))
         merged = _merged_weights(cells_ref[:, queries], corner_weights, points)
@@ -331,10 +329,9 @@ def _backward_kernel(
         _loop(count, update, count if unroll else 1)
 
     def multiply(i):
-        """Inner products of rows and output gradients: the gradient of the corner weights.
+        """Forms the gradients of corner weights, products of rows and output gradients, and points.
 
-        From these, the gradient of the points. Here, as in `make_additions`, arithmetic of all
-        samples runs beside the transposes.
+        As in `make_additions`, arithmetic of all samples runs beside the transposes.
         """
         queries = pl.ds(_aligned(i * LANES), LANES)
         gradient = gradient_ref[:, queries]
@@ -369,7 +366,7 @@ def _backward_kernel(
 def _copy_every_other(rows, pair, first: int, into_pair: bool, done, at_once: bool):
     """Copies the array `rows` to or from the rows first, first + 2, first + 4... of `pair`.
 
-    The interpreters know no copies of a part of a reshaped array: for them it is row by row.
+    The interpreters cannot copy a part of a reshaped array; they copy row by row.
     """
 
     def copy(rows, part):
@@ -388,7 +385,7 @@ def _copy_every_other(rows, pair, first: int, into_pair: bool, done, at_once: bo
 
 
 def _loop(count: int, body, unroll: int):
-    """body(0), body(1)... in a loop of `unroll` calls, which divides count.
+    """Calls body(0), body(1)... in a loop of `unroll` calls, which divides count.
 
     With unroll = count there is no loop, and body gets Python numbers.
     """
@@ -405,12 +402,12 @@ def _loop(count: int, body, unroll: int):
 
 
 def _aligned(row):
-    """A row that is a multiple of 128."""
+    """Promises the compiler that a row is a multiple of 128."""
     return row if isinstance(row, int) else pl.multiple_of(row, LANES)
 
 
 def _corner_weights(fraction_x, fraction_y, weight):
-    """Share of each corner, times the weight: 4 arrays [K, T], in the order of CORNERS."""
+    """Shares of the corners times the weight: 4 arrays [K, T], in the order of CORNERS."""
     return [
         (fraction_y if dy else 1 - fraction_y) * (fraction_x if dx else 1 - fraction_x) * weight
         for dy, dx in CORNERS
@@ -418,9 +415,9 @@ def _corner_weights(fraction_x, fraction_y, weight):
 
 
 def _merged_weights(cells, corner_weights, points: int):
-    """Adds to each sample's weights those of earlier samples of its group that have its row.
+    """Adds to each sample's weights those of earlier samples of its group with the same row.
 
-    Only the last write to a row remains of a group, and by this it holds the whole sum.
+    Only the last write of a group to a row remains, so it must hold the whole sum.
     """
     samples = cells.shape[0]
 
@@ -453,7 +450,7 @@ def _from_lanes(x):
 
 
 def _broadcast_sample(weights, k: int):
-    """[8, 128], a sample's weight at lane 32 * corner + sample -> that of k on each corner."""
+    """Spreads the weights of sample k, at lanes 32 * corner + k of [8, 128], over each corner."""
     lane = lax.broadcasted_iota(jnp.int32, weights.shape, 1)
     return jnp.take_along_axis(
         weights, (lane & ~(CHANNELS - 1)) + k, axis=1, mode="promise_in_bounds"

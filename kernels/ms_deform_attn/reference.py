@@ -1,4 +1,4 @@
-"""Plain-JAX multi-scale deformable attention by gathering, two forms of "xla": the reference.
+"""Plain-JAX multi-scale deformable attention by gathering ("xla"), in two forms: the reference.
 
 Letters: B batch, Q queries, S all pixels of all levels, N heads, L levels, P points, D head width.
 """
@@ -27,12 +27,12 @@ def split_levels(value: jax.Array, spatial_shapes: SpatialShapes) -> list[jax.Ar
 def cell_coordinates(
     locations: jax.Array, weights: jax.Array, shape: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The sampling points of one level as (cell, fraction, weight).
+    """Turns the sampling points of one level into (cell, fraction, weight).
 
     Pixel i of an axis of n pixels has its centre at (i + 0.5) / n. A point in the cell between the
     pixels i and i + 1 has `cell` i, in -1..n-1, and `fraction` in [0, 1). A point that touches no
-    pixel, or whose location is NaN, becomes a point of cell 0 with weight 0: it adds nothing, has
-    no gradient, and can never lead to a read outside of the map.
+    pixel, or whose location is NaN, gets cell 0 and weight 0: it adds nothing, has no gradient, and
+    never reads outside the map.
 
     Args:
       locations: float32 [..., 2], (x, y) in 0..1 over the map.
@@ -46,7 +46,7 @@ def cell_coordinates(
     size = jnp.array([w, h], jnp.float32)
     pixel = locations * size - 0.5
     inside = jnp.all((pixel > -1) & (pixel < size), axis=-1)  # False for NaN
-    # The inner selection keeps NaN and infinity out of the gradient as well as out of the value.
+    # The inner selection keeps NaN and infinity out of the gradient, too.
     pixel = jnp.where(inside[..., None], pixel, 0.0)
     floor = jnp.floor(pixel)
     return floor.astype(jnp.int32), pixel - floor, jnp.where(inside, weights, 0.0)
@@ -55,7 +55,7 @@ def cell_coordinates(
 def corners(
     locations: jax.Array, weights: jax.Array, shape: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """The pixels that the points of one level read, and the share of each in the result.
+    """Finds the pixels that the points of one level read, and the share of each in the result.
 
     Args:
       locations: float32 [..., P, 2].
@@ -63,8 +63,8 @@ def corners(
       shape: (h, w) of the level.
 
     Returns:
-      index int32 [..., 4 * P] in 0..h*w-1 whatever the locations are, and factor float32
-      [..., 4 * P], 0 for corners outside of the map.
+      index int32 [..., 4 * P] in 0..h*w-1 for all locations, and factor float32 [..., 4 * P], 0 for
+      corners outside the map.
     """
     h, w = shape
     cell, fraction, weights = cell_coordinates(locations, weights, shape)
@@ -86,14 +86,13 @@ def ms_deform_attn_gather(
     sampling_locations: jax.Array,
     attention_weights: jax.Array,
 ) -> jax.Array:
-    """As `api.ms_deform_attn`, whose checks have been passed. Reads 4 rows per point.
+    """As `api.ms_deform_attn`, without its checks. Reads 4 rows per point.
 
-    Accelerators fuse the reading with the sum and never store the rows.
+    Accelerators fuse the reads with the sum and never store the rows.
     """
     out = jnp.zeros((*sampling_locations.shape[:3], value.shape[-1]), jnp.float32)
     for level, rows in enumerate(split_levels(value, spatial_shapes)):
-        # The gathered rows of a level are 4 * P times the size of the output, and the backward pass
-        # can read them again.
+        # The backward pass reads the rows of a level again: they are 4 * P times the output's size.
         out += recompute(functools.partial(_gather_level, spatial_shapes[level]))(
             rows,
             sampling_locations[:, :, :, level],
@@ -107,8 +106,8 @@ def _gather_level(
 ) -> jax.Array:
     """(h, w), [B, h*w, N, D], [B, Q, N, P, 2], [B, Q, N, P] -> float32 [B, Q, N, D]."""
     index, factor = corners(locations, weights, shape)
-    # Cast before the gather, so that its transpose scatters in float32: sums of many small
-    # contributions to one pixel would be lost in bfloat16.
+    # Cast before the gather, so that its transpose scatters in float32: bfloat16 would lose sums of
+    # many small contributions to one pixel.
     rows = rows.astype(jnp.float32)
     take = jax.vmap(  # over images, then heads
         jax.vmap(lambda r, i: r.at[i].get(mode="promise_in_bounds"), in_axes=1, out_axes=1)
@@ -116,8 +115,8 @@ def _gather_level(
     return jnp.sum(take(rows, index) * factor[..., None], axis=3)
 
 
-# Gathered rows of a chunk and level. They are written, then read once: in a processor's cache that
-# costs a seventh of the time that it takes through memory.
+# Gathered rows of a chunk and level. Writing and reading them takes a seventh of the time if they
+# stay in a processor's cache.
 CHUNK_BYTES = 4 << 20
 
 
@@ -129,8 +128,8 @@ def ms_deform_attn_chunks(
 ) -> jax.Array:
     """As `ms_deform_attn_gather`, a few queries at a time: the form for processors.
 
-    XLA's loop over the elements of a fused gather is several times slower than copies of whole rows
-    and a batch of small matrix products, as long as the rows stay in the cache.
+    While rows stay in the cache, copying whole rows and multiplying a batch of small matrices is
+    several times faster than XLA's loop over the elements of a fused gather.
     """
     batch, queries, heads, _, points, _ = sampling_locations.shape
     width = value.shape[-1]
@@ -160,7 +159,7 @@ def ms_deform_attn_chunks(
 def _rows_level(
     shape: tuple[int, int], rows: jax.Array, locations: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """As `_gather_level`, of float32 rows, by copies of rows and a product."""
+    """As `_gather_level`, for float32 rows, by copies of rows and a product."""
     index, factor = corners(locations, weights, shape)
     batch, queries, heads, read = index.shape
     table = rows.reshape(batch, -1, rows.shape[-1])  # [B, h*w*N, D]

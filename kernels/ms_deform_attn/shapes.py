@@ -1,8 +1,8 @@
-"""The shapes with which multi-scale deformable attention is really called.
+"""The shapes of multi-scale deformable attention in OneFormer's pixel decoder.
 
-OneFormer's pixel decoder calls it with one query per pixel of the strides 32, 16 and 8, 8 heads of
-32 channels and 4 points. Image sizes are those of the published recipes: training crops, and test
-images padded to a multiple of 32.
+A call has one query per pixel of the strides 32, 16 and 8, 8 heads of 32 channels and 4 points.
+Image sizes are those of the published recipes: training crops, and test images padded to a multiple
+of 32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class CallShape:
     """One call, without its batch axis.
 
     Attributes:
-      name: where the shape comes from.
+      name: the source of the shape.
       image_size: (height, width) in pixels, multiples of the largest stride.
       heads: number of attention heads.
       head_dim: channels per head.

@@ -25,7 +25,7 @@ def _cases() -> dict[str, CallShape]:
 
 
 class NeighborhoodAttention(Operation[CallShape]):
-    """Arrays: query, key, value and rpb, as of `neighborhood_attention`."""
+    """Arrays: query, key, value and rpb of `neighborhood_attention`."""
 
     def labels(self, case: CallShape, dtype: str) -> dict[str, Any]:
         fields = dataclasses.asdict(case)
@@ -43,11 +43,11 @@ class NeighborhoodAttention(Operation[CallShape]):
         )
 
     def cycles(self, text: str, case: CallShape, cores: int) -> float:
-        """Of one core: the two of v4 and v5p share the groups of heads."""
+        """Cycles of one core: the two of v4 and v5p share the groups of heads."""
         return tpu.issue_cycles(text, tiles=1)
 
     def predict(self, record: Mapping[str, Any], case: CallShape) -> list[dict[str, Any]]:
-        """One line: the kernels of both passes and what XLA estimates of the rest."""
+        """One line: the kernels of both passes and XLA's estimate of the rest."""
         row = {key: record[key] for key in ("target", *self.key, "blocks")}
         parts = {name: record[name].get("milliseconds") for name in PASSES if name in record}
         row |= {f"{name} kernel ms": took for name, took in parts.items()}

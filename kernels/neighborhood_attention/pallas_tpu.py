@@ -1,7 +1,7 @@
-"""Neighbourhood attention on TPUs ("pallas_tpu"): what XLA does, and gradients.
+"""Neighbourhood attention on TPUs ("pallas_tpu"): XLA's part, and gradients.
 
 XLA splits the map into residue classes modulo the dilation and lays out the bias by pairs of query
-and key. The rest is done by the kernels of `tile_kernels` on maps cut as `strips` says.
+and key. The kernels of `tile_kernels` do the rest, on maps cut by `strips`.
 
 Letters: B batch, H W map, N heads, D head width; A images times residue classes, R rows and S
 columns of a class, G groups of heads, C = 128 lanes of the heads of a group.
@@ -23,7 +23,7 @@ from oneformer_jax.kernels.neighborhood_attention.tile_kernels import Settings
 
 MIB = 2**20
 INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x
-NARROWEST = 32  # lanes that a head takes at least
+NARROWEST = 32  # lanes of the narrowest head
 
 
 def neighborhood_attention(
@@ -37,10 +37,9 @@ def neighborhood_attention(
     interpret=False,
     vmem_bytes: int | None = None,
 ) -> jax.Array:
-    """As `api.neighborhood_attention`, whose checks have been passed.
+    """As `api.neighborhood_attention`, without its checks.
 
     Args:
-      query, key, value, rpb, kernel_size, dilation: as of the api.
       interpret: True or `pltpu.InterpretParams()` runs the kernels on any device, slowly.
       vmem_bytes: vector memory to plan for; by default that of the chip compiled for.
 
@@ -54,14 +53,14 @@ def neighborhood_attention(
     batch, height, width, _, channels = query.shape
     if channels > LANES:
         raise NotImplementedError(
-            f"neighborhood_attention: 'pallas_tpu' takes heads of up to {LANES} channels, and "
+            f"neighborhood_attention: 'pallas_tpu' takes heads of up to {LANES} channels, but "
             f"those of query have {channels}; use 'xla'"
         )
     padded = max(NARROWEST, 1 << (channels - 1).bit_length())
     found = plan(height, width, kernel_size, dilation, LANES // padded)
     if found is None:
         raise NotImplementedError(
-            f"neighborhood_attention: 'pallas_tpu' takes tiles of up to {MAX_KEYS} keys, and every "
+            f"neighborhood_attention: 'pallas_tpu' takes tiles of up to {MAX_KEYS} keys, but every "
             f"tile for kernel_size {kernel_size} has more; use 'xla'"
         )
     needed = tile_kernels.vmem_needed(found, batch, query.dtype.itemsize)
@@ -69,7 +68,7 @@ def neighborhood_attention(
         raise NotImplementedError(
             f"neighborhood_attention: 'pallas_tpu' needs {needed} bytes of vector memory for "
             f"kernel_size {kernel_size} and dilation {dilation} on a map of {height} x {width}, "
-            f"and the chip has {vmem_bytes}; use 'xla'"
+            f"but the chip has {vmem_bytes}; use 'xla'"
         )
     return _attend(Settings(found, channels**-0.5, vmem_bytes, interpret), query, key, value, rpb)
 
@@ -89,7 +88,7 @@ def _attend_backward(settings, arrays, gradient):
     *qkv, rpb = arrays
     p = settings.plan
     table, pull_back = jax.vjp(functools.partial(_table, p), rpb)
-    # The split is done anew rather than kept: this is the one copy of each that is alive.
+    # Splitting again instead of keeping the parts leaves one copy of each alive.
     *d_qkv, d_table = tile_kernels.backward(
         settings, *(_classes(p, x) for x in qkv), table, _classes(p, gradient)
     )
@@ -100,7 +99,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _classes(p: Plan, x: jax.Array) -> jax.Array:
-    """[B, H, W, N, D] to [A, R, S, G * C]; what is added to the map, to heads or to them is 0."""
+    """Brings [B, H, W, N, D] into [A, R, S, G * C]; pads the map, the heads and channels with 0."""
     batch, height, width, heads, _ = x.shape
     rows, columns = p.rows, p.columns
     groups = -(-heads // p.heads_per_group)
@@ -138,12 +137,12 @@ def _table(p: Plan, rpb: jax.Array) -> jax.Array:
         rpb.reshape(groups, -1, p.stack, edge, edge),
         p.rows.bias(),
         columns,
-        precision=lax.Precision.HIGHEST,  # it picks values, so they stay as they are
+        precision=lax.Precision.HIGHEST,  # picks values without rounding them
     )
     return table.reshape(groups, *tile_kernels.table_shape(p))
 
 
 def _pad(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
-    """Zeros at the end of some axes, up to a size."""
+    """Pads the end of some axes with zeros, up to a size."""
     widths = [(0, sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
     return jnp.pad(x, widths) if any(back for _, back in widths) else x

@@ -1,13 +1,13 @@
-"""Plain-JAX neighbourhood attention by dense products on tiles, "xla": the reference.
+"""Plain-JAX neighbourhood attention by dense products on tiles ("xla"): the reference.
 
-Along each axis a query at position i sees the positions of its residue class, p = i modulo the
-dilation, and among them the `kernel_size` nearest; at the borders this window moves inwards, so it
-never holds fewer. The rule is that of NATTEN 0.14.
+Along each axis a query at position i sees the `kernel_size` nearest positions of its residue class
+modulo the dilation. At the borders this window moves inwards, so it never holds fewer (the rule of
+NATTEN 0.14).
 
 Gathering the neighbours of each pixel would take kernel_size² times the memory of the keys.
-Instead the map is split into residue classes, whose attention is not dilated, and these into tiles:
-the queries of a tile attend to one common region of keys, a matrix product, in which a mask keeps
-each query to its window.
+Instead the map is split into residue classes, whose attention is not dilated, and these into tiles.
+The queries of a tile attend to one common region of keys in a matrix product, and a mask keeps each
+query to its window.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import numpy as np
 
 from oneformer_jax.kernels.recompute import recompute
 
-# Logits formed at a time, relative to the number of values in the map.
+# Logits of a step, relative to the number of values in the map.
 STEP = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """How one axis of the map is cut. All of it is known before tracing.
+    """The cut of one axis of the map, known before tracing.
 
     The padded axis has `dilation` residue classes of `size` positions. Each class is cut into
-    `tiles` tiles of `tile` queries, of which the first `front` do not exist; the keys of a tile are
+    `tiles` tiles of `tile` queries, of which the first `front` are padding; the keys of a tile are
     its own positions and `halo` more on either side.
 
     Attributes:
@@ -59,15 +59,15 @@ class Axis:
 
     @property
     def expansion(self) -> float:
-        """Logits along this axis over positions: what a query costs."""
+        """Logits along this axis over positions: the cost of a query."""
         return self.tiles * self.tile * self.keys * self.dilation / self.length
 
     @classmethod
     def cut(cls, length: int, kernel_size: int, dilation: int) -> Axis:
-        """The cut with the fewest logits.
+        """Finds the cut with the fewest logits.
 
-        A window that is shifted at the border must stay among the keys of its tile, which reach
-        `halo` beyond it: of the first and the last tile more than `halo` queries must exist.
+        A window shifted at the border must stay among the keys of its tile, which reach `halo`
+        beyond it: the first and the last tile need more than `halo` real queries.
         """
         whole = cls(length, kernel_size, dilation, 1, -(-length // dilation), 0, 0)
         lacking = whole.size - length // dilation  # in the shortest class
@@ -85,9 +85,9 @@ class Axis:
         return min(cuts, key=lambda cut: (cut.expansion, cut.tiles))
 
     def mask(self) -> np.ndarray:
-        """bool [dilation, tiles, tile, keys]: whether a query of a residue class sees a key.
+        """bool [dilation, tiles, tile, keys]: True if a query of a residue class sees a key.
 
-        A query that does not exist sees what its nearest one sees.
+        A padding query sees the keys of the nearest real one.
         """
         tiles = self.tile * np.arange(self.tiles)[:, None] - self.front
         query = (tiles + np.arange(self.tile))[None, :, :, None]
@@ -101,7 +101,7 @@ class Axis:
     def offsets(self) -> np.ndarray:
         """float32 [tile, keys, 2 * kernel_size - 1]: one-hot index of key minus query.
 
-        All zero where the two are too far apart to be neighbours.
+        All zero for a pair too far apart to be neighbours.
         """
         key = np.arange(self.keys)[None, :] - self.halo
         index = key - np.arange(self.tile)[:, None] + self.kernel_size - 1
@@ -117,10 +117,10 @@ def neighborhood_attention(
     kernel_size: int,
     dilation: int,
 ) -> jax.Array:
-    """As `api.neighborhood_attention`, whose checks have been passed.
+    """As `api.neighborhood_attention`, without its checks.
 
-    A few heads are done at a time, so that besides its arguments and its result this takes a few
-    times the memory of `query`, for gradients too: nothing that a step forms is kept.
+    It does a few heads at a time and keeps no intermediate values, so besides its arguments and
+    result it takes a few times the memory of `query`, for gradients too.
     """
     _, height, width, heads, channels = query.shape
     rows = Axis.cut(height, kernel_size, dilation)
@@ -144,11 +144,11 @@ def neighborhood_attention(
 
 
 def _attend(q, k, v, rpb, rows: Axis, columns: Axis) -> jax.Array:
-    """The attention of some heads: q, k, v [N, B, H, W, D] and their rpb to [N, B, H, W, D].
+    """Attends with some heads: q, k, v [N, B, H, W, D] and their rpb to [N, B, H, W, D].
 
-    Letters: i j residue classes, x y tiles, t u queries of a tile, k l keys of a tile; the pairs
-    t u and k l are one axis of queries and one of keys in all that is large. As two axes of about
-    ten each they would fill an accelerator's registers badly.
+    Letters: i j residue classes, x y tiles, t u queries of a tile, k l keys of a tile. Large arrays
+    have one axis of queries t u and one of keys k l: two axes of about ten each would fill an
+    accelerator's registers badly.
     """
     q = _cut(q, rows, columns, 0, 0)
     k, v = (_cut(x, rows, columns, rows.halo, columns.halo) for x in (k, v))
@@ -158,11 +158,11 @@ def _attend(q, k, v, rpb, rows: Axis, columns: Axis) -> jax.Array:
         rpb.astype(jnp.float32),
         rows.offsets(),
         columns.offsets(),
-        precision=jax.lax.Precision.HIGHEST,  # it picks values, so they stay as they are
+        precision=jax.lax.Precision.HIGHEST,  # picks values without rounding them
     )
     bias = bias.reshape(-1, 1, 1, 1, 1, 1, *logits.shape[-2:])
     logits = logits * q.shape[-1] ** -0.5 + bias
-    # One mask after the other: their product would be a constant as large as the logits.
+    # Masks are applied in turn: their product would be a constant as large as the logits.
     for axis, absent in ((rows, (1, 3, 5, 7)), (columns, (0, 2, 4, 6))):
         mask = axis.mask()
         if not mask.all():
@@ -177,9 +177,9 @@ def _attend(q, k, v, rpb, rows: Axis, columns: Axis) -> jax.Array:
 
 
 def _product(letters: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:
-    """The einsum of two arrays of 8 axes with i j x y as one axis p; the result has 8 axes again.
+    """Forms the einsum of two arrays of 8 axes with i j x y as one axis p; the result has 8 axes.
 
-    XLA's library for products on CPUs ends the process where an operand has 8 axes.
+    XLA's library for products on CPUs ends the process if an operand has 8 axes.
     """
     a_merged, b_merged = (x.reshape(*x.shape[:2], -1, *x.shape[-2:]) for x in (a, b))
     out = jnp.einsum(letters, a_merged, b_merged, **options)
@@ -187,7 +187,7 @@ def _product(letters: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:
 
 
 def _cut(x: jax.Array, rows: Axis, columns: Axis, *halo: int) -> jax.Array:
-    """[N, B, H, W, D] to [N, B, i, j, x, y, t u, D], t and u longer by twice the halo."""
+    """Cuts [N, B, H, W, D] into [N, B, i, j, x, y, t u, D], t and u longer by twice the halo."""
     heads, batch, *_, channels = x.shape
     spare = [axis.size * axis.dilation - axis.length for axis in (rows, columns)]
     x = _pad(_pad(x, 2, 0, spare[0]), 3, 0, spare[1])
@@ -213,8 +213,8 @@ def _join(x: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
 def _tiles(x: jax.Array, at: int, axis: Axis, halo: int) -> jax.Array:
     """Cuts dimension `at`, a residue class, into [tiles, tile + 2 * halo], zeros beyond its ends.
 
-    The regions overlap, so they are put together from neighbouring blocks of a tile's length: then
-    neither this nor its gradient needs indices.
+    The overlapping regions are joined from neighbouring blocks of a tile's length, so that neither
+    this nor its gradient needs indices.
     """
     blocks = axis.tiles - (-2 * halo // axis.tile)
     before = axis.front + halo
@@ -228,7 +228,7 @@ def _tiles(x: jax.Array, at: int, axis: Axis, halo: int) -> jax.Array:
 
 
 def _pad(x: jax.Array, at: int, before: int, after: int) -> jax.Array:
-    """Zeros around dimension `at`."""
+    """Pads dimension `at` with zeros."""
     if not before and not after:
         return x
     return jnp.pad(x, [(before, after) if axis == at else (0, 0) for axis in range(x.ndim)])

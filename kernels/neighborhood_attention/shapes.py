@@ -1,7 +1,7 @@
-"""The shapes with which neighbourhood attention is really called: those of DiNAT-L.
+"""The shapes of neighbourhood attention in DiNAT-L.
 
-Four stages of maps at the strides 4, 8, 16 and 32, with 6, 12, 24 and 48 heads of 32 channels and
-3, 4, 18 and 5 blocks. Image sizes and dilations are those of the published recipes.
+Its four stages have maps at the strides 4, 8, 16 and 32, with 6, 12, 24 and 48 heads of 32 channels
+and 3, 4, 18 and 5 blocks. Image sizes and dilations are those of the published recipes.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class CallShape:
     """One call, without its batch axis.
 
     Attributes:
-      height, width: of the map, padded to the neighbourhood as the backbone does.
-      heads: of 32 channels.
-      kernel_size, dilation: of the neighbourhood.
-      blocks: of the backbone that make this call.
+      height, width: size of the map, padded to the neighbourhood by the backbone.
+      heads: number of heads, of 32 channels each.
+      kernel_size, dilation: those of the neighbourhood.
+      blocks: number of the backbone's blocks that make this call.
     """
 
     height: int
@@ -53,7 +53,7 @@ class CallShape:
     blocks: int = 1
 
     def shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Of query, key, value and rpb for `batch` images."""
+        """Shapes of query, key, value and rpb for `batch` images."""
         edge = 2 * self.kernel_size - 1
         qkv = (batch, self.height, self.width, self.heads, HEAD_DIM)
         return [qkv, qkv, qkv, (self.heads, edge, edge)]
@@ -67,7 +67,7 @@ class ModelShape:
       name: the recipe.
       image_size: (height, width) in pixels.
       kernel_size: edge of the neighbourhood.
-      dilations: of every block, by stage.
+      dilations: one for every block, by stage.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ModelShape:
     dilations: tuple[tuple[int, ...], ...] = BASE
 
     def calls(self) -> list[CallShape]:
-        """Every distinct call and how many blocks make it."""
+        """Every distinct call, with the number of blocks that make it."""
         found = []
         for stride, heads, dilations in zip(STRIDES, HEADS, self.dilations, strict=True):
             for dilation, blocks in collections.Counter(dilations).items():

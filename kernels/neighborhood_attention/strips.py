@@ -1,10 +1,10 @@
-"""How the TPU kernel cuts a map.
+"""The cut of a map for the TPU kernel.
 
 The map is split into residue classes modulo the dilation, whose attention is not dilated. Each axis
 of a class is cut into strips of queries, and each strip sees a region of keys, which holds the
-windows of all its queries. Strips and regions start at multiples of a block, so that no data moves
-within registers; regions end where the axis ends, so that windows which move inwards at a border
-stay in view and nothing is padded but to whole blocks.
+windows of all its queries. Strips and regions start at multiples of a block, so no data moves
+within registers. Regions end with the axis, so windows that move inwards at a border stay in view,
+and axes are padded to whole blocks only.
 
     kernel_size 5, blocks of 2      positions   0 1 2 3 4 5 6 7 8 9
                                     strips     [0 1|2 3|4 5|6 7|8 9]
@@ -12,8 +12,8 @@ stay in view and nothing is padded but to whole blocks.
                                                    [2 3 4 5 6 7]        strip 2
                                                        [4 5 6 7 8 9]    strips 3 and 4
 
-What a query sees of its region differs between a few kinds of strips: those near the borders and
-the one for all others; and so does the offset between the two. All of it is known before tracing.
+The view of a query, and the offset between strip and region, differ between a few kinds of strips:
+those near the borders, and all others. Everything is known before tracing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import functools
 import numpy as np
 
 LANES = 128
-SUBLANES = 8  # rows of a register: columns of the map, which lie there, come in such blocks
+SUBLANES = 8  # rows of a register: blocks of columns of the map, which lie along them
 ROW_BLOCK = 2  # rows of the map: 2 x 8 pixels fill a register of bfloat16
 MAX_QUERIES = 512  # of a tile
 MAX_KEYS = 768
@@ -36,14 +36,14 @@ def round_up(number: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How one axis of the map is cut.
+    """The cut of one axis of the map.
 
     Attributes:
       length: positions of the map along the axis, at least kernel_size * dilation.
       kernel_size: positions that a query sees, odd.
       dilation: distance between neighbours.
       block: positions of a block.
-      tile: queries of a strip, whole blocks; `padded` if the axis is not cut.
+      tile: queries of a strip, in whole blocks; `padded` for an axis in one piece.
     """
 
     length: int
@@ -59,7 +59,7 @@ class Cut:
 
     @property
     def first_short(self) -> int:
-        """The first residue class that is short by one position; `dilation` if none is."""
+        """The first residue class that is short by one position, or `dilation`."""
         return self.length % self.dilation or self.dilation
 
     @property
@@ -73,9 +73,9 @@ class Cut:
 
     @property
     def before(self) -> int:
-        """Positions of a region before its strip, if there are so many; as many come after it.
+        """Most positions of a region before its strip, and after it.
 
-        One more than the windows have, if there are classes that end one position earlier.
+        One more than the windows need if some classes end one position earlier.
         """
         has_short = self.first_short < self.dilation
         return round_up(self.kernel_size // 2 + has_short, self.block)
@@ -87,29 +87,28 @@ class Cut:
 
     @property
     def last_start(self) -> int:
-        """Where the last region starts."""
+        """Start of the last region."""
         return max(0, round_up(self.size, self.block) - self.keys)
 
     @property
     def starts(self) -> np.ndarray:
-        """int [strips]: where the region of each strip starts."""
+        """int [strips]: start of the region of each strip."""
         return np.clip(np.arange(self.strips) * self.tile - self.before, 0, self.last_start)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """int [strips]: from where a strip starts to where its region does: 0 or before it."""
+        """int [strips]: start of a strip's region less that of the strip, at most 0."""
         return self.starts - np.arange(self.strips) * self.tile
 
     @functools.cached_property
     def span(self) -> int:
-        """Keys of a region and those before it that the offsets shift into view."""
+        """Keys of a region, and those before it that the offsets shift into view."""
         return self.keys - int(self.offsets.min())
 
     def bias(self) -> np.ndarray:
-        """float32 [span, tile, 2 * kernel_size - 1]: what a query of a strip adds to a key.
+        """float32 [span, tile, 2 * kernel_size - 1]: one-hot offset of each key from each query.
 
-        One-hot, zero for a key that no query sees. The keys of a strip's region are those from
-        `shifts` of the strip on.
+        Zero for a key that no query sees. The keys of a strip's region start at its `shifts`.
         """
         key = np.arange(self.span)[:, None] + self.offsets.min()
         index = key - np.arange(self.tile) + self.kernel_size - 1
@@ -122,10 +121,10 @@ class Cut:
 
     @functools.cached_property
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which mask a strip has, int [2, strips], and the masks, bool [kinds, keys, tile].
+        """The index of each strip's mask, int [2, strips], and the masks, bool [kinds, keys, tile].
 
-        The first index is 1 for classes that are short by a position. A mask is true for a key
-        that the query does not see; a query that does not exist sees all.
+        Row 1 of the indices is for classes that are short by a position. A mask is True for a key
+        that the query does not see; a padding query sees all.
         """
         kinds = np.zeros((2, self.strips), int)
         seen: dict[bytes, tuple[int, np.ndarray]] = {}
@@ -143,7 +142,7 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a map is cut for the kernel.
+    """The cut of a map for the kernel.
 
     Attributes:
       rows, columns: the axes.
@@ -156,7 +155,7 @@ class Plan:
 
     @property
     def queries(self) -> int:
-        """Queries of a tile with those that do not exist."""
+        """Queries of a tile, padding included."""
         return self.rows.tile * self.columns.tile
 
     @property
@@ -171,7 +170,7 @@ class Plan:
 
     @property
     def stack(self) -> int:
-        """Heads of a group that are done in one product: they fill the lanes once, if they can."""
+        """Heads of a group in one product: enough to fill the lanes once, if possible."""
         fitting = [n for n in range(1, self.heads_per_group + 1) if self.heads_per_group % n == 0]
         return max(n for n in fitting if n == 1 or n * self.queries <= LANES)
 
@@ -181,7 +180,7 @@ class Plan:
 
     @property
     def cost(self) -> float:
-        """Rows that pass the matrix units for a group of heads, forward and backward."""
+        """Rows through the matrix units for a group of heads, forward and backward."""
         height = self.stack * self.queries
         lanes, passes = -(-self.keys // LANES), -(-height // LANES)
         streamed = 5 * height * lanes + 2 * self.keys * passes
@@ -191,7 +190,7 @@ class Plan:
 
 
 def cuts(length: int, kernel_size: int, dilation: int, block: int, tiles: list[int]) -> list[Cut]:
-    """The axis as a whole, and with strips of each of the sizes that need several of them."""
+    """Lists the cuts: the axis as a whole, and in strips of each size that needs several."""
     size = round_up(-(-length // dilation), block)
     whole = Cut(length, kernel_size, dilation, block, size)
     found = [dataclasses.replace(whole, tile=tile) for tile in tiles if tile < size]
@@ -202,7 +201,7 @@ def cuts(length: int, kernel_size: int, dilation: int, block: int, tiles: list[i
 def plan(
     height: int, width: int, kernel_size: int, dilation: int, heads_per_group: int
 ) -> Plan | None:
-    """The plan of least cost; None if the neighbourhood is too large for any."""
+    """Finds the plan of least cost; None if the neighbourhood is too large for any."""
     rows = cuts(height, kernel_size, dilation, ROW_BLOCK, list(range(2, 17, ROW_BLOCK)))
     columns = cuts(width, kernel_size, dilation, SUBLANES, [SUBLANES])
     plans = [Plan(r, c, heads_per_group) for r in rows for c in columns]

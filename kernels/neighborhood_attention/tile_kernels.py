@@ -1,20 +1,19 @@
 """The two TPU kernels of neighbourhood attention: tiles of queries against regions of keys.
 
 A grid step takes a strip of columns (see `strips`) with the blocks of columns around it, and does
-its tiles of a few rows one after the other: matrix products and a softmax, in vector memory, where
-the logits remain. Bias and masks of a tile are slices of arrays that stay there.
+its tiles of a few rows one after the other: matrix products and a softmax, whose logits remain in
+vector memory. Bias and masks of a tile are slices of arrays that stay there.
 
-A head is narrower than the 128 lanes of a register, so heads lie side by side as they do in memory.
-The queries of a group of heads become the rows of one matrix, in which each row is zero outside of
-its head's lanes: its product with the keys of all heads is its own head's logits. Of the products
-with the values only the lanes of a row's own head count. Logits have the keys along the rows and
-the queries along the lanes, so that maxima and sums over the keys are taken between registers.
+A head is narrower than the 128 lanes of a register, so heads lie side by side as in memory. The
+queries of a group of heads become the rows of one matrix, each zero outside its head's lanes, so
+the product with the keys of all heads gives its own head's logits. Of the products with the values
+only the lanes of a row's own head count. Logits have the keys along the rows and the queries along
+the lanes, so maxima and sums over the keys are taken between registers.
 
 The backward kernel computes the softmax again instead of keeping its sums. The steps of a group of
-heads run in order. Gradients of keys and values are added up in an array of the columns around the
-strip, which moves on with the strips and gives up the columns that no later strip sees; the
-gradient of the bias is in vector memory throughout. Nothing is atomic: results do not depend on
-timing.
+heads run in order. Gradients of keys and values are summed in an array of the columns around the
+strip. It moves with the strips and writes out the columns that no later strip sees. The gradient of
+the bias stays in vector memory. Nothing is atomic, so results do not depend on timing.
 
 Letters: A images times residue classes, R rows and S columns of a class, G groups of heads, C = 128
 lanes of the heads of a group, T queries and K keys of a tile.
@@ -42,24 +41,24 @@ from oneformer_jax.kernels.neighborhood_attention.strips import (
     Plan,
 )
 
-BLOCKED = -1e30  # added to the logit of a key out of sight; finite, as all may be
+BLOCKED = -1e30  # added to the logit of an unseen key; finite, as a query may see none
 TILES_PER_STEP = 8  # of maps that are one strip: several residue classes make a step
-# Tiles in the body of a loop, where a tile is one stack of heads: the schedule of one reaches into
-# that of the next, as that of a stack does.
+# Tiles in the body of a loop if a tile is one stack of heads: their schedules overlap, as those of
+# several stacks do.
 TILES_PER_BODY = 2
-# Rows of a product: it goes to the matrix units in parts, one to each.
+# Rows of a product: each matrix unit gets one part.
 ROWS_PER_PRODUCT = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to run the kernels.
+    """Settings of the kernels.
 
     Attributes:
-      plan: how the map is cut.
+      plan: the cut of the map.
       scale: factor of the logits.
-      vmem_bytes: what the kernels may take.
-      interpret: as of `pl.pallas_call`; hashable.
+      vmem_bytes: vector memory of the kernels.
+      interpret: as in `pl.pallas_call`; hashable.
     """
 
     plan: Plan
@@ -69,7 +68,7 @@ class Settings:
 
 
 def table_shape(plan: Plan) -> tuple[int, int, int, int]:
-    """Of a group's bias: offsets of columns, stacks of heads, keys, queries of a stack.
+    """Shape of a group's bias: offsets of columns, stacks of heads, keys, queries of a stack.
 
     The keys are those of all rows of the span and of a region's columns.
     """
@@ -79,7 +78,7 @@ def table_shape(plan: Plan) -> tuple[int, int, int, int]:
 
 
 def vmem_needed(plan: Plan, batch: int, itemsize: int) -> int:
-    """Bytes of the backward kernel's arrays, and of a few values of a tile's size."""
+    """Bytes of the backward kernel's arrays, and of a few arrays of a tile's size."""
     step = _classes_per_step(plan, batch)
     strip = step * plan.rows.padded * plan.columns.tile * LANES
     blocks = (5 + 2 * plan.parts) * strip * itemsize  # q, dO, dq, dk, dv and keys, values
@@ -90,10 +89,10 @@ def vmem_needed(plan: Plan, batch: int, itemsize: int) -> int:
 
 
 def forward(settings: Settings, query, key, value, table) -> jax.Array:
-    """Attention within each class.
+    """Attends within each class.
 
     Args:
-      settings: see there.
+      settings: settings of the kernels.
       query, key, value: float32 or bfloat16 [A, R, S, G * C], whole strips.
       table: float32 [G, *table_shape], the bias.
 
@@ -127,7 +126,7 @@ def backward(settings: Settings, query, key, value, table, gradient) -> tuple[ja
         name="neighborhood_attention_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            # After the last strip the columns that it sees are still to be given up.
+            # Extra steps after the last strip write out the columns that it sees.
             grid=specs.grid(query, p.columns.strips + p.parts - 1),
             in_specs=[specs.strip, *specs.parts, *specs.parts, *specs.addends, specs.strip],
             out_specs=[specs.strip, specs.parts[0], specs.parts[0], specs.addends[0]],
@@ -151,14 +150,14 @@ def backward(settings: Settings, query, key, value, table, gradient) -> tuple[ja
 
 def _compiler_params(settings: Settings) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
-        # Groups of heads may go to different cores; the steps of one add to its arrays, in order.
+        # Cores may share the groups of heads; the steps of one add to its arrays, in order.
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
         vmem_limit_bytes=None if settings.interpret else settings.vmem_bytes,
     )
 
 
 def _classes_per_step(plan: Plan, batch: int) -> int:
-    """Images and residue classes of a grid step: several, if their tiles alone are too few."""
+    """Images and residue classes of a grid step: several if one has too few tiles."""
     if plan.columns.strips > 1:
         return 1
     most = max(1, TILES_PER_STEP // plan.rows.strips)
@@ -166,9 +165,9 @@ def _classes_per_step(plan: Plan, batch: int) -> int:
 
 
 def _places(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """int32, flat, of the strips of rows, and of columns.
+    """Tables of the strips of rows, and of columns, int32, flat.
 
-    Which mask they have in classes of either length, then where their bias starts.
+    A table has the strips' masks in classes of either length, then the start of their bias.
     """
     rows = plan.rows.shifts * plan.columns.keys
     columns = np.unique(plan.columns.shifts, return_inverse=True)[1]
@@ -179,7 +178,7 @@ def _places(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _masks(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """What is added to logits, float32 [masks of rows, keys, 1, queries of a stack], of columns."""
+    """Addends of logits for rows, float32 [masks, keys, 1, queries of a stack], and columns."""
 
     def addend(cut: Cut, queries_before: int, queries_after: int):
         blocked = np.where(cut.masks[1], np.float32(BLOCKED), np.float32(0))
@@ -190,10 +189,7 @@ def _masks(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _first_part(plan: Plan, strip):
-    """The first of the blocks of columns around a strip.
-
-    After the last strip it goes on to the last block.
-    """
+    """The first block of columns around a strip; past the last strip, up to the last block."""
     columns = plan.columns
     first = jnp.clip(strip - columns.before // columns.tile, 0, columns.strips - plan.parts)
     return first + jnp.maximum(strip - columns.strips + 1, 0)
@@ -203,8 +199,8 @@ class _Specs:
     """Blocks of the arrays in a grid of (groups of heads, steps of classes, strips).
 
     Attributes:
-      strip: of queries.
-      parts: of keys: the blocks of columns around a strip.
+      strip: block of queries.
+      parts: blocks of keys: the columns around a strip.
       addends: the bias and the two masks.
     """
 
@@ -236,15 +232,15 @@ class _Specs:
 
 
 class _Tile(NamedTuple):
-    """Where the parts of a tile are.
+    """Places of the parts of a tile.
 
     Attributes:
       index: its class within the step.
-      rows: within the strip.
+      rows: its rows within the strip.
       region: its keys, within those of the strip.
-      offset: which of the biases by offset of columns.
+      offset: index of the bias, by offset of columns.
       bias: its keys, within those of the bias.
-      row_mask, column_mask: which they are.
+      row_mask, column_mask: indices of its masks.
     """
 
     index: Any
@@ -346,9 +342,9 @@ def _backward_kernel(row_places, column_places, q_ref, *refs, settings):
 
 
 def _each_tile(p: Plan, places, first, step: int, strip, body):
-    """Calls body(tile) for all tiles of a strip, and what it returns: that may write.
+    """Calls body(tile) for all tiles of a strip, in `step` classes from `first` on.
 
-    The classes are the `step` from `first` on.
+    The body returns a function, called later, that may write.
     """
     rows, columns = p.rows, p.columns
     row_places, column_places = places
@@ -376,7 +372,7 @@ def _each_tile(p: Plan, places, first, step: int, strip, body):
     together = math.gcd(count, TILES_PER_BODY) if len(_stacks(p)) == 1 else 1
 
     def run(i, _):
-        # Loads do not pass writes: first all that is computed, then all that is written.
+        # The compiler does not move loads across writes, so all writes come last.
         tiles = [locate(i * together + j) for j in range(together)]
         for write in [body(tile) for tile in tiles]:
             write()
@@ -385,7 +381,7 @@ def _each_tile(p: Plan, places, first, step: int, strip, body):
 
 
 def _each_row_block(p: Plan, step: int, body):
-    """body(class of the step, rows, pixels of these in a region of all rows) over a strip."""
+    """Calls body(class of the step, rows, their pixels in a region of all rows) over a strip."""
     size = p.rows.tile * p.columns.keys
 
     def run(n, _):
@@ -397,10 +393,10 @@ def _each_row_block(p: Plan, step: int, body):
 
 
 def _join_parts(p: Plan, parts, out_ref):
-    """Puts blocks of columns next to each other, row by row."""
+    """Joins blocks of columns, row by row."""
 
     def join(i, rows, pixels):
-        # In float32 a row of a block is a register by itself.
+        # In float32 a row of a block is exactly a register.
         blocks = [part[i, rows].astype(jnp.float32) for part in parts]
         block = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
         out_ref[pixels, :] = block.reshape(-1, LANES).astype(out_ref.dtype)
@@ -422,7 +418,7 @@ def _move_on(p: Plan, step: int, refs):
 
 
 def _fill_with_zeros(ref, size: int):
-    """Zeroes an array of rows, `size` at a time, which divides their number."""
+    """Zeroes an array of rows, `size` at a time; `size` divides their number."""
 
     def fill(i, _):
         ref[pl.ds(pl.multiple_of(i * size, SUBLANES), size), :] = jnp.zeros(
@@ -433,7 +429,7 @@ def _fill_with_zeros(ref, size: int):
 
 
 def _load(ref, tile: _Tile):
-    """float32 [T, C] of a strip."""
+    """Loads a tile, float32 [T, C]."""
     return ref[tile.index, tile.rows].astype(jnp.float32).reshape(-1, LANES)
 
 
@@ -450,7 +446,7 @@ def _addend(p: Plan, addends, tile: _Tile, stack: int):
 
 
 def _stacks(p: Plan) -> list[range]:
-    """The heads that are done in one product."""
+    """The heads of each product."""
     return [range(first, first + p.stack) for first in range(0, p.heads_per_group, p.stack)]
 
 
@@ -460,13 +456,13 @@ def _head_of_lane(p: Plan):
 
 
 def _spread(p: Plan, x, heads):
-    """[T, C] once per head, one below the other, with zeros outside of the head's lanes."""
+    """Stacks [T, C] once per head, with zeros outside the head's lanes."""
     of_lane = _head_of_lane(p)
     return jnp.concatenate([jnp.where(of_lane == head, x, 0.0) for head in heads], axis=0)
 
 
 def _gather(p: Plan, x, heads):
-    """The lanes of each head from its rows: [heads * T, C] to [T, C], zero in other lanes."""
+    """Takes the lanes of each head from its rows: [heads * T, C] to [T, C], zero elsewhere."""
     of_lane = _head_of_lane(p)
     parts = [
         jnp.where(of_lane == head, x[i * p.queries : (i + 1) * p.queries], 0.0)
@@ -476,7 +472,7 @@ def _gather(p: Plan, x, heads):
 
 
 def _dot(x, y, x_axis: int, y_axis: int):
-    """float32 product that sums over an axis of each."""
+    """Multiplies in float32, summing over one axis of each."""
 
     def product(x):
         return lax.dot_general(
@@ -490,7 +486,7 @@ def _dot(x, y, x_axis: int, y_axis: int):
 
 
 def _softmax(settings: Settings, keys, queries, addend):
-    """The shares of the keys: [K, heads * T] of [K, C], [heads * T, C] and [K, heads * T]."""
+    """Shares of the keys, [K, heads * T], from [K, C], [heads * T, C] and [K, heads * T]."""
     logits = _dot(keys, queries, 1, 1) * settings.scale + addend
     shares = jnp.exp(logits - jnp.max(logits, axis=0, keepdims=True))
     return shares * (1.0 / jnp.sum(shares, axis=0, keepdims=True))

@@ -1,4 +1,4 @@
-"""Bilinear reading of maps at points (PointRend, arXiv 1912.08193)."""
+"""Bilinear sampling of maps at points (PointRend, arXiv 1912.08193)."""
 
 from oneformer_jax.kernels.point_sampling.api import IMPLEMENTATIONS, sample_features
 from oneformer_jax.kernels.point_sampling.reference import corners, find_cells, take

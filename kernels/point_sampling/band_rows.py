@@ -1,17 +1,18 @@
-"""The two TPU kernels of point sampling: a map resides in vector memory, points go by its rows.
+"""The two TPU kernels of point sampling: a map lies in vector memory, and points address its rows.
 
-All channels of a point share one address. So 128 channels of a map lie in vector memory as they
-are, one pixel a row; a point reads (or increases) two neighbouring pixels of one row of the map and
-the two below them: two loads of two rows each, at an address from scalar memory. Pixels that a
-point does not touch have weight 0, which needs no border. bfloat16 pixels lie in pairs of rows: a
-row of 32-bit words holds an even pixel and the next one, and two such rows any two neighbours.
+All channels of a point share one address, so 128 channels of a map lie in vector memory, one pixel
+a row. A point reads (or increases) two neighbouring pixels of one row of the map and the two below
+them: two loads of two rows each, at an address from scalar memory. Pixels that a point does not
+touch have weight 0, so no border is needed. bfloat16 pixels lie in pairs: a row of 32-bit words
+holds an even pixel and the next one, and two such rows hold any two neighbours.
 
-What the static schedule taught (v5e; a bundle is one issue cycle), beside `ms_deform_attn`'s:
-  * Stores are the limit forward, one a bundle: rows pass through scratch memory two at a time.
-  * A read-modify-write takes about 10 cycles, so backward, the rows of some points are all read
-    before any is written. Where points of such a step share pixels, which XLA finds out before,
-    the points of a group of steps are taken one by one. Loads and stores do not overlap: the 4 and
-    4 rows of a point take 4 bundles. Larger steps take as long, and are one by one more often.
+The code relies on properties of the static schedule (v5e; a bundle is one issue cycle), besides
+those in `ms_deform_attn`:
+  * Forward, stores are the limit, one a bundle: rows pass through scratch memory two at a time.
+  * Backward, a read-modify-write takes about 10 cycles, so all rows of a step's points are read
+    before any is written. If points of a step share pixels, as XLA finds out before, the points of
+    its group of steps are done one by one. Loads and stores do not overlap: the 4 and 4 rows of a
+    point take 4 bundles. Larger steps take as long, and share pixels more often.
 
 Letters: A images, P points, T tiles, R pixels of the map, D channels (a multiple of 128).
 """
@@ -35,16 +36,16 @@ from oneformer_jax.kernels.tpu_rows import (
     index_scratch,
 )
 
-ROWS = 4  # of the table that a point reads: two and the two below them
+ROWS = 4  # that a point reads from the table: two and the two below them
 GROUP = 32  # points of one loop body
 STEP = 8  # points whose rows are read before any is written
 ROW_BYTES = 4 * LANES
 MAX_TILE = 8 * LANES  # points of a grid step
-VMEM_RESERVE = 10 * 2**20  # blocks, scratch and the compiler's own, beside the map
+VMEM_RESERVE = 10 * 2**20  # for blocks, scratch and the compiler
 
 
 def tile_size(points: int) -> int:
-    """Points of one grid step: few steps and little padding, of which a step is worth 128."""
+    """Points of one grid step: few steps and little padding; a step costs as much as 128 points."""
     sizes = range(LANES, MAX_TILE + 1, LANES)
     return min(sizes, key=lambda size: -(-points // size) * (size + LANES))
 
@@ -68,17 +69,17 @@ def forward(
         All of them are pixels of the map.
       weights: float32 [A, 4 or 8, T * tile], of these pixels.
       table: float32 or bfloat16 [A, R, D]; R is even.
-      points: P, of which T tiles are needed.
+      points: P, in T tiles.
       width: pixels of a row of the map; even for bfloat16.
       tile: points of a grid step.
-      vmem_bytes: what the kernel may take.
-      interpret: as of `pl.pallas_call`.
+      vmem_bytes: vector memory of the kernel.
+      interpret: as in `pl.pallas_call`.
 
     Returns:
       float32 [A, P, D].
     """
     _, pixels, depth = table.shape
-    # With room for two maps the next one is fetched while this one is in use.
+    # If two maps fit, the next one is fetched while this one is in use.
     once = 2 * pixels * LANES * table.dtype.itemsize > vmem_bytes - VMEM_RESERVE
     mode = {"pipeline_mode": pl.Buffered(1)} if once else {}
     packed = table.dtype == jnp.bfloat16
@@ -170,14 +171,14 @@ def _points_spec(tile: int) -> pl.BlockSpec:
 
 def _compiler_params(vmem_bytes: int, interpret) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
-        # Maps may go to different cores; the points of a map add to one table, in order.
+        # Cores may share the maps; the points of a map add to one table, in order.
         dimension_semantics=("parallel", "parallel", "arbitrary"),
         vmem_limit_bytes=None if interpret else vmem_bytes,
     )
 
 
 def _scalar_order(index: jax.Array, tile: int) -> jax.Array:
-    """Indices as the scalar core reads them: [A, P] -> [A, T, 32, 128].
+    """Reorders indices for the scalar core: [A, P] -> [A, T, 32, 128].
 
     Row q holds the points q of all groups of a tile.
     """
@@ -187,7 +188,7 @@ def _scalar_order(index: jax.Array, tile: int) -> jax.Array:
 
 
 def _share_pixels(indices: jax.Array, width: int) -> jax.Array:
-    """Whether points of a step share pixels: [A, T, 32, 128] -> bool [A, T, 128], by group.
+    """Tells which groups have a step with shared pixels: [A, T, 32, 128] -> bool [A, T, 128].
 
     The upper pair of a point and either pair of another one overlap if they are one pixel apart.
     """
@@ -272,10 +273,10 @@ def _backward_kernel(
     lanes_ref[...] = _to_lanes(weights_ref[...])
 
     def make_additions(j):
-        """What each point adds to its 4 pixels: weights times the output's gradient."""
+        """Forms the addends of each point's 4 pixels: weights times the output's gradient."""
         rows = pl.ds(pl.multiple_of(j * SUBLANES, SUBLANES), SUBLANES)
         point = t * tile + j * SUBLANES + lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-        # What lies beyond the last point may be anything.
+        # Values beyond the last point are arbitrary.
         gradient = jnp.where(point < points, gradient_ref[rows, :], 0.0)
         weights = lanes_ref[rows, :]
         first = pl.multiple_of(j * ROWS * SUBLANES, SUBLANES)
@@ -291,7 +292,7 @@ def _backward_kernel(
     await_indices()
 
     def pairs(i, q):
-        """The two pairs of pixels of a point, and where what is added to them stands."""
+        """The two pairs of pixels of a point, and the place of their addends."""
         first = indices.at[q][slot, i]
         added = ROWS * (i * GROUP + q)
         for k, offset in enumerate((0, width)):
@@ -355,7 +356,7 @@ def _backward_kernel(
 
 
 def _loop(count: int, body, unroll: bool):
-    """body(0), body(1)... with Python numbers if unrolled, else in a loop."""
+    """Calls body(0), body(1)... with Python numbers if unrolled, else in a loop."""
     if unroll:
         for i in range(count):
             body(i)
@@ -364,7 +365,7 @@ def _loop(count: int, body, unroll: bool):
 
 
 def _unpacked(x):
-    """Rows of float32 as they are; rows of pairs of bfloat16 as two of float32."""
+    """Unpacks rows of pairs of bfloat16 into two of float32; keeps rows of float32."""
     if x.dtype == jnp.float32:
         return [x]
     halves = x << 16, x & jnp.uint32(0xFFFF0000)
@@ -372,13 +373,13 @@ def _unpacked(x):
 
 
 def _to_lanes(weights):
-    """[N, T] -> [T, 128]: a point's weights in the first lanes of its row."""
+    """Brings [N, T] into [T, 128]: a point's weights in the first lanes of its row."""
     rest = jnp.zeros((LANES - weights.shape[0], weights.shape[1]), jnp.float32)
     return jnp.concatenate([weights, rest], axis=0).T
 
 
 def _broadcast_lane(x, lane: int):
-    """[8, 128] -> the values of one lane in all lanes."""
+    """Spreads one lane of [8, 128] over all lanes."""
     return jnp.take_along_axis(
         x, jnp.full(x.shape, lane, jnp.int32), axis=1, mode="promise_in_bounds"
     )

@@ -1,7 +1,7 @@
 """The calls of the losses that read features at points, for `oneformer_jax.kernels.bench`.
 
-What XLA's version costs on a TPU that is not there, and as a share of the training step:
-`python -m tests.bench.points`.
+`python -m tests.bench.points` gives the cost of XLA's version on a TPU, ahead of time, and its
+share of the training step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from oneformer_jax.kernels.point_sampling.shapes import PUBLISHED, CallShape
 
 
 class PointSampling(Operation[CallShape]):
-    """Arrays: features and points, as of `sample_features`."""
+    """Arrays: features and points of `sample_features`."""
 
     def labels(self, case: CallShape, dtype: str) -> dict[str, Any]:
         return {"call": case.name, "dtype": dtype}
@@ -32,7 +32,7 @@ class PointSampling(Operation[CallShape]):
         ]
 
     def inputs(self, case: CallShape, batch: int, dtype: str) -> list[jax.Array]:
-        """Uniform points."""
+        """Arrays with uniform points."""
         features, points = super().inputs(case, batch, dtype)
         return [features, jax.random.uniform(jax.random.key(2), points.shape)]
 
@@ -56,10 +56,10 @@ OPERATION = PointSampling(
 
 
 def uniform_cycles(text: str, shape, cores: int = 1) -> float:
-    """Issue cycles on one of the cores of a kernel's schedule, for one image and uniform points.
+    """Issue cycles of a kernel's schedule on one core, for one image and uniform points.
 
-    What runs rarely counts as often as it does: the loop within a loop takes the points of a group
-    one by one, where some of a step share pixels; the loop with copies rounds a finished map.
+    Rare loops count with their frequency: the inner loop does the points of a group one by one if
+    some of a step share pixels; the loop with copies rounds a finished map.
     """
     height, width = shape.size
     tile = band_rows.tile_size(shape.points)
@@ -79,10 +79,10 @@ def uniform_cycles(text: str, shape, cores: int = 1) -> float:
 
 
 def _without_loops(text: str) -> tuple[str, list[tuple[int, list[str]]]]:
-    """The text without its rare loops, and these: (depth, bundles).
+    """Splits the text into the common part and its rare loops: (depth, bundles).
 
-    Loops of depth 3, and of depth 2 if they copy memory; the steps of the grid are a loop of depth
-    1. A bundle begins with as many ">" as loops are around it.
+    Rare loops have depth 3, or depth 2 if they copy memory; the grid is a loop of depth 1. A bundle
+    begins with a ">" for each loop around it.
     """
     blocks: list[tuple[int, list[str]]] = []
     for line in text.splitlines():

@@ -1,8 +1,8 @@
-"""Point sampling on TPUs ("pallas_tpu"): what the kernels of `band_rows` read, and what they leave.
+"""Point sampling on TPUs ("pallas_tpu"): inputs and outputs of the kernels of `band_rows`.
 
-XLA finds the 2 x 2 pixels of every point and their shares. Where 128 channels of a map do not fit
-the memory of the chip, the map is taken in several bands of rows, each with all points; a band adds
-only to the points that start in its rows.
+XLA finds the 2 x 2 pixels of every point and their shares. If 128 channels of a map do not fit into
+the chip's memory, the map is split into bands of rows. Every band runs over all points, but adds
+only to those that start in its rows.
 
 Letters: B images, P points, D channels.
 """
@@ -72,7 +72,7 @@ def backward(
     interpret=False,
     vmem_bytes: int | None = None,
 ) -> jax.Array:
-    """As `reference.backward`; `interpret` and `vmem_bytes` as of `forward`."""
+    """As `reference.backward`, with `interpret` and `vmem_bytes` of `forward`."""
     vmem_bytes = vmem_bytes or _vmem(interpret)
     _, height, width, depth = like.shape
     rows, columns = max(height, 2), max(width, 2)
@@ -87,7 +87,7 @@ def backward(
         band = dispatch.merge_mapped_axes(
             functools.partial(
                 band_rows.backward,
-                # Neighbouring bands share a row, whose two gradients are added before rounding.
+                # Neighbouring bands share a row; its two gradients are added before rounding.
                 dtype=like.dtype if len(parts) == 1 else jnp.float32,
                 pixels=pixels + -pixels % 16,
                 width=columns,
@@ -108,7 +108,7 @@ def bands(height: int, width: int, itemsize: int, vmem_bytes: int) -> list[tuple
     """(first, end) rows of the bands; each begins with the last row of the one before.
 
     Args:
-      height, width: of the map, at least 2 each.
+      height, width: size of the map, at least 2 each.
       itemsize: bytes of a channel of a pixel.
       vmem_bytes: vector memory of the chip.
 
@@ -121,8 +121,7 @@ def bands(height: int, width: int, itemsize: int, vmem_bytes: int) -> list[tuple
     if most < 2:
         raise NotImplementedError(
             f"sample_features: 'pallas_tpu' needs {2 * row_bytes} bytes for two rows of a map of "
-            f"width {width}, and {free} of {vmem_bytes} bytes of vector memory are free for them; "
-            "use 'xla'"
+            f"width {width}, but {free} of {vmem_bytes} bytes of vector memory are free; use 'xla'"
         )
     count = -(-(height - 1) // (most - 1))
     step = -(-(height - 1) // count)
@@ -134,7 +133,7 @@ def _vmem(interpret) -> int:
 
 
 def _padded(features: jax.Array, even: bool) -> jax.Array:
-    """At least 2 x 2 pixels, or 2 x 4 in rows of an even width; whole groups of 128 channels."""
+    """Pads to at least 2 x 2 pixels (2 x 4 if rows must be even), and whole 128 channels."""
     _, height, width, depth = features.shape
     columns = max(width + width % 2, 4) if even else max(width, 2)
     padding = (max(2 - height, 0), columns - width, -depth % LANES)
@@ -142,14 +141,13 @@ def _padded(features: jax.Array, even: bool) -> jax.Array:
 
 
 def _places(points, height: int, width: int, tile: int):
-    """The 2 x 2 pixels of each point.
+    """Finds the 2 x 2 pixels of each point, all within the (padded) map.
 
-    They lie within the (padded) map, also those of points that touch fewer pixels: the share of a
-    pixel that a point does not touch is 0.
+    The share of a pixel that a point does not touch is 0.
 
     Returns:
       (row, column) of the upper left pixel, int32 [B, P] each, then (shares of both rows, shares of
-      both columns), float32 [B, 2, P] each. P is padded to whole tiles by points without shares.
+      both columns), float32 [B, 2, P] each. Points without shares pad P to whole tiles.
     """
     points = jnp.pad(
         points, ((0, 0), (0, -points.shape[1] % tile), (0, 0)), constant_values=jnp.nan
@@ -160,7 +158,7 @@ def _places(points, height: int, width: int, tile: int):
 
 
 def _along(coordinate, size: int):
-    """First of the two pixels of an axis, int32 [B, P], and the shares of both, [B, 2, P]."""
+    """Finds the first of two pixels on an axis, int32 [B, P], and the shares of both, [B, 2, P]."""
     place = coordinate * size - 0.5
     inside = (place > -1) & (place < size)  # False for NaN
     place = jnp.where(inside, place, 0.0)
@@ -172,8 +170,8 @@ def _along(coordinate, size: int):
 def _of_band(top, left, down, across, start: int, stop: int, width: int):
     """Pixel, shares of rows and shares of columns of all points in the rows `start` to `stop` - 1.
 
-    Points that have no share in the band get pixels far from those of their neighbours, which the
-    gradient then need not take one by one.
+    Points without a share in the band get pixels far from those of their neighbours, so that the
+    gradient need not do them one by one.
     """
     live = (top >= start) & (top < stop - 1) & (down > 0).any(1) & (across > 0).any(1)
     rank = jnp.arange(top.shape[1]) % band_rows.GROUP
@@ -189,9 +187,9 @@ def _products(down, across) -> jax.Array:
 
 
 def _pairs(index, down, across, pixels: int, width: int):
-    """The same as pairs of neighbours: index of the first of two pairs, weights of all 8 pixels."""
+    """Forms pairs of neighbours: index of the first of two pairs, weights of all 8 pixels."""
     pair = jnp.minimum(index // 2, (pixels - width) // 2 - 2)
-    offset = index - 2 * pair  # of the first pixel with a share, from the first one of the pairs
+    offset = index - 2 * pair  # of the first pixel with a share, within the pairs
     spread = [
         jnp.where(offset == i, across[:, 0], 0.0) + jnp.where(offset == i - 1, across[:, 1], 0.0)
         for i in range(4)

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 
 
 class Cells(NamedTuple):
-    """Between which four pixels points lie.
+    """Cells between four pixels, with the points that lie in them.
 
     Attributes:
       row, column: of the upper left pixel, int32 [...], in -1..size-1.
       down, right: distance from it, float32 [...], in [0, 1).
-      inside: whether the point touches the map, bool [...]; if not, or if it is not finite, the
-        rest is 0.
+      inside: bool [...], True if the point is finite and touches the map; else the rest is 0.
     """
 
     row: jax.Array
@@ -29,10 +28,10 @@ class Cells(NamedTuple):
 
 
 def find_cells(points: jax.Array, height: int, width: int) -> Cells:
-    """The cells of points float32 [..., 2] of a map.
+    """Finds the cells of points float32 [..., 2] of a map.
 
-    A point is (x, y): 0 is the left or upper edge of the map, 1 the right or lower one, so that
-    pixel i of an axis of n pixels has its centre at (i + 0.5) / n.
+    A point is (x, y): 0 is the left or upper edge of the map, 1 the right or lower one, so pixel i
+    of an axis of n pixels has its centre at (i + 0.5) / n.
     """
     x = points[..., 0] * width - 0.5
     y = points[..., 1] * height - 0.5
@@ -49,8 +48,8 @@ def corners(points: jax.Array, height: int, width: int) -> list[tuple[jax.Array,
       points, height, width: as of `find_cells`.
 
     Returns:
-      Four pairs (index int32 [...], share float32 [...]); index is of the map flattened by rows, of
-      a pixel of the map whatever the points are, with share 0 where the map has no pixel.
+      Four pairs (index int32 [...], share float32 [...]). The index is always one of the map,
+      flattened by rows; the share is 0 for a pixel outside the map.
     """
     cells = find_cells(points, height, width)
     found = []
@@ -65,7 +64,7 @@ def corners(points: jax.Array, height: int, width: int) -> list[tuple[jax.Array,
 
 def take(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[b, index[b]] for every image b: table [B, S, ...], index int32 [B, ...] in bounds."""
-    # vmap keeps the batch a batch dimension of the gather, which sharding can split.
+    # With vmap the batch stays a batch dimension of the gather, which sharding can split.
     return jax.vmap(lambda t, i: t.at[i].get(mode="promise_in_bounds"))(table, index)
 
 
@@ -80,10 +79,7 @@ def forward(features: jax.Array, points: jax.Array) -> jax.Array:
 
 
 def backward(points: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Gradient of `forward` in the features, of their shape and dtype, from that of the output.
-
-    It is summed in float32.
-    """
+    """Gradient of `forward` in the features, summed in float32, of their shape and dtype."""
     batch, height, width, depth = like.shape
     out = jnp.zeros((batch, height * width, depth), jnp.float32)
     for index, share in corners(points, height, width):

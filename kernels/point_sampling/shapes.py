@@ -1,4 +1,4 @@
-"""The calls of the losses of the COCO recipe: reading the mask features of an image."""
+"""The calls in the losses of the COCO recipe, which sample the mask features of an image."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class CallShape:
     """One call, without its batch axis.
 
     Attributes:
-      name: what the points are for.
-      points: how many.
+      name: purpose of the points.
+      points: number of points.
       size: (height, width) of the map, a quarter of the image.
       depth: channels.
     """

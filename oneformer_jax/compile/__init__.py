@@ -1,1 +1,1 @@
-"""Compile mode: the programs of a run, compiled for devices that are not there."""
+"""Compile mode: the programs of a run, compiled ahead of time."""

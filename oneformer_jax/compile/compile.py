@@ -1,8 +1,7 @@
-"""Compile mode: the real programs of a run, compiled ahead of time for accelerators not at hand.
+"""Compile mode: the real programs of a run, compiled for accelerators that this machine lacks.
 
-The training step and the two steps of prediction are those that `loop.train` runs, with the same
-shardings. What does not fit into memory is a verdict of the report, and `suggest` looks for
-settings that fit.
+The training step and the two steps of prediction are those of `loop.train`, with the same
+shardings. The report tells those that fit into memory; `suggest` looks for settings that fit.
 """
 
 from __future__ import annotations
@@ -33,35 +32,35 @@ from oneformer_jax.types import TASK_TOKENS
 
 GIB = 2**30
 LARGEST = 8  # buffers listed for each program
-# What the compiler is told for a quick answer: it then makes a slower program of other memory.
-# Newer versions of JAX have the levels only.
+# Compiler options for a quick answer: the program is slower, and needs other memory. Newer versions
+# of JAX have the levels only.
 QUICK: Mapping[str, Any] = (
     {"exec_time_optimization_effort": -1.0}
     if hasattr(jax.config, "jax_exec_time_optimization_effort")
     else {"optimization_level": "O0"}
 )
 TRIM_SECONDS = 1.0  # between returns of free memory, 0.15 s each in a process of 5 GiB
-MAX_FSDP = 16  # devices over which `suggest` shards a parameter at most
+MAX_FSDP = 16  # most devices over which `suggest` shards a parameter
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What compiling one program told.
+    """Figures of one compiled program.
 
     Attributes:
       name: "training step", "encoding step" or "decoding step".
-      fits: whether it was compiled within the memory of a device, resident state included.
+      fits: True if it was compiled within the memory of a device, resident state included.
       memory: name -> bytes on one device, in the order of printing; without "temporaries" and
         "program" if it does not fit.
       peak: bytes that one device needs; a lower bound if it does not fit.
       limit: bytes that one device has, or None if unknown.
       flops: matrix products and convolutions of one call, over all devices.
-      images: of one call, over all devices.
+      images: images of one call, over all devices.
       sent: kind of communication -> (times, bytes that one device sends) per call.
-      collectives: the communications one by one; empty if it does not fit.
+      collectives: all communications; empty if it does not fit.
       buffers: the largest arrays; empty if it does not fit.
-      seconds: of tracing and compiling, other programs beside it.
-      quick: compiled with the least effort: not the program of a run, which may need more or less.
+      seconds: time of tracing and compiling, beside other programs.
+      quick: compiled with the least effort: the program of a run may need more or less memory.
     """
 
     name: str
@@ -92,11 +91,11 @@ def compile_programs(
 ) -> list[Report]:
     """Compiles the training step and, at the largest padded size, the two steps of prediction.
 
-    Encoding is what the tasks share, decoding is for one task. Without `predict`, the training step
-    alone.
+    The tasks share the encoding step; the decoding step is for one task. Without `predict` only the
+    training step is compiled.
 
-    With `quick` the compiler takes a fraction of the time and makes other programs than a run has:
-    those may need less, since they are fused more, or more, since they use memory that is there.
+    With `quick` the compiler takes a fraction of the time and makes other programs than a run has.
+    The run's may need less memory, as they are fused more, or more, as they use free memory.
 
     Raises:
       ValueError: the config and the devices do not fit each other.
@@ -106,7 +105,7 @@ def compile_programs(
     sharding.check_batches(config.data.batch_size, config.optim.accumulate, mesh)
     with (
         concurrent.futures.ThreadPoolExecutor(1) as beside,
-        # Kernels ask the mesh for which chip they are compiled.
+        # The mesh tells kernels for which chip they are compiled.
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
     ):
         training = states.make_training(config, num_classes, text_table, mesh)
@@ -119,7 +118,7 @@ def compile_programs(
             "batch": _bytes_per_device(batch),
         }
         steps = _trace_prediction(config, training, mesh, topology, quick) if predict else ()
-        # The compiler is at work on these while the training step is traced, which one core does.
+        # The compiler works on these while one core traces the training step.
         prediction = [beside.submit(step) for step in steps]
         train = _trace(
             "training step",
@@ -140,7 +139,7 @@ def _trace_prediction(
     topology: Topology,
     quick: bool,
 ) -> Iterator[Callable[[], Report]]:
-    """The two steps of prediction, each traced when it is asked for; see `_trace`."""
+    """Yields the two steps of prediction, each traced on demand; see `_trace`."""
     state = training.state
     programs = functional.programs(functional.abstract(training.model, training=False).graph, mesh)
     params = functional.inference_params(state.get("ema", state["params"]))
@@ -183,13 +182,13 @@ def _check_matcher(config: ConfigDict, topology: Topology) -> None:
 
 
 def spare_the_host() -> None:
-    """Sets up a process that does nothing but compile."""
-    # A program for a device that is not here cannot be read back.
+    """Sets up a process that only compiles."""
+    # A program for another machine's device cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)
-    # Each of the compiler's threads has a pool of memory of its own, and what is free in one is of
-    # no use to the others: it goes back to the system all the time. Two pools for all of them take
-    # 5 % less memory, but up to half as much time again: the threads wait for each other, more or
-    # less as chance puts them together. Only the allocator of glibc has the call.
+    # Each of the compiler's threads has its own pool of memory, whose free part is of no use to the
+    # others, so it goes back to the system regularly. Two pools for all threads would save 5 % of
+    # the memory, but cost up to half as much time again, as threads wait for each other. Only
+    # glibc's allocator has the call.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         threading.Thread(target=_give_back, args=(libc,), name="malloc_trim", daemon=True).start()
@@ -221,7 +220,7 @@ def abstract_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[An
 
 
 def num_eval_sizes(config: ConfigDict) -> int:
-    """How many padded sizes images of any shape may get: two compiled programs for each."""
+    """Largest number of padded sizes for images of any shape: two compiled programs each."""
     # One side is at short_edge and the other anywhere up to max_size, or one is at max_size and the
     # other anywhere up to short_edge.
     multiple = config.eval.bucket_multiple
@@ -247,9 +246,9 @@ def _trace(
     resident: int = 0,
     quick: bool,
 ) -> Callable[[], Report]:
-    """Traces `function`; what is returned compiles it, in any thread.
+    """Traces `function`; returns a function that compiles it, in any thread.
 
-    `resident` bytes of every device are taken by other arrays.
+    Other arrays take `resident` bytes of every device.
     """
     start = time.perf_counter()
     traced = function.trace(*arguments)
@@ -268,7 +267,7 @@ def _trace(
             if sizes is None:
                 raise
             need, limit = sizes[0], sizes[1] or topology.memory
-            # The compiler names either all of the program's memory or its temporaries alone.
+            # The compiler names either all of the program's memory or only its temporaries.
             need = max(need, (limit or 0) + 1)
             spent = tracing + time.perf_counter() - start
             return Report(name, False, memory, need, limit, flops, images, {}, (), (), spent, quick)
@@ -300,12 +299,12 @@ def _trace(
 
 
 def _program_memory(stats: Any, topology: Topology) -> int:
-    """Bytes of one device for arguments, results and temporaries, code apart."""
+    """Bytes of one device for arguments, results and temporaries, without code."""
     if topology.devices[0].platform == "tpu":
-        # What its compiler itself compares with the memory. The size of the temporaries adds up
-        # arrays that are never there at once: more than the device has, for programs that fit.
+        # The figure that its compiler compares with the memory. The size of the temporaries adds
+        # up arrays that never coexist, and exceeds the memory even for programs that fit.
         return stats.peak_memory_in_bytes
-    # Elsewhere the temporaries are one piece of memory, with gaps.
+    # On other devices the temporaries are one piece of memory, with gaps.
     return (
         stats.argument_size_in_bytes
         + stats.temp_size_in_bytes
@@ -318,7 +317,7 @@ def _program_memory(stats: Any, topology: Topology) -> int:
 
 
 def describe(config: ConfigDict, topology: Topology, reports: list[Report]) -> str:
-    """The report for a screen."""
+    """Formats the report for a screen."""
     mesh = _mesh(config, topology)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     each = "" if topology.memory is None else f", {_gib(topology.memory)} each"
@@ -393,10 +392,10 @@ def _si(value: float) -> str:
 
 
 def candidates(config: ConfigDict, num_devices: int) -> Iterator[dict[str, Any]]:
-    """Overrides that lower the memory of a step, those that cost least first.
+    """Yields overrides that lower the memory of a step, cheapest first.
 
-    Sharding costs communication, recomputation about a third of the step's time; accumulation
-    changes what the contrastive loss compares, a smaller batch the recipe.
+    Sharding costs communication, and recomputation about a third of the step's time. Accumulation
+    changes the pairs of the contrastive loss, and a smaller batch changes the recipe.
     """
     fsdp = max(n for n in range(1, min(num_devices, MAX_FSDP) + 1) if num_devices % n == 0)
     shard = {"mesh.data": -1, "mesh.fsdp": fsdp} if fsdp > config.mesh.fsdp else {}
@@ -417,10 +416,10 @@ def candidates(config: ConfigDict, num_devices: int) -> Iterator[dict[str, Any]]
 
 
 def advice(config: ConfigDict, topology: Topology) -> str:
-    """What to try when a step does not fit, without trying it."""
+    """Lists settings to try if a step does not fit."""
     options = [as_flags(c) for c in candidates(config, len(topology.devices))]
     if not options:
-        return "nothing is left to lower its memory on these devices: take more or larger ones"
+        return "no setting lowers its memory further on these devices: use more or larger ones"
     return "--suggest tries, one after the other:\n  " + "\n  ".join(options)
 
 
@@ -437,7 +436,7 @@ def suggest(
     quick: bool = False,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any] | None:
-    """The first of `candidates` with which all programs fit, or None; each is compiled in turn."""
+    """Returns the first of `candidates` with which all programs compile and fit, or None."""
     for overrides in candidates(config, len(topology.devices)):
         trial = ConfigDict(copy.deepcopy(config.to_dict()))
         trial.update_from_flattened_dict(overrides)
@@ -461,7 +460,7 @@ def run(
     quick: bool = False,
     log: Callable[[str], None] = print,
 ) -> bool:
-    """Compiles, prints the report and the advice; whether everything fits as configured."""
+    """Compiles, prints the report and the advice; returns True if everything fits as configured."""
     config_rules.check(config, but=("dataset",))
     settings = dict(num_classes=num_classes, text_table=text_table, quick=quick)
     reports = compile_programs(config, topology, **settings)
@@ -474,5 +473,5 @@ def run(
     elif (found := suggest(config, topology, **settings, log=log)) is not None:
         log(f"\nfits with {as_flags(found)}")
     else:
-        log("\nnothing that was tried fits: take more or larger devices")
+        log("\nnone of the settings tried fits: use more or larger devices")
     return False

@@ -1,6 +1,6 @@
-"""Reads the text of a compiled program: what it sends between devices, and its largest arrays.
+"""Reads the communication and the largest arrays of a compiled program from its text.
 
-Understands the HLO text of XLA's CPU, GPU and TPU compilers, with either way of naming the source.
+Understands the HLO text of XLA's CPU, GPU and TPU compilers, with both ways of naming the source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COLLECTIVES = (
 )
 HOST = "host transfer"
 SLICES = "between slices"
-# Results that are no memory of their own.
+# Operations whose results have no memory of their own.
 _ALIASES = re.compile(
     r"parameter|tuple|get-tuple-element|bitcast|while|conditional|call|optimization-barrier"
     r"|.*-(start|update|done)"
@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def padded_bytes(self) -> int:
-        """With what a TPU's tiles add: the two minor dimensions are multiples of the tile."""
+        """Bytes with a TPU's padding: the two minor dimensions are multiples of the tile."""
         order, _, rest = self.layout.partition(":")
         tile = re.match(r"T\((\d+(?:,\d+)*)\)", rest)
         if not tile or not self.dims or not order:
@@ -60,7 +60,7 @@ class Shape:
 
     @property
     def in_main_memory(self) -> bool:
-        """Not in a TPU's vector or scalar memory, nor on the host."""
+        """True unless it is in a TPU's vector or scalar memory, or on the host."""
         return not re.search(r"S\([1-9]\)", self.layout)
 
     def __str__(self) -> str:
@@ -81,12 +81,12 @@ class Collective:
     Attributes:
       kind: "all-reduce", "all-gather", ..., "host transfer" or, over the network that joins TPU
         slices, "between slices".
-      shapes: what it yields on one device; between slices, what a device hands over.
-      group: devices that take part together.
-      times: how often a step runs it (more than once within loops).
+      shapes: its results on one device; between slices, the arrays that a device sends.
+      group: number of devices that take part together.
+      times: number of runs in a step (more than one within loops).
       source: file and line that made it, or "".
       name: the compiler's name of the operation, such as "jit(train_step)/jvp()/dot_general";
-        between slices, what it is for: "ALL_REDUCE", "ALL_GATHER".
+        between slices its purpose: "ALL_REDUCE", "ALL_GATHER".
     """
 
     kind: str
@@ -98,9 +98,9 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends per step, by the ring algorithms' least amounts.
+        """Bytes that one device sends per step, at least, with ring algorithms.
 
-        To and from the host both count; between slices, what a device hands over counts once.
+        Transfers to and from the host both count; those between slices count once.
         """
         size = sum(shape.bytes for shape in self.shapes)
         share = (self.group - 1) / self.group
@@ -115,18 +115,18 @@ class Collective:
 
     @property
     def elements(self) -> int:
-        """Elements of the largest array that takes part, as a whole."""
+        """Elements of the whole largest array that takes part."""
         size = max(math.prod(shape.dims) for shape in self.shapes)
         return size * self.group if self.kind == "reduce-scatter" else size
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """Arrays of one shape that one source line makes.
+    """Arrays of one shape from one source line.
 
     Attributes:
-      bytes: of one of them on one device, with padding.
-      count: how many instructions make one.
+      bytes: size of one of them on one device, with padding.
+      count: number of instructions that make one.
       shape: text such as "f32[1,150,65536]".
       source: file and line, or "".
       name: the compiler's name of the operation.
@@ -177,7 +177,7 @@ def _instruction(line: str) -> _Instruction | None:
 
 
 class Program:
-    """The text of a compiled program, taken apart."""
+    """The parsed text of a compiled program."""
 
     def __init__(self, text: str, num_devices: int):
         """`text` is `compiled.as_text()`; `num_devices` take part."""
@@ -205,10 +205,10 @@ class Program:
             elif current is not None and (instruction := _instruction(line)):
                 current.append(instruction)
         if not self._entry:
-            raise ValueError("this is no text of a compiled program: it has no ENTRY")
+            raise ValueError("this is not the text of a compiled program: it has no ENTRY")
 
     def _walk(self, name: str, times: int, *, fused: bool) -> None:
-        """Notes how often each computation runs, from the entry on."""
+        """Counts the runs of each computation, from the entry on."""
         if name not in self._computations or self._times.get(name, 0) >= times:
             return
         self._times[name] = times
@@ -234,7 +234,7 @@ class Program:
                 self._walk(called, times, fused=inner)
 
     def _trips(self, condition: str) -> int:
-        """Iterations of a loop that counts from 0 to a constant; 1 if it is another kind."""
+        """Iterations of a loop that counts from 0 to a constant; 1 for other loops."""
         instructions = self._computations.get(condition, [])
         constants = [
             int(match[1])
@@ -245,20 +245,20 @@ class Program:
         return max(constants[0], 1) if less and len(constants) == 1 else 1
 
     def _source(self, instruction: _Instruction) -> str:
-        """ "file:line" of the innermost frame in this repository, else of the innermost one."""
+        """ "file:line" of the innermost frame in this repository, else of the innermost."""
         if frame := instruction.attribute(r"stack_frame_id=(\d+)"):
             places = list(self._frames(int(frame)))
             return next((p for p in places if _is_ours(p)), places[0] if places else "")
         if file := instruction.attribute(r'source_file="([^"]*)"'):
             line = instruction.attribute(r"source_line=(\d+)")
             return _relative(f"{file}:{line}")
-        # A fusion without a place of its own: that of the last thing in it.
+        # A fusion without a source takes that of its last instruction.
         called = instruction.attribute(r" calls=%?([\w.\-]+)")
         inside = reversed(self._computations.get(called, []) if called else [])
         return next((place for i in inside if (place := self._source(i))), "")
 
     def _frames(self, frame: int) -> Iterator[str]:
-        """Places of a stack frame and its callers, innermost first."""
+        """Yields the sources of a stack frame and its callers, innermost first."""
         for _ in range(100):
             row = self._tables.get("StackFrames", {}).get(frame, "")
             location = re.search(r"file_location_id=(\d+)", row)
@@ -270,7 +270,7 @@ class Program:
             path = self._tables["FileNames"][file].strip('"')
             yield _relative(f"{path}:{line}")
             parent = re.search(r"parent_frame_id=(\d+)", row)
-            # The parent's number is one more than its row; 1 is none.
+            # The parent's number is one more than its row; 1 means no parent.
             frame = int(parent[1]) - 1 if parent else 0
 
     def _reached(self) -> Iterator[tuple[str, _Instruction, int]]:
@@ -288,25 +288,25 @@ class Program:
             if kind in _COLLECTIVES:
                 group = self._group(instruction.line)
                 if instruction.opcode.endswith("-start") and kind != "all-reduce":
-                    # (operands, results[, contexts]): the results are what is asked for.
+                    # (operands, results[, contexts]): keep the results.
                     arrays = [s for s in shapes if s.dims or s.dtype not in ("u32", "s32")]
                     shapes = tuple(arrays[len(arrays) // 2 :])
                 if kind == "all-reduce" and "all-reduce-scatter" in computation:
-                    # A TPU's reduce-scatter: an all-reduce of which each device keeps its part.
+                    # A TPU's reduce-scatter is an all-reduce of which each device keeps its part.
                     kind = "reduce-scatter"
                     shapes = tuple(
                         dataclasses.replace(s, dims=(-(-math.prod(s.dims) // group),))
                         for s in shapes
                     )
             elif kind in ("send", "recv") and "is_host_transfer=true" in instruction.line:
-                # The network between slices is reached by way of the host.
+                # The network between slices is reached through the host.
                 purpose = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
                 if purpose and kind == "recv":
                     continue
                 kind, shapes = SLICES if purpose else HOST, shapes[:1]
             else:
                 continue
-            # Pieces of one communication, spread over other work, share its channel.
+            # Pieces of one communication share its channel.
             channel = instruction.attribute(r"channel_id=(\d+)")
             key = (kind, channel) if channel else number
             name = purpose or instruction.attribute(r'op_name="([^"]*)"')
@@ -328,7 +328,7 @@ class Program:
         return 2 if "source_target_pairs" in line else self._devices
 
     def largest_buffers(self, count: int) -> list[Buffer]:
-        """The largest arrays in main memory, those of one shape and source line in one entry.
+        """The largest arrays in main memory, with one entry for a shape and source line.
 
         They need not all live at the same time.
         """
@@ -364,7 +364,7 @@ def _is_ours(place: str) -> bool:
 
 
 def sent_by_kind(collectives: Iterable[Collective]) -> dict[str, tuple[int, float]]:
-    """{kind: (how many a step runs, bytes that one device sends per step)}, largest first."""
+    """Sums up by kind: {kind: (runs in a step, bytes that one device sends)}, largest first."""
     total: dict[str, tuple[int, float]] = {}
     for collective in collectives:
         count, sent = total.get(collective.kind, (0, 0.0))

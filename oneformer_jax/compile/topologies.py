@@ -1,7 +1,7 @@
-"""Topologies by name, to compile for without having them, and their memory.
+"""Topologies to compile for, by name, and their memory; no device is needed.
 
-A TPU topology needs libtpu (`pip install "jax[tpu]"`), a GPU mesh JAX's CUDA plugin and compiler
-(`pip install "jax[cuda12]"`). Neither needs the device itself.
+A TPU topology needs libtpu (`pip install "jax[tpu]"`), a GPU mesh needs JAX's CUDA plugin and
+compiler (`pip install "jax[cuda12]"`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from jax.experimental import topologies
 
 from oneformer_jax.kernels.chips import GPUS, TPUS, Gpu
 
-# Where a slice has fewer chips than a full host of the default 2 x 2 x 1.
+# For a slice with fewer chips than a full host of the default 2 x 2 x 1.
 _ONE_CHIP = [1, 1, 1]
-# Without the GPU the compiler cannot try which way of its own matrix products fits, and fails where
-# the first it thinks of does not: they are left to cuBLAS.
+# Without a GPU the compiler cannot try its own matrix products, and fails if its first choice does
+# not fit, so cuBLAS does them.
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # Share of a GPU's memory that XLA's allocator takes (XLA_PYTHON_CLIENT_MEM_FRACTION).
 _GPU_MEMORY_SHARE = 0.75
@@ -36,10 +36,10 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-      name: as given, or the kind of this machine's devices.
+      name: the given name, or the kind of this machine's devices.
       devices: jax devices, real or described.
       memory: bytes that programs may use on one device, or None if unknown.
-      options: what the compiler has to be told for these devices.
+      options: compiler options for these devices.
     """
 
     name: str
@@ -53,9 +53,9 @@ class Topology:
 
 
 def open_topology(name: str, slices: int = 1) -> Topology:
-    """The devices of a topology such as "v5e:4x4" or "h100:8"; "" is this machine's devices.
+    """Opens a topology such as "v5e:4x4" or "h100:8"; "" is this machine's devices.
 
-    Called before anything else touches a device, it keeps JAX from looking for a real accelerator.
+    Called before any device is touched, it keeps JAX from looking for a real accelerator.
 
     Args:
       name: KIND:SHAPE, see `EXAMPLES`.
@@ -91,7 +91,7 @@ def _tpu_topology(name: str, kind: str, shape: tuple[int, ...], slices: int) -> 
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),  # any: it is asked for, and not used
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),  # any value: it is required, but not used
     ):
         os.environ.setdefault(variable, value)
     options: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def _no_topology(name: str, error: Exception, extra: str) -> ValueError:
 
 
 def _tpu_memory(device: Any) -> int | None:
-    """Bytes of HBM that a program may use, as the compiler says when it refuses one of 8 TiB."""
+    """Bytes of HBM that a program may use, from the compiler's refusal of one of 8 TiB."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     huge = jax.ShapeDtypeStruct((2**43,), jnp.int8, sharding=sharding)
     try:
@@ -154,9 +154,9 @@ _OUT_OF_MEMORY = (
 
 
 def out_of_memory(error: Exception) -> tuple[int, int] | None:
-    """(bytes needed, bytes available) that a compiler's refusal names; None for other errors.
+    """Reads (bytes needed, bytes available) from a compiler's refusal; None for other errors.
 
-    (0, 0) is a refusal for want of memory that names no sizes.
+    (0, 0) is a refusal for lack of memory without sizes.
     """
     text = str(error)
     for pattern in _OUT_OF_MEMORY:

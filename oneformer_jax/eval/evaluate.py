@@ -1,9 +1,8 @@
 """Scores a model on a data set: one encoding per image, one decoding per task token.
 
-The official protocol runs every task on its own: PQ with the panoptic token, AP with the instance
-token, mIoU with the semantic token. `evaluate` does that. `evaluate_tokens` scores every kind of
-output under every token, each from the token's one prediction: the paper's table of test-time
-tokens (arXiv 2211.06220).
+`evaluate` runs each task under its own token, as the official protocol does: PQ with the panoptic
+token, AP with the instance token, mIoU with the semantic token. `evaluate_tokens` scores every
+output under every token, for the paper's table of test-time tokens (arXiv 2211.06220).
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.types import TASKS, Metadata
 
-# Columns of the table of classes on the screen; the file has the counts of matches too.
+# Columns of the table of classes on the screen; the file also has the counts of matches.
 _CLASS_COLUMNS = ("PQ", "SQ", "RQ", "AP", "IoU", "ACC", "iIoU")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """What one evaluation found; the same on every process.
+    """The result of one evaluation; the same on every process.
 
     Attributes:
       dataset: name from the metadata.
       token: the task token that the model got, or None if each output had its own.
       images: images scored, over all processes.
-      metrics: name -> percent, or None where the value is not defined on this data.
-      reasons: name -> why, for every None in `metrics`.
+      metrics: name -> percent, or None if the value is not defined on this data.
+      reasons: name -> the reason of every None in `metrics`.
       per_class: K rows in order of class id: `class`, `isthing`, and name -> percent, or None.
       counts: name -> number of images, segments, instances, pixels.
-      seconds: wall time of this process: `data`, `predict`, `postprocess`, `metrics`, `total`; of
-        all tokens together.
+      seconds: wall time of this process for all tokens: `data`, `predict`, `postprocess`,
+        `metrics`, `total`.
       protocol: name of the protocol.
-      tta: whether the semantic scores are of test-time augmentation.
+      tta: True if the semantic scores use test-time augmentation.
     """
 
     dataset: str
@@ -93,8 +92,8 @@ def evaluate(
 ) -> EvalResult:
     """Scores each output under its own task token; with several processes, each passes its share.
 
-    All processes must pass the same number of batches (fillers included), since the predictor
-    usually runs on all devices at once.
+    All processes must pass the same number of batches (fillers included), because the predictor
+    runs on all devices at once.
 
     Args:
       predictor: encodes a batch once and decodes it for each output.
@@ -102,10 +101,10 @@ def evaluate(
         int [B, 2], `valid` bool [B] (False: filler) and `records` (B ground truths; see metrics).
         With `tta` also `views`: B-row batches of the same images, each with `image` and
         `image_size`, at the sizes of `tta.short_edges`.
-      metadata: the classes, those of the model and of the records.
+      metadata: the classes of the model and of the records.
       postprocess: thresholds. `ade_instance_remap` and `things_only_instances` shape exported
         results only; here the protocol decides.
-      outputs: which of panoptic (PQ), instance (AP) and semantic (mIoU) to score.
+      outputs: the tasks to score: panoptic (PQ), instance (AP) and semantic (mIoU).
       protocol: the metrics; None is COCO's.
       tta: score semantic maps from these views instead of the plain images.
       progress: called after every batch with the images scored by this process and the seconds
@@ -113,7 +112,7 @@ def evaluate(
 
     Raises:
       ValueError: unknown task, no output, an output that the protocol does not score, no image, or
-        predictions and ground truth that do not fit each other.
+        predictions that do not fit the ground truth.
     """
     protocol = protocol or Protocol()
     metrics = {task: protocol.make_metric(task, metadata) for task in outputs}
@@ -136,8 +135,8 @@ def evaluate_tokens(
 ) -> dict[str, EvalResult]:
     """Scores all outputs of the protocol under every token, in one pass; a result for each token.
 
-    A batch is encoded once and decoded once for each token; all outputs are made from that one
-    prediction. For arguments and errors see `evaluate`.
+    A batch is encoded once, and decoded once for each token; that prediction gives all outputs. For
+    arguments and errors see `evaluate`.
     """
     protocol = protocol or Protocol()
     runs = {
@@ -152,7 +151,7 @@ def evaluate_tokens(
     }
 
 
-# By task token: the metrics, by output, that score what is predicted under it.
+# Task token -> output -> the metric of the output under this token.
 _Runs = Mapping[str, Mapping[str, Metric]]
 
 
@@ -166,7 +165,7 @@ def _score_batches(
     tta: TtaConfig | None,
     progress: Callable[[int, float], None] | None,
 ) -> _Clock:
-    """Adds all batches to the metrics of `runs`, each encoded once; the time that it took."""
+    """Adds all batches, each encoded once, to the metrics of `runs`; returns the time."""
     postprocess = dataclasses.replace(
         postprocess,
         ade_instance_remap=protocol.instance_ids == "thing",
@@ -198,13 +197,13 @@ def _score_plain(
 ) -> None:
     """Encodes a batch, decodes it under each token and scores the outputs.
 
-    The features, and the logits of one token at a time, are all that stays on the devices.
+    The devices hold the features, and the logits of one token at a time.
     """
     features = predictor.encode(batch)
     for token, metrics in runs.items():
         logits = jax.block_until_ready(predictor.decode(features, token))
         clock.lap("predict")
-        # Fillers alone are predicted, which all hosts do together, but not segmented.
+        # A batch of fillers is predicted, as all hosts must, but not segmented.
         for task, metric in metrics.items() if np.any(batch["valid"]) else ():
             segmented = segment_images(
                 *logits,
@@ -221,7 +220,7 @@ def _score_plain(
 def _sizes(view: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Image sizes of a view of a batch and original sizes, int [B, 2] each.
 
-    Fillers have no size of their own: they take that of a real image, which keeps the shapes.
+    Fillers take the size of a real image, which keeps the shapes.
     """
     valid = np.asarray(batch["valid"], bool)
     source = np.where(valid, np.arange(len(valid)), valid.argmax())
@@ -238,7 +237,7 @@ def _semantic_tta(
     views = batch.get("views", ())
     if len(views) != len(tta.short_edges):
         raise ValueError(
-            f"test-time augmentation needs {len(tta.short_edges)} views of each batch, it has "
+            f"test-time augmentation needs {len(tta.short_edges)} views of each batch, but it has "
             f"{len(views)}; give the loader the same short edges"
         )
     scores = SemanticScores(_sizes(batch, batch)[1], metadata)
@@ -255,7 +254,7 @@ def _semantic_tta(
 def _score(
     metric: Metric, segmented: Iterable[Segmentation], batch: Mapping[str, Any], clock: _Clock
 ) -> None:
-    # Not strict: a batch of fillers has no segmentations.
+    # Not strict, as a batch of fillers has no segmentations.
     for segmentation, record, valid in zip(
         segmented, batch["records"], batch["valid"], strict=False
     ):
@@ -266,9 +265,9 @@ def _score(
 
 
 def merge_hosts(metric: Metric) -> Metric:
-    """The metric over the images of all processes; every process must call it, and gets the same.
+    """Merges the metric over all processes; every process must call it, and gets the same.
 
-    The states travel as bytes: as JAX arrays, 64-bit counts would be cut to 32 bits.
+    States travel as bytes, because JAX arrays would cut 64-bit counts to 32 bits.
     """
     if jax.process_count() == 1:
         return metric
@@ -301,7 +300,7 @@ def _result(
     protocol: Protocol,
     clock: _Clock,
 ) -> EvalResult:
-    """The scores of all processes, each of which must call it."""
+    """Merges the scores of all processes; each must call it."""
     metrics = {task: merge_hosts(metric) for task, metric in metrics.items()}
     images = next(iter(metrics.values())).images
     if not images:
@@ -336,7 +335,7 @@ def _result(
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Lines of an aligned table; numbers get one decimal, None is a dash."""
+    """Formats an aligned table as lines; numbers get one decimal, None is a dash."""
 
     def cell(value):
         return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
@@ -351,13 +350,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def format_results(result: EvalResult, metadata: Metadata) -> str:
-    """The overall metrics, the reasons for missing ones, and the classes, as text for a screen.
-
-    `metadata` gives the names of the classes; all values are percent.
-    """
+    """Formats the overall metrics, the reasons for missing ones, and the classes, in percent."""
     if len(result.per_class) != metadata.num_classes:
         raise ValueError(
-            f"the result has {len(result.per_class)} classes, {metadata.dataset} has "
+            f"the result has {len(result.per_class)} classes, but {metadata.dataset} has "
             f"{metadata.num_classes}"
         )
     given = "each output its own" if result.token is None else result.token
@@ -403,10 +399,7 @@ def format_results(result: EvalResult, metadata: Metadata) -> str:
 
 
 def write_results(path: str | os.PathLike[str], result: EvalResult) -> None:
-    """Writes a result as JSON: the file is either complete or as it was before.
-
-    Folders are made as needed. With several processes, only one may write.
-    """
+    """Writes a result as JSON, from one process; a failure leaves the old file."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n"

@@ -1,11 +1,10 @@
-"""From class and mask logits to panoptic, instance and semantic segmentations.
+"""Turns class and mask logits into panoptic, instance and semantic segmentations.
 
 The rules are those of the official evaluation (arXiv 2211.06220 and its repository): mask logits
-are brought to the original size (see `strips`), and only then thresholded. No array on the device
-has the size of all queries times the image, but for the instance head's one bit per query and
-pixel; the largest is [Q, strip rows, canvas width] (the semantic head also holds [K, strip rows,
-canvas width]). What depends on the order of the queries (merging stuff, numbering segments) happens
-on the host, on [Q] tables.
+are resized to the original size (see `strips`), and only then thresholded. The largest array on the
+device is [Q, strip rows, canvas width] (in the semantic head also [K, strip rows, canvas width]);
+only the instance head holds a bit per query and pixel of the image. Steps that depend on the order
+of the queries (merging stuff, numbering segments) run on the host, on [Q] tables.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from oneformer_jax.eval.strips import canvas_size, mask_strips, this_host
 from oneformer_jax.rules import Flag, Number, require
 from oneformer_jax.types import Metadata, task_id
 
-# Of the fields of `PostprocessConfig` that are no keys of a config.
+# Rules of the fields of `PostprocessConfig` that are not keys of a config.
 _RULES = {
     "instance_score_threshold": Number(0, 1),
     "things_only_instances": Flag(),
@@ -42,10 +41,9 @@ class PostprocessConfig:
     Attributes:
       object_mask_threshold: panoptic; a query counts only if its best class is above this
         probability (official: 0.8; 0.5 on ADE20K).
-      overlap_threshold: panoptic; a segment is dropped if less than this share of its own mask is
-        left to it by the other queries.
-      topk: instance; number of (query, class) pairs looked at, things and stuff together. At most
-        Q*K are.
+      overlap_threshold: panoptic; a segment is dropped if the other queries leave it less than this
+        share of its own mask.
+      topk: instance; number of best (query, class) pairs, things and stuff together, at most Q*K.
       things_only_instances: instance; drop stuff, after the top-k as the official code does.
       instance_score_threshold: instance; drop pairs whose class probability is not above this. The
         evaluation uses 0; the official demo uses its object mask threshold.
@@ -81,14 +79,14 @@ def segment_images(
     metadata: Metadata,
     images: Sequence[np.ndarray | None] | None = None,
 ) -> Iterator[Segmentation]:
-    """Segments a batch of images; the results are finished on the host one at a time.
+    """Segments a batch of images; the host finishes the results one at a time.
 
-    An image's instance masks may take hundreds of megabytes: a caller that is done with one image
-    before it takes the next holds those of one only.
+    An image's instance masks may take hundreds of megabytes, so callers should finish one image
+    before they take the next.
 
     The logits may be arrays of NumPy or JAX, on one device or sharded over a mesh along the batch:
-    each device then segments its own images, nothing is gathered. With several hosts every host
-    gets the images whose logits it holds, and passes the sizes of just those.
+    each device then segments its own images. With several hosts every host gets the images whose
+    logits it holds, and passes the sizes of those alone.
 
     Args:
       class_logits: [B, Q, K+1], the last class is "no object".
@@ -105,7 +103,7 @@ def segment_images(
       An iterator over B segmentations, in order.
 
     Raises:
-      ValueError: unknown task, or shapes that do not fit each other.
+      ValueError: unknown task, or shapes that do not fit together.
     """
     task_id(task)
     image_size = np.asarray(image_size, np.int32)
@@ -138,7 +136,7 @@ def segment_images(
         topk=min(config.topk, class_logits.shape[1] * metadata.num_classes),
         mesh=mesh,
     )
-    # What the device returns is small (a map, or one bit per mask pixel), so it is fetched at once.
+    # The device's results are small (a map, or a bit per mask pixel), so they are fetched at once.
     tables = jax.device_get(tables)
     finish = {"panoptic": _panoptic, "instance": _instance, "semantic": _semantic}[task]
     return (
@@ -154,7 +152,7 @@ def segment_images(
 
 
 def segment_batch(*args: Any, **options: Any) -> list[Segmentation]:
-    """The results of `segment_images`, which has the same arguments, in a list."""
+    """As `segment_images`, but returns a list."""
     return list(segment_images(*args, **options))
 
 
@@ -177,7 +175,7 @@ def _run(
     topk: int,
     mesh: Mesh | None,
 ) -> dict[str, jax.Array]:
-    """The device's part for a batch: a dict of arrays with leading axis B; see the three heads."""
+    """Runs the device's part for a batch: a dict of arrays [B, ...]; see the three heads."""
 
     def image(threshold, row):
         class_logits, mask_logits, image_size, original_size = row
@@ -230,8 +228,8 @@ def _panoptic_tables(probabilities, per_strip, canvas, threshold) -> dict[str, j
 
 
 def _panoptic(tables, size, config, metadata, image) -> Segmentation:
-    """Walk the queries in order: drop the covered, merge stuff of a class, number the rest."""
-    ids = np.zeros(len(tables["scores"]) + 1, np.int32)  # one more: winner -1 is the last entry
+    """Walks the queries in order: drops the covered, merges stuff of a class, numbers the rest."""
+    ids = np.zeros(len(tables["scores"]) + 1, np.int32)  # the last entry is for winner -1
     infos, stuff = [], {}
     for query in np.flatnonzero(tables["keep"]):
         won, own, taken = (int(tables[name][query]) for name in ("won", "own", "taken"))
@@ -309,11 +307,11 @@ def things_metadata(metadata: Metadata) -> Metadata:
 
 
 def class_dtype(num_classes: int) -> jnp.dtype:
-    """The dtype in which maps of class ids leave the device: two bytes where they suffice."""
+    """The dtype of maps of class ids that leave the device: two bytes if they suffice."""
     return jnp.int16 if num_classes <= 1 << 15 else jnp.int32
 
 
-# Classes whose scores a strip holds at once: more would take gigabytes.
+# Classes whose scores a strip holds at once; more would take gigabytes.
 _CLASSES_AT_ONCE = 1024
 
 
@@ -322,7 +320,7 @@ def _semantic_tables(probabilities, per_strip, canvas) -> dict[str, jax.Array]:
     probabilities = probabilities[:, :-1]
 
     def best(masks, start, stop):
-        """The highest score of these classes at each pixel, and the first class that has it."""
+        """The highest score of these classes at each pixel, and the first class with it."""
         part = probabilities[:, start:stop]
         sums = jnp.einsum("qc,qsw->csw", part, masks, precision="highest")
         return sums.max(0), start + sums.argmax(0)

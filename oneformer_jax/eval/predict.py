@@ -1,8 +1,8 @@
-"""Segmenting single images: arrays through `Segmenter`, files through `predict_files`.
+"""Segments single images: arrays through `Segmenter`, files through `predict_files`.
 
-The way to the model is that of the official evaluation: the shorter side is brought to the test
-size by PIL's antialiased bilinear filter on uint8, then the image is normalised and padded with
-zeros on the right and below to a multiple of 32. There are no sliding windows.
+As in the official evaluation, PIL's antialiased bilinear filter resizes the shorter side to the
+test size on uint8; then the image is normalised, and padded with zeros on the right and below to a
+multiple of 32. There are no sliding windows.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ STRIDE = 32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Everything the model predicts for a batch; float32 arrays.
+    """All predictions of the model for a batch, in float32.
 
     Attributes:
       class_logits: [B, Q, K+1], the last class is "no object".
       mask_logits: [B, Q, h, w] with h = H/4, w = W/4.
-      aux_class_logits: [N-1, B, Q, K+1], of the predictions before the final one, first to last.
+      aux_class_logits: [N-1, B, Q, K+1], the predictions before the final one, first to last.
       aux_mask_logits: [N-1, B, Q, h, w].
     """
 
@@ -64,8 +64,8 @@ class Segmenter:
         segmentation = segmenter(image, task="panoptic")
         by_task = segmenter(image, task="all")  # the image is encoded once
 
-    Two programs are compiled for every padded input size (and a few per task for the results), so
-    the first image of a new shape takes longer.
+    The first image of a new padded size takes longer: it compiles two programs, and a few per task
+    for the results.
     """
 
     def __init__(
@@ -84,17 +84,15 @@ class Segmenter:
 
         Args:
           config: the architecture.
-          params: nested dict of parameters; those of the text branch may be there and are not used.
-          stats: nested dict of what else the modules hold (batch norm statistics).
+          params: nested dict of parameters; those of the text branch are ignored.
+          stats: nested dict of the modules' other values (batch norm statistics).
           metadata: the K classes.
           postprocess: thresholds; None takes the defaults.
-          test_size: shorter side in pixels that images are resized to, and the most pixels that
-            the longer side may then have.
-          tta: views of the test-time augmentation, for calls that ask for it; None takes the
-            official ones of `test_size`.
-          mesh: devices that hold the parameters. Arrays not yet on devices are copied to each;
-            `raw` shares a batch among them, and of a single image each computes the same. None is
-            the default device.
+          test_size: shorter side of resized images, and the limit of the longer side, in pixels.
+          tta: views of the test-time augmentation; None takes the official ones of `test_size`.
+          mesh: devices that hold the parameters. Arrays not yet on devices are copied to each.
+            `raw` shares a batch among the devices; all compute the same single image. None is the
+            default device.
 
         Raises:
           ValueError: parameters of another model, metadata of other classes, a bad test size.
@@ -112,7 +110,7 @@ class Segmenter:
         self.postprocess = postprocess or PostprocessConfig()
         self.test_size = (int(short), int(long))
         self.tta = tta or TtaConfig.from_settings({}, self.test_size[0])
-        # The compiler partitions the programs: axes in Auto mode, whatever the caller's are in.
+        # The compiler partitions the programs, so axes are in Auto mode, whatever the caller's.
         self.mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
         graph, *expected = functional.abstract(config, training=False)
@@ -123,7 +121,7 @@ class Segmenter:
         programs = functional.programs(graph, self.mesh)
         self._predictor = Predictor(programs, self._params, self._stats, self.mesh)
 
-        # Parameters are arguments: as constants they would be compiled into the program.
+        # Parameters are arguments, as constants would be compiled into the program.
         @functools.partial(jax.jit, static_argnames="size")
         def outputs(params, stats, images, task_tokens, *, size: int) -> Outputs:
             model = (graph, params, stats)
@@ -152,20 +150,16 @@ class Segmenter:
         mesh: Mesh | None = None,
         **overrides: Any,
     ) -> Segmenter:
-        """A Segmenter from the `eval` settings of a run; `overrides` replace some of them.
+        """Makes a Segmenter from the `eval` settings of a run; `overrides` replace some of them.
 
         Args:
-          config: the architecture.
-          params: see `Segmenter`.
-          stats: see `Segmenter`.
-          metadata: the K classes.
-          settings: `short_edge`, `max_size`, `tta` and fields of `PostprocessConfig`; what concerns
-            the evaluation only (its batch size, its tasks) is not read.
-          mesh: see `Segmenter`.
-          **overrides: by the same names.
+          config, params, stats, metadata, mesh: see `Segmenter`.
+          settings: `short_edge`, `max_size`, `tta` and fields of `PostprocessConfig`; others are
+            ignored.
+          **overrides: settings by the same names.
 
         Raises:
-          ValueError: an override that is none of these names.
+          ValueError: an override with another name.
         """
         fields = [f.name for f in dataclasses.fields(PostprocessConfig)]
         known = ["short_edge", "max_size", "tta", *fields]
@@ -192,18 +186,18 @@ class Segmenter:
 
         Args:
           image: uint8 [H, W, 3], RGB.
-          task: one of `TASKS`, several of them, or "all". The image is encoded once for all of
-            them, and the results are those of single calls.
+          task: one of `TASKS`, several of them, or "all". The image is encoded once, and the
+            results equal those of single calls.
           tta: semantic task only: average over the views of the test-time augmentation; the
             official ones have 17 times the pixels.
 
         Returns:
-          The segmentation at the size of `image`, which it keeps; of several tasks, or "all", a
+          The segmentation at the size of `image`, which it keeps; for several tasks, or "all", a
           dict of them by task.
 
         Raises:
-          ValueError: unknown task, none, `tta` for another task than semantic, or not such an
-            image.
+          ValueError: unknown task, none, `tta` for another task than semantic, or another kind of
+            array.
         """
         tasks = tasks_of(task)
         image = np.asarray(image)
@@ -238,7 +232,7 @@ class Segmenter:
         return segmentation
 
     def _averaged(self, image: np.ndarray, resized: np.ndarray) -> Segmentation:
-        """The semantic segmentation of `image` from the views of `resized`."""
+        """Segments `image` semantically from the views of `resized`."""
         views = (
             _padded(resize_shortest_edge(resized, edge, self.tta.max_size))
             for edge in self.tta.short_edges
@@ -251,7 +245,7 @@ class Segmenter:
         return segmentation
 
     def _encode(self, view: Mapping[str, Any]) -> Features:
-        """The features of a batch of one image, a copy of them on each device."""
+        """Encodes a batch of one image, with a copy of the features on each device."""
         copies = 1 if self.mesh is None else len(self.mesh.local_devices)
         return self._predictor.encode(
             {name: np.repeat(array, copies, axis=0) for name, array in view.items()}
@@ -263,7 +257,7 @@ class Segmenter:
         return tuple(x.addressable_shards[0].data for x in logits)
 
     def raw(self, images: jax.Array, task_tokens: jax.Array) -> Outputs:
-        """The model's outputs before any post-processing, all predictions included.
+        """Runs the model without post-processing; returns all predictions.
 
         Args:
           images: float32 [B, H, W, 3], normalised (`models.oneformer.normalize_images`), H and W
@@ -271,7 +265,7 @@ class Segmenter:
           task_tokens: int32 [B, 77], see `task_tokens`.
 
         Raises:
-          ValueError: arrays of other shapes or dtypes.
+          ValueError: other shapes or dtypes.
         """
         shape = images.shape
         if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -292,7 +286,7 @@ class Segmenter:
         return TASK_TOKENS[task_id(task)]
 
     def _shared(self, array: Any) -> Any:
-        """The rows of an array shared among the devices, its last one repeated to fill them up."""
+        """Shares the rows of an array among the devices; its last row fills them up."""
         if self.mesh is None:
             return array
         fillers = -len(array) % self.mesh.size
@@ -301,7 +295,7 @@ class Segmenter:
         return jax.device_put(array, NamedSharding(self.mesh, P(self.mesh.axis_names)))
 
     def _on_devices(self, tree: Any) -> Any:
-        """Copies NumPy leaves to the devices once; JAX arrays stay where they are."""
+        """Copies NumPy leaves to the devices; keeps JAX arrays."""
         target = None if self.mesh is None else NamedSharding(self.mesh, P())
         return jax.tree.map(
             lambda x: x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x), target), tree
@@ -309,11 +303,7 @@ class Segmenter:
 
 
 def tasks_of(task: str | Sequence[str]) -> tuple[str, ...]:
-    """The tasks that "all", one name, or several ask for, each once.
-
-    Raises:
-      ValueError: an unknown task, or none.
-    """
+    """Lists the tasks of "all", one name, or several, each once; ValueError for an unknown one."""
     if task == "all":
         return TASKS
     tasks = tuple(task) if isinstance(task, Sequence) and not isinstance(task, str) else (task,)
@@ -325,7 +315,7 @@ def tasks_of(task: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _padded(image: np.ndarray) -> dict[str, np.ndarray]:
-    """A batch of one image, padded with zeros: `image` uint8 [1, H, W, 3], `image_size` [1, 2]."""
+    """Makes a batch of one image, padded with zeros: `image` uint8 [1, H, W, 3], `image_size`."""
     size = image.shape[:2]
     padded = np.zeros((1, *(-(-side // STRIDE) * STRIDE for side in size), 3), np.uint8)
     padded[0, : size[0], : size[1]] = image
@@ -333,7 +323,7 @@ def _padded(image: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _matching(values: Any, expected: Any, path: str = "") -> Any:
-    """The part of the nested dict `values` that `expected` has, its shapes checked."""
+    """Takes the part of the nested dict `values` that `expected` has, and checks its shapes."""
     if not isinstance(expected, Mapping):
         if np.shape(values) != expected.shape:
             raise ValueError(
@@ -352,9 +342,9 @@ def _matching(values: Any, expected: Any, path: str = "") -> Any:
 
 
 def resize_shortest_edge(image: np.ndarray, short: int, long: int) -> np.ndarray:
-    """Resizes uint8 [H, W, 3]: shorter side `short`, or less where the longer would pass `long`.
+    """Resizes uint8 [H, W, 3] to the shorter side `short`, with a longer side of at most `long`.
 
-    Sides are rounded half up. PIL's bilinear filter, which antialiases when it shrinks.
+    Sides are rounded half up. PIL's bilinear filter antialiases when it shrinks.
     """
     height, width = image.shape[:2]
     scale = short / min(height, width)
@@ -367,10 +357,10 @@ def resize_shortest_edge(image: np.ndarray, short: int, long: int) -> np.ndarray
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
-    """An image file as uint8 [H, W, 3], RGB, upright: as training reads it, see `images`.
+    """Reads an image file as uint8 [H, W, 3], RGB, upright, as in training (see `images`).
 
     Raises:
-      ImageError: no such file, one of another format, damaged, or of more than `max_pixels`.
+      ImageError: no such file, another format, damaged, or more than `max_pixels`.
     """
     if not os.path.exists(path):
         raise ImageError(f"{path}: there is no such image file")
@@ -388,10 +378,10 @@ def predict_files(
 
     Args:
       segmenter: a `Segmenter`.
-      path: an image file or a folder; in a folder, visible files with `images.ENDINGS` are taken.
+      path: an image file, or a folder for its visible files with `images.ENDINGS`.
       out_dir: folder of the results, made as needed; see `write_prediction`.
       task: one of `TASKS`, or "all".
-      max_pixels: the most pixels of an image.
+      max_pixels: limit of the pixels of an image.
 
     Returns:
       The files written.
@@ -436,10 +426,10 @@ def predict_files(
 
 
 def _result_names(found: Sequence[pathlib.Path], out_dir: pathlib.Path) -> list[str]:
-    """How the results of files begin: distinct names, also where case does not count.
+    """Names the results of files, distinctly even if case does not count.
 
-    A file's stem, unless that is how the results of another file begin, in this run or an earlier
-    one into the same folder: then its name, with "_" for ".", and a digest where that is taken too.
+    A name is the file's stem. If another file's results in the folder have it, of this run or an
+    earlier one, it is the file's name with "_" for ".", then with a digest.
     """
     stems = collections.Counter(file.stem.casefold() for file in found)
     names: list[str] = []

@@ -15,13 +15,13 @@ from oneformer_jax.types import TASK_TOKENS, TASKS, Features, task_id
 
 
 class Predictor:
-    """Parameters, the programs that read them, and the mesh that both are on.
+    """The model's parameters and programs on a mesh.
 
         features = predictor.encode(batch)
         for task in tasks:
             class_logits, mask_logits = predictor.decode(features, task)
 
-    With several processes all of them call it, each with its own share of the batch.
+    All processes must call it, each with its own share of the batch.
     """
 
     def __init__(
@@ -31,13 +31,12 @@ class Predictor:
         stats: Mapping[str, Any],
         mesh: Mesh | None = None,
     ):
-        """Copies nothing but the task tokens.
+        """Copies the task tokens to the devices.
 
         Args:
-          programs: of `functional.programs`, made for `mesh`.
-          params: nested dict of arrays on the devices.
-          stats: the same for what is not trained.
-          mesh: devices over all of whose axes a batch is split; None is the default device.
+          programs: from `functional.programs`, made for `mesh`.
+          params, stats: nested dicts of arrays on the devices.
+          mesh: devices; a batch is split over all axes. None is the default device.
         """
         self.programs = programs
         self.mesh = mesh
@@ -47,7 +46,7 @@ class Predictor:
         }
 
     def encode(self, batch: Mapping[str, Any]) -> Features:
-        """The features of a batch, on the devices.
+        """Encodes a batch into features on the devices.
 
         Args:
           batch: `image` uint8 [B, H, W, 3] and `image_size` int [B, 2]; H and W multiples of 32.
@@ -66,7 +65,7 @@ class Predictor:
         return self.programs.encode(*self._state, *arrays)
 
     def decode(self, features: Features, task: str) -> tuple[jax.Array, jax.Array]:
-        """Class logits float32 [B, Q, K+1] and mask logits float32 [B, Q, h, w] for a task.
+        """Decodes for a task: class logits float32 [B, Q, K+1], mask logits float32 [B, Q, h, w].
 
         Every device keeps those of its own images. ValueError for an unknown task.
         """

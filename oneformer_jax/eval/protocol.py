@@ -1,4 +1,4 @@
-"""Which metrics score a dataset: the evaluation protocols of the official repository."""
+"""The evaluation protocols of the official repository: the metrics of each dataset."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROTOCOLS = ("coco", "ade20k", "cityscapes", "mapillary")
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How the outputs of a dataset are scored.
+    """The metrics of a dataset's outputs.
 
     PQ is panopticapi's everywhere, mIoU Detectron2's. "coco" (and "ade20k") score instances with
     pycocotools, "cityscapes" scores instances and semantic maps as the Cityscapes scripts do,
@@ -27,9 +27,8 @@ class Protocol:
 
     Attributes:
       name: one of `PROTOCOLS`.
-      instance_ids: the labels that the post-processing gives instances while they are scored:
-        "contiguous" class ids, or "thing": positions among the things, as the official evaluation
-        of ADE20K does. The scores are the same.
+      instance_ids: the labels of instances during scoring: "contiguous" class ids, or "thing":
+        positions among the things, as in the official evaluation of ADE20K. The scores are equal.
       annotations: an original instance file as ground truth of AP instead of the panoptic one.
     """
 
@@ -47,11 +46,11 @@ class Protocol:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that have a metric."""
+        """The tasks with a metric."""
         return tuple(t for t in TASKS if (self.name, t) != ("mapillary", "instance"))
 
     def make_metric(self, task: str, metadata: Metadata) -> Metric:
-        """An empty state of the metric of a task; ValueError if it has none."""
+        """Makes an empty state of a task's metric; ValueError for a task without one."""
         task_id(task)
         if task not in self.tasks:
             raise ValueError(
@@ -80,13 +79,12 @@ def choose_protocol(
     instance_ids: str = "auto",
     instance_json: str = "",
 ) -> Protocol:
-    """The protocol of an evaluation.
+    """Chooses the protocol of an evaluation.
 
     Args:
       metadata: the classes.
-      dataset: the config's `dataset.name`, which decides where `name` is "auto": the official
-        datasets have their own protocols, all others are scored as COCO. Names of folders and
-        class tables have no part in it.
+      dataset: the config's `dataset.name`, which decides if `name` is "auto": the official
+        datasets have their own protocols, all others are scored as COCO.
       name: one of `PROTOCOLS`, or "auto".
       instance_ids: "contiguous", "thing", or "auto": "thing" for ade20k only.
       instance_json: a COCO instance file whose instances are the ground truth of AP, or "".

@@ -1,4 +1,4 @@
-"""What a prediction, or a ground truth, of one image is."""
+"""The segmentation of one image: a prediction or the ground truth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Segmentation:
 
     Attributes:
       task: "panoptic", "instance" or "semantic".
-      metadata: names, colours and ids of the classes that all class ids below refer to.
+      metadata: names, colours and ids of the classes.
       segments: panoptic, int32 [H, W]; 0 is unassigned, segment ids count from 1.
       segments_info: panoptic, one dict per segment in order of id: id (int), category_id
         (contiguous class id), isthing (bool), score (class probability; the highest of merged
@@ -47,7 +47,7 @@ class Segmentation:
         return int(height), int(width)
 
     def overlay(self, image: np.ndarray | None = None, **options) -> np.ndarray:
-        """The result drawn over `image` (default: the segmented image), uint8 [H, W, 3].
+        """Draws the result over `image` (default: the segmented image), uint8 [H, W, 3].
 
         `options` are those of `pictures.overlay.draw`.
         """
@@ -60,9 +60,9 @@ class Segmentation:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], metadata: Metadata, task: str) -> Segmentation:
-        """The ground truth of a record (image, panoptic, segments) as a Segmentation of `task`.
+        """Makes the ground truth of a record (image, panoptic, segments) for `task`.
 
-        Crowd segments count as segments of the panoptic and semantic truth, not as instances. The
+        Crowd segments belong to the panoptic and semantic truth, but are not instances. The
         semantic truth is the record's `semantic`, if it has one.
         """
         task_id(task)

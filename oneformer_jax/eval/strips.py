@@ -1,13 +1,13 @@
 """Mask logits at the original size of their image, strip by strip, on this host's devices.
 
 Mask logits are enlarged to the padded input, cropped to the image, and resized to the original
-size. Both resizes are bilinear, hence linear and separable, so they are one matrix per axis, built
-on the device from traced sizes. Shapes therefore depend only on the padded input and on a *canvas*:
-the largest original size of the batch, each side rounded up to `CANVAS_MULTIPLE`. A data set with
-many image sizes compiles a handful of programs.
+size. Both resizes are bilinear, so together they are one matrix per axis, built on the device from
+traced sizes. Shapes therefore depend only on the padded input and on a *canvas*: the largest
+original size of the batch, each side rounded up to `CANVAS_MULTIPLE`. A data set with many image
+sizes compiles a handful of programs.
 
-Pixels are worked off in strips of about `STRIP_PIXELS` pixels, one image at a time, so the largest
-array on the device is [Q, strip rows, canvas width] whatever the batch and the image height.
+Images are processed one at a time, in strips of about `STRIP_PIXELS` pixels, so the largest array
+on the device is [Q, strip rows, canvas width] for any batch and image height.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Sides of the canvas are multiples of this many pixels: few programs, at most 127 unused pixels.
+# Sides of the canvas are multiples of this: few programs, at most 127 unused pixels.
 CANVAS_MULTIPLE = 128
-# Pixels of the canvas that are held for all queries at once, if a strip is not a single row.
+# Pixels of a strip, unless a single row has more.
 STRIP_PIXELS = 1 << 17
 
 
 def canvas_size(original_size: np.ndarray) -> tuple[int, int]:
-    """(height, width) of the canvas of images of original sizes int [B, 2]."""
+    """(height, width) of the canvas for images of original sizes int [B, 2]."""
     height, width = original_size.max(0)
     return _round_up(height), _round_up(width)
 
@@ -39,18 +39,18 @@ def _round_up(side: int) -> int:
 
 
 def this_host(*arrays: jax.Array) -> tuple[Any, ...]:
-    """The rows of batch-sharded arrays that this host holds, and a mesh of this host's devices.
+    """Takes this host's rows of batch-sharded arrays; returns them and a mesh of its devices.
 
-    Hosts see images of different sizes and so run different programs: a program over the whole mesh
-    would need them to agree. The returned arrays share one sharding over the "data" axis of the
-    mesh; the mesh is None where one device holds all rows.
+    Hosts have images of different sizes and so run different programs, which a program over the
+    whole mesh would not allow. The returned arrays share one sharding over the "data" axis of the
+    mesh; the mesh is None if one device holds all rows.
     """
     found = []
     for array in arrays:
         if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
             found.append([array])
             continue
-        pieces = {}  # keyed by first row: replicas of a row are taken once
+        pieces = {}  # keyed by first row, to take replicas once
         for shard in array.addressable_shards:
             if shard.data.shape[1:] != array.shape[1:]:
                 raise ValueError(
@@ -78,8 +78,8 @@ def this_host(*arrays: jax.Array) -> tuple[Any, ...]:
 class Strips(typing.NamedTuple):
     """The strips of one image: `count` of them, each `rows` rows of the canvas.
 
-    `masks(s)` gives those of strip s: float32 [Q, rows, W] mask logits, and bool [rows, W], False
-    beyond the original image.
+    `masks(s)` gives float32 [Q, rows, W] mask logits of strip s, and bool [rows, W], False beyond
+    the original image.
     """
 
     count: int
@@ -88,7 +88,7 @@ class Strips(typing.NamedTuple):
 
 
 def strip_rows(canvas: tuple[int, int]) -> int:
-    """Rows of a strip; divides the canvas."""
+    """Rows of a strip, a divisor of the canvas's."""
     rows = CANVAS_MULTIPLE
     while rows > 1 and rows * canvas[1] > STRIP_PIXELS:
         rows //= 2
@@ -104,13 +104,13 @@ def mask_strips(
     canvas: tuple[int, int],
     flip: jax.Array | bool = False,
 ) -> Strips:
-    """The mask logits [Q, h, w] of one image at its original size.
+    """Resizes the mask logits of one image to its original size.
 
     Args:
-      mask_logits: of the padded input.
+      mask_logits: [Q, h, w] of the padded input.
       image_size, original_size: int [2], may be traced.
       padded_size, canvas: heights and widths.
-      flip: whether the input was the mirrored image; the strips are mirrored back. May be traced.
+      flip: True if the input was mirrored: the strips are mirrored back. May be traced.
     """
     weights_y, weights_x = (
         axis_weights(
@@ -139,7 +139,7 @@ def mask_strips(
 
 
 def axis_weights(canvas: int, source: int, padded: int, crop, original) -> jax.Array:
-    """float32 [canvas, source]: resize source -> padded, crop, resize crop -> original.
+    """float32 [canvas, source] that resizes source -> padded, crops, resizes crop -> original.
 
     Rows from `original` on are zero. `crop` and `original` may be traced.
     """
@@ -156,7 +156,7 @@ def axis_weights(canvas: int, source: int, padded: int, crop, original) -> jax.A
     enlarge += jax.nn.one_hot(high, source) * fraction
     low, high, fraction = taps(original, crop, canvas)
     fraction = fraction[:, None]
-    # Positions beyond the original reach beyond the crop: bring them back, then blank them.
+    # Positions beyond the original lie beyond the crop: clip them, then blank them.
     fraction = jnp.clip(fraction, 0.0, 1.0)
     weights = enlarge[low] * (1 - fraction) + enlarge[high] * fraction
     return jnp.where((jnp.arange(canvas) < original)[:, None], weights, 0.0)

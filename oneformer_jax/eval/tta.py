@@ -1,7 +1,7 @@
-"""Test-time augmentation of the semantic task: several sizes, mirrored too, averaged.
+"""Test-time augmentation of the semantic task: averages several sizes, mirrored too.
 
-As in the official code, the sizes are made from the image that was already resized for the test,
-every view is segmented at the original size, and the class scores are averaged with equal weight.
+As in the official code, the views are made from the image resized for the test, each is segmented
+at the original size, and the class scores are averaged with equal weight.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.strips import canvas_size, mask_strips, strip_rows, this_host
 from oneformer_jax.types import Metadata
 
-# The official sizes, in quarters of the short edge of the test.
+# The official sizes, in quarters of the test's short edge.
 _QUARTERS = (2, 3, 4, 5, 6, 7)
-# The official cap of the long edge on ADE20K, in short edges of the test.
+# The official cap of the long edge on ADE20K, in the test's short edges.
 _MAX_SIZE_FACTOR = 7
 
 
@@ -36,7 +36,7 @@ class TtaConfig:
     Attributes:
       short_edges: shorter side of each view, in pixels.
       max_size: cap of the longer side, in pixels.
-      flip: whether each view is also segmented mirrored.
+      flip: also segment each view mirrored.
     """
 
     short_edges: tuple[int, ...]
@@ -50,12 +50,12 @@ class TtaConfig:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], short_edge: int) -> TtaConfig:
-        """The views of `eval.tta`.
+        """Makes the views of `eval.tta`.
 
         Args:
           settings: may have `short_edges` (none: 0.5, 0.75, ... 1.75 times `short_edge`),
             `max_size` (0: 7 times `short_edge`) and `flip`.
-          short_edge: shorter side of the test.
+          short_edge: the test's shorter side.
         """
         edges = tuple(settings.get("short_edges") or (short_edge * q // 4 for q in _QUARTERS))
         return cls(
@@ -68,10 +68,10 @@ class TtaConfig:
 def with_mirrored(
     views: Iterable[Mapping[str, Any]], flip: bool
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Each view {image uint8 [B, H, W, 3], image_size [B, 2]}, and mirrored if `flip` says so.
+    """Yields (view, False) and, with `flip`, (mirrored view, True) of each view.
 
-    Yields the view and whether it is the mirrored one. An image is mirrored within its own size:
-    padding stays at the right.
+    A view is {image uint8 [B, H, W, 3], image_size [B, 2]}. An image is mirrored within its own
+    size: padding stays at the right.
     """
     for view in views:
         yield dict(view), False
@@ -85,7 +85,7 @@ def with_mirrored(
 class SemanticScores:
     """Sums the class scores of the views of a batch, on the devices that hold their logits.
 
-    They take K numbers per pixel of the canvas (see `strips`): 160 MB for an image of Cityscapes.
+    The scores take K numbers per pixel of the canvas (see `strips`): 160 MB for Cityscapes.
 
     Args:
       original_size: int [B, 2].
@@ -106,10 +106,7 @@ class SemanticScores:
         *,
         flip: bool,
     ) -> None:
-        """Adds a view; for the arguments see `postprocess.segment_images`.
-
-        `flip` says that it is mirrored.
-        """
+        """Adds a view, mirrored if `flip`; for the arguments see `postprocess.segment_images`."""
         class_logits, mask_logits, mesh = this_host(class_logits, mask_logits)
         canvas = canvas_size(self._original_size)
         if self._total is None:
@@ -133,10 +130,7 @@ class SemanticScores:
         )
 
     def result(self, images: Sequence[np.ndarray | None] | None = None) -> Iterator[Segmentation]:
-        """The segmentations of the batch: the class with the highest sum at each pixel.
-
-        `images` are kept in the results.
-        """
+        """Segments the batch by the highest sum at each pixel; keeps `images` in the results."""
         best = jax.device_get(_best(self._total))
         for b, (height, width) in enumerate(self._original_size):
             yield Segmentation(
@@ -162,7 +156,7 @@ def _add(
     canvas: tuple[int, int],
     mesh: Mesh | None,
 ) -> jax.Array:
-    """`total` float32 [B, strips, K, rows, W] plus the scores of a view, in place."""
+    """Adds the scores of a view to `total` float32 [B, strips, K, rows, W], in place."""
 
     def batch(flip, total, *rows):
         def image(b, total):

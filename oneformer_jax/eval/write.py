@@ -1,4 +1,4 @@
-"""Writing segmentations to files: overlays, label maps, COCO's panoptic and result formats."""
+"""Writes segmentations to files: overlays, label maps, COCO's panoptic and result formats."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def write_prediction(
     source: str | None = None,
     overlay_size: int = 480,
 ) -> list[pathlib.Path]:
-    """Writes one image's result; a file is either complete or as it was before.
+    """Writes one image's result; a failure leaves the old file.
 
-    For every task, `NAME_TASK_overlay.png`; images whose shorter side has less than `overlay_size`
-    pixels are enlarged in it by a whole factor, and very large ones shrunk (see
-    `overlay.draw`). Class ids in files are the data set's own. Besides:
+    Every task has a `NAME_TASK_overlay.png`. It enlarges images whose shorter side has less than
+    `overlay_size` pixels by a whole factor, and shrinks very large ones (see `overlay.draw`). Class
+    ids in files are the data set's own. Other files:
 
     * panoptic: `NAME_panoptic.png` and `NAME_panoptic.json` in COCO's panoptic format. A pixel's
       segment id is R + 256 G + 65536 B, 0 is unassigned.
-    * semantic: `NAME_semantic.png`, grey values are class ids, 16 bits where 8 do not suffice; of
+    * semantic: `NAME_semantic.png`, grey values are class ids, in 16 bits if 8 do not suffice; with
       ids above 65,535 an RGB picture, id = R + 256 G + 65536 B.
     * instance: `NAME_instance.json`, a list in COCO's result format, masks run-length encoded.
 
@@ -42,14 +42,14 @@ def write_prediction(
       out_dir: folder, made as needed.
       name: start of the file names; also the image id, as a number if it consists of digits.
       segmentation: a result with its image.
-      source: name of the image file, kept in the overlay: see `source_of`.
+      source: name of the image file, stored in the overlay: see `source_of`.
       overlay_size: pixels.
 
     Returns:
       The files written.
 
     Raises:
-      ValueError: ids of classes that no picture can hold.
+      ValueError: class ids that no picture can hold.
     """
     out_dir = pathlib.Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -75,10 +75,7 @@ def write_prediction(
 
 
 def write_png(path: str | os.PathLike[str], image: np.ndarray, source: str | None = None) -> None:
-    """Writes uint8 [H, W, 3] RGB, or grey [H, W] of 8 or 16 bits, as a PNG; folders are made.
-
-    `source` is kept as a text of the PNG.
-    """
+    """Writes uint8 [H, W, 3] RGB, or grey [H, W] of 8 or 16 bits, as a PNG with text `source`."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:
@@ -89,16 +86,16 @@ def write_png(path: str | os.PathLike[str], image: np.ndarray, source: str | Non
 
 
 def source_of(out_dir: pathlib.Path, name: str) -> str | None:
-    """Name of the image file whose results in `out_dir` begin with `name`; None: none is known."""
+    """Name of the image file whose results in `out_dir` begin with `name`, or None."""
     for task in TASKS:
         path = out_dir / f"{name}_{task}_overlay.png"
         with contextlib.suppress(Exception), PngImagePlugin.PngImageFile(path) as picture:
-            return picture.info.get("Source")  # not reached if it is missing or none of ours
+            return picture.info.get("Source")  # missing in a file that is not ours
     return None
 
 
 def encode_ids(segments: np.ndarray) -> np.ndarray:
-    """Segment ids int [H, W] below 2**24 as uint8 [H, W, 3]: id = R + 256 G + 65536 B."""
+    """Encodes segment ids int [H, W] below 2**24 as uint8 [H, W, 3]: R + 256 G + 65536 B."""
     return np.stack([segments >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
 
 
@@ -160,7 +157,7 @@ def _bounding_box(mask: np.ndarray) -> list[int]:
 
 
 def _dataset_ids(segmentation: Segmentation) -> np.ndarray:
-    """The class map in the data set's own ids, uint8 or uint16 [H, W] or `encode_ids` of it."""
+    """The class map with the data set's own ids: uint8 or uint16 [H, W], or its `encode_ids`."""
     metadata = segmentation.metadata
     ids = np.array(metadata.category_ids)
     if ids.min() < 0 or ids.max() >= 1 << 24:

@@ -1,1 +1,1 @@
-"""The training loop and everything that touches devices or disk."""
+"""The training loop, and its use of devices and disk."""

@@ -1,14 +1,14 @@
-"""Checkpoints of a run, and the files that say what its working directory holds.
+"""Checkpoints of a run, and the description of its working directory.
 
 workdir/
   config.json, model.json, metadata.json: see `descriptions`
   checkpoints/<step>/
-    state/         {step, params, stats, opt[, ema]} as Orbax writes pytrees: see `stores`
-    position/      where the input stands, and other small JSON values
+    state/         {step, params, stats, opt[, ema]} in Orbax's form of pytrees: see `stores`
+    position/      the position of the input, and other small JSON values
     SHA256SUMS     digests of the files: see `seals`
-    scores.json    of an evaluation at that step, once there was one
+    scores.json    the scores of an evaluation at that step, if any
 
-A checkpoint gets its name once it was read back, and only then are older ones removed.
+A checkpoint gets its name after it was read back; only then are older ones removed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from oneformer_jax.train.runtime.workdir import is_full
 from oneformer_jax.types import Metadata
 
 _BARRIER_MS = 3_600_000
-_saves = itertools.count()  # tells apart the barriers of one process
+_saves = itertools.count()  # names the barriers of one process
 
 
 # ------------------------------------------------------------------ saving and resuming
@@ -49,10 +49,10 @@ _saves = itertools.count()  # tells apart the barriers of one process
 class Checkpoints:
     """The checkpoints of a training run: saved in the background, the last and the best are kept.
 
-    On several hosts every process makes one and calls the same methods in the same order. Folders
-    that an interrupted save or copy left half written are not seen: a start removes the temporary
-    folders of interrupted saves and renames incomplete ones to "<step>.incomplete". So only the run
-    that owns a workdir may open it this way; `load_for_inference` reads beside a run.
+    On several hosts every process makes one and calls the same methods in the same order. A start
+    removes the temporary folders of interrupted saves and renames incomplete ones to
+    "<step>.incomplete". So only the run that owns a workdir may open it this way;
+    `load_for_inference` reads beside a run.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class Checkpoints:
         """Opens (and creates) `workdir`/checkpoints.
 
         Args:
-          workdir: of the run.
-          keep: how many of the last checkpoints stay.
-          keep_best: how many of the best stay besides; those without `best_metric` do not compete.
+          workdir: the run's folder.
+          keep: number of last checkpoints that stay.
+          keep_best: number of best ones that also stay; those without `best_metric` do not compete.
           best_metric: name of a score, such as "panoptic/PQ"; higher is better. None: no best.
         """
         config_rules.require({"train.keep": keep, "train.keep_best": keep_best})
@@ -88,9 +88,7 @@ class Checkpoints:
             try:
                 scores = seals.read_scores(self.directory / str(step))
             except seals.SealError as error:
-                logging.warning(
-                    "%s. Step %d does not compete for the best, and stays.", error, step
-                )
+                logging.warning("%s. Step %d is kept, but cannot be the best.", error, step)
                 self._unreadable_scores.add(step)
             else:
                 self._scores |= {} if scores is None else {step: scores}
@@ -98,12 +96,12 @@ class Checkpoints:
         self._finishing: _InBackground | None = None
 
     def _staying(self) -> list[int]:
-        """Those of the checkpoints that stay: the last and the best ones."""
+        """Steps of the checkpoints that stay: the last and the best ones."""
         stay = {*self._steps[-self._keep :], *self._ranking()[: self._keep_best]}
         return [step for step in self._steps if step in stay | self._unreadable_scores]
 
     def _ranking(self) -> list[int]:
-        """Steps with a score by `best_metric`, the best first; of equal ones the later."""
+        """Steps with a score by `best_metric`, best first, the later of equal ones first."""
         found = {step: scores.get(self._best_metric) for step, scores in self._scores.items()}
         good = {step: s for step, s in found.items() if s is not None}
         return sorted(good, key=lambda step: (good[step], step), reverse=True)
@@ -111,20 +109,19 @@ class Checkpoints:
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> bool:
         """Starts saving; returns once the arrays are copied, so that the step may donate them.
 
-        The rest happens in the background: the checkpoint is written, read back and sealed, and
-        those that need not stay are removed. An earlier save that is still under way is waited for,
-        and its failure is raised here.
+        A background thread writes the checkpoint, reads it back, seals it, and removes old ones.
+        A call first waits for an earlier save, and raises its failure.
 
         Args:
           step: number of the checkpoint.
           state: pytree of arrays.
-          position: small JSON values: where the input stands.
+          position: small JSON values: the position of the input.
 
         Returns:
           False if this step is saved already (a run that ends on a saving step), True otherwise.
 
         Raises:
-          CheckpointError: there is a later checkpoint, or an earlier save failed.
+          CheckpointError: a later checkpoint exists, or an earlier save failed.
         """
         self.wait_until_finished()
         latest = self.latest_step()
@@ -151,7 +148,7 @@ class Checkpoints:
         return True
 
     def _finish(self, step: int, described: Mapping[str, str], removed: list[int]) -> None:
-        """Waits for the save under way, reads it back, names it, and removes the old ones."""
+        """Waits for the save, reads it back, names it, and removes the old ones."""
         key = f"oneformer_jax: save {next(_saves)} is finished"
         try:
             self._checkpointer.wait_until_finished()
@@ -165,7 +162,7 @@ class Checkpoints:
             multihost.get_barrier_sync_fn()(key=key, timeout_ms=_BARRIER_MS)
 
     def record(self, step: int, scores: Mapping[str, float | None]) -> None:
-        """Notes the scores of the checkpoint of `step`, for keep-best; None is "not defined"."""
+        """Stores the scores of the checkpoint of `step`, for keep-best; None is "not defined"."""
         self.wait_until_finished()
         defined = {name: float(v) for name, v in scores.items() if v is not None}
         self._scores[step] = {name: v for name, v in defined.items() if not math.isnan(v)}
@@ -176,11 +173,11 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reporting_failure(self) -> Iterator[None]:
-        """Turns what is raised while writing into one clear error."""
+        """Turns any error while writing into one CheckpointError."""
         try:
             yield
         except Exception as error:
-            if jax.process_index() == 0:  # what is half written takes room, too
+            if jax.process_index() == 0:  # half-written files take room, too
                 folders.remove_unfinished(self.directory)
             good = folders.finished_steps(self.directory)
             self._steps = good
@@ -194,19 +191,19 @@ class Checkpoints:
             ) from error
 
     def wait_until_finished(self) -> None:
-        """Blocks until the save under way is sealed; CheckpointError if that failed."""
+        """Blocks until the current save is sealed; CheckpointError if it failed."""
         finishing = self._finishing
         if finishing is None:
             return
         try:
             with self._reporting_failure():
                 finishing.wait()
-        finally:  # not before: a thread that handles a signal may wait, too
+        finally:  # not earlier: a thread that handles a signal may wait, too
             if self._finishing is finishing:
                 self._finishing = None
 
     def all_steps(self) -> list[int]:
-        """Steps of the checkpoints, ascending; one that is being written counts."""
+        """Steps of the checkpoints, ascending, including one that is being written."""
         return list(self._steps)
 
     def latest_step(self) -> int | None:
@@ -214,17 +211,17 @@ class Checkpoints:
         return self._steps[-1] if self._steps else None
 
     def best_step(self) -> int | None:
-        """Step of the best checkpoint by `best_metric`, or None if none has that score."""
+        """Step of the best checkpoint by `best_metric`, or None."""
         return next((step for step in self._ranking() if step in self._steps), None)
 
     def restore_newest(self, target: Any) -> tuple[int, Any, dict[str, Any]]:
-        """`restore` of the newest checkpoint that can be read: (step, state, position).
+        """Restores the newest readable checkpoint: (step, state, position).
 
-        Newer ones that are damaged are renamed to "<step>.damaged", with an error in the log. With
-        several processes all take the same one.
+        Damaged newer ones are renamed to "<step>.damaged", with an error in the log. All processes
+        take the same one.
 
         Raises:
-          CheckpointError: there is none, none can be read, or it is of another model.
+          CheckpointError: none exists, none can be read, or it is of another model.
         """
         damaged: dict[int, DamagedCheckpoint] = {}
         for step in reversed(self.all_steps()):
@@ -254,8 +251,8 @@ class Checkpoints:
 
         Args:
           step: one of `all_steps()`.
-          target: tree of jax.ShapeDtypeStruct with shardings, as sharding.with_shardings makes it;
-            the mesh may differ from the one that saved.
+          target: tree of jax.ShapeDtypeStruct from `sharding.with_shardings`; the mesh may differ
+            from the one that saved.
 
         Returns:
           (state, position).
@@ -274,7 +271,7 @@ class Checkpoints:
             return state, files.read_json(path / reading.POSITION_FILE)
 
     def close(self) -> None:
-        """Waits for the save under way and ends the background threads."""
+        """Waits for the current save and ends the background threads."""
         try:
             self.wait_until_finished()
         finally:
@@ -303,7 +300,7 @@ class _InBackground:
             self._error = error
 
     def wait(self) -> None:
-        """Returns when the function has; raises what it raised."""
+        """Waits for the function to return; raises its error."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -318,14 +315,14 @@ def _wait_for_all(what: str) -> None:
 
 
 class Trained(NamedTuple):
-    """A trained model as read from disk.
+    """A trained model, read from disk.
 
     Attributes:
       model: `OneFormerConfig.to_dict()`.
-      params, stats: nested dicts of numpy arrays, as nnx.to_pure_dict gives them.
+      params, stats: nested dicts of numpy arrays, in the form of nnx.to_pure_dict.
       metadata: classes of the data set.
       settings: the training configuration (config.json).
-      step: of the checkpoint.
+      step: step of the checkpoint.
     """
 
     model: dict[str, Any]
@@ -337,14 +334,14 @@ class Trained(NamedTuple):
 
 
 def load_for_inference(path: str | os.PathLike[str], *, use_ema: bool = True) -> Trained:
-    """Reads what inference needs; the optimizer's state is neither read nor known.
+    """Reads a model for inference, without the optimizer's state.
 
     Args:
-      path: a workdir (its last checkpoint is taken) or workdir/checkpoints/<step>.
-      use_ema: take the averaged parameters where the run kept them.
+      path: a workdir (for its last checkpoint) or workdir/checkpoints/<step>.
+      use_ema: take the averaged parameters if the run kept them.
 
     Raises:
-      CheckpointError: no such thing at `path`, or a damaged one.
+      CheckpointError: `path` is neither, or the checkpoint is damaged.
     """
     workdir, checkpoint = _find_checkpoint(folders.locate(path))
     model = descriptions.read_model(workdir)
@@ -372,11 +369,11 @@ def write_converted(workdir: str | os.PathLike[str], trained: Trained) -> None:
     It has no optimizer state: training starts from it with config.init.checkpoint.
 
     Raises:
-      CheckpointError: there is something at `workdir`.
+      CheckpointError: `workdir` exists and is not empty.
     """
     workdir = folders.locate(workdir)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise CheckpointError(f"{workdir} is there already and not an empty folder; use another")
+        raise CheckpointError(f"{workdir} exists and is not an empty folder; use another")
     settings = json.dumps(trained.settings)
     descriptions.claim_workdir(workdir, trained.model, settings, trained.metadata)
     state = {"step": np.int32(trained.step), "params": trained.params, "stats": trained.stats}

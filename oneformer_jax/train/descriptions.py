@@ -1,8 +1,8 @@
-"""JSON files that say what a working directory holds; a stranger may have written them.
+"""JSON files that describe a working directory; a stranger may have written them.
 
 workdir/
   config.json      the whole configuration of the last start
-  model.json       OneFormerConfig.to_dict(): what is needed to build the model again
+  model.json       OneFormerConfig.to_dict(), to build the model again
   metadata.json    classes of the data set
 """
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or a working directory that cannot be used as asked."""
+    """A checkpoint or a working directory that cannot be used."""
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -44,21 +44,21 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def read_json(
     path: str | os.PathLike[str], schema: type[T] = dict[str, Any], *, expected: str
 ) -> T:
-    """Reads a JSON file; CheckpointError names it and says what was `expected` there."""
+    """Reads a JSON file; a CheckpointError names it and what was `expected`."""
     try:
         return files.read_json(path, schema)
     except files.FileError as error:
         raise CheckpointError(
-            f"{error}; expected {expected}. A training start in this workdir writes the file anew "
-            "once it is removed"
+            f"{error}; expected {expected}. Remove the file: the next training start in this "
+            "workdir writes it again"
         ) from None
 
 
 def read_model(workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads model.json and bounds its numbers, so that nobody builds a model without end.
+    """Reads model.json and bounds its numbers, so that no model takes forever to build.
 
     Raises:
-      CheckpointError: it is missing or damaged, describes no model, or a number in it is absurd.
+      CheckpointError: it is missing or damaged, describes no model, or has an absurd number.
     """
     path = workdir / MODEL_FILE
     model = read_json(path, expected="the model's settings")
@@ -112,11 +112,11 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 def claim_workdir(
     workdir: str | os.PathLike[str], model: Mapping, config_json: str, metadata: Metadata
 ) -> None:
-    """Writes config.json, model.json and metadata.json, or checks them if a run was here before.
+    """Writes config.json, model.json and metadata.json, or checks those of an earlier start.
 
     The configuration may change between starts (more steps, another learning rate), and config.json
-    follows it; the model and the classes may not, but the folder, ids and colours of the dataset
-    may. With several hosts the first one writes.
+    follows it. The folder, ids and colours of the dataset may change too, but neither the model nor
+    the classes. With several hosts the first one writes.
 
     Args:
       workdir: created if needed.
@@ -155,8 +155,8 @@ def claim_workdir(
 
 
 def _with_defaults(model: Mapping) -> Mapping:
-    """The fields of a model, those that its version did not have yet at their defaults."""
+    """The fields of a model; those that its version lacked have their defaults."""
     try:
         return json.loads(json.dumps(OneFormerConfig.from_dict(dict(model)).to_dict()))
-    except (KeyError, TypeError, ValueError):  # of another kind; the comparison tells
+    except (KeyError, TypeError, ValueError):  # another kind of model: the comparison tells
         return model

@@ -34,7 +34,7 @@ from oneformer_jax.train.runtime import folders
 from oneformer_jax.train.tensorboard import metric_writers
 from oneformer_jax.types import TASKS, Metadata
 
-# One pass over this host's evaluation batches: of an even sample of so many images, 0 is all.
+# (number of evenly sampled images, 0 is all) -> one pass over this host's evaluation batches.
 Batches = Callable[[int], Iterable[Mapping[str, Any]]]
 
 # Columns of the table of task tokens, as in the paper.
@@ -45,7 +45,7 @@ TOKEN_COLUMNS = (
     "instance/AP",
     "semantic/mIoU",
 )
-# Shorter side in pixels to which overlays of smaller images are enlarged, for legible labels.
+# Overlays of smaller images are enlarged to this shorter side, in pixels, for legible labels.
 _SHARP = 360
 
 
@@ -65,7 +65,7 @@ class Evaluator:
         self._metadata = metadata
         self._mesh = mesh
         self._postprocess = postprocess_config(config)
-        # What is wrong with them is said now and not at the first evaluation.
+        # Wrong settings raise now, not at the first evaluation.
         self._protocol = protocol_of(config, metadata)
         self._tasks = scored_tasks(config, self._protocol)
         self._tta = tta_config(config)
@@ -88,15 +88,15 @@ class Evaluator:
         """Scores each task under its own token and draws the fixed images.
 
         Args:
-          state: of training, or just {params, stats}; averaged parameters are used if it has them.
-          step: of the state; it names the files.
-          eval_batches: gives one pass over this host's evaluation batches of an even sample of the
-            images, of the size it is called with; 0 is all.
-          writer: gets the metrics and the pictures.
+          state: the training state, or {params, stats}; its averaged parameters take precedence.
+          step: step of the state; it names the files.
+          eval_batches: called with a number of images, gives one pass over this host's evaluation
+            batches of an even sample; 0 is all.
+          writer: receives the metrics and the pictures.
           limit: images to score; 0 is all.
 
         Returns:
-          Metric name -> percent, None where it is not defined.
+          Metric name -> percent, or None if not defined.
         """
         batches = eval_batches(limit)
         sizes = getattr(batches, "buckets", None)
@@ -117,7 +117,7 @@ class Evaluator:
         writer.write_scalars(step, scores)
         self._draw(predictor, step, eval_batches(limit), writer)
         writer.flush()
-        if jax.process_index() == 0:  # last: what `finished` looks for says that all is done
+        if jax.process_index() == 0:  # last, as `finished` looks for this file
             write_results(self._results_path(step), result)
         shown = ", ".join(f"{name} {scores[name]:.1f}" for name in TOKEN_COLUMNS if name in scores)
         logging.info(
@@ -137,11 +137,7 @@ class Evaluator:
         return result.metrics
 
     def finished(self, step: int) -> dict[str, float | None] | None:
-        """The metrics that an earlier start wrote for `step`; None if this config's are others.
-
-        Raises:
-          CheckpointError: the file is damaged.
-        """
+        """Reads the metrics of an earlier start for `step`; None if this config has others."""
         path = self._results_path(step)
         if not path.exists():
             return None
@@ -151,7 +147,7 @@ class Evaluator:
         except TypeError as error:
             raise descriptions.CheckpointError(
                 f"{path} holds no results of an evaluation ({error}); remove it, and the next "
-                "start makes it again"
+                "start writes it again"
             ) from error
         asked = (self._protocol.name, self._tta is not None and "semantic" in self._tasks)
         if set(result.metrics) != set(metric_names(self._config, self._metadata)):
@@ -162,13 +158,13 @@ class Evaluator:
         return result.metrics
 
     def has_token_table(self, step: int) -> bool:
-        """Whether `token_table` was made for `step`."""
+        """Tells whether `token_table` was made for `step`."""
         return self._table_path(step).exists()
 
     def token_table(
         self, state: Mapping[str, Any], step: int, eval_batches: Batches
     ) -> dict[str, dict[str, float | None]]:
-        """Every metric under every task token (the paper's test-time token table); kept on disk."""
+        """Computes and stores every metric under every task token (the paper's token table)."""
         logging.info("Evaluating every output under each of the task tokens")
         results = evaluate_tokens(
             self._predictor(state),
@@ -187,7 +183,7 @@ class Evaluator:
         return table
 
     def report(self, step: int) -> None:
-        """Prints the last results and where everything is."""
+        """Prints the last results and the paths of all outputs."""
         if jax.process_index() != 0:
             return
         print(format_results(self._last, self._metadata))
@@ -209,9 +205,9 @@ class Evaluator:
         return Predictor(self._programs, params, state["stats"], self._mesh)
 
     def _draw(self, predictor: Predictor, step: int, batches: Iterable, writer) -> None:
-        """One sheet of the first held-out images: a row each of image, truth and three tasks.
+        """Draws a sheet of the first held-out images: a row each of image, truth and three tasks.
 
-        Every host predicts, since the program spans all devices; the first one draws.
+        Every host predicts, because the program spans all devices; the first one draws.
         """
         missing = self._config.train.pictures
         pictures, titles = [], []
@@ -225,7 +221,7 @@ class Evaluator:
                 overlays = (s.overlay(record["image"], min_size=_SHARP) for s in row)
                 pictures += [record["image"], *overlays]
                 titles += [record["image_id"], "ground truth", *TASKS]
-            # The first host's count: hosts that disagree would wait for each other for ever.
+            # The first host's count: hosts that disagree would wait for each other forever.
             missing -= int(multihost_utils.broadcast_one_to_all(np.int32(len(valid))))
             if missing <= 0:
                 break
@@ -238,8 +234,8 @@ class Evaluator:
     def _segment(
         self, predictor: Predictor, batch: Mapping[str, Any]
     ) -> dict[str, list[Segmentation]]:
-        """The segmentations of a batch for all tasks, from one encoding."""
-        # Fillers take the size of a real image, as in the evaluation: the shapes stay.
+        """Segments a batch for all tasks, from one encoding."""
+        # Fillers take the size of a real image, which keeps the shapes.
         valid = np.flatnonzero(batch["valid"])
         rows = np.where(batch["valid"], np.arange(len(batch["valid"])), [*valid, 0][0])
         features = predictor.encode(batch)
@@ -278,11 +274,7 @@ def protocol_of(config: ConfigDict, metadata: Metadata) -> Protocol:
 
 
 def scored_tasks(config: ConfigDict, protocol: Protocol) -> tuple[str, ...]:
-    """`config.eval.tasks` less those that the protocol does not score.
-
-    Raises:
-      ValueError: one is no task, or none is left.
-    """
+    """The tasks of `config.eval.tasks` that the protocol scores; ValueError if there is none."""
     config_rules.require({"eval.tasks": config.eval.tasks})
     tasks = tuple(config.eval.tasks)
     scored = tuple(task for task in tasks if task in protocol.tasks)
@@ -313,7 +305,7 @@ def tta_config(config: ConfigDict) -> tta.TtaConfig | None:
 
 
 def _progress_log(every: float = 30.0) -> Callable[[int, float], None]:
-    """A function (images, seconds since the start) that logs both, `every` so many seconds."""
+    """Makes a function (images, seconds since the start) that logs both once in `every` seconds."""
     last = 0.0
 
     def log(images: int, seconds: float) -> None:
@@ -335,7 +327,7 @@ def postprocess_config(config: ConfigDict) -> PostprocessConfig:
 
 
 def format_token_table(table: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Rows of task tokens, columns of metrics."""
+    """Formats the token table: rows of task tokens, columns of metrics."""
     header = ["task token", *(name.split("/")[1] for name in TOKEN_COLUMNS)]
     rows = [
         [token, *("-" if row[name] is None else f"{row[name]:.1f}" for name in TOKEN_COLUMNS)]

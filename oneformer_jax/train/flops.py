@@ -1,8 +1,8 @@
 """Floating-point operations of a traced function, counted on its jaxpr.
 
-Only matrix products and convolutions count, as is usual for utilisation; a multiplication with an
-addition is two. Unlike XLA's own estimate, which sees the body of a loop once and nothing in a
-kernel, loops of known length count in full and Pallas kernels by their cost estimate.
+Only matrix products and convolutions count, as is usual for utilisation; a multiply-add is two.
+Loops of known length count in full and Pallas kernels by their cost estimate, whereas XLA's own
+estimate sees the body of a loop once and nothing in a kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax.extend.core import jaxprs_in_params
 def count_flops(jaxpr: Any) -> float:
     """FLOPs of one call over all devices, recomputation (`remat`) included.
 
-    A loop whose length is not known when compiling counts once.
+    A loop of unknown length counts once.
 
     Args:
       jaxpr: `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`.
@@ -37,7 +37,7 @@ def _equation_flops(equation: Any) -> float:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-        # The zeros that a dilated input is filled up with are not multiplied.
+        # The zeros that dilate an input are not multiplied.
         spread = math.prod(params["lhs_dilation"])
         out = math.prod(equation.outvars[0].aval.shape)
         return 2.0 * out * math.prod(kernel) / outputs / spread
@@ -49,7 +49,7 @@ def _equation_flops(equation: Any) -> float:
         return params["length"] * sum(inner)
     if name == "cond":
         return max(inner, default=0.0)
-    if name == "shard_map":  # the inner shapes are those of one device
+    if name == "shard_map":  # inner shapes are those of one device
         sizes = params["mesh"].shape
         return sum(inner) * math.prod(sizes[axis] for axis in params["newly_manual_axes"])
     return sum(inner)

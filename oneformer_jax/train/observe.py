@@ -1,7 +1,7 @@
-"""What a run tells its user: metrics on disk, progress on the console, where the time goes.
+"""Metrics of a run on disk, progress on the console, and the use of its time.
 
-`make_writer` gives the CLU writer of the files; the console gets `progress_line`, since a writer
-would print fifty terms a line.
+`make_writer` makes the CLU writer of the files; the console gets `progress_line`, as a writer would
+print fifty terms a line.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from oneformer_jax import config_rules
 from oneformer_jax.train.tensorboard import JsonLinesWriter, SummaryWriter, metric_writers
 
 METRICS_FILE = "metrics.jsonl"
-FLOP_UTILISATION = "time/flop_utilisation"  # where the peak rate of the devices is known
+FLOP_UTILISATION = "time/flop_utilisation"  # only if the devices' peak rate is known
 PROFILE_FILE = "PROFILE"
 
-# Every name that `Chrono.scalars` may give; see its docstring.
+# All names of `Chrono.scalars`; see its docstring.
 TIME_METRICS = (
     "time/images_per_second",
     "time/step_seconds",
@@ -46,14 +46,14 @@ TIME_METRICS = (
 def make_writer(
     workdir: str | os.PathLike, resume_step: int | None = None
 ) -> metric_writers.MetricWriter:
-    """CLU writer of TensorBoard events and of metrics.jsonl in `workdir`.
+    """Makes a CLU writer of TensorBoard events and of metrics.jsonl in `workdir`.
 
     With several hosts only the first writes.
 
     Args:
-      workdir: of the run; made if missing.
-      resume_step: the step that the run goes on from (0: the start); what an interrupted run wrote
-        of later steps is removed from metrics.jsonl, and TensorBoard is told to forget it.
+      workdir: the run's folder, made if missing.
+      resume_step: the step that the run resumes from (0: the start). Later steps of an interrupted
+        run are removed from metrics.jsonl, and TensorBoard is told to forget them.
     """
     if jax.process_index() != 0:
         return metric_writers.MultiWriter([])
@@ -72,9 +72,9 @@ class NonFiniteLoss(FloatingPointError):
     """A loss or norm that is NaN or infinite.
 
     Attributes:
-      step: of the value.
-      terms: name -> value, only those that are not finite.
-      records: positions in the data source of the images of that batch, or None.
+      step: step of the value.
+      terms: name -> value of the non-finite ones.
+      records: positions of that batch's images in the data source, or None.
       images: their image ids, as far as known.
     """
 
@@ -97,12 +97,12 @@ class NonFiniteLoss(FloatingPointError):
             text += f"The ids of these images: {some(self.images)}. "
         super().__init__(
             text + "The last checkpoint is from before this step and intact: start again from it "
-            "with a lower optim.lr, optim.warmup_steps or optim.clip_norm, or look at those images."
+            "with a lower optim.lr, optim.warmup_steps or optim.clip_norm, or inspect those images."
         )
 
 
 def some(values: Sequence[Any], count: int = 16) -> str:
-    """The first values, and how many more there are."""
+    """Shows the first values, and the number of the others."""
     more = f" and {len(values) - count} more" if len(values) > count else ""
     return f"{list(values[:count])}{more}"
 
@@ -117,9 +117,9 @@ def check_finite(
 
     Args:
       metrics: scalars on the device or the host.
-      step: that they belong to.
+      step: their step.
       index: the "index" of the batch, to name the images.
-      images: image ids of such positions.
+      images: maps such positions to image ids.
     """
     values = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
     bad = {n: float(v.reshape(-1)[0]) for n, v in values.items() if not np.all(np.isfinite(v))}
@@ -132,7 +132,7 @@ def check_finite(
 # ------------------------------------------------------------------ time and progress
 
 
-# Where the time of a run goes, in the order of the summary.
+# Parts of a run's time, in the order of the summary.
 TIME_PARTS = {
     "step": "training steps",
     "data": "waiting for data",
@@ -144,11 +144,11 @@ TIME_PARTS = {
 
 
 class Chrono:
-    """Splits a run's time into waiting for data, steps and pauses; estimates what is left.
+    """Splits a run's time into waiting for data, steps and pauses; estimates the rest.
 
-    The first step, which compiles, is not measured. Steps run on the device while the host goes on:
-    "step" is all time that is neither data nor pause, which is right over a logging interval, at
-    the end of which the host waits for the device.
+    The first step, which compiles, is not measured. Steps run on the device while the host goes on,
+    so "step" is all time that is neither data nor pause. That is right over a logging interval, at
+    whose end the host waits for the device.
 
         with chrono.data():
             batch = next(batches)
@@ -176,12 +176,12 @@ class Chrono:
 
         Args:
           first_step: steps done before this start.
-          total_steps: at which the run ends.
+          total_steps: step at which the run ends.
           batch_size: images of a step on all hosts together.
-          state: `state()` of an earlier start of the run, to count its time too; what passed since
-            is "lost".
-          peak_flops: of all devices together, per second, for the FLOP utilisation.
-          started: time of `clock` at which this start began; now if not given.
+          state: `state()` of an earlier start of the run, to count its time too; the time since
+            then is "lost".
+          peak_flops: FLOP/s of all devices together, for the FLOP utilisation.
+          started: time of `clock` at which this start began; now by default.
           clock: seconds.
           wall: seconds since 1970, the same for all starts.
         """
@@ -198,7 +198,7 @@ class Chrono:
             self._parts |= state.get("parts", {})
             since = max(wall() - (clock() - self._started) - state.get("saved_at", wall()), 0.0)
             self._parts["lost"] += since
-        self._mark = self._started  # up to where time is counted in `_parts`
+        self._mark = self._started  # the time until this is in `_parts`
         self._warm = False
         self._steps = 0  # measured steps of this start, and their time with pauses
         self._seconds = 0.0
@@ -206,7 +206,7 @@ class Chrono:
         self._begin_interval(clock())
 
     def set_step_flops(self, flops: float) -> None:
-        """Floating-point operations of one step on all devices, for the FLOP utilisation."""
+        """Sets the FLOPs of one step on all devices, for the FLOP utilisation."""
         self._step_flops = flops
 
     def _begin_interval(self, now: float) -> None:
@@ -215,7 +215,7 @@ class Chrono:
         self._data = self._pause = self._checkpoint = 0.0
 
     def _count(self, part: str) -> float:
-        """Adds the time since the last call to `part`; the time it added."""
+        """Adds the time since the last call to `part`; returns it."""
         now = self._clock()
         passed, self._mark = now - self._mark, now
         self._parts[part] += passed
@@ -223,7 +223,7 @@ class Chrono:
 
     @contextlib.contextmanager
     def data(self) -> Iterator[None]:
-        """Around whatever waits for a batch."""
+        """Counts the time of its block as waiting for a batch."""
         self._count("step" if self._warm else "start")
         try:
             yield
@@ -232,11 +232,7 @@ class Chrono:
 
     @contextlib.contextmanager
     def pause(self, part: str = "evaluation") -> Iterator[None]:
-        """Around evaluation, checkpoints and all else that is no training.
-
-        Args:
-          part: "evaluation" or "checkpoint".
-        """
+        """Counts the time of its block as a pause for `part`: "evaluation" or "checkpoint"."""
         self._count("step" if self._warm else "start")
         try:
             yield
@@ -247,7 +243,7 @@ class Chrono:
                 self._checkpoint += passed
 
     def tick(self, step: int) -> None:
-        """Says that `step` was given to the device."""
+        """Notes that `step` was given to the device."""
         self._step = step
         if self._warm:
             self._interval_steps += 1
@@ -259,16 +255,15 @@ class Chrono:
     def scalars(self, matcher_seconds: float | None = None) -> dict[str, float]:
         """Measures since the last call (or since the first step), named as in `TIME_METRICS`.
 
-        images_per_second: of data and step time. step_seconds, data_seconds: of one step.
-        pause_seconds: in the interval; checkpoint_seconds is a part of it. goodput: share of the
-        run's whole time, earlier starts and what was lost between them included, that steps took.
-        matcher_share: of data and step time. flop_utilisation: FLOPs of steps over those that the
-        devices could do in step time. eta_seconds: until the last step, pauses included as they
-        were so far. elapsed_seconds: of the run, with earlier starts. Rates are absent while no
-        step but the first was made.
+        images_per_second: in data and step time. step_seconds, data_seconds: of one step.
+        pause_seconds: in the interval; checkpoint_seconds is a part of it. goodput: share of steps
+        in the run's whole time, with earlier starts and the time lost between them. matcher_share:
+        of data and step time. flop_utilisation: FLOPs of steps over the devices' peak in step time.
+        eta_seconds: until the last step, with as many pauses as before. elapsed_seconds: of the
+        run, with earlier starts. Rates are absent until the second step.
 
         Args:
-          matcher_seconds: time that the host's matcher took since the process began.
+          matcher_seconds: time in the host's matcher since the process began.
         """
         self._count("step" if self._warm else "start")
         now = self._mark
@@ -298,7 +293,7 @@ class Chrono:
         return result
 
     def summary(self) -> str:
-        """A table of what the run's time went on, over all its starts."""
+        """A table of the parts of the run's time, over all its starts."""
         self._count("step" if self._warm else "start")
         total = max(sum(self._parts.values()), 1e-9)
         lines = [f"time of the run, {format_duration(total)}:"]
@@ -321,7 +316,7 @@ class Chrono:
         }
 
 
-# In this order, whatever stands before the last "/" of a metric's name.
+# Shown in this order, whatever the prefix of the metric's name.
 _PROGRESS_TERMS = (
     *("loss", "loss_ce", "loss_mask", "loss_dice", "loss_contrastive", "loss_query_class"),
     "grad_norm",
@@ -329,11 +324,11 @@ _PROGRESS_TERMS = (
 
 
 def progress_line(step: int, total_steps: int, scalars: Mapping[str, Any]) -> str:
-    """One line for the console.
+    """Makes the line for the console.
 
     Args:
-      step: done.
-      total_steps: of the run.
+      step: steps done.
+      total_steps: steps of the run.
       scalars: the losses, with or without a prefix such as "train/", and `Chrono.scalars`.
 
     Returns:
@@ -353,7 +348,7 @@ def progress_line(step: int, total_steps: int, scalars: Mapping[str, Any]) -> st
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as "45s", "12m 31s", "3h 05m" or "2d 04h"."""
+    """Formats seconds as "45s", "12m 31s", "3h 05m" or "2d 04h"."""
     seconds = round(seconds)
     minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
     if days:
@@ -369,11 +364,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parameter_overview(params: Mapping[str, Any]) -> str:
-    """Table of the parameters by top-level module: arrays, numbers, memory (whole, not a device's).
-
-    Args:
-      params: nested dict of arrays or abstract arrays.
-    """
+    """Table of the (abstract) parameters by top-level module: arrays, numbers, whole memory."""
     rows = []
     for part, tree in params.items():
         leaves = jax.tree.leaves(tree)
@@ -393,13 +384,13 @@ def log_parameters(params: Mapping[str, Any]) -> None:
     logging.info("Parameters:\n%s", parameter_overview(params))
 
 
-# Warnings of what is meant to be: a save between evaluations has no scores, and the synthetic
+# Warnings of intended behaviour: a save between evaluations has no scores, and the synthetic
 # dataset makes its configuration from its options.
 _EXPECTED_WARNINGS = ("tracked_metric", "Using custom data configuration")
 
 
 class _LibraryFilter:
-    """Keeps what the user of a run should read; see `quiet_libraries`."""
+    """Hides the libraries' log lines that `quiet_libraries` lists."""
 
     _libraries = re.compile(r"[/\\](orbax|tensorflow_datasets)[/\\]")
 
@@ -408,7 +399,7 @@ class _LibraryFilter:
             return True
         if record.levelno <= stdlib_logging.INFO:
             return False
-        if record.exc_info:  # of a save in the background; it is raised and reported, too
+        if record.exc_info:  # of a background save, which `Checkpoints` reports
             return False
         return not any(text in record.getMessage() for text in _EXPECTED_WARNINGS)
 
@@ -422,7 +413,7 @@ class _ConsoleFormatter(stdlib_logging.Formatter):
 
 
 class _UnraisableFilter:
-    """Hides what TensorStore says of further writes when one has failed: nobody waits for them."""
+    """Hides TensorStore's errors of further writes after one has failed: nobody waits for them."""
 
     def __init__(self, hook: Callable[[Any], None]):
         self._hook = hook
@@ -433,12 +424,11 @@ class _UnraisableFilter:
 
 
 def quiet_libraries() -> None:
-    """Leaves on the console what the user of a run should read, each line after the time of day.
+    """Hides libraries' log lines that no user of a run needs; the others get the time of day.
 
-    The INFO lines of Orbax (a page for each save) and of TFDS are hidden, and `_EXPECTED_WARNINGS`;
-    so are JAX's about accelerators that are not there, and the tracebacks of a save that failed,
-    which `Checkpoints` reports.
-    Calling it again changes nothing.
+    Hidden are the INFO lines of Orbax (a page for each save) and of TFDS, `_EXPECTED_WARNINGS`,
+    JAX's lines about missing accelerators, and the tracebacks of a failed save, which `Checkpoints`
+    reports. Calling it again changes nothing.
     """
     logger = logging.get_absl_logger()
     for old in [f for f in logger.filters if isinstance(f, _LibraryFilter)]:
@@ -454,30 +444,30 @@ def quiet_libraries() -> None:
 
 
 class ProfileTrigger:
-    """Profiles a few steps: those that the config names, or whenever someone touches a file.
+    """Profiles a few steps, at a step from the config or when somebody touches a file.
 
     `touch WORKDIR/PROFILE` profiles the next steps and removes the file. The profile lies in
-    WORKDIR/plugins/profile, where TensorBoard's profile plugin looks. The first host profiles.
+    WORKDIR/plugins/profile, for TensorBoard's profile plugin. The first host profiles.
     """
 
     def __init__(self, workdir: str | os.PathLike, start: int = 0, steps: int = 3):
-        """Starts nothing yet.
+        """Prepares the trigger.
 
         Args:
-          workdir: of the run.
+          workdir: the run's folder.
           start: first step of the profile; 0 is none.
-          steps: how many steps a profile covers.
+          steps: number of steps in a profile.
         """
         config_rules.require({"train.profile_start": start, "train.profile_steps": steps})
         self._workdir = os.fspath(workdir)
         self._file = os.path.join(self._workdir, PROFILE_FILE)
         self._start = start
         self._steps = steps
-        self._last: int | None = None  # last step of the profile under way
+        self._last: int | None = None  # last step of the current profile
         self._first_host = jax.process_index() == 0
 
     def before(self, step: int) -> None:
-        """Call before each step is given to the device."""
+        """Starts a profile if one is due; to call before each step."""
         if not self._first_host or self._last is not None:
             return
         asked = os.path.exists(self._file)
@@ -490,13 +480,13 @@ class ProfileTrigger:
         jax.profiler.start_trace(self._workdir)
 
     def after(self, step: int, results: Any = None) -> None:
-        """Call after each step; `results` of the last profiled one are waited for."""
+        """Ends the profile after its last step, whose `results` it waits for."""
         if self._last is not None and step >= self._last:
             jax.block_until_ready(results)
             self.close()
 
     def close(self) -> None:
-        """Ends a profile that is under way, as when training ends within it."""
+        """Ends the current profile, if any."""
         if self._last is not None:
             self._last = None
             jax.profiler.stop_trace()

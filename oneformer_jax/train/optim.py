@@ -1,10 +1,9 @@
 """AdamW with the parameter groups and the schedules of the official recipe.
 
-The official trainer builds one torch parameter group per parameter; `PARAMETER_RULES` says the
-same by name. Three habits of that trainer are deliberately not here: its gradient clipping, which
-never acted (see `OptimConfig.clip_norm`), its replacement of non-finite gradients (NaN by 0,
-infinities by +-1e5; our loop stops and names the term instead), and its loss scaling (bfloat16
-needs none).
+The official trainer builds one torch parameter group per parameter; `PARAMETER_RULES` does the same
+by name. Three of its habits are deliberately missing: its gradient clipping, which never acted (see
+`OptimConfig.clip_norm`), its replacement of non-finite gradients (NaN by 0, infinities by +-1e5;
+our loop stops and names the term instead), and its loss scaling (bfloat16 needs none).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class OptimConfig:
       steps: optimizer steps of the whole run; the poly schedule ends there at zero.
       lr: base learning rate.
       backbone_multiplier: factor on the learning rate of every parameter of the backbone.
-      weight_decay: decoupled decay as in torch: a step takes off lr * weight_decay * parameter,
+      weight_decay: decoupled decay as in torch: a step subtracts lr * weight_decay * parameter,
         with the current learning rate, backbone factor included. `PARAMETER_RULES` exempts some.
       b1, b2, eps: Adam's moments and denominator.
       schedule: "poly": lr * (1 - step / steps) ** power. "step": lr * decay_factor for each
@@ -39,10 +38,10 @@ class OptimConfig:
       decay_factor: of "step".
       warmup_steps: steps over which a linear factor rises from `warmup_factor` to 1, on top of the
         schedule. The official configs ask for 10 steps at factor 1.0 or none: no effect either way.
-      warmup_factor: where the warm-up starts.
+      warmup_factor: factor at the start of the warm-up.
       clip_norm: largest global norm of the gradients; 0 turns clipping off. The official configs
-        say 0.01, but their trainer uses up the parameter iterator before it clips, so that value
-        never acted: a run that really clips at 0.01 follows another recipe.
+        say 0.01, but their trainer exhausts the parameter iterator before it clips, so that value
+        never acted: a run that clips at 0.01 follows another recipe.
     """
 
     steps: int
@@ -102,13 +101,13 @@ def learning_rates(config: OptimConfig, step: int) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterRule:
-    """Whether the parameters whose name matches `pattern` (re.search) are decayed.
+    """A rule on the weight decay of the parameters whose name matches `pattern` (re.search).
 
     Attributes:
       pattern: regular expression on names like "backbone/layers/0/blocks/1/norm1/scale".
-      decay: whether weight decay applies.
-      why: what the official optimizer sees there.
-      only_if: the rule holds only for a model of which some parameter's name matches this.
+      decay: True if weight decay applies.
+      why: the reason in the official optimizer.
+      only_if: the rule holds only if some parameter's name matches this.
     """
 
     pattern: str
@@ -117,8 +116,8 @@ class ParameterRule:
     only_if: str | None = None
 
 
-# First match wins. A parameter that no rule matches is decayed; so the official optimizer treats
-# all other biases, the pixel decoder's level_embed, positional_embedding, logit_scale, DiNAT's rpb.
+# First match wins. A parameter without a rule is decayed, as in the official optimizer: all other
+# biases, the pixel decoder's level_embed, positional_embedding, logit_scale, DiNAT's rpb.
 PARAMETER_RULES = (
     ParameterRule(
         r"^backbone/",
@@ -156,7 +155,7 @@ def parameter_names(params: Any) -> list[str]:
 
 
 def _decays(params: Any) -> list[bool]:
-    """Whether each leaf of `params` is decayed; ValueError for a norm that no rule knows."""
+    """Flags the leaves of `params` that are decayed; ValueError for a norm without a rule."""
     names = parameter_names(params)
     rules = [
         rule
@@ -166,7 +165,7 @@ def _decays(params: Any) -> list[bool]:
     decays = []
     for name in names:
         rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
-        # Only norm layers own a "scale": a norm under a new name would silently be decayed.
+        # Only norm layers have a "scale". A norm with a new name would silently be decayed.
         if rule is None and name.rsplit("/", 1)[-1] == "scale":
             raise ValueError(
                 f"parameter {name} belongs to a norm layer, but no rule of PARAMETER_RULES in "
@@ -205,11 +204,11 @@ def _scale_each(multipliers: Any) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimConfig, abstract_params: Any) -> optax.GradientTransformation:
-    """AdamW as torch computes it, with the groups of `PARAMETER_RULES`.
+    """Makes AdamW as torch computes it, with the groups of `PARAMETER_RULES`.
 
-    The state holds the two moments as trees of the parameters' structure plus step counters, and
-    does not change its structure with any setting of `config`: a run may resume with another
-    learning rate, schedule or clipping.
+    The state holds the two moments as trees of the parameters' structure, and step counters. No
+    setting of `config` changes its structure, so a run may resume with another learning rate,
+    schedule or clipping.
 
     Args:
       config: settings.

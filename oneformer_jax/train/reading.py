@@ -1,4 +1,4 @@
-"""Checking and reading a checkpoint: its digests, its arrays, and whether they are the model's."""
+"""Checks and reads a checkpoint: its digests, its arrays, and that they are the model's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from oneformer_jax.train import seals, stores
 from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.runtime import folders
 
-POSITION_FILE = "position/metadata"  # as Orbax's JSON handler names it
+POSITION_FILE = "position/metadata"  # the name of Orbax's JSON handler
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -27,20 +27,20 @@ class DamagedCheckpoint(CheckpointError):
 
 
 def any_process(flag: bool) -> bool:
-    """Tells whether `flag` is set on any process; all must ask."""
+    """Tells whether `flag` is set on any process; all must call it."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """The first line of an error's message."""
     return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
 
 
 @contextlib.contextmanager
 def reporting_damage(path: pathlib.Path) -> Iterator[None]:
-    """Turns whatever Orbax and TensorStore raise while reading into one clear error."""
+    """Turns any error of Orbax and TensorStore while reading into one DamagedCheckpoint."""
     try:
         yield
     except CheckpointError:
@@ -53,7 +53,7 @@ def reporting_damage(path: pathlib.Path) -> Iterator[None]:
 
 
 def describe(tree: Any) -> dict[str, str]:
-    """{"params/backbone/norm/scale": "float32[96]"} of the arrays in `tree`."""
+    """Describes the arrays in `tree`: {"params/backbone/norm/scale": "float32[96]"}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
@@ -64,11 +64,7 @@ def describe(tree: Any) -> dict[str, str]:
 
 
 def seal(path: pathlib.Path, described: Mapping[str, str]) -> None:
-    """Reads back what was written to `path`, and writes its digests.
-
-    Raises:
-      Exception: something is missing, or cannot be read.
-    """
+    """Reads back the checkpoint at `path`, raising any error, and writes its digests."""
     store = path / "state"
     found = stores.describe(store)
     if describe(found) != dict(described):
@@ -83,19 +79,19 @@ def check_seal(path: pathlib.Path, part: int = 0, parts: int = 1) -> None:
     with reporting_damage(path):
         if not seals.check(path, part, parts):
             logging.warning(
-                "Checkpoint %s has no digests, being of an earlier version: damage to its data "
-                "would go unnoticed",
+                "Checkpoint %s is of an earlier version without digests: damage to its data would "
+                "go unnoticed",
                 path,
             )
 
 
 def _check_same_tree(path: pathlib.Path, saved: Any, target: Any) -> None:
-    """CheckpointError that lists the arrays in which the checkpoint and `target` differ."""
+    """Raises CheckpointError, with the arrays in which the checkpoint and `target` differ."""
     theirs, ours = describe(saved), describe(target)
     names = [n for n in dict.fromkeys((*ours, *theirs)) if theirs.get(n) != ours.get(n)]
     if not names:
         return
-    # The model's arrays first: when they differ, so do the optimizer's.
+    # The model's arrays first: if they differ, so do the optimizer's.
     names.sort(key=lambda name: not name.startswith(("params/", "stats/")))
     lines = [f"  {n}: there {theirs.get(n, 'none')}, here {ours.get(n, 'none')}" for n in names]
     if names[0].startswith(("params/", "stats/")):
@@ -114,9 +110,9 @@ def _check_same_tree(path: pathlib.Path, saved: Any, target: Any) -> None:
 
 
 def read_state(path: str | os.PathLike[str], target: Any) -> Any:
-    """The state of the checkpoint folder `path`, also beside the run that owns it; see `restore`.
+    """Reads the state of the checkpoint folder `path`, also beside its run; see `restore`.
 
-    With several processes all must call it; each checks its share of the files.
+    All processes must call it; each checks its share of the files.
     """
     path = folders.locate(path)
     share = (jax.process_index(), jax.process_count())
@@ -130,7 +126,7 @@ def read_state(path: str | os.PathLike[str], target: Any) -> Any:
                 stores.check_chunks(path / "state", saved, *share)
     except DamagedCheckpoint as error:
         damage = error
-    if any_process(damage is not None):  # nobody may wait for those that cannot read it
+    if any_process(damage is not None):  # or the others would wait for this process
         raise damage or DamagedCheckpoint(f"checkpoint {path}: another process could not read it")
     _check_same_tree(path, saved, target)
     with reporting_damage(path):

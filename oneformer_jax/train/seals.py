@@ -1,8 +1,8 @@
-"""Digests of a checkpoint's files, so that no damaged one passes for a good one.
+"""Digests of a checkpoint's files, to notice damage.
 
-`SHA256SUMS` lies in the folder of every checkpoint and lists all of its files in the form of
-coreutils: `sha256sum -c SHA256SUMS` checks them too. Its last line is the digest of the lines
-above. Scores, which come later, have a digest of their own.
+`SHA256SUMS` in the folder of every checkpoint lists all of its files in the form of coreutils:
+`sha256sum -c SHA256SUMS` checks them too. Its last line is the digest of the lines above. Scores
+come later, and have their own digest.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _THREADS = 4
 
 
 class SealError(ValueError):
-    """A checkpoint's files are not those that were written."""
+    """A checkpoint's files have changed since they were written."""
 
 
 def _list(folder: pathlib.Path) -> list[str]:
-    """Names of the files below `folder`, but the seal and the scores.
+    """Names of the files below `folder`, except the seal and the scores.
 
     Raises:
       SealError: one is a pipe, a device or a link to a folder; reading it might never end.
@@ -73,10 +73,10 @@ def _read(path: pathlib.Path) -> dict[str, str]:
     body, _, last = data.rstrip(b"\n").rpartition(b"\n")
     match = _LAST.fullmatch(last.decode("ascii", "replace"))
     if not match or match[1] != hashlib.sha256(body + b"\n").hexdigest() or data[-1:] != b"\n":
-        raise SealError(f"{SEAL_FILE}, the list of digests, is damaged itself")
+        raise SealError(f"{SEAL_FILE}, the list of digests, is damaged")
     lines = [_LINE.fullmatch(line) for line in body.decode("ascii", "replace").splitlines()]
     if not all(lines):
-        raise SealError(f"{SEAL_FILE} has a line that is no digest and name")
+        raise SealError(f"{SEAL_FILE} has a line without digest and name")
     return {line[2]: line[1] for line in lines}
 
 
@@ -84,11 +84,11 @@ def check(folder: pathlib.Path, part: int = 0, parts: int = 1) -> bool:
     """Compares the files in `folder` with its seal.
 
     Args:
-      folder: of a checkpoint.
-      part, parts: of so many processes, each reads its share of the files, by their number.
+      folder: folder of a checkpoint.
+      part, parts: number of this process, and of all, which share the files.
 
     Returns:
-      False if there is no seal to compare with: an earlier version wrote the checkpoint.
+      False without a seal to compare with: an earlier version wrote the checkpoint.
 
     Raises:
       SealError: a file is missing, new or changed; the message names it.
@@ -129,11 +129,7 @@ def write_scores(folder: pathlib.Path, scores: Mapping[str, float]) -> None:
 
 
 def read_scores(folder: pathlib.Path) -> dict[str, float] | None:
-    """Reads the scores of a checkpoint; None if it has none yet.
-
-    Raises:
-      SealError: the file is damaged.
-    """
+    """Reads the scores of a checkpoint; None if it has none yet, SealError if damaged."""
     path = folder / SCORES_FILE
     if not path.exists():
         return None

@@ -20,15 +20,15 @@ from oneformer_jax import config_rules
 AXES = ("data", "fsdp")
 BATCH_SPEC = PartitionSpec(AXES)
 
-# What a sharding rule may say besides a PartitionSpec.
+# Values of a sharding rule besides a PartitionSpec.
 REPLICATE = PartitionSpec()
 LARGEST = "largest"  # split the largest dimension that mesh.fsdp divides
 
-# Elements from which splitting a parameter is worth its collectives: 64 Ki (256 KiB of float32).
+# Splitting smaller parameters is not worth the collectives: 64 Ki elements, 256 KiB of float32.
 MIN_SHARDED_SIZE = 2**16
 
 # Regular expression on parameter names (re.search) -> PartitionSpec or LARGEST; first match wins.
-# Arrays below MIN_SHARDED_SIZE are replicated whatever the rule says.
+# Arrays below MIN_SHARDED_SIZE are always replicated.
 SHARDING_RULES: tuple[tuple[str, PartitionSpec | str], ...] = (
     (r"relative_position_bias_table$", REPLICATE),  # gathered by a constant index in every block
     (r".", LARGEST),
@@ -36,15 +36,15 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec | str], ...] = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of shape [data, fsdp] over all devices.
+    """Makes a mesh of shape [data, fsdp] over all devices.
 
-    Of several TPU slices "data" goes over the slices first: parameters are gathered within a slice,
-    and only sums of gradients cross the data-centre network.
+    "data" goes over several TPU slices first, so parameters are gathered within a slice, and only
+    sums of gradients cross the data-centre network.
 
     Args:
-      data: devices along "data"; -1 takes what fsdp leaves.
-      fsdp: devices along "fsdp"; -1 takes what data leaves.
-      devices: default `jax.devices()`, those of all hosts.
+      data: devices along "data"; -1 takes all that fsdp leaves.
+      fsdp: devices along "fsdp"; -1 takes all that data leaves.
+      devices: default `jax.devices()`, of all hosts.
 
     Raises:
       ValueError: the sizes do not give the number of devices.
@@ -81,7 +81,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
 
 
 def check_batch(batch_size: int, mesh: Mesh, key: str = "data.batch_size") -> None:
-    """ValueError that names `key` and the nearest good sizes unless the mesh divides the batch."""
+    """Raises ValueError, with `key` and good sizes, unless the mesh divides the batch."""
     count = mesh.size
     if batch_size > 0 and batch_size % count == 0:
         return
@@ -91,7 +91,7 @@ def check_batch(batch_size: int, mesh: Mesh, key: str = "data.batch_size") -> No
 
 
 def check_batches(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """ValueError that names the key if batch, micro-batches and devices do not divide."""
+    """Raises ValueError, with the key, unless batch, micro-batches and devices divide."""
     config_rules.require({"data.batch_size": batch_size, "optim.accumulate": accumulate})
     name = (
         "data.batch_size"
@@ -117,14 +117,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_key(key: jax.Array, mesh: Mesh) -> jax.Array:
-    """A PRNG key, the same on all processes, as an array of the whole mesh."""
+    """Puts a PRNG key, the same on all processes, on the whole mesh."""
     return jax.jit(lambda key: key, out_shardings=replicated(mesh))(key)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts a batch of numpy arrays [B_host, ...] on the devices as arrays [B, ...].
 
-    Each host passes the part that its own devices hold; with several hosts B is their sum.
+    Each host passes the part of its own devices; B is the sum over the hosts.
     """
     sharding = batch_sharding(mesh)
     return jax.tree.map(
@@ -135,7 +135,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 def put_state(state: Any, shardings: Any) -> Any:
     """Puts a state of host arrays, the same in every process, on the devices.
 
-    The arrays are copied: the training step is given their memory.
+    The arrays are copied, because the training step takes over their memory.
     """
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
@@ -155,7 +155,7 @@ def parameter_spec(
     rules: Sequence[tuple[str, PartitionSpec | str]] = SHARDING_RULES,
     min_size: int = MIN_SHARDED_SIZE,
 ) -> PartitionSpec:
-    """How the rules shard a parameter; replicated if small or if no dimension divides.
+    """Sharding of a parameter by the rules; replicated if small or if no dimension divides.
 
     Raises:
       ValueError: no rule matches, or a rule's PartitionSpec does not fit the shape.
@@ -180,7 +180,7 @@ def parameter_spec(
     divisible = [axis for axis, size in enumerate(shape) if size % ways == 0]
     if ways == 1 or not divisible:
         return REPLICATE
-    # Of equal dimensions the last: it is the output dimension of every kernel.
+    # Of equal dimensions the last, which is the output dimension of every kernel.
     axis = max(divisible, key=lambda axis: (shape[axis], axis))
     return PartitionSpec(*("fsdp" if i == axis else None for i in range(len(shape))))
 
@@ -194,8 +194,9 @@ def state_shardings(
 ) -> dict[str, Any]:
     """Shardings of a training state {step, params, stats, opt[, ema]}.
 
-    Parameters and their averages ("ema") follow the rules; a leaf of "opt" whose path ends with a
-    parameter's name and has its shape (a moment) follows that parameter; all else is replicated.
+    Parameters and their averages ("ema") follow the rules. A moment (a leaf of "opt" with a
+    parameter's shape, and its name at the end of the path) follows that parameter. The rest is
+    replicated.
 
     Args:
       abstract_state: the state's shapes and dtypes.
@@ -233,7 +234,7 @@ def state_shardings(
 
 
 def with_shardings(abstract_state: Any, shardings: Any) -> Any:
-    """One tree of ShapeDtypeStruct with shardings: for restore, compile and the memory check."""
+    """Makes a tree of ShapeDtypeStruct with shardings: for restore, compile and memory check."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_state,

@@ -18,16 +18,16 @@ from oneformer_jax.weights.start import Start
 
 
 def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> Start | None:
-    """What `config.init` names, or None if it names nothing.
+    """Reads the file that `config.init` names, or returns None.
 
     Args:
       init: `config.init`.
-      params: shapes of the parameters of the model to be trained, a nested dict.
-      stats: the same for what is not trained.
+      params: shapes of the parameters of the model, a nested dict.
+      stats: shapes of its other values.
       backbone: kind of its backbone.
 
     Raises:
-      ValueError: both are given, or a file that cannot be read or does not fit.
+      ValueError: both settings are given, or the file cannot be read or does not fit.
     """
     config_rules.require({"init.backbone": init.backbone, "init.checkpoint": init.checkpoint})
     expected = dict(names.flatten(params)) | dict(names.flatten(stats))
@@ -44,7 +44,7 @@ def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> St
 
 
 def log_start(found: Start, path: str) -> None:
-    """Says what was taken from `path` and what starts afresh."""
+    """Logs the arrays taken from `path`, and those that start afresh."""
     logging.info("Starting from %s: %d arrays are taken", path, len(found.arrays))
     reasons = dict.fromkeys(found.fresh.values())
     for reason in reasons:
@@ -55,7 +55,7 @@ def log_start(found: Start, path: str) -> None:
 
 
 def apply_start(found: Start, state: dict[str, Any]) -> dict[str, Any]:
-    """The state with the arrays of `found`, each laid out as the one that it replaces."""
+    """Replaces arrays of the state by those of `found`, with the same layout on the devices."""
     values: dict[str, np.ndarray] = {}
 
     def replace(tree: Any, name: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""The array store of a checkpoint as files that may be a stranger's: described, checked, read.
+"""The array store of a checkpoint, whose files may be a stranger's: described, checked, read.
 
 workdir/checkpoints/<step>/state/
   _METADATA        JSON: the names of the arrays
@@ -7,8 +7,8 @@ workdir/checkpoints/<step>/state/
   key NAME/.zarray JSON: shape, type and chunks of an array
   key NAME/0.0     one chunk of it, by zstandard
 
-Only these forms are accepted, whatever else Orbax and TensorStore could open (other drivers,
-compressors, formats), and no size is believed before the bytes that are there allow for it.
+Only these forms are accepted, although Orbax and TensorStore could open others (drivers,
+compressors, formats). A size is used only after the bytes on the disk allow for it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _MAX_NAMES = 1 << 18
 _MAX_DEPTH = 64
 _MAX_CHUNKS = 1 << 20  # of one array
 _ZARRAY_LIMIT = 1 << 16  # bytes
-# Weights hardly shrink when they are compressed. A store of so many times its size on the disk, and
-# of more than this anyway, is a bomb.
+# Weights hardly shrink when compressed: a store above this ratio of its size on the disk, and above
+# this size, is a bomb.
 _MAX_RATIO, _SMALL = 64, 1 << 30
 _ZSTD_MAGIC, _ZSTD_BLOCK = b"\x28\xb5\x2f\xfd", 128 << 10
 
 
 class StoreError(ValueError):
-    """A store that is damaged, or none that this program wrote."""
+    """A store that is damaged, or that another program wrote."""
 
 
 # ------------------------------------------------------------------ names
@@ -73,7 +73,7 @@ class _Tree(msgspec.Struct):
 
 
 def _paths(store: pathlib.Path) -> dict[tuple[str, ...], bool]:
-    """Paths of the arrays (True) and of the empty dicts (False) in the tree that was saved."""
+    """Paths of the arrays (True) and of the empty dicts (False) in the saved tree."""
     tree = files.read_json(store / TREE_FILE, _Tree, error=StoreError)
     found: dict[tuple[str, ...], bool] = {}
     for entry in tree.tree_metadata.values():
@@ -102,7 +102,7 @@ _Shape = Annotated[list[_Length], msgspec.Meta(max_length=16)]
 
 
 class _Array(msgspec.Struct, forbid_unknown_fields=True):
-    """The fields of .zarray, and the values that are accepted."""
+    """The fields of .zarray, and their accepted values."""
 
     zarr_format: Literal[2]
     shape: _Shape
@@ -120,7 +120,7 @@ Tree = dict[str, Any]  # nested by names; leaves are jax.ShapeDtypeStruct or arr
 
 def _open(store: pathlib.Path) -> ts.KvStore:
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{store}/"}}
-    # One cache for all arrays, or each would read the index anew.
+    # One cache for all arrays, or each would read the index again.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 100 << 20}})
     return ts.KvStore.open(spec, context=context).result()
 
@@ -135,7 +135,7 @@ def describe(store: pathlib.Path) -> Tree:
       Nested dict with text keys and leaves jax.ShapeDtypeStruct.
 
     Raises:
-      StoreError: a file is missing, damaged, or of a form that this program does not write.
+      StoreError: a file is missing, damaged, or in another form.
     """
     keys = _open(store)
     paths = _paths(store)
@@ -163,7 +163,7 @@ def _zarray(read: ts.KvStore.ReadResult, where: str) -> _Array:
 
 
 def parse_zarray(text: bytes, where: str) -> _Array:
-    """Reads what describes an array; StoreError, with `where`, if the program writes no such."""
+    """Reads the description of an array; StoreError, with `where`, for another form."""
     if len(text) > _ZARRAY_LIMIT:
         raise StoreError(f"{where} has {len(text):,} bytes; it may have {_ZARRAY_LIMIT:,}")
     array = files.parse_json(text, _Array, where, error=StoreError)
@@ -185,20 +185,20 @@ def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def check_sizes(store: pathlib.Path, tree: Tree) -> None:
-    """StoreError if the arrays of `tree` are far larger than what lies on the disk allows for."""
+    """Raises StoreError if the arrays of `tree` are far too large for their files."""
     claimed = sum(math.prod(x.shape) * x.dtype.itemsize for _, x in leaves(tree))
     there = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     if claimed > max(_SMALL, _MAX_RATIO * there):
-        raise StoreError(f"{store} says arrays of {claimed:,} bytes, and its files have {there:,}")
+        raise StoreError(f"{store} says arrays of {claimed:,} bytes, but its files have {there:,}")
 
 
 def check_chunks(store: pathlib.Path, tree: Tree, part: int = 0, parts: int = 1) -> None:
-    """Checks that every chunk is there and unpacks to the size that its array says.
+    """Checks that every chunk exists and unpacks to the size of its array's chunks.
 
     Args:
       store: the folder `state` of a checkpoint.
-      tree: what `describe` gave, or some of it.
-      part, parts: of so many processes, each checks its share of the arrays, by their number.
+      tree: the result of `describe`, or a part of it.
+      part, parts: number of this process, and of all, which share the arrays.
 
     Raises:
       StoreError: names the array.
@@ -222,7 +222,7 @@ def check_chunks(store: pathlib.Path, tree: Tree, part: int = 0, parts: int = 1)
 
 
 def _wrong_size(chunk: bytes, size: int, compressed: bool) -> str:
-    """Says why `chunk` does not unpack to `size` bytes; "" if it should. Unpacks nothing."""
+    """Says why `chunk` cannot unpack to `size` bytes, without unpacking it; "" if it can."""
     if not compressed:
         return "" if len(chunk) == size else f"has {len(chunk):,} bytes instead of {size:,}"
     try:
@@ -231,16 +231,16 @@ def _wrong_size(chunk: bytes, size: int, compressed: bool) -> str:
         return "is cut short"
     if stated != size:
         return f"is no single zstandard frame of {size:,} bytes"
-    # Blocks may be smaller than they could be, so that the sum of their limits says little below.
+    # Blocks may be smaller than their limits, so the sum of limits tells only large excesses.
     if most > 16 * size + 8 * _ZSTD_BLOCK:
         return f"unpacks to up to {most:,} bytes instead of {size:,}"
     return ""
 
 
 def _frame_sizes(chunk: bytes) -> tuple[int, int]:
-    """Sizes of what a zstandard frame (RFC 8878) holds: as its header says, and at most.
+    """Sizes of a zstandard frame's content (RFC 8878): the header's, and an upper limit.
 
-    The first is -1 if `chunk` is not exactly one frame that says its size.
+    The first is -1 unless `chunk` is exactly one frame with its size.
     """
     if chunk[:4] != _ZSTD_MAGIC:
         return -1, 0
@@ -253,7 +253,7 @@ def _frame_sizes(chunk: bytes) -> tuple[int, int]:
     while not last:
         header = chunk[place] | chunk[place + 1] << 8 | chunk[place + 2] << 16
         last, kind, length = bool(header & 1), header >> 1 & 3, header >> 3
-        most += length if kind < 2 else _ZSTD_BLOCK  # raw, or one byte so many times
+        most += length if kind < 2 else _ZSTD_BLOCK  # raw, or one byte repeated
         place += 3 + (1 if kind == 1 else length)
     whole = width > 0 and place + 4 * checksum == len(chunk)
     return (stated if whole else -1), most
@@ -265,14 +265,14 @@ def _array(keys: ts.KvStore, path: tuple[str, ...]) -> ts.TensorStore:
 
 
 def unpack(store: pathlib.Path, tree: Tree) -> None:
-    """Unpacks the arrays of `tree`, one after another; TensorStore's error if one cannot be."""
+    """Unpacks the arrays of `tree`, one after another; raises TensorStore's error if one fails."""
     keys = _open(store)
     for path, _ in leaves(tree):
         _array(keys, path).read().result()
 
 
 def read(store: pathlib.Path, tree: Tree) -> Tree:
-    """Reads the arrays of `tree` (what `describe` gave, or some of it) as NumPy arrays."""
+    """Reads the arrays of `tree` (from `describe`, or a part of it) as NumPy arrays."""
     keys = _open(store)
     reading = {path: _array(keys, path).read() for path, _ in leaves(tree)}
 

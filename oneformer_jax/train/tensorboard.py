@@ -1,10 +1,9 @@
 """CLU metric writers that need no TensorFlow: TensorBoard events, and JSON lines beside them.
 
-CLU imports TensorFlow for one module only, its TensorBoard back end `clu.metric_writers.
-summary_writer` (1.3 GB installed, seconds to import). `_import_clu` puts a module of ours in that
-place before CLU is imported, whether TensorFlow is installed or not; CLU's own helpers, such as
-`create_default_writer`, then write with the class here. A CLU that another package imported before
-is left as it is.
+CLU imports TensorFlow (1.3 GB installed, seconds to import) for its TensorBoard back end
+`clu.metric_writers.summary_writer` only. `_import_clu` puts our module in that place before CLU is
+imported, so CLU's own helpers, such as `create_default_writer`, write with the class here. A CLU
+that another package imported before is left alone.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from tensorboard.util import tensor_util
 from oneformer_jax import files
 
 _CLU_BACK_END = "clu.metric_writers.summary_writer"
-_file_number = itertools.count()  # tells apart the event files of one process and second
+_file_number = itertools.count()  # numbers the event files of one process and second
 
 
 def _import_clu() -> tuple[types.ModuleType, types.ModuleType | None]:
-    """clu.metric_writers, and the module that stands in for its back end (None: CLU was there)."""
+    """Imports clu.metric_writers; returns it and its new back end (None: CLU was imported)."""
     stand_in = None
     if _CLU_BACK_END not in sys.modules:
         stand_in = types.ModuleType(_CLU_BACK_END, "TensorBoard back end of oneformer_jax.")
-        stand_in.SummaryWriter = None  # its base class is in the package that imports this name
+        stand_in.SummaryWriter = None  # set later: its base class is in the package being imported
         sys.modules[_CLU_BACK_END] = stand_in
     from clu import metric_writers
 
@@ -57,7 +56,7 @@ class SummaryWriter(metric_writers.MetricWriter):
 
     Args:
       logdir: folder of the event files; made if missing.
-      resume_step: TensorBoard shall forget what earlier files of `logdir` say of later steps.
+      resume_step: TensorBoard is told to forget later steps in earlier files of `logdir`.
     """
 
     def __init__(self, logdir: str | os.PathLike, resume_step: int | None = None):
@@ -94,15 +93,15 @@ class SummaryWriter(metric_writers.MetricWriter):
 
     def write_scalars(self, step, scalars):
         for tag, value in scalars.items():
-            if value is not None:  # a score that is not defined, such as of an absent class
-                # Not as a tensor: `EventAccumulator` forgets those of steps after `resume_step` for
-                # plain values only.
+            if value is not None:  # None is an undefined score, such as an absent class's
+                # A plain value, because `EventAccumulator` does not forget tensors of steps after
+                # `resume_step`.
                 value = float(np.asarray(value, np.float32).reshape(()))
                 entry = summary_pb2.Summary.Value(tag=tag, simple_value=value)
                 self._write_summary(step, summary_pb2.Summary(value=[entry]))
 
     def write_images(self, step, images):
-        """Images [H, W, C] or [N, H, W, C], C 1 or 3: uint8, or float in 0..1."""
+        """Writes images [H, W, C] or [N, H, W, C], C 1 or 3: uint8, or float in 0..1."""
         for tag, batch in images.items():
             batch = np.asarray(batch)
             batch = batch[None] if batch.ndim == 3 else batch
@@ -129,7 +128,7 @@ class SummaryWriter(metric_writers.MetricWriter):
             )
 
     def write_hparams(self, hparams):
-        """Nested mapping of settings; other values than numbers and text are written as text."""
+        """Writes a nested mapping of settings; values that are not numbers become text."""
         plain = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in _flatten(hparams)
@@ -162,12 +161,12 @@ def _flatten(settings: Mapping, prefix: str = ""):
 class JsonLinesWriter(metric_writers.MetricWriter):
     """Appends one JSON object for each `write_scalars`: {"step", "time" (Unix), name: value, ...}.
 
-    Values that are not finite are null. What is not a scalar has no place in this file.
+    Values that are not finite are null. Everything but scalars is ignored.
 
     Args:
-      path: of the file; its folder is made if missing.
-      resume_step: drop the lines of later steps, and a half-written last line; what is there of
-        this step is not written a second time.
+      path: the file; its folder is made if missing.
+      resume_step: drop the lines of later steps, and a half-written last line; do not repeat lines
+        of this step.
     """
 
     def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
@@ -221,7 +220,7 @@ def _number(value: Any) -> float | int | None:
 
 
 def _keep_lines(path: str | os.PathLike, last_step: int) -> set[tuple[int, frozenset[str]]]:
-    """Rewrites the file at `path` without lines after `last_step` and lines that are no JSON.
+    """Rewrites the file at `path` without lines after `last_step` or broken ones.
 
     Returns the names in each line of that step.
     """

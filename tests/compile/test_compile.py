@@ -215,7 +215,7 @@ def test_suggestions_are_compiled_until_one_fits(here, monkeypatch):
     assert "fits with --config.mesh.data=-1 --config.mesh.fsdp=8" in lines[-1]
     config = make_config(**SMALL | {"mesh__fsdp": 8, "model__remat": True})
     assert list(compile.candidates(config, 8)) == []
-    assert "take more or larger" in compile.advice(config, here)
+    assert "use more or larger" in compile.advice(config, here)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:four", "h100:2x4"])

@@ -165,13 +165,13 @@ def test_contact_sheet_shows_every_picture_under_its_title():
         assert above.min() < 100, "no title above the picture"
     assert tops[0][1] < tops[1][1] and tops[2][0] > tops[0][0]
     assert (sheet[[0, -1]] == 255).all() and (sheet[:, [0, -1]] == 255).all()
-    row = sheets.side_by_side(pictures, height=50)
+    row = sheets.contact_sheet(pictures, ["", "", ""], columns=3, cell=(50, 200))
     for color in colors:
         assert np.ptp(np.nonzero((row == color).all(-1))[0]) == 49
     with pytest.raises(ValueError, match="2 titles for 3 images"):
-        sheets.contact_sheet(pictures, ["a", "b"])
+        sheets.contact_sheet(pictures, ["a", "b"], columns=2)
     with pytest.raises(ValueError, match="at least one image"):
-        sheets.side_by_side([])
+        sheets.contact_sheet([], [], columns=1)
 
 
 @pytest.mark.parametrize("size", [(4, 1600), (1600, 4), (1, 5000), (5000, 1), (2, 2), (900, 1300)])
@@ -184,7 +184,7 @@ def test_pictures_of_strips_are_bounded(size):
     assert height * width <= max(1 << 20, size[0] * size[1])
     # Enlarged by a whole factor, if at all.
     assert (height % size[0], width % size[1]) == (0, 0) or size == (900, 1300)
-    sheet = sheets.side_by_side([record["image"]] * 3, height=100)
+    sheet = sheets.contact_sheet([record["image"]] * 3, ["", "", ""], columns=3, cell=(100, 400))
     assert sheet.shape[0] < 400 and sheet.shape[1] < 1600
 
 

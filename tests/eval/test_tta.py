@@ -174,7 +174,7 @@ def test_a_batch_without_views_is_refused():
     settings = dict(metadata=BLOCKS, postprocess=PostprocessConfig(topk=12))
     model = Oracle()
     config = TtaConfig((64,), 64)
-    with pytest.raises(ValueError, match="needs 1 views of each batch, it has 0"):
+    with pytest.raises(ValueError, match="needs 1 views of each batch, but it has 0"):
         evaluate(model, make_batches(range(2)), tta=config, **settings)
 
 

@@ -86,7 +86,7 @@ def test_what_others_hide_is_told_when_it_is_drawn(pictures, tmp_path):
 def test_fractions_of_the_image_are_named_as_such(outline, pictures, tmp_path):
     file = _instance_file(tmp_path, [outline])
     (fault,) = opened("instances", pictures, file).faults
-    assert fault.kind == instances.FRACTIONS and "multiply x with the width" in fault.message
+    assert fault.kind == instances.FRACTIONS and "multiply x by the width" in fault.message
 
 
 def test_per_cent_of_the_image_is_named_where_areas_tell(tmp_path):

@@ -156,7 +156,7 @@ def test_maps_beside_their_images_are_no_images(tmp_path):
     assert [source[i]["file_name"] for i in range(len(source))] == ["0.jpg", "1.jpg", "2.jpg"]
     assert [source.classes_of(i).tolist() for i in range(3)] == [[0], [1], [2]]
     Image.fromarray(np.zeros((*SHAPE, 3), np.uint8)).save(tmp_path / "images/photo.png")
-    with pytest.raises(ValueError, match=r"photo\.png would be image and map in one.*label_suffix"):
+    with pytest.raises(ValueError, match=r"photo\.png would be both image and map.*label_suffix"):
         opened(tmp_path, **beside)
 
 

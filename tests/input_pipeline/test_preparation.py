@@ -399,7 +399,7 @@ def test_command_line(job):
     job.make("ade20k")
     result = subprocess.run(
         [
-            sys.executable, "cli.py", "--mode=prepare", "--dataset=ade20k",
+            sys.executable, "main.py", "--mode=prepare", "--dataset=ade20k",
             f"--source={job.root}", f"--data_dir={job.data_dir}", "--skip_broken",
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,

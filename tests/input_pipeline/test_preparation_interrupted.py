@@ -149,7 +149,7 @@ def test_full_disk_is_explained_and_goes_on(job):
     assert failed.returncode == 1
     assert f"OSError: cannot write to {job.folder} (" in failed.stderr
     assert "File too large" in failed.stderr and "GB are free there" in failed.stderr
-    assert "The same command goes on" in failed.stderr
+    assert "The same command resumes" in failed.stderr
     assert not job.records() and not sources.is_prepared(job.folder)
     assert not list(job.folder.rglob("*.incomplete"))
     job.prepare()

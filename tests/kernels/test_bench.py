@@ -211,5 +211,5 @@ class TestGpus:
         first = next(iter(op.cases))
         report = operation.compile_for_gpu(op, "h200", first, "xla")
         assert set(traced) == set(operation.PASSES[: 1 + bool(op.differentiated)])
-        rows = operation.gpu_rows(op, report, {})
+        rows = operation.gpu_rows(report, {})
         assert [row["registers"] for row in rows] == [8] * len(traced)

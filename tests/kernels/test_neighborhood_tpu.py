@@ -115,7 +115,7 @@ class TestPlan:
             attend(3, 3, 3, channels=130, interpret=True)
         with pytest.raises(NotImplementedError, match=r"up to 768 keys.*kernel_size 31 has.*'xla'"):
             attend(62, 62, 31, interpret=True)
-        message = r"needs \d+ bytes .*dilation 1 on a map of 5000 x 40, and the chip has 16777216"
+        message = r"needs \d+ bytes .*dilation 1 on a map of 5000 x 40, but the chip has 16777216"
         with pytest.raises(NotImplementedError, match=message):
             attend(5000, 40, 3, interpret=True, vmem_bytes=16 * MIB)
 

@@ -115,7 +115,7 @@ def test_a_workdir_of_this_name_is_refused_in_one_line(tmp_path, name, use):
 
 @pytest.mark.parametrize("path", ["/gs/run", "/s3/a/b", "/az/run", "/hf"])
 def test_the_root_folders_that_stand_for_buckets_are_refused(path):
-    with pytest.raises(FolderError, match=r"begins with /\w\w, which Orbax takes for a bucket"):
+    with pytest.raises(FolderError, match=r"begins with /\w\w, which Orbax reads as a bucket"):
         folders.locate(path)
 
 

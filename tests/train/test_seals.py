@@ -147,7 +147,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_that_is_said(copy, saved
         state, _ = checkpoints.restore(4, saved[2])
     assert_same(state, saved[1])
     (line,) = said
-    assert "checkpoints/4 has no digests, being of an earlier version" in line
+    assert "checkpoints/4 is of an earlier version without digests" in line
 
 
 # ------------------------------------------------------------------ when a save counts

@@ -479,6 +479,6 @@ def test_the_program_converts_in_every_direction(tmp_path, capsys):
     assert segmenter.test_size == (64, 96)
     with pytest.raises(ValueError, match="holds its own metadata"):
         oneformer_jax.load(paths["run2"], metadata="coco")
-    with pytest.raises(ValueError, match=re.escape(f"{paths['run']} is there already")):
+    with pytest.raises(ValueError, match=re.escape(f"{paths['run']} exists and is not")):
         modes.convert(paths["hf"], paths["run"])
     assert json.loads((tmp_path / "run" / "model.json").read_text())["num_classes"] == 5

@@ -28,7 +28,7 @@ if typing.TYPE_CHECKING:
     from oneformer_jax.eval.segmentation import Segmentation
 
 
-# Name -> (index into the leading statistics of COCOeval, the ground truth that it needs).
+# Name -> (index into COCOeval's statistics, the kind of ground truth that it needs).
 _STATISTICS = {
     "instance/AP": (0, ""),
     "instance/AP50": (1, ""),
@@ -82,7 +82,7 @@ def _unpack(state: Mapping[str, np.ndarray], prefix: str) -> list[Masks]:
 def checked_instances(
     segmentation: Segmentation, record: Record, is_thing: np.ndarray, thing_labels: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Contiguous class ids int64 [N] and scores float64 [N] of the instances of a segmentation.
+    """Checks the instances of a segmentation; returns class ids int64 [N] and scores float64 [N].
 
     With `thing_labels` the labels of `segmentation` are positions among the things.
 
@@ -106,25 +106,25 @@ def checked_instances(
     check_classes(labels, len(is_thing), where)
     if not is_thing[labels].all():
         stuff = labels[~is_thing[labels]][0]
-        raise ValueError(f"{where}: class {stuff} is stuff; instances are of thing classes")
+        raise ValueError(f"{where}: class {stuff} is stuff; instances must be things")
     if not np.isfinite(scores).all():
         raise ValueError(f"{where}: a score is not finite; check the weights of the model")
     return labels, scores
 
 
 class CocoAP:
-    """COCO average precision of masks on the instances of a panoptic or an instance annotation.
+    """COCO average precision of masks, on the instances of a panoptic or an instance annotation.
 
     By default the ground truth equals the official conversion of COCO panoptic annotations to
     instances: each thing segment is one instance, keeps its crowd flag, and belongs to a size range
-    by the area that the annotation file gives. COCOeval takes the best 100 detections of each image
-    and class. Masks are kept run-length encoded, so memory grows with the outlines, not the pixels.
+    by its annotated area. COCOeval takes the best 100 detections of each image and class. Masks are
+    kept run-length encoded, so memory grows with the outlines, not the pixels.
 
     Args:
       is_thing: K flags.
       thing_labels: the labels of the segmentations are positions among the things, not contiguous
         class ids.
-      annotations: the ground truth of an original instance file instead.
+      annotations: an original instance file, to use as ground truth.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class CocoAP:
 
         Args:
           segmentation: `masks` bool [N, H, W], `scores` float [N], `labels` int [N].
-          record: the ground truth; of an original instance file only its `image_id` and size.
+          record: the ground truth; with `annotations` only its `image_id` and size are read.
 
         Raises:
           ValueError: sizes differ, a label is out of range or names a stuff class, a score is not
@@ -214,9 +214,9 @@ class CocoAP:
         return metric
 
     def _coco(self, field: str) -> COCO:
-        """The ground truth ("truth") or the detections ("detected") as pycocotools wants them."""
-        # COCOeval breaks ties between scores by the order of the images, which must not depend
-        # on how they were spread over hosts. Shorter ids first is the numeric order of COCO's ids.
+        """The ground truth ("truth") or the detections ("detected") in pycocotools' form."""
+        # COCOeval breaks ties between scores by the order of the images, which must not depend on
+        # their spread over hosts. Shorter ids first is the numeric order of COCO's ids.
         ordered = sorted(self._images.items(), key=lambda item: (len(item[0]), item[0]))
         images, annotations = [], []
         for number, (_, image) in enumerate(ordered, start=1):
@@ -250,7 +250,7 @@ class CocoAP:
         return coco
 
     def _evaluate(self) -> tuple[dict[str, float], np.ndarray]:
-        """The statistics, and AP of each class [K], in percent; NaN where there is no truth."""
+        """The statistics, and AP of each class [K], in percent; NaN without ground truth."""
         if self._result is None:
             # An empty list of categories would mean "all" to COCOeval.
             statistics = np.full(len(_STATISTICS), np.nan)

@@ -1,8 +1,8 @@
-"""The metrics of Cityscapes as its official scripts (cityscapesScripts) define them.
+"""The metrics of Cityscapes, as defined by its official scripts (cityscapesScripts).
 
-The scripts read the label images; everything they need of those stands in the panoptic annotation:
-void pixels are the labels that are ignored in evaluation, non-crowd thing segments are instances,
-and a crowd segment is the group region of its class (a label id below 1000 in the scripts).
+The scripts read label images, and the panoptic annotation has the same facts: void pixels are the
+labels that the evaluation ignores, non-crowd thing segments are instances, and a crowd segment is
+the group region of its class (a label id below 1000 in the scripts).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if typing.TYPE_CHECKING:
     from oneformer_jax.eval.segmentation import Segmentation
 
 
-# A match needs more than this IoU.
+# Thresholds: a match needs a higher IoU.
 OVERLAPS = np.arange(0.5, 1.0, 0.05)
-# True instances with fewer pixels need not be found.
+# Smaller true instances need not be found.
 MIN_PIXELS = 100
 
 CATEGORIES = {
@@ -41,7 +41,7 @@ CATEGORIES = {
     "human": ("person", "rider"),
     "vehicle": ("car", "truck", "bus", "train", "motorcycle", "bicycle"),
 }
-# Mean pixels of an instance in the training set, with which iIoU weights each instance.
+# Mean pixels of an instance in the training set, the weights of iIoU.
 MEAN_PIXELS = {
     "person": 3462.4756337644,
     "rider": 3930.4788056518,
@@ -57,14 +57,13 @@ MEAN_PIXELS = {
 class CityscapesAP:
     """Average precision of instance masks by the definition of Cityscapes.
 
-    Differences from COCO's: an instance may have any number of detections; those that match it with
-    less than the best score are wrong. A detection that matches nothing is left out if more of it
-    than the overlap threshold lies on void, on group regions of its class or on instances of its
-    class with fewer than `MIN_PIXELS` pixels. The area under the curve is integrated over the
-    distinct scores, without interpolation of the precision. AP is the mean over ten thresholds.
+    It differs from COCO's. An instance may have any number of detections; all but the one with the
+    best score are wrong. A detection that matches nothing is left out if more of it than the
+    overlap threshold lies on void, on group regions of its class or on instances of its class with
+    fewer than `MIN_PIXELS` pixels. The area under the curve is integrated over the distinct scores,
+    without interpolation of the precision. AP is the mean over ten thresholds.
 
-    The state holds numbers only: the pixels of instances and detections, and of the pairs of them
-    that intersect.
+    The state holds numbers only: the pixels of instances, detections, and intersecting pairs.
 
     Args:
       is_thing: K flags.
@@ -75,9 +74,9 @@ class CityscapesAP:
         self.is_thing = np.array(is_thing, bool)
         self._thing_labels = thing_labels
         self._image_ids: dict[str, None] = {}
-        self._true = np.zeros((0, 3), np.int64)  # class, pixels, whether it is a group
-        self._detected = np.zeros((0, 3), np.int64)  # class, pixels, those of them on void
-        # Rows of the two above that have one class and intersect, and the pixels in common.
+        self._true = np.zeros((0, 3), np.int64)  # class, pixels, 1 for a group
+        self._detected = np.zeros((0, 3), np.int64)  # class, pixels, pixels on void
+        # Rows of the two above that intersect and have the same class, and the pixels in common.
         self._pairs = np.zeros((0, 3), np.int64)
         self._scores = np.zeros(0, np.float64)
 
@@ -92,7 +91,7 @@ class CityscapesAP:
         truth = read_segments(record, len(self.is_thing))
         numbers = segment_map(record, truth)
         pixels = np.bincount(numbers.ravel(), minlength=len(truth.ids) + 1)
-        # Segments without a pixel do not exist for the scripts, which read pictures.
+        # The scripts read pictures, so a segment without a pixel does not exist.
         things = np.flatnonzero(self.is_thing[truth.classes] & (pixels[1:] > 0))
         row = np.full(len(truth.ids) + 1, -1)
         row[things + 1] = np.arange(len(things))
@@ -174,7 +173,7 @@ class CityscapesAP:
                 match = (iou > overlap) & (true_class[true] == c)
                 to_wanted = match & wanted[true]
                 scores = self._scores[detected[to_wanted]]
-                # Of the matches of an instance the first in this order is right, the rest wrong.
+                # The first match of an instance in this order is right, the others are wrong.
                 order = np.lexsort((-scores, true[to_wanted]))
                 _, best = np.unique(true[to_wanted][order], return_index=True)
                 right = np.zeros(len(scores), bool)
@@ -214,7 +213,7 @@ class CityscapesAP:
 
 
 def _pixels_under(mask: np.ndarray, numbers: np.ndarray, count: int) -> np.ndarray:
-    """int64 [count]: pixels of each of `numbers` int [H, W] under bool [H, W]."""
+    """int64 [count]: pixels of each number in `numbers` int [H, W] under a mask bool [H, W]."""
     rows = np.flatnonzero(mask.any(axis=1))
     if not len(rows):
         return np.zeros(count, np.int64)
@@ -232,7 +231,7 @@ def _area_under_curve(scores: np.ndarray, right: np.ndarray, instances: int) -> 
     """
     order = np.argsort(scores)
     starts = np.unique(scores[order], return_index=True)[1]
-    # True positives, and all detections, from each distinct score on.
+    # True positives, and all detections, at or above each distinct score.
     positives = right[order][::-1].cumsum()[::-1][starts]
     detections = len(scores) - starts
     precision = np.append(positives / detections, 1.0)
@@ -245,8 +244,8 @@ class CityscapesIoU(MeanIoU):
     """IoU of the classes and categories of Cityscapes, and their instance-level variants.
 
     iIoU weights the pixels of each instance by the mean size of its class over the size of the
-    instance, so that every instance counts alike, however near. Its false positives are plain
-    pixels, since a semantic map has no instances. Groups have no part in it.
+    instance, so that near and far instances count alike. Its false positives are plain pixels,
+    because a semantic map has no instances. Groups do not count.
 
     Args:
       class_names: K names, those of Cityscapes.
@@ -272,7 +271,7 @@ class CityscapesIoU(MeanIoU):
             [[c in names for c in class_names] for names in CATEGORIES.values()]
         )
         self._weights = np.array([MEAN_PIXELS.get(c, 0.0) for c in class_names])
-        # Weighted pixels of the instances of a class: found, all; and found as its category.
+        # Weighted pixels of the instances of a class: found, all, and found as its category.
         self.weighted = np.zeros((3, len(class_names)), np.float64)
 
     def update(self, segmentation: Segmentation, record: Record) -> None:
@@ -322,7 +321,7 @@ class CityscapesIoU(MeanIoU):
         return metric
 
     def per_class(self) -> dict[str, np.ndarray]:
-        """As `MeanIoU.per_class`, and iIoU; NaN: stuff, or a thing that does not occur."""
+        """As `MeanIoU.per_class`, with iIoU; NaN for stuff, or a thing that does not occur."""
         false = self.predicted - self.hits
         iou = _ratio(self.weighted[0], self.weighted[1] + false, self.is_thing)
         return {**super().per_class(), "semantic/iIoU": 100 * iou}
@@ -334,7 +333,7 @@ class CityscapesIoU(MeanIoU):
         hit, true = np.diagonal(table), table.sum(axis=1)
         false = table.sum(axis=0) - hit
         _, whole, found = self.weighted @ members.T
-        # Only a category of things alone has instances.
+        # A category has instances if all of its classes are things.
         things = self._members.any(axis=1) & ~self._members[:, ~self.is_thing].any(axis=1)
         return {
             "IoU": 100 * _ratio(hit, true + false, np.ones(len(hit), bool)),
@@ -342,7 +341,7 @@ class CityscapesIoU(MeanIoU):
         }
 
     def compute(self) -> dict[str, float]:
-        """As `MeanIoU.compute`, and `semantic/iIoU`, `IoU_category` and `iIoU_category`."""
+        """As `MeanIoU.compute`, with `semantic/iIoU`, `IoU_category` and `iIoU_category`."""
         categories = self.per_category()
         columns = (self.per_class()["semantic/iIoU"], categories["IoU"], categories["iIoU"])
         values = [mean(column[~np.isnan(column)]) for column in columns]
@@ -360,5 +359,5 @@ class CityscapesIoU(MeanIoU):
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """part / whole; NaN where `whole` is 0 or `where` False."""
+    """Divides part / whole; NaN where `whole` is 0 or `where` False."""
     return np.divide(part, whole, out=np.full(len(part), np.nan), where=where & (whole > 0))

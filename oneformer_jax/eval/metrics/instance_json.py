@@ -35,10 +35,9 @@ class Masks(typing.NamedTuple):
 class InstanceAnnotations:
     """Reads a COCO instance file once and gives the masks of one image at a time.
 
-    Its categories may be numbered as the dataset numbers its classes (`metadata.category_ids`) or
-    by their position among the things, as ADE20K's 100 instance classes are; its list of categories
-    tells which. An area that is not given is that of the pixels; an annotation without a pixel is
-    no truth.
+    Its category ids are the dataset's own (`metadata.category_ids`) or, as for ADE20K's 100
+    instance classes, positions among the things; its list of categories tells which. A missing area
+    is counted in pixels; an annotation without a pixel is ignored.
 
     Args:
       path: a JSON with "images", "annotations" and "categories".
@@ -46,7 +45,7 @@ class InstanceAnnotations:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not such a JSON, faults in it, nothing but crowds, or categories that are not
+      ValueError: another kind of JSON, faults in it, crowds alone, or categories that are not
         things of `metadata`.
     """
 
@@ -70,11 +69,11 @@ class InstanceAnnotations:
         self._content = content
         self._classes = _class_of_category(self.path, content, metadata)
         self._positions = {image_id: i for i, image_id in enumerate(content.image_ids)}
-        for i, name in enumerate(content.image_names):  # a panoptic file may call an image by it
+        for i, name in enumerate(content.image_names):  # a panoptic file may use it as the id
             self._positions.setdefault(pathlib.PurePath(name).stem, i)
 
     def masks(self, image_id: str, size: tuple[int, int]) -> Masks:
-        """The instances of an image; ValueError if the file lacks it or has it in another size."""
+        """The instances of an image; ValueError if the file lacks it or has another size."""
         position = self._positions.get(image_id)
         if position is None:
             raise ValueError(
@@ -91,7 +90,7 @@ class InstanceAnnotations:
         rows = content.rows(position)
         try:
             runs = [content.runs(row, size) for row in range(rows.start, rows.stop)]
-        except SegmentationError as error:  # only where the file does not tell the size
+        except SegmentationError as error:  # only if the file lacks the size
             raise ValueError(f"{error} (image {image_id})") from None
         pixels = np.array([run_lengths.area_of(r) for r in runs], np.float64)
         seen = np.flatnonzero(pixels)
@@ -109,7 +108,7 @@ class InstanceAnnotations:
 def _class_of_category(
     path: pathlib.Path, content: InstanceFile, metadata: Metadata
 ) -> dict[int, int]:
-    """Category id of the file -> contiguous class id."""
+    """Maps category ids of the file to contiguous class ids."""
     found = {category["id"] for category in content.categories}
     things = [c for c, thing in enumerate(metadata.is_thing) if thing]
     by_dataset = {metadata.category_ids[c]: c for c in things}
@@ -126,5 +125,5 @@ def _class_of_category(
 
 
 def encode(mask: np.ndarray) -> bytes:
-    """Compressed run-length code of bool [H, W]."""
+    """Encodes bool [H, W] as a compressed run-length code."""
     return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]

@@ -24,24 +24,23 @@ from oneformer_jax.types import VOID
 class MeanIoU:
     """Semantic IoU from the pixels of each class, with the conventions of Detectron2 v0.6.
 
-    Void pixels of the ground truth count nowhere, not even as predictions. The mean IoU is over
-    the classes that occur in the ground truth or are predicted on its non-void pixels, so a class
-    that is only predicted counts as 0 (newer Detectron2 leaves it out). The mean accuracy is over
-    the classes of the ground truth.
+    Void pixels of the ground truth are ignored. The mean IoU is over the classes that occur in the
+    ground truth or are predicted on its other pixels. So a class with predictions alone counts as 0
+    (newer Detectron2 leaves it out). The mean accuracy is over the classes of the ground truth.
 
     Attributes:
-      hits: int64 [K], pixels of a class that are predicted as it.
+      hits: int64 [K], pixels of a class that are predicted as this class.
       true: int64 [K], pixels of a class.
       predicted: int64 [K], non-void pixels predicted as a class.
     """
 
     def __init__(self, num_classes: int):
-        # No table of all pairs: with K = 65,535 it would take 34 GB.
+        # A table of all pairs would take 34 GB with K = 65,535.
         self.hits, self.true, self.predicted = np.zeros((3, num_classes), np.int64)
         self.images = 0
 
     def update(self, segmentation: Segmentation, record: Record) -> None:
-        """Adds one image: `segmentation.class_map` int [H, W] against the record.
+        """Adds one image: compares `segmentation.class_map` int [H, W] with the record.
 
         Raises:
           ValueError: sizes differ or a class id is out of range.
@@ -112,7 +111,7 @@ class MeanIoU:
         self.images = int(state["images"])
 
     def per_class(self) -> dict[str, np.ndarray]:
-        """IoU and accuracy in percent, float64 [K]; NaN where the class does not occur."""
+        """IoU and accuracy in percent, float64 [K]; NaN for a class that does not occur."""
         union = self.true + self.predicted - self.hits
         nan = np.full(len(self.true), np.nan)
         true = self.true > 0

@@ -25,10 +25,10 @@ class PanopticQuality:
     """Panoptic quality (Kirillov et al., arXiv 1801.00868) as `panopticapi` computes it.
 
     A predicted and a true segment match if they have the same class, IoU > 0.5, and the true one
-    is no crowd. In the union, the area of the true segment is the annotation file's, or its pixels
-    where these are more; that of the predicted one is counted without its void pixels. An unmatched
-    prediction is forgiven if more than half of it lies on void and on the last crowd segment of its
-    class. Classes without any true positive, false positive or false negative leave the means.
+    is no crowd. In the union, the true segment has its annotated area, or its pixels if these are
+    more; the predicted one counts without its void pixels. An unmatched prediction is ignored if
+    more than half of it lies on void and on the last crowd segment of its class. The means exclude
+    classes without any true positive, false positive or false negative.
     """
 
     def __init__(self, is_thing: Sequence[bool]):
@@ -49,8 +49,8 @@ class PanopticQuality:
           record: the ground truth.
 
         Raises:
-          ValueError: sizes differ, a class id is out of range, or a segment map and its list of
-            segments do not agree.
+          ValueError: sizes differ, a class id is out of range, or a segment map disagrees with its
+            list of segments.
         """
         num_classes = len(self.is_thing)
         where = f"prediction for image {record['image_id']}"
@@ -79,8 +79,8 @@ class PanopticQuality:
             g = int((truth.areas < pixels).argmax())
             logging.log_first_n(
                 logging.WARNING,
-                "%s: segment %d has the area %d but %d pixels, which PQ uses, here and wherever "
-                "an area is too small; correct the annotation",
+                "%s: segment %d has area %d but %d pixels. PQ uses the pixels wherever an area is "
+                "too small; correct the annotation",
                 1,
                 truth.where,
                 truth.ids[g],
@@ -139,7 +139,7 @@ class PanopticQuality:
         return metric
 
     def per_class(self) -> dict[str, np.ndarray]:
-        """PQ, SQ and RQ in percent and the counts behind them, float64 [K]; NaN: class unseen."""
+        """PQ, SQ and RQ in percent, and their counts, float64 [K]; NaN: class unseen."""
         weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
         seen = weight > 0
         nan = np.full(len(weight), np.nan)
@@ -156,7 +156,7 @@ class PanopticQuality:
         }
 
     def _groups(self) -> dict[str, np.ndarray]:
-        """Suffix of the metric names -> bool [K], the classes over which they are the mean."""
+        """Suffix of the metric names -> bool [K], the classes of the mean."""
         seen = (self.tp + self.fp + self.fn) > 0
         return {"": seen, "_things": seen & self.is_thing, "_stuff": seen & ~self.is_thing}
 

@@ -1,4 +1,4 @@
-"""The ground truth of one image as the metrics read it, and the checks they share."""
+"""The ground truth of one image, and the checks that the metrics share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-# Keys: panoptic, segments, image_id (see metrics.py).
+# Keys: panoptic, segments, image_id (see the package).
 Record = Mapping[str, Any]
 
-# Segment ids are colours of an 8-bit RGB picture.
+# Segment ids are the colours of an 8-bit RGB picture.
 _MAX_SEGMENT_ID = 256**3 - 1
 
 
@@ -21,7 +21,7 @@ class Segments(typing.NamedTuple):
     Attributes:
       ids, classes, areas: int64 [G]; `areas` are those of the annotation file.
       crowd: bool [G].
-      where: what messages call the record.
+      where: name of the record in messages.
     """
 
     ids: np.ndarray
@@ -32,7 +32,7 @@ class Segments(typing.NamedTuple):
 
 
 def read_segments(record: Record, num_classes: int) -> Segments:
-    """The checked segments of a record; ValueError for a class id out of range."""
+    """Reads the segments of a record; ValueError for a class id out of range."""
     segments = record["segments"]
     where = f"ground truth of image {record['image_id']}"
     classes = np.array([s["category"] for s in segments], np.int64)
@@ -47,9 +47,9 @@ def read_segments(record: Record, num_classes: int) -> Segments:
 
 
 def segment_numbers(segment_ids: np.ndarray, ids: np.ndarray, where: str) -> np.ndarray:
-    """Dense numbers (0 = void, i + 1 = ids[i]) of segment ids of any shape, int32.
+    """Maps segment ids of any shape to dense numbers (0 = void, i + 1 = ids[i]), int32.
 
-    Raises ValueError for a repeated id, an id out of range, and one that is not listed in `ids`.
+    Raises ValueError for a repeated id, an id out of range, or one that `ids` lacks.
     """
     if len(np.unique(ids)) != len(ids):
         raise ValueError(f"{where}: a segment id is listed more than once: {sorted(ids.tolist())}")
@@ -76,16 +76,16 @@ def segment_numbers(segment_ids: np.ndarray, ids: np.ndarray, where: str) -> np.
 
 
 def runs(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two maps of one size as runs of equal pairs of values, row by row.
+    """Splits two maps of one size into runs of equal pairs of values, row by row.
 
-    Segments are far larger than a pixel, so an image has some thousand runs: what is done for
-    each of them costs little beside the one comparison of neighbouring pixels.
+    Segments are far larger than a pixel, so an image has some thousand runs, and work on each costs
+    little beside the one comparison of neighbouring pixels.
 
     Args:
       truth, predicted: int [H, W].
 
     Returns:
-      The value of either map in each of R runs, and int64 [R] the pixels of the runs.
+      The values of both maps in each of R runs, and the pixels of the runs, int64 [R].
     """
     truth, predicted = truth.ravel(), predicted.ravel()
     changes = (truth[1:] != truth[:-1]) | (predicted[1:] != predicted[:-1])
@@ -106,7 +106,7 @@ def count_pairs(
 ) -> np.ndarray:
     """int64 table of `shape`: the sum of `weights` for each pair of a row and a column."""
     codes = rows.astype(np.int64) * shape[1] + columns
-    # bincount adds in float64, which is exact for the pixels of any image.
+    # bincount adds in float64, which is exact for any image.
     counts = np.bincount(codes, weights, minlength=shape[0] * shape[1])
     return counts.astype(np.int64).reshape(shape)
 
@@ -121,7 +121,7 @@ def check_classes(classes: np.ndarray, num_classes: int, where: str) -> None:
 
 
 def check_size(predicted: tuple[int, ...], record: Record) -> None:
-    """ValueError unless a prediction has the size of the record's segment map."""
+    """Raises ValueError unless a prediction has the size of the record's segment map."""
     truth = record["panoptic"].shape
     if len(truth) != 2:
         raise ValueError(
@@ -131,17 +131,17 @@ def check_size(predicted: tuple[int, ...], record: Record) -> None:
     if predicted != truth:
         raise ValueError(
             f"image {record['image_id']}: the prediction has size {predicted}, the ground truth "
-            f"{truth}; predictions are scored at the original size of the image"
+            f"{truth}; predict at the original size of the image"
         )
 
 
 def check_mergeable(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
     if not np.array_equal(ours, theirs):
-        raise ValueError(f"cannot merge two {name} states made for different classes")
+        raise ValueError(f"cannot merge two {name} states of different classes")
 
 
 def check_new_images(ours: Set[str], theirs: Set[str]) -> None:
-    """ValueError if an image is in both of two sets of ids."""
+    """Raises ValueError if two sets of image ids overlap."""
     twice = sorted(ours & theirs)
     if twice:
         raise ValueError(
@@ -151,5 +151,5 @@ def check_new_images(ours: Set[str], theirs: Set[str]) -> None:
 
 
 def mean(values: np.ndarray) -> float:
-    """Mean of a possibly empty array; NaN where it is empty."""
+    """Mean of an array; NaN if it is empty."""
     return float(values.mean()) if values.size else float("nan")

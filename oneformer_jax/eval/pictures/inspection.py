@@ -1,4 +1,4 @@
-"""Sheet of training samples: what the model sees, what it shall answer, and its text list."""
+"""Sheet of training samples: the image, its targets, and its text list."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.types import TASKS, Metadata
 
 BATCH_KEYS = ("image", "segment_map", "classes", "valid", "task")
-_SIDE = 400  # height of a picture in pixels, or less where it would be wider than the next
+_SIDE = 400  # height of a picture in pixels, less for one that would be wider than the next
 _WIDEST = 1200
 _FONT = 16
 _LINE = 21
@@ -26,7 +26,7 @@ _INK = (25, 25, 30)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """One row of a training batch: its entries BATCH_KEYS, its texts spelled out, and a name.
+    """One row of a training batch: its BATCH_KEYS, its texts, and a name.
 
     Attributes:
       image: uint8 [H, W, 3] RGB.
@@ -35,7 +35,7 @@ class Sample:
       valid: bool [M].
       task: index into TASKS.
       texts: the text list in order.
-      name: of the image.
+      name: name of the image.
     """
 
     image: np.ndarray
@@ -48,7 +48,7 @@ class Sample:
 
 
 def write(samples: Sequence[Sample], metadata: Metadata, folder: str) -> str:
-    """Writes the `sheet` of the samples into `folder`, which is made, and returns its path."""
+    """Writes the `sheet` of the samples into `folder`, made if missing; returns its path."""
     picture = Image.fromarray(sheet(samples, metadata))
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "samples.png")
@@ -57,7 +57,7 @@ def write(samples: Sequence[Sample], metadata: Metadata, folder: str) -> str:
 
 
 def sheet(samples: Sequence[Sample], metadata: Metadata, columns: int = 2) -> np.ndarray:
-    """Each sample as image and image with targets side by side, its texts below.
+    """Draws each sample as image and image with targets side by side, above its texts.
 
     Returns:
       uint8 [height, width, 3] RGB.
@@ -82,7 +82,7 @@ def _extend(card: np.ndarray, height: int) -> np.ndarray:
 def _card(sample: Sample, metadata: Metadata) -> np.ndarray:
     image, segments = _shrunk(sample.image, sample.segment_map)
     target = Segmentation(
-        # Drawn as segments whatever the task: under every task the targets do not overlap.
+        # Drawn as segments, because the targets of no task overlap.
         task="panoptic",
         metadata=metadata,
         segments=segments,
@@ -91,7 +91,7 @@ def _card(sample: Sample, metadata: Metadata) -> np.ndarray:
             for slot in np.flatnonzero(sample.valid)
         ],
     )
-    # Small images are drawn larger than shown, so that outlines follow the pixels.
+    # Small images are drawn larger than shown, so outlines follow the pixels.
     drawn = overlay.draw(image, target, min_size=_SIDE)
     factor = _factor(image.shape)
     size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
@@ -106,7 +106,7 @@ def _factor(shape: tuple[int, ...]) -> float:
 
 
 def _shrunk(image: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both at most as large as shown: labels and outlines are drawn afterwards, to be readable."""
+    """Shrinks both to the size shown, before labels and outlines are drawn readably."""
     factor = _factor(image.shape)
     if factor >= 1:
         return image, segments
@@ -118,7 +118,7 @@ def _shrunk(image: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _with_caption(picture: np.ndarray, sample: Sample) -> np.ndarray:
-    """The picture on white with the text list below it, equal texts counted."""
+    """Puts the picture on white above its text list; equal texts are counted."""
     font = ImageFont.load_default(_FONT)
     counts = Counter(sample.texts)
     words = [f"{count} x “{text}”" if count > 1 else f"“{text}”" for text, count in counts.items()]
@@ -134,7 +134,7 @@ def _with_caption(picture: np.ndarray, sample: Sample) -> np.ndarray:
 
 
 def _wrap(start: str, words: Sequence[str], font: ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels, if a word alone is not wider, that end between words."""
+    """Breaks text between words into lines of at most `width` pixels, or one wider word."""
     lines = [start]
     for i, word in enumerate(words):
         word += "," * (i < len(words) - 1)

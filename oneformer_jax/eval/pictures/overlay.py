@@ -1,7 +1,7 @@
 """Pictures of segmentations, drawn over their images.
 
-Sizes of text and lines follow the image. Labels stand where the largest box of the text's shape
-fits into the segment, in white on a dark plate, so that they read on light and dark images alike.
+Sizes of text and lines follow the image. A label lies where the largest box of its shape fits into
+the segment, in white on a dark plate, legible on light and dark images.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from PIL import Image, ImageDraw, ImageFont
 from oneformer_jax.eval.pictures import sheets
 from oneformer_jax.types import Metadata
 
-# Shares of the picture's size (geometric mean of its sides), with lower bounds in pixels.
+# Shares of the geometric mean of the picture's sides, with lower bounds in pixels.
 _FONT_SHARE, _MIN_FONT = 0.032, 9
 _LINE_SHARE = 0.003
 # A label may shrink to this share of the usual font before it leaves its segment.
 _SHRINK = 0.7
-# A label of more than this many times its segment's area is left out.
+# A label larger than this many times its segment's area is left out.
 _DWARF = 4
-# The most pixels to which a picture is enlarged.
+# Most pixels of an enlarged picture.
 _ENLARGED = 1 << 22
 _PLATE = (18, 18, 22)
 
@@ -41,7 +41,7 @@ class _Region:
 
 
 class Drawable(Protocol):
-    """What is drawn of a `segmentation.Segmentation`; see there for the fields."""
+    """The part of `segmentation.Segmentation` that is drawn; see there for the fields."""
 
     task: str
     metadata: Metadata
@@ -70,17 +70,17 @@ def draw(
 
     Args:
       image: uint8 [H, W, 3] RGB of the segmentation's size.
-      segmentation: what to draw; unassigned pixels stay as they are.
+      segmentation: the segments to draw; unassigned pixels are left alone.
       alpha: opacity of the segments, 0..1.
-      labels: write class names into the segments, and scores of instances that are not certain
-        (those of ground truth are).
+      labels: write class names into the segments, and the scores of instances (except the certain
+        ones of ground truth).
       min_score: instances below this score are left out.
-      min_size: enlarge images whose shorter side has fewer pixels by a whole factor, so that text
-        and outlines stay fine, as far as the picture does not become large. 0 keeps the size.
-      max_pixels: the most pixels of the picture; larger images are shrunk.
+      min_size: enlarge images with a shorter side by a whole factor, for fine text and outlines,
+        unless the picture becomes large. 0 keeps the size.
+      max_pixels: limit of the picture's pixels; larger images are shrunk.
 
     Returns:
-      uint8 [H, W, 3] RGB, or the other size.
+      uint8 [H, W, 3] RGB, or of the other size.
 
     Raises:
       ValueError: the image is not uint8 [H, W, 3] of the segmentation's size.
@@ -97,7 +97,7 @@ def draw(
         method = cv2.INTER_CUBIC if larger else cv2.INTER_AREA
         image = cv2.resize(image, size, interpolation=method)
     regions = _regions(segmentation, min_score, size)
-    # Large segments first, so that what lies on them stays visible.
+    # Large segments first, or they would cover small ones.
     regions.sort(key=lambda r: -np.count_nonzero(r.mask))
     picture = image.astype(np.float32)
     for region in regions:
@@ -118,7 +118,7 @@ def _drawn_size(shape: tuple[int, int], min_size: int, max_pixels: int) -> tuple
     if height * width <= max_pixels:
         return width, height
     shrink = math.sqrt(max_pixels / (height * width))
-    # Of a strip one pixel thin only the long side shrinks.
+    # If an image is one pixel thin, only its long side shrinks.
     width = max(1, min(int(width * shrink), max_pixels))
     return width, max(1, min(int(height * shrink), max_pixels // width))
 
@@ -132,7 +132,7 @@ def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) -> list[_Region]:
-    """The segments, their masks brought to `size`, (width, height), one after the other."""
+    """The segments, with their masks resized to `size`, (width, height)."""
     metadata = segmentation.metadata
     if segmentation.task == "panoptic":
         found = (
@@ -168,16 +168,16 @@ def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) ->
 
 
 def shade(color: Sequence[int], number: int) -> tuple[int, int, int]:
-    """The colour of the `number`-th instance of a class: `color` itself, then shades around it."""
+    """Colour of the `number`-th instance of a class: `color` first, then shades around it."""
     shades = _shades(tuple(int(c) for c in color))
     return shades[number % len(shades)]
 
 
 @functools.lru_cache(maxsize=1024)
 def _shades(color: tuple[int, int, int], count: int = 24) -> tuple[tuple[int, int, int], ...]:
-    """`color`, then each time the neighbour in hue that is farthest from those so far.
+    """Lists `color`, then repeatedly the neighbour in hue farthest from all so far.
 
-    Distances are in CIELAB, where they match what the eye tells apart.
+    Distances are in CIELAB, where they match the eye's.
     """
     hue, saturation, _ = colorsys.rgb_to_hsv(*(c / 255 for c in color))
     candidates = [
@@ -196,11 +196,11 @@ def _shades(color: tuple[int, int, int], count: int = 24) -> tuple[tuple[int, in
 
 
 def _draw_outlines(picture: np.ndarray, regions: Sequence[_Region]) -> None:
-    """A light line in the segment's tint over a wider dark one, in place."""
+    """Draws a light line in the segment's tint over a wider dark one, in place."""
     width = max(1, round(_LINE_SHARE * sheets.scale(picture.shape)))
     dark = picture.copy()
     outlines = []
-    # Continued beyond the picture, so that no line runs along its edge.
+    # Masks are continued beyond the picture, so no line runs along its edge.
     pad = 2 * width + 2
     for region in regions:
         contours, _ = cv2.findContours(
@@ -221,7 +221,7 @@ def _draw_labels(picture: np.ndarray, regions: Sequence[_Region]) -> np.ndarray:
     base = max(_MIN_FONT, round(_FONT_SHARE * sheets.scale(picture.shape)))
     taken = np.zeros(picture.shape[:2], bool)
     plates = []
-    # The smallest have the least choice of place, so they choose first.
+    # The smallest have the fewest places, so they choose first.
     for region in sorted(regions, key=lambda r: np.count_nonzero(r.mask)):
         plate = _place(region, taken, base)
         if plate is not None:
@@ -253,7 +253,7 @@ def _plate_size(text: str, size: int) -> tuple[int, int]:
 
 
 def _place(region: _Region, taken: np.ndarray, base: int) -> tuple[int, ...] | None:
-    """(x, y, width, height, font size) of a region's label, or None where it has no place."""
+    """Finds (x, y, width, height, font size) of a region's label, or None without a place."""
     rows, columns = np.flatnonzero(region.mask.any(1)), np.flatnonzero(region.mask.any(0))
     top, left = rows[0], columns[0]
     cut = np.s_[top : rows[-1] + 1, left : columns[-1] + 1]
@@ -278,7 +278,7 @@ def _place(region: _Region, taken: np.ndarray, base: int) -> tuple[int, ...] | N
     dwarfs = width * height > _DWARF * np.count_nonzero(region.mask)
     if dwarfs or width > limit_x or height > limit_y:
         return None
-    # A small thing's label covers it or, if others are in the way, stands above or below it.
+    # A small thing's label covers it or, if others are in the way, lies above or below it.
     for y in (center_y - height / 2, top - height, rows[-1] + 1):
         x = round(min(max(center_x - width / 2, 0), limit_x - width))
         y = round(min(max(y, 0), limit_y - height))

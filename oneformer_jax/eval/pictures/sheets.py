@@ -17,35 +17,35 @@ def scale(shape: Sequence[int]) -> float:
 
 def contact_sheet(
     images: Sequence[np.ndarray],
-    titles: Sequence[str] | None = None,
+    titles: Sequence[str],
     *,
-    columns: int | None = None,
+    columns: int,
     cell: tuple[int, int] = (360, 360),
 ) -> np.ndarray:
-    """Pictures in a grid on white, each with its title above it.
+    """Arranges pictures in a grid on white, each below its title.
 
     Args:
       images: uint8 [H, W, 3] RGB pictures of any sizes; each is fitted into its cell.
       titles: one line per picture.
-      columns: pictures in a row; None makes the grid about square.
-      cell: height and width in pixels that a picture may take up.
+      columns: pictures in a row.
+      cell: largest height and width of a picture, in pixels.
 
     Returns:
-      uint8 [rows of cells, columns of cells, 3] RGB; rows and columns without need of the whole
-      cell are narrower.
+      uint8 [rows of cells, columns of cells, 3] RGB; rows and columns of small pictures are
+      narrower.
 
     Raises:
-      ValueError: no pictures, or titles of another number.
+      ValueError: no pictures, or another number of titles.
     """
     if not images:
         raise ValueError("a contact sheet needs at least one image")
-    if titles is not None and len(titles) != len(images):
+    if len(titles) != len(images):
         raise ValueError(f"{len(titles)} titles for {len(images)} images")
-    columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
+    columns = min(len(images), columns)
     pictures = [_fit(np.asarray(image), cell) for image in images]
     gap = max(6, round(0.03 * scale(cell)))
     font_size = max(10, round(0.045 * scale(cell)))
-    band = round(1.6 * font_size) if titles is not None else 0
+    band = round(1.6 * font_size)
     grid = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     heights = [max(p.shape[0] for p in row) for row in grid]
     widths = [max(p.shape[1] for p in pictures[c::columns]) for c in range(columns)]
@@ -57,9 +57,8 @@ def contact_sheet(
         x = gap
         for c, picture in enumerate(row):
             middle = x + widths[c] // 2
-            if titles is not None:
-                text, font = _fit_text(titles[r * columns + c], font_size, widths[c] + gap // 2)
-                draw.text((middle, y + band / 2), text, font=font, anchor="mm", fill=_INK)
+            text, font = _fit_text(titles[r * columns + c], font_size, widths[c] + gap // 2)
+            draw.text((middle, y + band / 2), text, font=font, anchor="mm", fill=_INK)
             offset = (heights[r] - picture.shape[0]) // 2
             position = (middle - picture.shape[1] // 2, y + band + offset)
             sheet.paste(Image.fromarray(picture), position)
@@ -68,18 +67,8 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
-def side_by_side(
-    images: Sequence[np.ndarray], titles: Sequence[str] | None = None, *, height: int = 360
-) -> np.ndarray:
-    """Pictures in one row, at most `height` pixels high and 4 times that wide: `contact_sheet`."""
-    widest = min(4.0, max((i.shape[1] / i.shape[0] for i in images), default=1.0))
-    return contact_sheet(
-        images, titles, columns=len(images) or 1, cell=(height, math.ceil(height * widest))
-    )
-
-
 def _fit(image: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
-    """Resize to the largest size that fits into the cell, aspect kept."""
+    """Resizes to the largest size that fits into the cell, aspect kept."""
     height, width = image.shape[:2]
     factor = min(cell[0] / height, cell[1] / width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
@@ -88,7 +77,7 @@ def _fit(image: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
 
 
 def _fit_text(text: str, size: int, width: int) -> tuple[str, ImageFont.ImageFont]:
-    """The text in a smaller font, then cut short, until it is at most `width` pixels wide."""
+    """Shrinks the font, then cuts the text, until it is at most `width` pixels wide."""
     font = ImageFont.load_default(size)
     while font.getlength(text) > width and size > 10:
         size -= 1

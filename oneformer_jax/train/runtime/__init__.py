@@ -1,1 +1,1 @@
-"""The run as a process on machines: who takes part, when it must stop, where it writes."""
+"""The run as a process on machines: its peers, its end by a signal, its folder."""

@@ -1,7 +1,7 @@
-"""Start-up of several processes: where this one stands, who is missing, and then `jax.distributed`.
+"""Start-up of several processes: finds this one's place, names missing ones, starts JAX's service.
 
-JAX itself aborts the process when others do not come in time and does not say which. So the
-processes call the roll beforehand, on the port after the coordinator's.
+JAX aborts the process if others do not come in time, without naming them. So the processes call the
+roll beforehand, on the port after the coordinator's.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from orbax.checkpoint import multihost
 # Ports of jax.distributed on Cloud TPU and GKE; SLURM's follows from the job's number.
 _TPU_PORT = 8476
 _SLURM_PORTS = 4096
-# Longer than any compilation: a process that is lost meanwhile is noticed by JAX itself.
+# Longer than any compilation; JAX itself notices a process that is lost meanwhile.
 _COMPILATION_SECONDS = 6 * 3600
 
 
 class DistributedError(ValueError):
-    """The processes of a run did not come together."""
+    """The processes of a run did not all join."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a process stands among those of its run.
+    """The place of a process among those of its run.
 
     Attributes:
       process: its number.
-      count: of all processes.
+      count: number of processes.
       coordinator: "host:port" of process 0, or None if only JAX can find it.
-      source: who said so.
+      source: origin of these values.
       hosts: names of the hosts by process, if known.
     """
 
@@ -52,8 +52,8 @@ class Place:
     def __post_init__(self):
         if not 0 <= self.process < self.count:
             raise DistributedError(
-                f"process {self.process} of {self.count} ({self.source}) cannot be: processes are "
-                f"numbered 0 to {self.count - 1}"
+                f"process {self.process} of {self.count} ({self.source}) cannot exist: processes "
+                f"are numbered 0 to {self.count - 1}"
             )
         if self.coordinator and not re.fullmatch(r".+:\d+", self.coordinator):
             raise DistributedError(
@@ -67,10 +67,10 @@ def find_place(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Place | None:
-    """What flags and environment say, in this order: flags, JAX_*, GKE and Cloud TPU, SLURM, MPI.
+    """Finds the place in flags, JAX_*, GKE and Cloud TPU, SLURM or MPI, in this order.
 
     Returns:
-      None where only JAX's own detection can tell.
+      None if only JAX's own detection can tell.
 
     Raises:
       DistributedError: a part of the flags or of JAX_* is missing or wrong.
@@ -90,13 +90,13 @@ def find_place(
     if len(missing) < len(explicit) and any(
         value is not None for value in (coordinator, num_processes, process_id)
     ):
-        raise DistributedError(f"the place among the processes lacks {'; '.join(missing)}")
+        raise DistributedError(f"the settings of several processes lack {'; '.join(missing)}")
     names = tuple(environment.get("TPU_WORKER_HOSTNAMES", "").split(","))
     if "TPU_WORKER_ID" in environment and names[0]:
         slices = _whole(environment.get("MEGASCALE_NUM_SLICES", 1))
         number = _whole(environment["TPU_WORKER_ID"])
         number += _whole(environment.get("MEGASCALE_SLICE_ID", 0)) * len(names)
-        # Of several slices each knows its own hosts only; the coordinator is in the first.
+        # Each slice knows its own hosts only; the coordinator is in the first one.
         first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", names[0]).split(":")[0]
         known = names if slices == 1 else ()
         return Place(number, len(names) * slices, f"{first}:{_TPU_PORT}", "TPU_WORKER_*", known)
@@ -123,7 +123,7 @@ def _whole(value: str | int) -> int:
     try:
         return int(value)
     except ValueError:
-        raise DistributedError(f"{value!r} is no number of processes or of a process") from None
+        raise DistributedError(f"{value!r} is not a number of processes or of a process") from None
 
 
 def first_host(nodes: str) -> str:
@@ -133,18 +133,18 @@ def first_host(nodes: str) -> str:
 
 
 def start(place: Place | None, timeout: float = 300.0) -> None:
-    """Joins the other processes; says who and where this one is before anything can hang.
+    """Joins the other processes; first logs the place of this one, as joining may hang.
 
     Args:
-      place: of `find_place`; None leaves all to JAX's detection.
-      timeout: seconds in which all processes must have come.
+      place: from `find_place`; None leaves everything to JAX's detection.
+      timeout: seconds to wait for all processes.
 
     Raises:
-      DistributedError: somebody is missing after that time; the message says who.
+      DistributedError: processes are missing after that time; the message names them.
     """
     host = socket.gethostname()
     if place is None:
-        logging.info("On %s: joining the other processes as JAX finds them", host)
+        logging.info("On %s: joining the other processes by JAX's detection", host)
         with _warning_before(timeout, f"{host} still waits for the other processes"):
             jax.distributed.initialize(initialization_timeout=round(timeout))
     else:
@@ -174,15 +174,15 @@ def start(place: Place | None, timeout: float = 300.0) -> None:
 
 
 def compile_everywhere(function: Any, *arguments: Any, name: str) -> None:
-    """Compiles a jitted function and returns when all processes have, so that none runs it alone.
+    """Compiles a jitted function, and waits until all processes have, so that none runs it alone.
 
-    A collective does not wait as long as another process may compile: on CPUs JAX gives up after
-    30 s. A call with such arguments then compiles nothing more.
+    Compiling may take longer than a collective waits: on CPUs JAX gives up after 30 s. A later call
+    with such arguments does not compile.
 
     Args:
-      function: of `jax.jit`; one process alone compiles it at its first call as ever.
+      function: a result of `jax.jit`; a single process compiles it at its first call as usual.
       arguments: arrays; nothing is donated here.
-      name: of the program, given once in a run.
+      name: name of the program, unique in a run.
     """
     if jax.process_count() == 1:
         return
@@ -193,7 +193,7 @@ def compile_everywhere(function: Any, *arguments: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def _warning_before(timeout: float, text: str) -> Iterator[None]:
-    """Logs `text` shortly before JAX gives up, since it then aborts the process."""
+    """Logs `text` shortly before JAX gives up, as it then aborts the process."""
     message = f"{text}; in 2 s JAX ends this process. Did all start with the same command?"
     timer = threading.Timer(max(timeout - 2, 0.1), logging.error, [message])
     timer.daemon = True
@@ -208,11 +208,7 @@ def _warning_before(timeout: float, text: str) -> Iterator[None]:
 
 
 def call_roll(place: Place, timeout: float) -> None:
-    """Waits until every process has called; process 0 keeps the list.
-
-    Raises:
-      DistributedError: naming the processes that did not come, or a number that two claim.
-    """
+    """Waits until every process has called; a DistributedError names missing or double ones."""
     host, _, port = place.coordinator.rpartition(":")
     if place.count == 1:
         return
@@ -231,8 +227,8 @@ def _keep_roll(place: Place, port: int, timeout: float) -> None:
             server = stack.enter_context(socket.create_server(("", port), backlog=place.count))
         except OSError as error:
             raise DistributedError(
-                f"process 0 cannot listen on port {port} ({error.strerror}): another run may be "
-                "using it; take another port for the coordinator"
+                f"process 0 cannot listen on port {port} ({error.strerror}): another run may use "
+                "it; choose another port for the coordinator"
             ) from error
         callers = []
         while len(present) < place.count and not problem:
@@ -247,7 +243,7 @@ def _keep_roll(place: Place, port: int, timeout: float) -> None:
                 caller = json.loads(connection.makefile().readline())
                 number, count, name = caller["process"], caller["count"], caller["host"]
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # something else on the network knocked
+                continue  # a stranger on the network
             callers.append(connection)
             if count != place.count:
                 problem = f"{name} counts {count} processes and process 0 {place.count}"
@@ -278,7 +274,7 @@ def _who_is_missing(place: Place, missing: list[int], timeout: float) -> str:
 
 def _answer_roll(place: Place, host: str, port: int, timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    # What process 0 has to say at the end of its time comes a little after that.
+    # Process 0 answers a little after its time is over.
     patience = deadline + 15
     me = {"process": place.process, "count": place.count, "host": socket.gethostname()}
     while True:
@@ -288,7 +284,7 @@ def _answer_roll(place: Place, host: str, port: int, timeout: float) -> None:
                 connection.sendall((json.dumps(me) + "\n").encode())
                 reply = json.loads(connection.makefile().readline())
                 break
-        except (OSError, ValueError) as error:  # not there yet, or gone before it answered
+        except (OSError, ValueError) as error:  # not started yet, or gone before it answered
             if time.monotonic() > deadline:
                 raise DistributedError(
                     f"process {place.process}: process 0 cannot be reached at {host}, port {port}, "

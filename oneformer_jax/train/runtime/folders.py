@@ -1,4 +1,4 @@
-"""Folders of checkpoints: where they lie, which are complete, and what interrupted saves left."""
+"""Folders of checkpoints: their paths, their completeness, and the remains of interrupted saves."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from absl import logging
 from etils import epath
 
 CHECKPOINT_FOLDER = "checkpoints"
-# Orbax writes into a folder with this in its name and renames it when all files are there.
+# Orbax writes into a folder with this in its name and renames it when all files are complete.
 TEMPORARY = ".orbax-checkpoint-tmp"
-UNVERIFIED = ".unverified"  # written to its end, and not yet read back
+UNVERIFIED = ".unverified"  # complete, but not yet read back
 DELETED = ".deleted"  # being removed
 _LEFT_OVER = re.compile(
     "[0-9]+(" + "|".join(map(re.escape, (TEMPORARY, UNVERIFIED, DELETED))) + ")"
 )
 PARTS = ("_CHECKPOINT_METADATA", "state", "position")
 
-# Orbax and etils take these for buckets: as the first folder of a path, or as ".../gs:/...".
+# Orbax and etils read these as buckets: as the first folder of a path, or as ".../gs:/...".
 _BUCKETS = ("gs", "s3", "az", "hf")
 
 
 class FolderError(ValueError):
-    """A path that cannot be the place of a run."""
+    """A path that cannot be a run's folder."""
 
 
 def locate(path: str | os.PathLike) -> pathlib.Path:
     """Gives the absolute path of a working directory or of a folder in it; "~" is expanded.
 
     Raises:
-      FolderError: a URL, or a path that the libraries below cannot carry.
+      FolderError: a URL, or a path that TensorStore or Orbax misreads.
     """
     text = os.fspath(path)
     if "://" in text:
@@ -54,28 +54,28 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _not_carried(path: pathlib.Path) -> str:
-    """Says why TensorStore or Orbax would read and write elsewhere; "" if they would not."""
+    """Says why TensorStore or Orbax would misread the path; "" if they would not."""
     text = str(path)
     if "\0" in text:
         return "has a NUL character"
     if "\\" in text:
-        return "has a backslash, which TensorStore takes for a slash"
+        return "has a backslash, which TensorStore reads as a slash"
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "is not UTF-8, and TensorStore reads no other names"
+        return "is not UTF-8, which TensorStore needs"
     if len(path.parts) > 1 and path.parts[1] in _BUCKETS:
-        return f"begins with /{path.parts[1]}, which Orbax takes for a bucket"
+        return f"begins with /{path.parts[1]}, which Orbax reads as a bucket"
     if any(part.endswith("gs:") for part in path.parts):
-        return "has a folder that ends in 'gs:', which Orbax takes for a bucket"
+        return "has a folder that ends in 'gs:', which Orbax reads as a bucket"
     return ""
 
 
 class _LiteralPath(type(epath.Path("/"))):
-    """A path of Orbax whose own characters are no pattern in `glob`.
+    """A path of Orbax whose own characters are literal in `glob`.
 
-    Orbax finds what the processes wrote by a pattern over the full path: below "runs/run[1]" it
-    would find nothing, and commit a checkpoint without its index.
+    Orbax finds the processes' files by a pattern over the full path: below "runs/run[1]" it would
+    find nothing, and commit a checkpoint without its index.
     """
 
     def glob(self, pattern: str) -> Iterator[_LiteralPath]:
@@ -86,7 +86,7 @@ class _LiteralPath(type(epath.Path("/"))):
 
 
 def literal(path: pathlib.Path) -> epath.Path:
-    """Gives the path in the form that Orbax gets, see `_LiteralPath`."""
+    """Gives the path in the form for Orbax, see `_LiteralPath`."""
     return _LiteralPath(path)
 
 
@@ -96,7 +96,7 @@ def is_step(name: str) -> bool:
 
 
 def is_complete(folder: pathlib.Path) -> bool:
-    """Tells whether this is the folder of a checkpoint that was written to its end."""
+    """Tells whether this is the folder of a complete checkpoint."""
     return is_step(folder.name) and all((folder / part).exists() for part in PARTS)
 
 
@@ -106,10 +106,10 @@ def finished_steps(directory: pathlib.Path) -> list[int]:
 
 
 def sweep(directory: pathlib.Path) -> None:
-    """Clears away what an interrupted save, copy or removal left."""
+    """Removes the remains of an interrupted save, copy or removal."""
     for path in directory.iterdir():
         if _LEFT_OVER.match(path.name):
-            logging.warning("Removing %s, left by a save that was interrupted.", path)
+            logging.warning("Removing %s, left by an interrupted save.", path)
             shutil.rmtree(path)
         elif is_step(path.name) and not is_complete(path):
             name = f"{path.name}.incomplete"
@@ -124,17 +124,17 @@ def sweep_files(folder: pathlib.Path, older_than: float = 0.0) -> None:
 
     Args:
       folder: need not exist.
-      older_than: seconds; younger ones may be those of another process, which is still writing.
+      older_than: seconds; another process may still write younger ones.
     """
     for path in folder.glob(".*.????????.tmp"):
         if time.time() - path.stat().st_mtime < older_than:
             continue
-        logging.warning("Removing %s, left by a write that was interrupted.", path)
+        logging.warning("Removing %s, left by an interrupted write.", path)
         path.unlink(missing_ok=True)
 
 
 def rename(folder: pathlib.Path, name: str) -> None:
-    """Gives `folder` another name, in the place of what had it."""
+    """Renames `folder`, replacing a folder of that name."""
     aside = folder.parent / name
     if aside.exists():
         shutil.rmtree(aside)
@@ -142,14 +142,14 @@ def rename(folder: pathlib.Path, name: str) -> None:
 
 
 def remove(folder: pathlib.Path) -> None:
-    """Removes a checkpoint; one that is half removed no longer has the name of a checkpoint."""
+    """Removes a checkpoint, after renaming it: a half-removed one is no checkpoint."""
     gone = folder.with_name(folder.name + DELETED)
     folder.rename(gone)
     shutil.rmtree(gone)
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:
-    """Removes what a save that failed has written, which also frees its space."""
+    """Removes the files of a failed save, which also frees their space."""
     for path in directory.iterdir():
         if UNVERIFIED in path.name:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,13 +1,13 @@
-"""Handles SIGTERM, the only warning of a machine that is taken away, and SIGINT (Ctrl-C) alike.
+"""Handles SIGTERM, the only warning a preemptible machine gets, and SIGINT (Ctrl-C).
 
-While training steps run, the loop is told, saves and stops. At all other times (start, compilation,
-evaluation) everything worth keeping is in a checkpoint already, and Python may be unable to act for
-minutes, being inside the compiler; then a thread waits for the save under way and ends the process.
-Either way the exit code is `EXIT_CODE`, and the same command goes on from the saved step. Ctrl-C
-after that ends the process at once, with `INTERRUPTED`; what was half saved is no checkpoint.
+While training steps run, the loop saves and stops. At other times (start, compilation, evaluation)
+a checkpoint already holds everything worth keeping, and the main thread may be inside the compiler
+for minutes. Then a thread waits for the current save and ends the process. Either way the exit code
+is `EXIT_CODE`, and the same command resumes from the saved step. A second Ctrl-C ends the process
+at once, with `INTERRUPTED`; a half-saved checkpoint is discarded.
 
-Python's own answer to Ctrl-C, an exception in the main thread, is not used: inside a callback of
-JAX it is lost, and the run would go on.
+Python's own answer to Ctrl-C, an exception in the main thread, is lost inside a callback of JAX,
+and the run would go on.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from absl import logging
 from oneformer_jax.train import sharding
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
-INTERRUPTED = 130  # as a shell says it of a program that SIGINT ended
+INTERRUPTED = 130  # a shell's code for a program that SIGINT ended
 
 
 class Preempted(SystemExit):
-    """The run was told to stop; the state of `step` is saved. Ends the program with `EXIT_CODE`.
+    """The run was told to stop and saved its state. Ends the program with `EXIT_CODE`.
 
     Attributes:
-      step: of the saved state.
+      step: step of the saved state.
     """
 
     def __init__(self, step: int):
         self.step = step
-        logging.warning("Stopped at step %d, which is saved; the same command goes on", step)
+        logging.warning("Stopped at step %d, which is saved; the same command resumes", step)
         super().__init__(EXIT_CODE)
 
 
 class Preemption:
-    """Context in which SIGTERM and SIGINT are noted; see the module's text.
+    """Context that handles SIGTERM and SIGINT; see the module's docstring.
 
         with Preemption(mesh) as preemption:
             with preemption.at_rest(checkpoints.wait_until_finished):
-                ...  # nothing is lost if the process ends in here
+                ...  # nothing is lost if the process ends here
             if preemption.poll():
                 checkpoints.save(...)
                 raise Preempted(step)
 
     Signals reach Python in the main thread only: in another one nothing is installed. A signal that
-    the process was started to ignore, as SIGINT under `nohup ... &`, stays ignored.
+    the process ignores from its start, such as SIGINT under `nohup ... &`, stays ignored.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
@@ -71,7 +71,7 @@ class Preemption:
     def __enter__(self) -> Preemption:
         self._installed = threading.current_thread() is threading.main_thread()
         if self._installed:
-            # The wake-up file is written by the C handler: also while the main thread compiles.
+            # The C handler writes the wake-up file, even while the main thread compiles.
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -85,7 +85,7 @@ class Preemption:
     def __exit__(self, kind, error, trace) -> None:
         if not self._installed:
             return
-        # At rest, a signal to the whole process group may have ended a loader process, and so us.
+        # At rest, the error may come from a loader process that the same signal ended.
         if error is not None and self._finish is not None and self.came():
             self._end(self._finish)
         signal.set_wakeup_fd(self._old_file)
@@ -107,7 +107,7 @@ class Preemption:
                         "%s: saving, then ending with exit code %d%s", name, EXIT_CODE, more
                     )
                     self._noted.set()
-                    # In a thread of its own: this one watches for the second signal.
+                    # In another thread: this one watches for the second signal.
                     threading.Thread(target=self._end_rest, daemon=True).start()
                 elif number == signal.SIGINT:
                     logging.warning("%s again: ending at once", name)
@@ -124,44 +124,41 @@ class Preemption:
         try:
             finish()
         except Exception as error:
-            logging.error(
-                "The save under way failed, the checkpoint before it is intact: %s", error
-            )
+            logging.error("The current save failed, the checkpoint before it is intact: %s", error)
             code = 1
         _exit(code)
 
     def rest(self, finish: Callable[[], None]) -> None:
-        """From here on nothing is lost: on a signal, a thread calls `finish` and ends the run."""
+        """Begins a rest, when nothing can be lost: a signal calls `finish` and ends the run."""
         with self._lock:
             self._finish = finish
             if self._noted.is_set():
                 self._end(finish)
 
     def wake(self) -> None:
-        """Ends `rest`: from here on a signal is only noted, for `poll`."""
+        """Ends a rest: a signal is only noted, for `poll`."""
         with self._lock:
             self._finish = None
 
     @contextlib.contextmanager
     def at_rest(self, finish: Callable[[], None]) -> Iterator[None]:
-        """Around what may be cut off: `rest` and `wake`; an error leaves it at rest."""
+        """Rests during a block that may be cut off; after an error the rest goes on."""
         self.rest(finish)
         yield
         self.wake()
 
     def came(self, within: float = 1.0) -> bool:
-        """Tells whether this process got a signal, or gets it in so many seconds.
+        """Tells whether this process got a signal, or gets one `within` some seconds.
 
-        For those who see what a signal to the process group did to another process: that may be
-        known before the signal to this one.
+        The effect of a signal to the process group may show in another process first.
         """
         return bool(self._old_handlers) and self._noted.wait(within)
 
     def poll(self) -> bool:
-        """Tells whether to save and stop after this step; every process calls it once per step.
+        """Tells whether to save and stop after this step; every process calls it every step.
 
-        With several processes all get the same answer at the same step, one step after the signal
-        to any of them; nothing waits for the device but for the flag of the step before.
+        All processes get the same answer at the same step, one step after the signal to any of
+        them. It waits for the device only until the flag of the step before is known.
         """
         if jax.process_count() == 1:
             return self._noted.is_set()

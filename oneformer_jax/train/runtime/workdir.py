@@ -1,4 +1,4 @@
-"""The working directory as a place: one run at a time, writable, with room for what comes."""
+"""Checks of the working directory: one run at a time, writable, with room for a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class WorkdirError(ValueError):
 def hold(workdir: str | os.PathLike) -> Iterator[None]:
     """Makes the folder and keeps other training runs out of it; the first process does it for all.
 
-    The lock is the kernel's: it ends with the process, however that ends.
+    The lock is the kernel's, so it ends with the process.
 
     Raises:
       WorkdirError: another run holds it, or it cannot be written.
@@ -59,7 +59,7 @@ def hold(workdir: str | os.PathLike) -> Iterator[None]:
             ) from None
         except OSError as error:  # a file system without locks
             logging.warning(
-                "%s cannot be locked (%s): take care that no second run uses it", folder, error
+                "%s cannot be locked (%s): make sure that no second run uses it", folder, error
             )
         file.truncate(0)
         owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
@@ -79,18 +79,18 @@ def _owner(text: str) -> str:
 
 
 def check_room(workdir: str | os.PathLike, state: Any) -> None:
-    """WorkdirError if there is no room for one checkpoint of `state` (arrays or their shapes)."""
+    """Raises WorkdirError without room for one checkpoint of `state` (arrays or their shapes)."""
     need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(folders.locate(workdir)).free
     if free < need:
         raise WorkdirError(
-            f"workdir {workdir} has {free / 2**30:.2f} GiB free, and one checkpoint takes about "
+            f"workdir {workdir} has {free / 2**30:.2f} GiB free, but one checkpoint takes about "
             f"{need / 2**30:.2f} GiB: free some space, or use another --workdir"
         )
 
 
 def is_full(error: BaseException) -> bool:
-    """Tells whether `error` or what caused it says that a disk is full."""
+    """Tells whether `error` or one of its causes means that a disk is full."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     words = ("No space left", "Disk quota exceeded", "File too large")
     cause: BaseException | None = error
@@ -101,11 +101,11 @@ def is_full(error: BaseException) -> bool:
     return False
 
 
-# ------------------------------------------------------------------ what two JSON files differ in
+# ------------------------------------------------------------------ differences of two JSON files
 
 
 def differing_keys(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
-    """Texts like "backbone.depth (there 50, here 101)" for the leaves in which two JSONs differ."""
+    """Yields the leaves in which two JSONs differ: "backbone.depth (there 50, here 101)"."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in dict.fromkeys((*theirs, *ours)):
             inner = f"{name}.{key}" if name else str(key)
@@ -115,9 +115,9 @@ def differing_keys(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
 
 
 def differing_classes(theirs: Metadata, ours: Metadata) -> str:
-    """Says in which classes two datasets differ, or "": names, kinds and order make the identity.
+    """Describes the differences of two datasets' classes in names, kinds and order, or "".
 
-    Neither the name of a dataset nor its colours and ids in files are part of a model.
+    The name of a dataset, its colours and its ids in files are not part of a model.
     """
     there, here = theirs.classes(), ours.classes()
     if len(there) != len(here):

@@ -220,7 +220,7 @@ def test_room_for_a_checkpoint(tmp_path, monkeypatch):
     state = {"params": jnp.ones((1024, 1024)), "step": jnp.int32(1)}
     workdir.check_room(tmp_path, state)
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda _: Room)
-    with pytest.raises(WorkdirError, match=r"0\.00 GiB free, and one checkpoint takes about 0\.00"):
+    with pytest.raises(WorkdirError, match=r"0\.00 GiB free, but one checkpoint takes about 0\.00"):
         workdir.check_room(tmp_path, state)
 
 
