@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from tests.train.test_compile import needs_libtpu
+
+from tests.compile.test_compile import needs_libtpu
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
