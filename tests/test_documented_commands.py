@@ -74,8 +74,8 @@ class Parsed(BaseException):
 
 
 def check_main(arguments):
-    arguments = [PLACEHOLDERS.get(word, word) for word in arguments]
-    parse(*arguments)
+    # absl answers --help itself, before anything is parsed.
+    parse(*(PLACEHOLDERS.get(word, word) for word in arguments if word != "--help"))
 
 
 def check_make(arguments):
