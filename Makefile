@@ -22,7 +22,7 @@ help:
 	@echo "make test      the test suite; make test-all adds the tests that take minutes"
 	@echo "make bench-input  samples/s of the input pipeline against the plain way"
 	@echo "make bench-peers  time and memory beside the other OneFormers"
-	@echo "make lint      ruff check and ruff format --check; make format applies both"
+	@echo "make lint      ruff check, ruff format --check and mypy; make format applies the first two"
 	@echo "make setup     only the virtual environment ($(VENV)); the targets above do it themselves"
 	@echo "make clean     removes $(VENV) and caches; runs/ and data/ stay"
 	@echo
@@ -67,11 +67,12 @@ bench-peers: $(PARITY)
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -204,7 +204,7 @@ RULES: dict[str, Rule] = {
     "mesh.topology": Matching(
         "KIND:SHAPE, as v5e:4x4 or h100:8",
         empty=True,
-        test=re.compile(r"\w+:\d{1,6}(x\d{1,6}){0,3}").fullmatch,
+        test=lambda text: re.fullmatch(r"\w+:\d{1,6}(x\d{1,6}){0,3}", text) is not None,
     ),
     "mesh.slices": Integer(1, 10_000),
     "compilation_cache": Line("the path of a folder", empty=True),

@@ -79,7 +79,7 @@ def read_bytes(
 
 def read_json(
     path: str | os.PathLike[str],
-    schema: type[T] = dict[str, Any],
+    schema: type[T] = dict[str, Any],  # type: ignore[assignment]
     *,
     limit: int = JSON_LIMIT,
     error: type[Exception] = FileError,
@@ -101,7 +101,7 @@ def read_json(
 
 def parse_json(
     data: bytes | str,
-    schema: type[T] = dict[str, Any],
+    schema: type[T] = dict[str, Any],  # type: ignore[assignment]
     where: str | os.PathLike[str] = "the text",
     *,
     error: type[Exception] = FileError,

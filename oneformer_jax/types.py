@@ -115,7 +115,7 @@ class Metadata:
     category_ids: tuple[int, ...]
     ignore_label: int = 255
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("is_thing", "colors", "category_ids"):
             found = len(getattr(self, field))
             if found != self.num_classes:

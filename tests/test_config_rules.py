@@ -1,11 +1,8 @@
 """The rules of the config: every key has one, and no absurd value comes through."""
 
-import functools
 import importlib
 import inspect
 import pathlib
-import re
-import shlex
 import sys
 
 import pytest
@@ -26,7 +23,6 @@ from oneformer_jax.models import backbones
 from oneformer_jax.rules import Fields, Integer, Number, Odd, Tuple, Word
 from oneformer_jax.train import loop
 from tests import tiny
-from tests.test_docs import PAGES, code
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = "--config=configs/synthetic.py"
@@ -327,26 +323,3 @@ def test_the_ends_of_a_range_are_in_it_or_out_as_it_says():
     ascending = Tuple(Integer(0, 9), 0, 3, "ascending")
     assert ascending.accepts((1, 2)) and not ascending.accepts((1, 1))
     assert Word(("a",)).fault("b") == "be one of a"
-
-
-# ---------------------------------------------------------------- the documentation
-
-
-@functools.cache
-def documented_commands():
-    """Flags of the commands of the pages, but for those with a placeholder or a shell variable."""
-    found = []
-    for page in PAGES:
-        for piece in code(page.read_text("utf-8")):
-            for line in piece.replace("\\\n", " ").splitlines():
-                program = re.search(r"(?:main\.py|oneformer-jax)(?= --)", line)
-                if program and not re.search(r"\$|--help|=CONFIG\b", line):
-                    arguments = line[program.end() :].strip('`" ')  # the end of `gcloud ...`, too
-                    found.append(tuple(shlex.split(arguments, comments=True)))
-    return tuple(found)
-
-
-def test_documented_commands_pass():
-    assert len(documented_commands()) >= 20
-    for words in documented_commands():
-        parse(*(word for word in words if word != "..."))

@@ -65,7 +65,7 @@ class EvalResult:
 class _Clock:
     """Splits the time since its start into named parts."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
         self._parts = dict.fromkeys(("data", "predict", "postprocess", "metrics"), 0.0)
 
@@ -178,7 +178,7 @@ def _score_batches(
         clock.lap("data")
         if plain:
             _score_plain(predictor, batch, plain, metadata, postprocess, clock)
-        if len(plain) < len(runs):
+        if tta is not None and len(plain) < len(runs):
             segmented = _semantic_tta(predictor, batch, tta, metadata, clock)
             _score(runs["semantic"]["semantic"], segmented, batch, clock)
         images += int(np.sum(batch["valid"]))
@@ -200,21 +200,24 @@ def _score_plain(
     The devices hold the features, and the logits of one token at a time.
     """
     features = predictor.encode(batch)
+    image_size, original_size = _sizes(batch, batch)
     for token, metrics in runs.items():
-        logits = jax.block_until_ready(predictor.decode(features, token))
+        class_logits, mask_logits = jax.block_until_ready(predictor.decode(features, token))
         clock.lap("predict")
         # A batch of fillers is predicted, as all hosts must, but not segmented.
         for task, metric in metrics.items() if np.any(batch["valid"]) else ():
             segmented = segment_images(
-                *logits,
-                *_sizes(batch, batch),
+                class_logits,
+                mask_logits,
+                image_size,
+                original_size,
                 batch["image"].shape[1:3],
                 task=task,
                 config=postprocess,
                 metadata=metadata,
             )
             _score(metric, segmented, batch, clock)
-        del logits
+        del class_logits, mask_logits
 
 
 def _sizes(view: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -272,13 +275,14 @@ def merge_hosts(metric: Metric) -> Metric:
     if jax.process_count() == 1:
         return metric
     buffer = io.BytesIO()
-    np.savez(buffer, **metric.state())
+    np.savez(buffer, allow_pickle=False, **metric.state())
     data = np.frombuffer(buffer.getvalue(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array(len(data), np.int32))
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: len(data)] = data
-    gathered = np.asarray(multihost_utils.process_allgather(padded))
-    merged = None
+    with jax.transfer_guard("allow"):  # those of process_allgather
+        lengths = multihost_utils.process_allgather(np.array(len(data), np.int32))
+        padded = np.zeros(lengths.max(), np.uint8)
+        padded[: len(data)] = data
+        gathered = np.asarray(multihost_utils.process_allgather(padded))
+    merged: Any = None
     for row, length in zip(gathered, lengths, strict=True):
         with np.load(io.BytesIO(row[:length].tobytes())) as state:
             other = type(metric).from_state(state)
@@ -308,7 +312,9 @@ def _result(
             f"evaluation saw no image of {metadata.dataset}: its evaluation split is empty, or "
             "every record was skipped"
         )
-    values, reasons, counts = {}, {}, {}
+    values: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+    counts: dict[str, int] = {}
     rows = [
         {"class": name, "isthing": thing}
         for name, thing in zip(metadata.class_names, metadata.is_thing, strict=True)
@@ -337,7 +343,7 @@ def _result(
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """Formats an aligned table as lines; numbers get one decimal, None is a dash."""
 
-    def cell(value):
+    def cell(value: Any) -> str:
         return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
 
     cells = [list(header), *([cell(value) for value in row] for row in rows)]

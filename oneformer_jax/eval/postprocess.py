@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,15 @@ from jax.sharding import PartitionSpec as P
 
 from oneformer_jax import config_rules
 from oneformer_jax.eval.segmentation import Segmentation
-from oneformer_jax.eval.strips import canvas_size, mask_strips, this_host
+from oneformer_jax.eval.strips import canvas_size, mask_strips, placement, this_host
 from oneformer_jax.rules import Flag, Number, require
 from oneformer_jax.types import Metadata, task_id
+
+T = TypeVar("T")
+Tables = dict[str, jax.Array]  # what the device gives of an image
+Fetched = Mapping[str, np.ndarray]  # the same, on the host
+Head = Callable[[jax.Array, jax.Array], Any]  # (masks, inside the image) of a strip -> arrays
+PerStrip = Callable[[Head], Any]  # a head -> its arrays for all strips, stacked
 
 # Rules of the fields of `PostprocessConfig` that are not keys of a config.
 _RULES = {
@@ -58,7 +64,7 @@ class PostprocessConfig:
     instance_score_threshold: float = 0.0
     ade_instance_remap: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         config_rules.require_fields("eval", self, but=tuple(_RULES))
         require("postprocess ", vars(self), _RULES)
         if self.ade_instance_remap and not self.things_only_instances:
@@ -124,12 +130,11 @@ def segment_images(
     if images is not None and len(images) != batch:
         raise ValueError(f"{len(images)} images for a batch of {batch}")
 
+    rows = (class_logits, mask_logits, image_size, original_size)
+    threshold = np.float32(config.object_mask_threshold)
     tables = _run(
-        class_logits,
-        mask_logits,
-        image_size,
-        original_size,
-        config.object_mask_threshold,
+        *jax.device_put(rows, placement(class_logits, mesh, P("data"))),
+        jax.device_put(threshold, placement(class_logits, mesh, P())),
         task=task,
         padded_size=tuple(int(s) for s in padded_size),
         canvas=canvas_size(original_size),
@@ -158,33 +163,33 @@ def segment_batch(*args: Any, **options: Any) -> list[Segmentation]:
 
 def program_count() -> int:
     """Number of programs that this process has compiled for post-processing."""
-    return _run._cache_size()
+    return _run._cache_size()  # type: ignore[attr-defined]
 
 
 @functools.partial(jax.jit, static_argnames=("task", "padded_size", "canvas", "topk", "mesh"))
 def _run(
-    class_logits,
-    mask_logits,
-    image_size,
-    original_size,
-    threshold,
+    class_logits: jax.Array,
+    mask_logits: jax.Array,
+    image_size: jax.Array,
+    original_size: jax.Array,
+    threshold: jax.Array,
     *,
     task: str,
     padded_size: tuple[int, int],
     canvas: tuple[int, int],
     topk: int,
     mesh: Mesh | None,
-) -> dict[str, jax.Array]:
+) -> Tables:
     """Runs the device's part for a batch: a dict of arrays [B, ...]; see the three heads."""
 
-    def image(threshold, row):
+    def image(threshold: jax.Array, row: tuple[jax.Array, ...]) -> Tables:
         class_logits, mask_logits, image_size, original_size = row
         probabilities = jax.nn.softmax(class_logits.astype(jnp.float32), axis=-1)
         strips = mask_strips(
             mask_logits, image_size, original_size, padded_size=padded_size, canvas=canvas
         )
 
-        def per_strip(head):
+        def per_strip(head: Head) -> Any:
             return jax.lax.map(lambda s: head(*strips.masks(s)), jnp.arange(strips.count))
 
         if task == "panoptic":
@@ -193,7 +198,7 @@ def _run(
             return _instance_tables(probabilities, per_strip, canvas, topk)
         return _semantic_tables(probabilities, per_strip, canvas)
 
-    def batch(threshold, rows):
+    def batch(threshold: jax.Array, rows: tuple[jax.Array, ...]) -> Tables:
         return jax.lax.map(functools.partial(image, threshold), rows)
 
     if mesh is not None:
@@ -201,13 +206,15 @@ def _run(
     return batch(threshold, (class_logits, mask_logits, image_size, original_size))
 
 
-def _panoptic_tables(probabilities, per_strip, canvas, threshold) -> dict[str, jax.Array]:
+def _panoptic_tables(
+    probabilities: jax.Array, per_strip: PerStrip, canvas: tuple[int, int], threshold: jax.Array
+) -> Tables:
     """winner int16 [Hc, Wc] (query, or -1) and the [Q] tables that decide which segments stay."""
     scores, labels = probabilities.max(-1), probabilities.argmax(-1)
     keep = (labels != probabilities.shape[-1] - 1) & (scores > threshold)
     queries = jnp.arange(scores.shape[0])[:, None, None]
 
-    def head(masks, inside_image):
+    def head(masks: jax.Array, inside_image: jax.Array) -> Tables:
         probability = jax.nn.sigmoid(masks)
         ranked = jnp.where(keep[:, None, None], scores[:, None, None] * probability, -1.0)
         winner = ranked.argmax(0)
@@ -227,10 +234,17 @@ def _panoptic_tables(probabilities, per_strip, canvas, threshold) -> dict[str, j
     return dict(winner=winner, scores=scores, labels=labels, keep=keep, **areas)
 
 
-def _panoptic(tables, size, config, metadata, image) -> Segmentation:
+def _panoptic(
+    tables: Fetched,
+    size: tuple[int, int],
+    config: PostprocessConfig,
+    metadata: Metadata,
+    image: np.ndarray | None,
+) -> Segmentation:
     """Walks the queries in order: drops the covered, merges stuff of a class, numbers the rest."""
     ids = np.zeros(len(tables["scores"]) + 1, np.int32)  # the last entry is for winner -1
-    infos, stuff = [], {}
+    infos: list[dict[str, Any]] = []
+    stuff: dict[int, dict[str, Any]] = {}
     for query in np.flatnonzero(tables["keep"]):
         won, own, taken = (int(tables[name][query]) for name in ("won", "own", "taken"))
         if min(won, own, taken) == 0 or won / own < config.overlap_threshold:
@@ -252,12 +266,14 @@ def _panoptic(tables, size, config, metadata, image) -> Segmentation:
     return Segmentation("panoptic", metadata, segments=segments, segments_info=infos, image=image)
 
 
-def _instance_tables(probabilities, per_strip, canvas, topk) -> dict[str, jax.Array]:
+def _instance_tables(
+    probabilities: jax.Array, per_strip: PerStrip, canvas: tuple[int, int], topk: int
+) -> Tables:
     """The top-k (query, class) pairs and, per query, the mask's bits and mean probability."""
     classes = probabilities.shape[-1] - 1
     scores, index = jax.lax.top_k(probabilities[:, :classes].reshape(-1), topk)
 
-    def head(masks, inside_image):
+    def head(masks: jax.Array, inside_image: jax.Array) -> Tables:
         mask = (masks > 0) & inside_image
         return dict(
             bits=jnp.packbits(mask, axis=-1),
@@ -273,7 +289,13 @@ def _instance_tables(probabilities, per_strip, canvas, topk) -> dict[str, jax.Ar
     )
 
 
-def _instance(tables, size, config, metadata, image) -> Segmentation:
+def _instance(
+    tables: Fetched,
+    size: tuple[int, int],
+    config: PostprocessConfig,
+    metadata: Metadata,
+    image: np.ndarray | None,
+) -> Segmentation:
     labels, queries = tables["labels"].astype(np.int32), tables["queries"]
     keep = tables["scores"] > config.instance_score_threshold
     if config.things_only_instances:
@@ -294,7 +316,7 @@ def _instance(tables, size, config, metadata, image) -> Segmentation:
 def things_metadata(metadata: Metadata) -> Metadata:
     """`metadata` with the things only, in order."""
 
-    def pick(values):
+    def pick(values: tuple[T, ...]) -> tuple[T, ...]:
         return tuple(v for v, thing in zip(values, metadata.is_thing, strict=True) if thing)
 
     return dataclasses.replace(
@@ -315,17 +337,19 @@ def class_dtype(num_classes: int) -> jnp.dtype:
 _CLASSES_AT_ONCE = 1024
 
 
-def _semantic_tables(probabilities, per_strip, canvas) -> dict[str, jax.Array]:
+def _semantic_tables(
+    probabilities: jax.Array, per_strip: PerStrip, canvas: tuple[int, int]
+) -> Tables:
     """class_map [Hc, Wc], of the dtype `class_dtype`."""
     probabilities = probabilities[:, :-1]
 
-    def best(masks, start, stop):
+    def best(masks: jax.Array, start: int, stop: int) -> tuple[jax.Array, jax.Array]:
         """The highest score of these classes at each pixel, and the first class with it."""
         part = probabilities[:, start:stop]
         sums = jnp.einsum("qc,qsw->csw", part, masks, precision="highest")
         return sums.max(0), start + sums.argmax(0)
 
-    def head(masks, inside_image):
+    def head(masks: jax.Array, inside_image: jax.Array) -> jax.Array:
         del inside_image  # the host cuts the canvas
         masks, classes = jax.nn.sigmoid(masks), probabilities.shape[1]
         highest, winner = best(masks, 0, min(classes, _CLASSES_AT_ONCE))
@@ -338,7 +362,13 @@ def _semantic_tables(probabilities, per_strip, canvas) -> dict[str, jax.Array]:
     return dict(class_map=per_strip(head).reshape(canvas))
 
 
-def _semantic(tables, size, config, metadata, image) -> Segmentation:
+def _semantic(
+    tables: Fetched,
+    size: tuple[int, int],
+    config: PostprocessConfig,
+    metadata: Metadata,
+    image: np.ndarray | None,
+) -> Segmentation:
     del config
     class_map = tables["class_map"][: size[0], : size[1]].astype(np.int32)
     return Segmentation("semantic", metadata, class_map=class_map, image=image)

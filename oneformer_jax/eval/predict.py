@@ -123,7 +123,9 @@ class Segmenter:
 
         # Parameters are arguments, as constants would be compiled into the program.
         @functools.partial(jax.jit, static_argnames="size")
-        def outputs(params, stats, images, task_tokens, *, size: int) -> Outputs:
+        def outputs(
+            params: dict, stats: dict, images: jax.Array, task_tokens: jax.Array, *, size: int
+        ) -> Outputs:
             model = (graph, params, stats)
             features = functional.encode(*model, images, mesh=self.mesh)
             predictions = functional.decode(*model, features, task_tokens, mesh=self.mesh)
@@ -251,7 +253,7 @@ class Segmenter:
             {name: np.repeat(array, copies, axis=0) for name, array in view.items()}
         )
 
-    def _decode(self, features: Features, task: str) -> tuple[jax.Array, ...]:
+    def _decode(self, features: Features, task: str) -> tuple[jax.Array, jax.Array]:
         """Class and mask logits of one image, on the first device of this process."""
         logits = self._predictor.decode(features, task)
         return tuple(x.addressable_shards[0].data for x in logits)

@@ -36,7 +36,7 @@ class Protocol:
     instance_ids: str = "contiguous"
     annotations: InstanceAnnotations | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         config_rules.require({"eval.protocol": self.name, "eval.instance_ids": self.instance_ids})
         if self.annotations is not None and self.name not in ("coco", "ade20k"):
             raise ValueError(

@@ -10,6 +10,9 @@ import numpy as np
 
 from oneformer_jax.types import VOID, Metadata, task_id
 
+# None in the segmentations of the other tasks: whoever reads a field knows the task.
+Array = np.ndarray | Any
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segmentation:
@@ -31,12 +34,12 @@ class Segmentation:
 
     task: str
     metadata: Metadata
-    segments: np.ndarray | None = None
-    segments_info: list[dict[str, Any]] | None = None
-    class_map: np.ndarray | None = None
-    masks: np.ndarray | None = None
-    scores: np.ndarray | None = None
-    labels: np.ndarray | None = None
+    segments: Array = None
+    segments_info: list[dict[str, Any]] | Any = None
+    class_map: Array = None
+    masks: Array = None
+    scores: Array = None
+    labels: Array = None
     image: np.ndarray | None = None
 
     @property
@@ -46,7 +49,7 @@ class Segmentation:
         height, width = found[self.task].shape[-2:]
         return int(height), int(width)
 
-    def overlay(self, image: np.ndarray | None = None, **options) -> np.ndarray:
+    def overlay(self, image: np.ndarray | None = None, **options: Any) -> np.ndarray:
         """Draws the result over `image` (default: the segmented image), uint8 [H, W, 3].
 
         `options` are those of `pictures.overlay.draw`.
@@ -68,7 +71,7 @@ class Segmentation:
         task_id(task)
         panoptic = np.asarray(record["panoptic"])
         segments = record["segments"]
-        common = dict(task=task, metadata=metadata, image=record.get("image"))
+        common: dict[str, Any] = dict(task=task, metadata=metadata, image=record.get("image"))
         if task == "panoptic":
             infos = [
                 dict(

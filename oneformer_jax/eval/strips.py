@@ -12,14 +12,14 @@ on the device is [Q, strip rows, canvas width] for any batch and image height.
 
 from __future__ import annotations
 
-import typing
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 # Sides of the canvas are multiples of this: few programs, at most 127 unused pixels.
@@ -50,7 +50,7 @@ def this_host(*arrays: jax.Array) -> tuple[Any, ...]:
         if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
             found.append([array])
             continue
-        pieces = {}  # keyed by first row, to take replicas once
+        pieces: dict[int, jax.Array] = {}  # keyed by first row, to take replicas once
         for shard in array.addressable_shards:
             if shard.data.shape[1:] != array.shape[1:]:
                 raise ValueError(
@@ -61,21 +61,34 @@ def this_host(*arrays: jax.Array) -> tuple[Any, ...]:
         found.append([pieces[row] for row in sorted(pieces)])
     most = max(found, key=len)
     if len(most) == 1:
-        return *(pieces[0] for pieces in found), None
+        return *(parts[0] for parts in found), None
     devices = [piece.devices().pop() for piece in most]
     mesh = Mesh(np.array(devices), ("data",))
     sharding = NamedSharding(mesh, P("data"))
     joined = []
-    for pieces in found:
-        if [d for p in pieces if isinstance(p, jax.Array) for d in p.devices()] == devices:
-            shape = (sum(p.shape[0] for p in pieces), *pieces[0].shape[1:])
-            joined.append(jax.make_array_from_single_device_arrays(shape, sharding, pieces))
+    for parts in found:
+        if [d for p in parts if isinstance(p, jax.Array) for d in p.devices()] == devices:
+            shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+            joined.append(jax.make_array_from_single_device_arrays(shape, sharding, parts))
         else:
-            joined.append(jax.device_put(np.concatenate(jax.device_get(pieces)), sharding))
+            joined.append(jax.device_put(np.concatenate(jax.device_get(parts)), sharding))
     return *joined, mesh
 
 
-class Strips(typing.NamedTuple):
+def placement(logits: jax.Array | np.ndarray, mesh: Mesh | None, spec: P) -> Sharding | None:
+    """Sharding of what is used with the `logits` and the `mesh` that `this_host` gave.
+
+    Transfers are explicit (`jax.device_put`): the training loop forbids all others.
+    """
+    if mesh is not None:
+        return NamedSharding(mesh, spec)
+    if isinstance(logits, jax.Array):
+        return SingleDeviceSharding(*logits.devices())
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Strips:
     """The strips of one image: `count` of them, each `rows` rows of the canvas.
 
     `masks(s)` gives float32 [Q, rows, W] mask logits of strip s, and bool [rows, W], False beyond
@@ -124,7 +137,7 @@ def mask_strips(
     weights_x = weights_x[mirrored]
     rows = strip_rows(canvas)
 
-    def masks(strip):
+    def masks(strip: jax.Array) -> tuple[jax.Array, jax.Array]:
         weights = jax.lax.dynamic_slice_in_dim(weights_y, strip * rows, rows)
         half = jnp.einsum(
             "sy,qyx->qsx", weights, mask_logits.astype(jnp.float32), precision="highest"
@@ -138,13 +151,17 @@ def mask_strips(
     return Strips(canvas[0] // rows, rows, masks)
 
 
-def axis_weights(canvas: int, source: int, padded: int, crop, original) -> jax.Array:
+def axis_weights(
+    canvas: int, source: int, padded: int, crop: jax.Array, original: jax.Array
+) -> jax.Array:
     """float32 [canvas, source] that resizes source -> padded, crops, resizes crop -> original.
 
     Rows from `original` on are zero. `crop` and `original` may be traced.
     """
 
-    def taps(out_size, in_size, count):
+    def taps(
+        out_size: int | jax.Array, in_size: int | jax.Array, count: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         scale = jnp.asarray(in_size, jnp.float32) / jnp.maximum(out_size, 1)
         position = jnp.maximum((jnp.arange(count) + 0.5) * scale - 0.5, 0.0)
         low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, in_size - 1)

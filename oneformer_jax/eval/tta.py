@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from oneformer_jax import config_rules
 from oneformer_jax.eval.postprocess import class_dtype
 from oneformer_jax.eval.segmentation import Segmentation
-from oneformer_jax.eval.strips import canvas_size, mask_strips, strip_rows, this_host
+from oneformer_jax.eval.strips import canvas_size, mask_strips, placement, strip_rows, this_host
 from oneformer_jax.types import Metadata
 
 # The official sizes, in quarters of the test's short edge.
@@ -43,7 +43,7 @@ class TtaConfig:
     max_size: int
     flip: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         config_rules.require_fields("eval.tta", self)
         if not self.short_edges or not self.max_size:
             raise ValueError("the views of an image need sizes: see `from_settings` for defaults")
@@ -115,15 +115,12 @@ class SemanticScores:
                 *(len(class_logits), canvas[0] // rows),
                 *(self._metadata.num_classes, rows, canvas[1]),
             )
-            device = None if mesh is None else NamedSharding(mesh, P("data"))
-            self._total = jnp.zeros(shape, jnp.float32, device=device)
+            self._total = _zeros(shape, None if mesh is None else NamedSharding(mesh, P("data")))
+        arrays = (class_logits, mask_logits, np.asarray(image_size, np.int32), self._original_size)
         self._total = _add(
             self._total,
-            class_logits,
-            mask_logits,
-            np.asarray(image_size, np.int32),
-            self._original_size,
-            np.array(flip),
+            *jax.device_put(arrays, placement(class_logits, mesh, P("data"))),
+            jax.device_put(np.array(flip), placement(class_logits, mesh, P())),
             padded_size=tuple(int(s) for s in padded_size),
             canvas=canvas,
             mesh=mesh,
@@ -141,16 +138,22 @@ class SemanticScores:
             )
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "sharding"))
+def _zeros(shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+    zeros = jnp.zeros(shape, jnp.float32)
+    return zeros if sharding is None else jax.lax.with_sharding_constraint(zeros, sharding)
+
+
 @functools.partial(
     jax.jit, static_argnames=("padded_size", "canvas", "mesh"), donate_argnames="total"
 )
 def _add(
-    total,
-    class_logits,
-    mask_logits,
-    image_size,
-    original_size,
-    flip,
+    total: jax.Array,
+    class_logits: jax.Array,
+    mask_logits: jax.Array,
+    image_size: jax.Array,
+    original_size: jax.Array,
+    flip: jax.Array,
     *,
     padded_size: tuple[int, int],
     canvas: tuple[int, int],
@@ -158,8 +161,8 @@ def _add(
 ) -> jax.Array:
     """Adds the scores of a view to `total` float32 [B, strips, K, rows, W], in place."""
 
-    def batch(flip, total, *rows):
-        def image(b, total):
+    def batch(flip: jax.Array, total: jax.Array, *rows: jax.Array) -> jax.Array:
+        def image(b: jax.Array, total: jax.Array) -> jax.Array:
             class_logits, mask_logits, image_size, original_size = (x[b] for x in rows)
             probabilities = jax.nn.softmax(class_logits.astype(jnp.float32), axis=-1)[:, :-1]
             strips = mask_strips(
@@ -171,7 +174,7 @@ def _add(
                 flip=flip,
             )
 
-            def strip(s, total):
+            def strip(s: jax.Array, total: jax.Array) -> jax.Array:
                 masks = jax.nn.sigmoid(strips.masks(s)[0])
                 scores = jnp.einsum("qc,qsw->csw", probabilities, masks, precision="highest")
                 return total.at[b, s].add(scores)
@@ -196,4 +199,4 @@ def _best(total: jax.Array) -> jax.Array:
 
 def program_count() -> int:
     """Number of programs that this process has compiled to add views."""
-    return _add._cache_size()
+    return _add._cache_size()  # type: ignore[attr-defined]

@@ -13,11 +13,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    from flax.nnx import Rngs
+else:
+    Rngs = object
 
 Initializer = Callable[..., Any]
 
@@ -55,7 +60,7 @@ class Draw:
         return np.random.Generator(np.random.Philox(key=np.array([self.seed, self.count], "u8")))
 
 
-class ParamKeys:
+class ParamKeys(Rngs):
     """Gives every parameter of a model its `Draw`; stands for `nnx.Rngs` in the constructors."""
 
     def __init__(self, seed: int | None = None):
@@ -81,7 +86,7 @@ def ones(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
 def constant(value: float) -> Initializer:
     """An initialiser with one value for all elements."""
 
-    def init(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32):
+    def init(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         return (jnp if draw.seed is None else np).full(shape, value, dtype)
 
     return init
@@ -90,7 +95,7 @@ def constant(value: float) -> Initializer:
 def normal(deviation: float = 1.0) -> Initializer:
     """An initialiser that draws from a normal distribution around zero."""
 
-    def init(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32):
+    def init(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         return draw.normal(shape, dtype) * np.asarray(deviation, dtype)
 
     return init
@@ -110,7 +115,7 @@ def variance_scaling(scale: float, mode: str, distribution: str) -> Initializer:
       distribution: "normal" or "uniform".
     """
 
-    def init(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32):
+    def init(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         field = math.prod(shape[:-2])
         fan_in, fan_out = field * shape[-2], field * shape[-1]
         fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ Key = jax.Array | None
 ATTENTION_CHUNK = 4096
 
 
-def split_key(key: Key, n: int) -> Sequence[Key]:
+def split_key(key: Key, n: int) -> Sequence[Key] | jax.Array:
     """`n` independent keys, or `n` Nones where `key` is None."""
     return [None] * n if key is None else jax.random.split(key, n)
 
@@ -50,7 +51,7 @@ def linear(
     outputs: int,
     *,
     rngs: ParamKeys,
-    dtype=jnp.float32,
+    dtype: Any = jnp.float32,
     kernel_init: initial.Initializer = initial.torch_kernel,
     bias_init: initial.Initializer | None = None,
 ) -> nnx.Linear:
@@ -66,7 +67,7 @@ def linear(
 
 
 def layer_norm(
-    width: int, *, epsilon: float = 1e-5, rngs: ParamKeys, dtype=jnp.float32
+    width: int, *, epsilon: float = 1e-5, rngs: ParamKeys, dtype: Any = jnp.float32
 ) -> nnx.LayerNorm:
     """LayerNorm as PyTorch's: its default epsilon, two-pass variance in float32."""
     return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
@@ -75,7 +76,7 @@ def layer_norm(
 class MLP(nnx.Module):
     """Linear layers with ReLU between them (the task, mask and text-projection heads)."""
 
-    def __init__(self, widths: Sequence[int], *, rngs: ParamKeys, dtype=jnp.float32):
+    def __init__(self, widths: Sequence[int], *, rngs: ParamKeys, dtype: Any = jnp.float32):
         """`widths` lists the input, the hidden and the output widths."""
         self.layers = nnx.List(
             linear(i, o, dtype=dtype, rngs=rngs) for i, o in itertools.pairwise(widths)
@@ -112,7 +113,7 @@ class MultiHeadAttention(nnx.Module):
         num_heads: int,
         *,
         rngs: ParamKeys,
-        dtype=jnp.float32,
+        dtype: Any = jnp.float32,
         dropout_rate: float = 0.0,
         kernel_init: initial.Initializer = initial.packed_xavier,
         out_init: initial.Initializer = initial.xavier,
@@ -122,7 +123,7 @@ class MultiHeadAttention(nnx.Module):
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
 
-        def projection(init):
+        def projection(init: initial.Initializer) -> nnx.Linear:
             return linear(
                 width, width, dtype=dtype, kernel_init=init, bias_init=initial.zeros, rngs=rngs
             )
@@ -152,12 +153,12 @@ class MultiHeadAttention(nnx.Module):
           dropout_key: key of the dropout on the attention weights; None is deterministic.
         """
 
-        def heads(x):
+        def heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
         batch = query.shape[0]
 
-        def project(projection, x):
+        def project(projection: nnx.Linear, x: jax.Array) -> jax.Array:
             x = heads(projection(once_per_shard(x, batch)))
             copies = (len(x), batch // len(x), *x.shape[1:])
             return jnp.broadcast_to(x[:, None], copies).reshape(batch, *x.shape[1:])
@@ -199,11 +200,11 @@ def attention(
     blocked = jnp.finfo(jnp.float32).min / 2  # finite: a chunk may be blocked as a whole
     q = q * (q.shape[-1] ** -0.5)
 
-    def scores(q, k_part, mask_part):
+    def scores(q: jax.Array, k_part: jax.Array, mask_part: jax.Array | None) -> jax.Array:
         s = jnp.einsum("bqhd,bshd->bhqs", q, k_part, preferred_element_type=jnp.float32)
         return s if mask_part is None else jnp.where(mask_part[:, None], s, blocked)
 
-    def weigh(weights, v_part):
+    def weigh(weights: jax.Array, v_part: jax.Array) -> jax.Array:
         return jnp.einsum(
             "bhqs,bshd->bqhd",
             weights.astype(v.dtype),
@@ -221,7 +222,9 @@ def attention(
     if mask is None:
         mask = jnp.ones((batch, 1, num_keys), bool)
 
-    def split(x, axis):  # -> [chunks, ...] with `chunk` keys on the old axis
+    def split(
+        x: jax.Array, axis: int
+    ) -> jax.Array:  # -> [chunks, ...] with `chunk` keys on the old axis
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, padding)
         x = jnp.pad(x, widths)  # padded keys are blocked: the mask is padded with False
@@ -229,7 +232,9 @@ def attention(
         return jnp.moveaxis(x, axis, 0)
 
     @recompute
-    def step(q, key, carry, part):
+    def step(
+        q: jax.Array, key: Key, carry: tuple[jax.Array, ...], part: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
         top, total, out = carry
         index, k_part, v_part, mask_part = part
         s = scores(q, k_part, mask_part)
@@ -263,7 +268,7 @@ def sine_positions(height: int, width: int, dim: int) -> jax.Array:
     features = dim // 2
     frequency = 10000.0 ** (2 * (np.arange(features) // 2) / features)
 
-    def axis(size):  # on the host: the map is a broadcast of two small tables
+    def axis(size: int) -> jax.Array:  # on the host: the map is a broadcast of two small tables
         position = np.arange(1, size + 1) / (size + 1e-6) * (2 * np.pi)
         angle = position[:, None] / frequency
         table = np.where(np.arange(features) % 2 == 0, np.sin(angle), np.cos(angle))

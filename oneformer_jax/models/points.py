@@ -12,6 +12,7 @@ very same points.
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,10 @@ def read_maps(maps: jax.Array, points: jax.Array) -> jax.Array:
     """Values of each map at its own points: float32 [B, C, h, w] at [B, C, P, 2] -> [B, C, P]."""
     batch, count, height, width = maps.shape
     flat = maps.reshape(batch, count, height * width)
-    return sum(
+    values: Any = sum(
         jax.vmap(take)(flat, index) * share for index, share in corners(points, height, width)
     )
+    return values
 
 
 def pack_targets(segment_map: jax.Array) -> jax.Array:
@@ -124,7 +126,7 @@ def keep_uncertain(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]
         return jnp.zeros(logits.shape, bool), jnp.ones(shape, jnp.float32)
     bits = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(logits)), jnp.int32)
 
-    def halve(_, bounds):
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = low + (high - low) // 2
         enough = jnp.sum(bits <= middle[..., None], axis=-1) >= count

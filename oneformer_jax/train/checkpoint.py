@@ -132,7 +132,7 @@ class Checkpoints:
                 f"cannot save step {step}: {self.directory} already holds step {latest}; "
                 "remove the later checkpoints, or use another --workdir"
             )
-        with self._reporting_failure():
+        with self._reporting_failure(), jax.transfer_guard("allow"):  # those of Orbax
             self._checkpointer.save(
                 folders.literal(self.directory / f"{step}{UNVERIFIED}"),
                 args=ocp.args.Composite(

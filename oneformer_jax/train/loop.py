@@ -157,6 +157,8 @@ def train(
             return scores
 
         # ---- Train ------------------------------------------------------------------------------
+        # A transfer that nobody asked for would make every step wait: it is an error.
+        stack.enter_context(jax.transfer_guard("disallow"))
         if 0 < first_step < steps and due(first_step, config.train.eval_every):
             # An earlier start saved this step, but was stopped before its evaluation was done.
             if evaluator.finished(first_step) is None:

@@ -107,7 +107,8 @@ def write(
         report = dict(step=error.step, terms=terms, records=error.records, images=error.images)
         descriptions.write_json(folder / "report.json", report)
     if state is not None:
-        with ocp.StandardCheckpointer() as checkpointer:
+        # Orbax fetches the arrays without `jax.device_get`.
+        with jax.transfer_guard("allow"), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folders.literal(folder / "state"), state, force=True)
     return folder
 

@@ -110,7 +110,8 @@ def model_config(fields: Mapping[str, Any], where: str) -> OneFormerConfig:
       FileError: an unknown field, a missing one, one of another type, or one beyond its limits.
     """
     backbone = fields.get("backbone")
-    kind = backbone.get("kind") if isinstance(backbone, Mapping) else None
+    backbone = backbone if isinstance(backbone, Mapping) else {}
+    kind = backbone.get("kind")
     if not isinstance(kind, str) or kind not in _BACKBONES:
         raise FileError(
             f"{where}: model.backbone.kind is {quoted(kind)}; known are {', '.join(_BACKBONES)}"

@@ -100,7 +100,7 @@ def _open_folder(path: pathlib.Path) -> TensorFile:
             f"{path} holds none of {', '.join((*_SINGLE, *_INDEX))}; expected a Hugging Face "
             "folder, or a workdir of this program (model.json and checkpoints)"
         )
-    config = read_json(_within(path, "config.json"), limit=DESCRIPTION_LIMIT)
+    config: dict[str, Any] = read_json(_within(path, "config.json"), limit=DESCRIPTION_LIMIT)
     # A file of all tensors before shards, safetensors before pickles.
     if names[0] in _SINGLE:
         tensors = _open_shard(_within(path, names[0]))

@@ -50,7 +50,7 @@ class _Config(msgspec.Struct):
 
 
 # What this model always has, by config and key; no published OneFormer has another value.
-_FIXED = {
+_FIXED: dict[str, dict[str, Any]] = {
     "": {
         "pre_norm": False,
         "use_task_norm": True,

@@ -14,7 +14,7 @@ import mmap
 import re
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 # A whole training state of the largest published model (weights, moments, averages) has 300,000.
 MAX_OPCODES = 2_000_000
@@ -171,7 +171,7 @@ class _Reader:
         """A handler that takes the number which follows its opcode."""
         return lambda: handler(self._number(form))
 
-    def _unknown(self, code: int, at: int) -> None:
+    def _unknown(self, code: int, at: int) -> NoReturn:
         name = _name(code)
         if not name:
             raise Damaged(f"0x{code:02x} at byte {at:,} is no opcode of a pickle")
@@ -430,7 +430,7 @@ def _name(code: int) -> str:
     """The name of an opcode, "" if there is none."""
     import pickletools
 
-    found = pickletools.code2op.get(chr(code))
+    found = pickletools.code2op.get(chr(code))  # type: ignore[attr-defined]
     return found.name if found else ""
 
 

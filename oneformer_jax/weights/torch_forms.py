@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -366,7 +366,9 @@ class Forms:
         dtype, data = _arguments(made, 2, 2)
         return self._numbers(data, dtype, (), "C", depth).read().item()
 
-    def _numbers(self, data: Any, dtype: Any, shape: Any, order: str, depth: int) -> Tensor:
+    def _numbers(
+        self, data: Any, dtype: Any, shape: Any, order: Literal["C", "F"], depth: int
+    ) -> Tensor:
         kind, big_endian = _number_type(dtype)
         shape = _whole_numbers((shape,) if type(shape) is int else shape, "a shape")
         if problem := shape_problem(shape):

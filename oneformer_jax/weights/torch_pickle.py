@@ -278,7 +278,9 @@ def save(
         archive.writestr("archive/byteorder", "little")
         for index, values in enumerate(tensors.values()):
             little = values.astype(values.dtype.newbyteorder("<"), copy=False)
-            with archive.open(f"archive/data/{index}", "w", force_zip64=values.nbytes >> 31) as f:
+            with archive.open(
+                f"archive/data/{index}", "w", force_zip64=values.nbytes >= 1 << 31
+            ) as f:
                 f.write(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
         archive.writestr("archive/version", "3\n")
 

@@ -18,7 +18,7 @@ from oneformer_jax.models import functional
 from oneformer_jax.train import sharding
 from oneformer_jax.train import state as states
 from tests import tiny
-from tests.train import test_compile
+from tests.compile import test_compile
 from tests.train.runs import make_config
 
 

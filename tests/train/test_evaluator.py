@@ -1,6 +1,5 @@
 """Scores, pictures and the token table, with a stand-in that reads the class from the colour."""
 
-import dataclasses
 import functools
 import json
 import types
@@ -47,6 +46,7 @@ def decode_colours(graph, params, stats, features, tokens, *, mesh):
 
 
 GOOD = {"params": {"sign": np.float32(1)}, "stats": {}}
+MAPILLARY = {"dataset.name": "mapillary"}
 BAD = {"params": {"sign": np.float32(-1)}, "stats": {}}
 
 
@@ -56,12 +56,11 @@ def make(monkeypatch, tmp_path):
     monkeypatch.setattr(functional, "encode", encode_colours)
     monkeypatch.setattr(functional, "decode", decode_colours)
 
-    def make(devices=1, dataset="tiny", **settings):
+    def make(devices=1, **settings):
         config = common.get_base()
         config.update_from_flattened_dict(settings)
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-        metadata = dataclasses.replace(tiny.metadata(), dataset=dataset)
-        return evaluators.Evaluator(config, tmp_path, metadata, None, mesh)
+        return evaluators.Evaluator(config, tmp_path, tiny.metadata(), None, mesh)
 
     return make
 
@@ -189,14 +188,14 @@ def test_a_subset_of_the_tasks(make, writer, tmp_path, capsys):
 
 def test_a_task_without_metric_is_left_out(make, writer, tmp_path):
     """The official evaluation of Mapillary Vistas scores no instances."""
-    evaluator = make(dataset="mapillary")
+    evaluator = make(**MAPILLARY)
     metrics = evaluator.run(GOOD, 5, eval_scenes.batches, writer)
     assert {name.split("/")[0] for name in metrics} == {"panoptic", "semantic"}
-    assert make(dataset="mapillary").finished(5) == metrics
+    assert make(**MAPILLARY).finished(5) == metrics
     table = evaluator.token_table(GOOD, 5, eval_scenes.batches)
     assert table["panoptic"]["instance/AP"] is None
     assert table["panoptic"]["panoptic/PQ"] == metrics["panoptic/PQ"]
-    scored = make(dataset="mapillary", **{"eval.protocol": "coco"})
+    scored = make(**MAPILLARY, **{"eval.protocol": "coco"})
     assert scored.run(GOOD, 6, eval_scenes.batches, writer)["instance/AP"] > 90
 
 
@@ -248,6 +247,22 @@ def test_views_of_the_semantic_task(make, writer, tmp_path, caplog):
     assert "1 to encode, 1 to decode" in caplog.text
     with pytest.raises(ValueError, match="needs 1 views"):
         make(**settings).run(GOOD, 5, eval_scenes.batches, writer)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_every_transfer_is_explicit(make, writer, devices):
+    def batches(limit):
+        for batch in eval_scenes.batches(limit, 4, 4):
+            yield {**batch, "views": [{name: batch[name] for name in ("image", "image_size")}]}
+
+    whole = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:devices]))
+    state = jax.device_put(GOOD, whole)
+    evaluator = make(devices, **{"eval.tta.enabled": True, "eval.tta.short_edges": (64,)})
+    with jax.transfer_guard("disallow"):  # as in the training loop
+        metrics = evaluator.run(state, 5, batches, writer)
+        table = evaluator.token_table(state, 5, batches)
+    assert metrics["semantic/mIoU"] > 90
+    assert table["panoptic"]["panoptic/PQ"] == metrics["panoptic/PQ"]
 
 
 def test_undefined_scores_are_no_scalars(make, writer, tmp_path, capsys):
@@ -322,7 +337,7 @@ def test_wrong_settings_are_found_before_any_evaluation(make, setting, value, pa
 
 def test_tasks_and_views_that_cannot_be_scored_are_found_at_once(make):
     with pytest.raises(ValueError, match=r"eval\.tasks.*mapillary scores only panoptic, semantic"):
-        make(dataset="mapillary", **{"eval.tasks": ("instance",)})
+        make(**MAPILLARY, **{"eval.tasks": ("instance",)})
     with pytest.raises(ValueError, match=r"eval\.tta\.max_size is 5"):
         make(**{"eval.tta.enabled": True, "eval.tta.max_size": 5})
 

@@ -199,7 +199,8 @@ def test_a_run_below_an_odd_name_goes_on_and_is_evaluated(run, tmp_path):
 
 
 def test_evaluation_with_other_classes(run):
-    metadata = dataclasses.replace(tiny.metadata(), dataset="other", category_ids=(1, 2, 3, 4, 5))
+    names = tiny.metadata().class_names
+    metadata = dataclasses.replace(tiny.metadata(), dataset="other", class_names=names[::-1])
     with pytest.raises(CheckpointError, match=r"classes of tiny.*dataset of this config \(other\)"):
         loop.evaluate_workdir(
             make_config(),
@@ -418,6 +419,26 @@ def _moments(workdir):
     tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / "4" / "state")
     (moments,) = [s["mu"] for s in tree["opt"] if isinstance(s, dict) and "mu" in s]
     return moments
+
+
+# ------------------------------------------------------------------ transfers
+
+
+def test_a_transfer_that_nobody_asked_for_ends_the_run(tmp_path, monkeypatch):
+    def light(*args, **kwargs):
+        step = jax.jit(lambda state, batch, key: (state, {"loss": batch["task"].sum()}))
+        return dataclasses.replace(make_training(*args, **kwargs), step=step)
+
+    make_training = loop.states.make_training
+    monkeypatch.setattr(loop.states, "make_training", light)
+    refused = pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer")
+    sums = Batches({2: lambda batch: jax.numpy.negative(batch["image"])})
+    with refused:  # in the loop, after a step without one
+        start(tmp_path / "loop", batches=sums, train__log_every=100)
+    assert sums.steps == [1]
+    monkeypatch.setattr(loop.sharding, "put_batch", lambda batch, mesh: batch)
+    with refused:  # by the step
+        start(tmp_path / "step")
 
 
 # ------------------------------------------------------------------ what does not fit

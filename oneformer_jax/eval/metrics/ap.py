@@ -6,6 +6,7 @@ import contextlib
 import io
 import typing
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -129,7 +130,7 @@ class CocoAP:
 
     def __init__(
         self,
-        is_thing: Sequence[bool],
+        is_thing: Sequence[bool] | np.ndarray,
         *,
         thing_labels: bool = False,
         annotations: InstanceAnnotations | None = None,
@@ -210,7 +211,8 @@ class CocoAP:
         for image_id, size, truth, detected in zip(
             *columns, _unpack(state, "detected"), strict=True
         ):
-            metric._images[str(image_id)] = _Image(tuple(map(int, size)), truth, detected)
+            height, width = map(int, size)
+            metric._images[str(image_id)] = _Image((height, width), truth, detected)
         return metric
 
     def _coco(self, field: str) -> COCO:
@@ -218,7 +220,8 @@ class CocoAP:
         # COCOeval breaks ties between scores by the order of the images, which must not depend on
         # their spread over hosts. Shorter ids first is the numeric order of COCO's ids.
         ordered = sorted(self._images.items(), key=lambda item: (len(item[0]), item[0]))
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for number, (_, image) in enumerate(ordered, start=1):
             height, width = image.size
             images.append({"id": number, "height": height, "width": width})

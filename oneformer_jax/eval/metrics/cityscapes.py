@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class CityscapesAP:
       thing_labels: the labels of the segmentations are positions among the things.
     """
 
-    def __init__(self, is_thing: Sequence[bool], *, thing_labels: bool = False):
+    def __init__(self, is_thing: Sequence[bool] | np.ndarray, *, thing_labels: bool = False):
         self.is_thing = np.array(is_thing, bool)
         self._thing_labels = thing_labels
         self._image_ids: dict[str, None] = {}
@@ -96,7 +97,9 @@ class CityscapesAP:
         row = np.full(len(truth.ids) + 1, -1)
         row[things + 1] = np.arange(len(things))
 
-        detected, kept, pairs = [], [], []
+        detected: list[tuple[int, ...]] = []
+        kept: list[float] = []
+        pairs: list[tuple[int, ...]] = []
         for mask, label, score in zip(segmentation.masks, labels, scores, strict=True):
             under = _pixels_under(mask, numbers, len(row))
             if not under.any():
@@ -217,9 +220,9 @@ def _pixels_under(mask: np.ndarray, numbers: np.ndarray, count: int) -> np.ndarr
     rows = np.flatnonzero(mask.any(axis=1))
     if not len(rows):
         return np.zeros(count, np.int64)
-    rows = slice(rows[0], rows[-1] + 1)
-    columns = np.flatnonzero(mask[rows].any(axis=0))
-    box = rows, slice(columns[0], columns[-1] + 1)
+    lines = slice(rows[0], rows[-1] + 1)
+    columns = np.flatnonzero(mask[lines].any(axis=0))
+    box = lines, slice(columns[0], columns[-1] + 1)
     return np.bincount(numbers[box][mask[box]], minlength=count)
 
 
@@ -252,7 +255,7 @@ class CityscapesIoU(MeanIoU):
       is_thing: K flags.
     """
 
-    def __init__(self, class_names: Sequence[str], is_thing: Sequence[bool]):
+    def __init__(self, class_names: Sequence[str], is_thing: Sequence[bool] | np.ndarray):
         super().__init__(len(class_names))
         # Rows: truth, columns: prediction.
         self.confusion = np.zeros((len(class_names), len(class_names)), np.int64)
@@ -295,7 +298,7 @@ class CityscapesIoU(MeanIoU):
         super()._add(classes, pixels)
         np.add.at(self.confusion, classes, pixels)
 
-    def merge(self, other: CityscapesIoU) -> None:
+    def merge(self, other: Self) -> None:
         """Adds the images that `other` has seen."""
         ours, theirs = (np.array(metric.class_names) for metric in (self, other))
         check_mergeable("CityscapesIoU", ours, theirs)
@@ -333,8 +336,9 @@ class CityscapesIoU(MeanIoU):
         hit, true = np.diagonal(table), table.sum(axis=1)
         false = table.sum(axis=0) - hit
         _, whole, found = self.weighted @ members.T
-        # A category has instances if all of its classes are things.
-        things = self._members.any(axis=1) & ~self._members[:, ~self.is_thing].any(axis=1)
+        # Only a category of things alone has instances.
+        stuff = np.asarray(self._members[:, ~self.is_thing].any(axis=1))
+        things = self._members.any(axis=1) & ~stuff
         return {
             "IoU": 100 * _ratio(hit, true + false, np.ones(len(hit), bool)),
             "iIoU": 100 * _ratio(found, whole + false, things),

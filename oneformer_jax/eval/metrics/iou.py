@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import numpy as np
 
@@ -52,14 +53,14 @@ class MeanIoU:
             return
         check_size(segmentation.class_map.shape, record)
         check_size(record["semantic"].shape, record)
-        truth, predicted, lengths = runs(record["semantic"], segmentation.class_map)
-        scored = truth != VOID
-        truth, predicted, lengths = truth[scored], predicted[scored], lengths[scored]
-        check_classes(truth, num_classes, f"semantic map of image {record['image_id']}")
+        true, predicted, lengths = runs(record["semantic"], segmentation.class_map)
+        scored = true != VOID
+        true, predicted, lengths = true[scored], predicted[scored], lengths[scored]
+        check_classes(true, num_classes, f"semantic map of image {record['image_id']}")
         check_classes(predicted, num_classes, f"prediction for image {record['image_id']}")
-        hit = truth == predicted
-        np.add.at(self.hits, truth[hit], lengths[hit])
-        np.add.at(self.true, truth, lengths)
+        hit = true == predicted
+        np.add.at(self.hits, true[hit], lengths[hit])
+        np.add.at(self.true, true, lengths)
         np.add.at(self.predicted, predicted, lengths)
         self.images += 1
 
@@ -82,7 +83,7 @@ class MeanIoU:
         self.predicted += pixels.sum(axis=0)
         self.images += 1
 
-    def merge(self, other: MeanIoU) -> None:
+    def merge(self, other: Self) -> None:
         """Adds the images that `other` has seen."""
         check_mergeable("MeanIoU", *(np.array([len(m.true)]) for m in (self, other)))
         self.hits += other.hits

@@ -31,7 +31,7 @@ class PanopticQuality:
     classes without any true positive, false positive or false negative.
     """
 
-    def __init__(self, is_thing: Sequence[bool]):
+    def __init__(self, is_thing: Sequence[bool] | np.ndarray):
         self.is_thing = np.array(is_thing, bool)
         classes = len(self.is_thing)
         self.iou_sum = np.zeros(classes, np.float64)

@@ -133,7 +133,7 @@ def _with_caption(picture: np.ndarray, sample: Sample) -> np.ndarray:
     return np.asarray(result)
 
 
-def _wrap(start: str, words: Sequence[str], font: ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap(start: str, words: Sequence[str], font: sheets.Font, width: int) -> list[str]:
     """Breaks text between words into lines of at most `width` pixels, or one wider word."""
     lines = [start]
     for i, word in enumerate(words):

@@ -10,7 +10,7 @@ import colorsys
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import cv2
@@ -43,15 +43,22 @@ class _Region:
 class Drawable(Protocol):
     """The part of `segmentation.Segmentation` that is drawn; see there for the fields."""
 
-    task: str
-    metadata: Metadata
-    segments: np.ndarray | None
-    segments_info: list[dict[str, Any]] | None
-    class_map: np.ndarray | None
-    masks: np.ndarray | None
-    scores: np.ndarray | None
-    labels: np.ndarray | None
-
+    @property
+    def task(self) -> str: ...
+    @property
+    def metadata(self) -> Metadata: ...
+    @property
+    def segments(self) -> np.ndarray | Any: ...
+    @property
+    def segments_info(self) -> list[dict[str, Any]] | Any: ...
+    @property
+    def class_map(self) -> np.ndarray | Any: ...
+    @property
+    def masks(self) -> np.ndarray | Any: ...
+    @property
+    def scores(self) -> np.ndarray | Any: ...
+    @property
+    def labels(self) -> np.ndarray | Any: ...
     @property
     def size(self) -> tuple[int, int]: ...
 
@@ -134,6 +141,7 @@ def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) -> list[_Region]:
     """The segments, with their masks resized to `size`, (width, height)."""
     metadata = segmentation.metadata
+    found: Iterable[tuple[np.ndarray, int, float | None]]
     if segmentation.task == "panoptic":
         found = (
             (segmentation.segments == info["id"], info["category_id"], None)
@@ -154,7 +162,8 @@ def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) ->
             for c in classes
             if 0 <= c < metadata.num_classes
         )
-    regions, seen = [], {}
+    regions = []
+    seen: dict[int, int] = {}
     for whole, label, score in found:
         mask = _resized(whole, size)
         if not mask.any():
@@ -169,7 +178,8 @@ def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) ->
 
 def shade(color: Sequence[int], number: int) -> tuple[int, int, int]:
     """Colour of the `number`-th instance of a class: `color` first, then shades around it."""
-    shades = _shades(tuple(int(c) for c in color))
+    red, green, blue = color
+    shades = _shades((int(red), int(green), int(blue)))
     return shades[number % len(shades)]
 
 
@@ -192,7 +202,7 @@ def _shades(color: tuple[int, int, int], count: int = 24) -> tuple[tuple[int, in
     while len(chosen) < count:
         distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
         chosen.append(int(distance.argmax()))
-    return tuple(tuple(int(c) for c in colors[i]) for i in chosen)
+    return tuple((int(r), int(g), int(b)) for r, g, b in colors[chosen])
 
 
 def _draw_outlines(picture: np.ndarray, regions: Sequence[_Region]) -> None:
@@ -283,5 +293,5 @@ def _place(region: _Region, taken: np.ndarray, base: int) -> tuple[int, ...] | N
         x = round(min(max(center_x - width / 2, 0), limit_x - width))
         y = round(min(max(y, 0), limit_y - height))
         if not taken[y : y + height, x : x + width].any():
-            return x, y, width, height, size
+            return int(x), int(y), width, height, size
     return None

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # what `ImageFont.load_default` may give
+
 _INK = (25, 25, 30)
 
 
@@ -76,7 +78,7 @@ def _fit(image: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size, method))
 
 
-def _fit_text(text: str, size: int, width: int) -> tuple[str, ImageFont.ImageFont]:
+def _fit_text(text: str, size: int, width: int) -> tuple[str, Font]:
     """Shrinks the font, then cuts the text, until it is at most `width` pixels wide."""
     font = ImageFont.load_default(size)
     while font.getlength(text) > width and size > 10:

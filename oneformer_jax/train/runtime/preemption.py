@@ -162,7 +162,7 @@ class Preemption:
         """
         if jax.process_count() == 1:
             return self._noted.is_set()
-        stop = self._pending is not None and bool(self._pending.addressable_data(0))
+        stop = self._pending is not None and bool(jax.device_get(self._pending.addressable_data(0)))
         flags = np.full(self._mesh.local_mesh.size, self._noted.is_set())
         self._pending = self._any(sharding.put_batch(flags, self._mesh))
         return stop
