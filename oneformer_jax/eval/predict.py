@@ -343,7 +343,8 @@ def _matching(values: Any, expected: Any, path: str = "") -> Any:
         return values
     missing = set(expected) - set(values if isinstance(values, Mapping) else ())
     if missing:
-        names = ", ".join(f"{path}/{name}".lstrip("/") for name in sorted(missing, key=str)[:3])
+        listed = (f"{path}/{name}".lstrip("/") for name in sorted(missing, key=str))
+        names = files.first_few(listed, 3)
         raise ValueError(f"the model expects parameters {names}: these are of another model")
     return {
         name: _matching(values[name], inner, f"{path}/{name}".lstrip("/"))
