@@ -14,7 +14,6 @@ import numpy as np
 from absl import logging
 
 from oneformer_jax import config_rules
-from oneformer_jax.input_pipeline import transforms
 from oneformer_jax.input_pipeline.loader import (
     Batch,
     Source,
@@ -25,6 +24,7 @@ from oneformer_jax.input_pipeline.loader import (
     require,
 )
 from oneformer_jax.input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline.resize import resize_for_test, shortest_edge_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +94,11 @@ class _EvalStep:
 
 def _view_sizes(size: tuple[int, int], config: EvalLoaderConfig) -> Bucket:
     """Sizes of an image of original size (height, width) at the test, and of its views."""
-    resized = transforms.shortest_edge_size(size, config.short_edge, config.max_size)
+    resized = shortest_edge_size(size, config.short_edge, config.max_size)
     return (
         resized,
         *(
-            transforms.shortest_edge_size(resized, edge, config.tta_max_size)
+            shortest_edge_size(resized, edge, config.tta_max_size)
             for edge in config.tta_short_edges
         ),
     )
@@ -186,10 +186,10 @@ class _LoadEvalBatch:
     def _images(self, image: np.ndarray) -> Iterator[np.ndarray]:
         """The image at its test-time size, and the views made from that."""
         config = self.config
-        resized = transforms.resize_for_test(image, config.short_edge, config.max_size)
+        resized = resize_for_test(image, config.short_edge, config.max_size)
         yield resized
         for edge in config.tta_short_edges:
-            yield transforms.resize_for_test(resized, edge, config.tta_max_size)
+            yield resize_for_test(resized, edge, config.tta_max_size)
 
     def _read(self, index: int, bucket: Bucket) -> Mapping[str, Any]:
         with naming(f"record {index} of {self.source!r}"):
