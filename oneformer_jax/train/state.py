@@ -22,7 +22,7 @@ from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormerConfig, normalize_images
 from oneformer_jax.train import fsdp, optim, sharding
 from oneformer_jax.train.optim import OptimConfig
-from oneformer_jax.types import TASK_TOKENS
+from oneformer_jax.types import TASK_TOKENS, Batch, layout
 
 State = dict[str, Any]
 
@@ -109,24 +109,18 @@ def make_training(
     )
 
 
-def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Shapes, dtypes and sharding of a training batch, as `input_pipeline.loader` makes it."""
-    size, (height, width) = config.data.batch_size, config.data.crop_size
-    slots, texts = config.data.num_slots, config.model.num_queries - config.model.num_context
-    shapes = {
-        "image": ((height, width, 3), jnp.uint8),
-        "image_size": ((2,), jnp.int32),
-        "segment_map": ((height, width), jnp.uint8),
-        "classes": ((slots,), jnp.int32),
-        "valid": ((slots,), jnp.bool_),
-        "text_ids": ((texts,), jnp.int32),
-        "task": ((), jnp.int32),
+def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
+    """A training batch of the config, with `jax.ShapeDtypeStruct` and sharding for arrays."""
+    height, width = config.data.crop_size
+    sizes = {
+        "B": config.data.batch_size,
+        "H": height,
+        "W": width,
+        "M": config.data.num_slots,
+        "R": config.model.num_queries - config.model.num_context,
     }
-    split = sharding.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=split)
-        for name, (shape, dtype) in shapes.items()
-    }
+    arrays = layout(Batch, sizes)
+    return sharding.with_shardings(arrays, dict.fromkeys(arrays, sharding.batch_sharding(mesh)))
 
 
 def abstract_key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
@@ -165,7 +159,7 @@ def make_train_step(
     skip_nonfinite: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     param_shardings: Any = None,
-) -> Callable[[State, dict, jax.Array], tuple[State, dict]]:
+) -> Callable[[State, Batch, jax.Array], tuple[State, dict]]:
     """The training step (state, batch, key) -> (state, metrics), to be compiled with donated state.
 
     Args:
@@ -183,9 +177,9 @@ def make_train_step(
       param_shardings: how the parameters are split over the mesh; None: they are not.
 
     Returns:
-      A pure function. `key` is the run's key; the step number is folded in. The batch is that of
-      `input_pipeline.loader`, without `index`. Metrics are float32 scalars: `loss`, its terms,
-      `grad_norm`, `param_norm`, `skipped_share` (1 if the update was left out).
+      A pure function. `key` is the run's key; the step number is folded in. Metrics are float32
+      scalars: `loss`, its terms, `grad_norm`, `param_norm`, `skipped_share` (1 if the update was
+      left out).
     """
     graph = functional.abstract(config, training=True).graph
 
@@ -230,7 +224,7 @@ def make_train_step(
         grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
         return grads, metrics, stats
 
-    def train_step(state: State, batch: dict, key: jax.Array) -> tuple[State, dict]:
+    def train_step(state: State, batch: Batch, key: jax.Array) -> tuple[State, dict]:
         key = jax.random.fold_in(key, state["step"])
         params = state["params"]
         grads, metrics, stats = gradients(params, state["stats"], batch, key)
@@ -259,7 +253,7 @@ def make_train_step(
     return train_step
 
 
-def split_batch(batch: dict, parts: int) -> dict:
+def split_batch(batch: Batch, parts: int) -> Batch:
     """[B, ...] to [parts, B / parts, ...], taking every parts-th image: no image changes device."""
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), batch
