@@ -36,66 +36,24 @@ internimage_huge is from a branch of the official code, with crops of 896; "head
 four times the width.
 """
 
+from oneformer_jax import catalogue
 from oneformer_jax.configs import common
 
-# res: edge of the crop, which the sizes of training and test images follow.
-VARIANTS = {
-    "resnet50": {"res": 512, "queries": 150},
-    "swin_tiny": {"res": 512, "queries": 150},
-    "swin_large,res=640": {"res": 640, "queries": 250},
-    "swin_large,res=896": {"res": 896, "queries": 250},
-    "swin_large,res=1280": {"res": 1280, "queries": 250},
-    "convnext_large": {"res": 640, "queries": 250},
-    "convnext_xlarge": {"res": 640, "queries": 250},
-    "dinat_large,res=640": {"res": 640, "queries": 250, "dtype": "float32"},
-    "dinat_large,res=896": {"res": 896, "queries": 250, "dtype": "float32"},
-    "dinat_large,res=1280": {
-        "backbone": "dinat_large_wide",
-        "res": 1280,
-        "queries": 250,
-        "dtype": "float32",
-    },
-    "dinat_large,res=1280,pretrain=coco": {
-        "backbone": "dinat_large_wide",
-        "res": 1280,
-        "queries": 150,
-        "dtype": "float32",
-    },
-    "internimage_huge": {"res": 896, "queries": 250},
-    "internimage_huge,head=1024,pretrain=coco": {
-        "res": 896,
-        "queries": 250,
-        "dtype": "float32",
-        "wide": True,
-        "lr": 4e-5,
-    },
-}
+VARIANTS = catalogue.of("ade20k")
 
 
 def get_config(variant: str = "swin_large"):
     backbone, row = common.select("configs/ade20k.py", variant, VARIANTS)
-    res = row["res"]
-    c = common.get_base()
-    c.dataset.name = "ade20k"
-    c.dataset.data_dir = "data"
+    res = row.short_edge  # also the edge of the crop, which the sizes of training images follow
+    c = common.get_published(row)
     c.data.crop_size = (res, res)
     c.data.augment.kind = "unified"
     c.data.augment.short_edge = res
     c.data.augment.max_size = 4 * res
-    c.model.backbone.name = row.get("backbone", backbone)
-    c.model.num_queries = row["queries"]
-    c.model.dtype = row.get("dtype", "bfloat16")
-    if backbone == "internimage_huge":
-        c.model.remat = True
-    if row.get("wide"):
-        common.widen_head(c)
-    c.optim.lr = row.get("lr", 1e-4)
+    c.model.dtype = "float32" if backbone == "dinat_large" or row.wide else "bfloat16"
+    c.optim.lr = 4e-5 if row.wide else 1e-4
     c.optim.schedule = "poly"
     c.train.steps = 160_000
-    c.eval.short_edge = res
-    c.eval.max_size = 4 * res
     if res == 896:  # 678 is the official file's; three quarters of 896 are 672
         c.eval.tta.short_edges = (448, 678, 896, 1120, 1344, 1568)
-    c.eval.object_mask_threshold = 0.5
-    c.eval.topk = row["queries"]
     return c

@@ -33,50 +33,26 @@ code; "head=1024" is a head of four times the width, trained on crops of 896 x 8
 short edge of 896.
 """
 
+from oneformer_jax import catalogue
 from oneformer_jax.configs import common
 
-VARIANTS = {
-    "resnet50": {"queries": 150},
-    "swin_large": {"queries": 250},
-    "convnext_large": {"queries": 250},
-    "convnext_large,pretrain=mapillary": {"queries": 250},
-    "convnext_xlarge": {"queries": 250},
-    "convnext_xlarge,pretrain=mapillary": {"queries": 250},
-    "dinat_large": {"backbone": "dinat_large_7x7", "queries": 250, "dtype": "float32"},
-    "internimage_huge": {"queries": 250},
-    "internimage_huge,head=1024,pretrain=mapillary": {"queries": 250, "wide": True, "lr": 4e-5},
-}
+VARIANTS = catalogue.of("cityscapes")
 
 
 def get_config(variant: str = "swin_large"):
     backbone, row = common.select("configs/cityscapes.py", variant, VARIANTS)
-    c = common.get_base()
-    c.dataset.name = "cityscapes"
-    c.dataset.data_dir = "data"
+    c = common.get_published(row)
     c.data.num_slots = 150
-    c.data.crop_size = (512, 1024)
+    c.data.crop_size = (896, 896) if row.wide else (512, 1024)
     c.data.augment.kind = "unified"
-    c.data.augment.short_edge = 1024
-    c.data.augment.max_size = 4096
-    c.model.backbone.name = row.get("backbone", backbone)
-    if backbone == "resnet50":
-        c.model.backbone.overrides = {"norm": "batch"}
-    c.model.num_queries = row["queries"]
-    c.model.dtype = row.get("dtype", "bfloat16")
-    if backbone == "internimage_huge":
-        c.model.remat = True
-    c.optim.lr = row.get("lr", 1e-4)
+    c.data.augment.short_edge = row.short_edge
+    c.data.augment.max_size = 4 * row.short_edge
+    c.model.dtype = "float32" if backbone == "dinat_large" else "bfloat16"
+    c.optim.lr = 4e-5 if row.wide else 1e-4
     c.optim.schedule = "poly"
     c.train.steps = 90_000
-    c.eval.short_edge = 1024
-    c.eval.max_size = 2048
     c.eval.tta.max_size = 4096
-    c.eval.topk = row["queries"]
-    if row.get("wide"):
-        common.widen_head(c)
-        c.data.crop_size = (896, 896)
-        c.data.augment.short_edge = c.eval.short_edge = 896
-        c.data.augment.max_size = c.eval.max_size = 3584
+    if row.wide:
         c.eval.tta.short_edges = (448, 678, 896, 1120, 1344, 1568)  # 678 as in configs/ade20k.py
         c.eval.tta.max_size = 6272
     return c

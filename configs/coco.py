@@ -24,42 +24,29 @@ config; it is kept. internimage_huge is from a branch of the official code; "hea
 four times the width.
 """
 
+from oneformer_jax import catalogue
 from oneformer_jax.configs import common
 
 STEPS_PER_EPOCH = 7375  # 118,000 images in batches of 16
-
-VARIANTS = {
-    "resnet50": {"epochs": 50, "boundaries": (327_778, 355_092), "dtype": "bfloat16"},
-    "swin_tiny": {"epochs": 50, "boundaries": (327_778, 355_092), "dtype": "bfloat16"},
-    "swin_large": {"epochs": 100, "boundaries": (655_556, 735_184), "dtype": "float32"},
-    "dinat_large": {"epochs": 100, "boundaries": (655_556, 710_184), "dtype": "float32"},
-    "internimage_huge,head=1024": {
-        "epochs": 100,
-        "boundaries": (655_556, 735_184),
-        "dtype": "float32",
-        "wide": True,
-        "queries": 250,
-        "lr": 4e-5,
-    },
+VARIANTS = catalogue.of("coco")
+# The steps at which the rate falls: of a run of 50 epochs, else of 100.
+BOUNDARIES = {
+    "resnet50": (327_778, 355_092),
+    "swin_tiny": (327_778, 355_092),
+    "swin_large": (655_556, 735_184),
+    "dinat_large": (655_556, 710_184),
+    "internimage_huge": (655_556, 735_184),
 }
 
 
 def get_config(variant: str = "swin_large"):
     backbone, row = common.select("configs/coco.py", variant, VARIANTS)
-    c = common.get_base()
-    c.dataset.name = "coco"
-    c.dataset.data_dir = "data"
+    small = backbone in ("resnet50", "swin_tiny")
+    c = common.get_published(row)
     c.data.require_things = True
-    c.model.backbone.name = backbone
-    c.model.num_queries = row.get("queries", 150)
-    c.model.dtype = row["dtype"]
-    if backbone == "internimage_huge":
-        c.model.remat = True
-    if row.get("wide"):
-        common.widen_head(c)
-    c.optim.lr = row.get("lr", 1e-4)
-    c.train.steps = row["epochs"] * STEPS_PER_EPOCH
+    c.model.dtype = "bfloat16" if small else "float32"
+    c.optim.lr = 4e-5 if row.wide else 1e-4
+    c.train.steps = (50 if small else 100) * STEPS_PER_EPOCH
     # As fractions, so that a shorter run is the same schedule.
-    c.optim.boundaries = tuple(step / c.train.steps for step in row["boundaries"])
-    c.eval.topk = c.model.num_queries
+    c.optim.boundaries = tuple(step / c.train.steps for step in BOUNDARIES[backbone])
     return c

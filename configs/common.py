@@ -11,6 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from oneformer_jax import catalogue
+
 
 def select(file: str, variant: str, rows: Mapping[str, Any]) -> tuple[str, Any]:
     """The backbone and the row of a variant like "swin_large,res=896".
@@ -32,16 +34,24 @@ def select(file: str, variant: str, rows: Mapping[str, Any]) -> tuple[str, Any]:
     raise ValueError(f"{file} has no variant {variant!r}; it has {' | '.join(rows)}")
 
 
-def widen_head(c: ConfigDict) -> None:
-    """The head of width 1024 of some of the InternImage-H models."""
-    c.model.hidden_dim = 1024
-    c.model.mask_dim = 1024
-    c.model.num_heads = 32
-    c.model.encoder_ffn = 4096
-    c.model.query_init_ffn = 4096
-    c.model.decoder_ffn = 4096
-    c.model.text_width = 1024
-    c.model.text_heads = 16
+def get_published(row: catalogue.Published) -> ConfigDict:
+    """The base config with what the catalogue has about a model: architecture, size at the test.
+
+    How it is trained is left to the recipe.
+    """
+    c = get_base()
+    c.dataset.name = row.dataset
+    c.dataset.data_dir = "data"
+    c.model.backbone.name = row.backbone
+    c.model.backbone.overrides = row.backbone_options
+    c.model.update(row.head)
+    c.model.remat = row.backbone == "internimage_huge"
+    c.eval.short_edge = row.short_edge
+    c.eval.max_size = row.max_size
+    c.eval.object_mask_threshold = row.object_mask_threshold
+    c.eval.overlap_threshold = row.overlap_threshold
+    c.eval.topk = row.topk
+    return c
 
 
 def get_base() -> ConfigDict:

@@ -28,50 +28,30 @@ internimage_huge is from a branch of the official code; "head=1024" is a head of
 width.
 """
 
+from oneformer_jax import catalogue
 from oneformer_jax.configs import common
 
-VARIANTS = {
-    "resnet50": {"queries": 150},
-    "swin_large": {"queries": 250},
-    "convnext_large": {"queries": 250},
-    "convnext_large,for=cityscapes": {"queries": 250, "instance_task": True},
-    "convnext_xlarge,for=cityscapes": {"queries": 250, "instance_task": True},
-    "dinat_large": {"queries": 250, "dtype": "float32"},
-    "internimage_huge,head=1024": {"queries": 250, "wide": True, "lr": 2e-5},
-}
+VARIANTS = catalogue.of("mapillary")
 
 
 def get_config(variant: str = "swin_large"):
     backbone, row = common.select("configs/mapillary.py", variant, VARIANTS)
-    c = common.get_base()
-    c.dataset.name = "mapillary"
-    c.dataset.data_dir = "data"
+    c = common.get_published(row)
     c.data.num_slots = 250
     c.data.workers = 10
     c.data.crop_size = (1024, 1024)
     c.data.augment.kind = "unified"
     c.data.augment.short_edge = 2048
     c.data.augment.max_size = 8192
-    if not row.get("instance_task"):
+    if not row.variant.endswith("for=cityscapes"):
         c.data.semantic_prob = 0.5
         c.data.instance_prob = 0.0
-    c.model.backbone.name = backbone
-    if backbone == "resnet50":
-        c.model.backbone.overrides = {"norm": "batch"}
-    c.model.num_queries = row["queries"]
-    c.model.dtype = row.get("dtype", "bfloat16")
-    if backbone == "internimage_huge":
-        c.model.remat = True
-    if row.get("wide"):
-        common.widen_head(c)
-    c.optim.lr = row.get("lr", 1e-4)
+    c.model.dtype = "float32" if backbone == "dinat_large" else "bfloat16"
+    c.optim.lr = 2e-5 if row.wide else 1e-4
     c.optim.schedule = "poly"
     c.train.steps = 300_000
     c.train.eval_every = 30_000
     c.eval.tasks = ("panoptic", "semantic")
-    c.eval.short_edge = 2048
-    c.eval.max_size = 2048
     c.eval.tta.short_edges = (512, 768, 1024, 1280, 1536, 1792)
     c.eval.tta.max_size = 4096
-    c.eval.topk = row["queries"]
     return c

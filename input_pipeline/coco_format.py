@@ -11,7 +11,7 @@ import numpy as np
 
 from oneformer_jax.input_pipeline import datasets, images
 from oneformer_jax.input_pipeline.annotations import schemas
-from oneformer_jax.input_pipeline.annotations.faults import Fault
+from oneformer_jax.input_pipeline.annotations.faults import Fault, first_message
 from oneformer_jax.input_pipeline.annotations.panoptic import (
     LAYOUT,
     NO_AREA,
@@ -245,8 +245,7 @@ class CocoFolderSource:
         path = self.panoptic_path(index)
         left_out = self.left_out(index)
         if left_out and not (self.skip_broken if skip_broken is None else skip_broken):
-            more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
-            raise RecordError(left_out[0].message + more, left_out[0].kind)
+            raise RecordError(first_message(left_out), left_out[0].kind)
         ids, categories, crowd, areas = self._content.rows(index).T
         classes = [self._contiguous[category] for category in categories.tolist()]
         segments = SegmentTable.from_lists(ids, classes, crowd, areas)

@@ -12,7 +12,7 @@ import numpy as np
 
 from oneformer_jax.input_pipeline import datasets, images
 from oneformer_jax.input_pipeline.annotations import run_lengths, schemas
-from oneformer_jax.input_pipeline.annotations.faults import Fault
+from oneformer_jax.input_pipeline.annotations.faults import Fault, first_message
 from oneformer_jax.input_pipeline.annotations.instances import LAYOUT, NO_PIXEL, read_instances
 from oneformer_jax.input_pipeline.annotations.run_lengths import SegmentationError
 from oneformer_jax.input_pipeline.coco_format import check_categories, check_json
@@ -152,8 +152,7 @@ class CocoInstanceSource:
         path = self._image_path(index)
         faults = list(content.faults_of_image.get(index, ()))
         if faults and not self.skip_broken:
-            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-            raise RecordError(faults[0].message + more, faults[0].kind)
+            raise RecordError(first_message(faults), faults[0].kind)
         image = decode_image(self._read(path), str(path), self.max_pixels)
         shape, listed = image.shape[:2], tuple(content.image_sizes[index].tolist())
         if listed != (0, 0) and listed != shape:

@@ -8,11 +8,12 @@ the names and released weights depend on the order.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Sequence
 
 import numpy as np
+
+from oneformer_jax.files import did_you_mean
 
 # A task's index in this tuple is its id in a batch.
 TASKS = ("panoptic", "instance", "semantic")
@@ -277,8 +278,7 @@ _TABLES = {info.dataset: info for info in (COCO, ADE20K, CITYSCAPES, MAPILLARY, 
 def dataset_info(name: str) -> DatasetInfo:
     """The table coco, ade20k, cityscapes, mapillary or synthetic; ValueError for other names."""
     if name not in _TABLES:
-        near = difflib.get_close_matches(str(name).lower(), _TABLES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(str(name).lower(), _TABLES)
         raise ValueError(
             f"unknown dataset {name!r}{hint}; the tables are {', '.join(sorted(_TABLES))}. For "
             "your own classes use the categories of a COCO-panoptic JSON (from_coco_categories)"

@@ -11,7 +11,6 @@ import numpy as np
 from absl import logging
 
 from oneformer_jax import config_rules
-from oneformer_jax.input_pipeline import transforms
 from oneformer_jax.input_pipeline.loader import (
     Batch,
     Source,
@@ -22,6 +21,7 @@ from oneformer_jax.input_pipeline.loader import (
     require,
 )
 from oneformer_jax.input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline.resize import resize_for_test, shortest_edge_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +91,11 @@ class _EvalStep:
 
 def _view_sizes(size: tuple[int, int], config: EvalLoaderConfig) -> Bucket:
     """Test-time sizes of an image of original size (height, width) and of its views."""
-    resized = transforms.shortest_edge_size(size, config.short_edge, config.max_size)
+    resized = shortest_edge_size(size, config.short_edge, config.max_size)
     return (
         resized,
         *(
-            transforms.shortest_edge_size(resized, edge, config.tta_max_size)
+            shortest_edge_size(resized, edge, config.tta_max_size)
             for edge in config.tta_short_edges
         ),
     )
@@ -183,10 +183,10 @@ class _LoadEvalBatch:
     def _images(self, image: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the image at its test-time size, then the views made from it."""
         config = self.config
-        resized = transforms.resize_for_test(image, config.short_edge, config.max_size)
+        resized = resize_for_test(image, config.short_edge, config.max_size)
         yield resized
         for edge in config.tta_short_edges:
-            yield transforms.resize_for_test(resized, edge, config.tta_max_size)
+            yield resize_for_test(resized, edge, config.tta_max_size)
 
     def _read(self, index: int, bucket: Bucket) -> Mapping[str, Any]:
         with naming(f"record {index} of {self.source!r}"):

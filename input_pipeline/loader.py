@@ -292,10 +292,8 @@ def train_loader(
       start_step: step of the first batch; earlier ones are not read.
 
     Returns:
-      An iterator of dicts of numpy arrays (B = batch_size, M = num_slots, [H, W] = crop_size):
-      image uint8 [B, H, W, 3]; image_size int32 [B, 2]; segment_map uint8 [B, H, W]; classes int32
-      [B, M]; valid bool [B, M]; text_ids int32 [B, num_texts], rows of `tokenizer.text_table`; task
-      int32 [B]; index int32 [B], position of the record in `source`.
+      An iterator of dicts of NumPy arrays: `oneformer_jax.types.LoadedBatch`, with B = batch_size,
+      M = num_slots, R = num_texts and [H, W] = crop_size.
 
     Raises:
       ValueError: an empty dataset, or `require_things` with a source that cannot tell.

@@ -22,6 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from oneformer_jax.files import first_few
 from oneformer_jax.input_pipeline import images
 
 # Ids are read as R + 256 G + 65536 B, so they have 24 bits.
@@ -218,10 +219,9 @@ def number_segments(
     numbers = table.take(panoptic, mode="clip")
     if not unlisted_is_void and np.count_nonzero(numbers) != np.count_nonzero(panoptic):
         unknown = np.unique(panoptic[(numbers == 0) & (panoptic != 0)])
-        shown = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise RecordError(
             f"{where}: the panoptic PNG has {len(unknown)} segment id(s) that the JSON lacks "
-            f"({shown}); add them to segments_info or paint them 0 (void)"
+            f"({first_few(unknown)}); add them to segments_info or paint them 0 (void)"
         )
     return numbers
 

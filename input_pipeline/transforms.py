@@ -1,4 +1,4 @@
-"""Augmentation and test-time resizing, as in the official dataset mappers.
+"""Augmentation, as in the official dataset mappers.
 
 A training transform is a function `(rng, record, config) -> record`: it reads `image` (uint8
 [H, W, 3] RGB) and `panoptic` (int32 [H, W] segment ids, 0 = void), draws only from `rng`, leaves
@@ -21,9 +21,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from oneformer_jax import config_rules, rules
+from oneformer_jax.input_pipeline.resize import resize_ids, resize_image, shortest_edge_size
 
 Record = Mapping[str, Any]
 
@@ -79,59 +79,6 @@ class AugmentConfig:
 
 def _with(record: Record, image: np.ndarray, panoptic: np.ndarray) -> dict[str, Any]:
     return {**record, "image": image, "panoptic": panoptic}
-
-
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes bilinearly with antialiasing; equals PIL to one grey level.
-
-    OpenCV, many times faster, does it if no side shrinks, when antialiasing has no effect.
-
-    Args:
-      image: uint8 [H, W, 3].
-      size: (height, width) of the result.
-
-    Returns:
-      uint8 [height, width, 3].
-    """
-    height, width = size
-    if (height, width) == image.shape[:2]:
-        return image
-    if height >= image.shape[0] and width >= image.shape[1]:
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    return _resize_pil(image, size)
-
-
-def _resize_pil(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    height, width = size
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def resize_ids(panoptic: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes an int32 [H, W] id map to (height, width) by nearest neighbour, as PIL does."""
-    height, width = size
-    if (height, width) == panoptic.shape:
-        return panoptic
-    # INTER_NEAREST is half a pixel off; INTER_NEAREST_EXACT reads the pixel under the centre.
-    return cv2.resize(panoptic, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-
-
-def shortest_edge_size(
-    size: tuple[int, int], short_edge: float, max_size: float
-) -> tuple[int, int]:
-    """(height, width) after scaling the short side to `short_edge`, the long one <= `max_size`.
-
-    As in Detectron2's ResizeShortestEdge, sides are int(v + 0.5).
-    """
-    height, width = size
-    scale = short_edge / min(height, width)
-    if height < width:
-        new_height, new_width = float(short_edge), scale * width
-    else:
-        new_height, new_width = scale * height, float(short_edge)
-    longest = max(new_height, new_width)
-    if longest > max_size:
-        new_height, new_width = (v * (max_size / longest) for v in (new_height, new_width))
-    return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
 
 def random_shortest_edge(
@@ -294,19 +241,3 @@ def augment(rng: np.random.Generator, record: Record, config: AugmentConfig) -> 
     for transform in chain(config):
         record = transform(rng, record, config)
     return dict(record)
-
-
-def resize_for_test(image: np.ndarray, short_edge: int, max_size: int) -> np.ndarray:
-    """Resizes for the test: the short side to `short_edge`, the long side <= `max_size`.
-
-    PIL does it, bilinearly on uint8, so that the pixels are exactly those of published scores.
-
-    Args:
-      image: uint8 [H, W, 3].
-      short_edge: length of the short side, in pixels.
-      max_size: cap of the long side, in pixels.
-
-    Returns:
-      uint8 [h, w, 3].
-    """
-    return _resize_pil(image, shortest_edge_size(image.shape[:2], short_edge, max_size))

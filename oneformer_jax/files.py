@@ -143,18 +143,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: str | os.PathLike[str], older_than: float = 60.0) -> None:
+def remove_leftovers(folder: str | os.PathLike[str], older_than: float = 60.0) -> list[str]:
     """Removes what `replacing` left directly in `folder` when its process was killed.
 
     Younger files, by `older_than` seconds, may belong to a process that writes just now. A folder
-    that is missing has none.
+    that is missing has none. Returns the paths of the removed files.
     """
+    removed = []
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
-                    if time.time() - entry.stat().st_mtime > older_than:
+                    if time.time() - entry.stat().st_mtime >= older_than:
                         os.unlink(entry.path)
+                        removed.append(entry.path)
+    return removed
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -173,7 +176,12 @@ def first_few(items: Iterable[Any], shown: int = 5, separator: str = ", ") -> st
     return f"{text}{' ' if separator.strip() == ',' else separator}and {more:,} more"
 
 
+def nearest(word: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Lists the known words of the most similar spelling, nearest first, `count` at most."""
+    return difflib.get_close_matches(str(word), list(known), count, cutoff)
+
+
 def did_you_mean(word: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
     """Suggests the nearest known words: " (did you mean 'a' or 'b'?)", or "" if none is near."""
-    near = difflib.get_close_matches(str(word), list(known), count, cutoff)
+    near = nearest(word, known, count, cutoff)
     return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

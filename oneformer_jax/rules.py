@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from oneformer_jax.files import did_you_mean
+from oneformer_jax.files import did_you_mean, first_few
 
 _SHOWN = 60  # characters of a value in a message
 
@@ -273,7 +273,7 @@ def refuse(owner: str, values: Mapping[str, Any], found: Mapping[str, str]) -> N
 def require_names(what: str, given: Any, known: tuple[str, ...], needed: tuple[str, ...]) -> None:
     """ValueError that lists unknown names of `given`, with the nearest known, or missing ones."""
     if unknown := [name for name in given if name not in known]:
-        hints = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in map(str, unknown[:5]))
+        hints = first_few(f"{name!r}{did_you_mean(name, known)}" for name in map(str, unknown))
         raise ValueError(f"{what}: unknown fields {hints}; known are {', '.join(known)}")
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"{what}: fields {', '.join(missing)} must be given")

@@ -1,13 +1,17 @@
 """Types shared by every room of the house, and the legend of axis letters.
 
 Letters: B batch, H W image, h w = H/4 W/4, Q queries, K classes (without "no object"), M target
-slots, N predictions (decoder layers + 1), L levels, P points, D width, T tokens.
+slots, R texts of an image, N predictions (decoder layers + 1), L levels, P points, D width,
+T tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import typing
+from collections.abc import Mapping
+from typing import Annotated, TypedDict
 
 import jax
 import numpy as np
@@ -39,6 +43,58 @@ def task_id(task: str) -> int:
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; use one of {', '.join(TASKS)}")
     return TASKS.index(task)
+
+
+Array = jax.Array | np.ndarray
+
+
+class Batch(TypedDict):
+    """A training batch: the loader makes it, the step takes it, compile mode takes its shapes.
+
+    Each array is annotated with its dtype and axes, from which `layout` makes the shapes.
+
+    Attributes:
+      image: uint8 [B, H, W, 3], RGB; padding fills it up on the right and at the bottom.
+      image_size: int32 [B, 2], (height, width) without padding.
+      segment_map: uint8 [B, H, W], the target slot of a pixel plus 1; 0 is void.
+      classes: int32 [B, M], class ids of the target slots.
+      valid: bool [B, M], the target slots in use.
+      text_ids: int32 [B, R], rows of the table of the dataset's distinct texts.
+      task: int32 [B], indices in `TASKS`.
+    """
+
+    image: Annotated[Array, "uint8", "BHW3"]
+    image_size: Annotated[Array, "int32", "B2"]
+    segment_map: Annotated[Array, "uint8", "BHW"]
+    classes: Annotated[Array, "int32", "BM"]
+    valid: Annotated[Array, "bool", "BM"]
+    text_ids: Annotated[Array, "int32", "BR"]
+    task: Annotated[Array, "int32", "B"]
+
+
+class LoadedBatch(Batch):
+    """A `Batch` as the loader gives it, for the host.
+
+    Attributes:
+      index: int32 [B], positions of the records in the source.
+    """
+
+    index: Annotated[Array, "int32", "B"]
+
+
+def layout(kind: type, sizes: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays of a kind of batch.
+
+    Args:
+      kind: `Batch` or `LoadedBatch`.
+      sizes: of each axis letter.
+    """
+    found = {}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        dtype, axes = hint.__metadata__
+        shape = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in axes)
+        found[name] = jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+    return found
 
 
 @jax.tree_util.register_dataclass

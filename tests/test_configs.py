@@ -7,12 +7,14 @@ import importlib
 import jax
 import pytest
 
+from oneformer_jax import catalogue
 from oneformer_jax.configs import common
 from oneformer_jax.eval.tta import TtaConfig
 from oneformer_jax.input_pipeline import datasets, loader, transforms
-from oneformer_jax.models import functional, published
-from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormerConfig
+from oneformer_jax.models import functional
+from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import state as states
+from oneformer_jax.weights import architecture
 
 DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
 RECIPES = {name: importlib.import_module(f"oneformer_jax.configs.{name}") for name in DATASETS}
@@ -29,19 +31,19 @@ def recipe(dataset, variant):
 
 @functools.cache
 def model(dataset, variant):
-    return states.model_config(recipe(dataset, variant), NUM_CLASSES[dataset])
+    return states.model_config(recipe(dataset, variant), catalogue.NUM_CLASSES[dataset])
 
 
 def test_every_published_model_has_a_recipe_and_the_other_way_round():
-    assert sorted((m.dataset, m.variant) for m in published.MODELS) == sorted(VARIANTS)
-    assert len({m.config for m in published.MODELS}) == len(published.MODELS)
+    assert sorted((m.dataset, m.variant) for m in catalogue.MODELS) == sorted(VARIANTS)
+    assert len({m.config for m in catalogue.MODELS}) == len(catalogue.MODELS)
 
 
 @every_variant
-def test_recipe_and_table_of_published_models_agree(dataset, variant):
-    (row,) = [m for m in published.MODELS if (m.dataset, m.variant) == (dataset, variant)]
+def test_a_recipe_trains_and_tests_the_model_of_its_name(dataset, variant):
+    row = catalogue.named(f"{dataset}:{variant}")
     found = dataclasses.replace(model(dataset, variant), dtype="float32", remat=False)
-    assert found == row.model
+    assert found == OneFormerConfig.published(row.name)
     settings = recipe(dataset, variant).eval
     for name in ("short_edge", "max_size", "object_mask_threshold", "overlap_threshold", "topk"):
         assert settings[name] == getattr(row, name), name
@@ -69,7 +71,7 @@ def test_kernels_and_dilations(name, kernel, first, last):
 def test_every_recipe_is_accepted_by_what_reads_it(dataset, variant):
     config = recipe(dataset, variant)
     assert set(config) == set(common.get_base())
-    assert datasets.dataset_info(dataset).num_classes == NUM_CLASSES[dataset]
+    assert datasets.dataset_info(dataset).num_classes == catalogue.NUM_CLASSES[dataset]
     assert config.dataset.name == dataset
     assert config.data.batch_size == 16
     states.loss_config(config)
@@ -302,8 +304,8 @@ def _names(found):
 
 
 def test_find_gives_the_models_with_the_same_tensors():
-    swin = OneFormerConfig.swin_large("ade20k")
-    found = published.find(swin)
+    swin = OneFormerConfig.published("ade20k:swin_large,res=640")
+    found = architecture.find(swin)
     assert _names(found) == ["swin_large,res=640", "swin_large,res=896", "swin_large,res=1280"]
     assert {m.dataset for m in found} == {"ade20k"}
     # What tensors do not show plays no part.
@@ -316,33 +318,34 @@ def test_find_gives_the_models_with_the_same_tensors():
         query_init_dropout=0.0,
         text_layers=3,
     )
-    assert published.find(other) == found
+    assert architecture.find(other) == found
     dinat = model("ade20k", "dinat_large")
-    assert len(published.find(dinat)) == 3
-    assert _names(published.find(dinat, "1280x1280_250_16_dinat_l_oneformer_ade20k_160k")) == [
+    assert len(architecture.find(dinat)) == 3
+    assert _names(architecture.find(dinat, "1280x1280_250_16_dinat_l_oneformer_ade20k_160k")) == [
         "dinat_large,res=1280"
     ]
     frozen = dataclasses.replace(
-        OneFormerConfig.resnet50("cityscapes"), backbone=OneFormerConfig.resnet50("coco").backbone
+        OneFormerConfig.published("cityscapes:resnet50"),
+        backbone=OneFormerConfig.published("coco:resnet50").backbone,
     )
-    assert _names(published.find(frozen)) == ["resnet50"]
-    assert published.find(frozen)[0].config == "configs/cityscapes.py:resnet50"
+    assert _names(architecture.find(frozen)) == ["resnet50"]
+    assert architecture.find(frozen)[0].config == "configs/cityscapes.py:resnet50"
     for change in ({"num_queries": 100}, {"num_classes": 151}, {"decoder_layers": 6}):
-        assert published.find(dataclasses.replace(swin, **change)) == ()
+        assert architecture.find(dataclasses.replace(swin, **change)) == ()
 
 
 def test_find_goes_by_the_name_of_the_file_where_tensors_do_not_decide():
-    swin = OneFormerConfig.swin_large("ade20k")
+    swin = OneFormerConfig.published("ade20k:swin_large,res=640")
     name = "896x896_250_16_swin_l_oneformer_ade20k_160k"
     for file in (name, f"{name}.pth", f"weights/{name}.pth", f"C:\\weights\\{name}.pth"):
-        assert _names(published.find(swin, file)) == ["swin_large,res=896"]
-    assert len(published.find(swin, "mine.pth")) == 3
+        assert _names(architecture.find(swin, file)) == ["swin_large,res=896"]
+    assert len(architecture.find(swin, "mine.pth")) == 3
     # A name never outweighs the tensors.
-    coco = published.find(OneFormerConfig.swin_large("coco"), f"{name}.pth")
+    coco = architecture.find(OneFormerConfig.published("coco:swin_large"), f"{name}.pth")
     assert [m.config for m in coco] == ["configs/coco.py:swin_large"]
 
 
 def test_file_names_are_unique():
-    files = [m.file for m in published.MODELS if m.file]
+    files = [m.file for m in catalogue.MODELS if m.file]
     assert len(set(files)) == len(files)
     assert len(files) > 10

@@ -140,5 +140,6 @@ def test_lists_are_cut_and_counted():
 
 
 def test_the_nearest_words_are_suggested():
+    assert files.nearest("swin", ["resnet", "swim", "swin"], 2) == ["swin", "swim"]
     assert files.did_you_mean("swn", ["swin", "resnet"]) == " (did you mean 'swin'?)"
     assert files.did_you_mean("zzz", ["swin", "resnet"]) == ""

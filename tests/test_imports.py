@@ -27,12 +27,13 @@ RULES = {
     ),
     "weights": ("weights models types", "flax jax msgspec numpy safetensors"),
     "eval": (
-        "eval models types input_pipeline.images input_pipeline.annotations",
+        "eval models types input_pipeline.images input_pipeline.resize input_pipeline.annotations",
         "absl cv2 flax jax numpy PIL pycocotools scipy",
     ),
     "eval.evaluate": ("eval models types", "absl jax ml_collections numpy"),
     "models": ("models types kernels", "flax jax numpy scipy"),
     "types": ("", "jax numpy"),
+    "catalogue": ("", ""),
     "files": ("", "msgspec"),
     "rules": ("files", ""),
     "config_rules": ("files rules", ""),
@@ -41,12 +42,15 @@ RULES = {
     "kernels.assignment.bench": ("kernels kernels.chips", "jax numpy scipy"),  # SciPy is the rival
     # How an image file becomes an array, the same in training, evaluation and prediction.
     "input_pipeline.images": ("files", "cv2 numpy PIL"),
+    # The size of an image at the test, the same in evaluation and prediction.
+    "input_pipeline.resize": ("", "cv2 numpy PIL"),
     # Annotation files: the truth of training and of evaluation.
     "input_pipeline.annotations": ("input_pipeline.annotations", "msgspec numpy pycocotools"),
     # Tables only: the public API may read the classes of a dataset in them.
     "input_pipeline.datasets": ("", "numpy"),
     "input_pipeline": (
-        "input_pipeline input_pipeline.datasets input_pipeline.images input_pipeline.annotations",
+        "input_pipeline input_pipeline.datasets input_pipeline.images input_pipeline.resize"
+        " input_pipeline.annotations",
         "absl array_record cv2 etils grain importlib_resources instant_clip_tokenizer msgspec numpy"
         " PIL pycocotools tensorflow_datasets",
     ),
@@ -56,7 +60,7 @@ RULES = {
 }
 
 # Rooms that import nothing but each other, and that every other room but kernels may import.
-LEAVES = {"files", "rules", "config_rules"}
+LEAVES = {"catalogue", "files", "rules", "config_rules"}
 
 PACKAGE = "oneformer_jax"
 FOLDERS = (PACKAGE, "configs", "input_pipeline", "kernels")

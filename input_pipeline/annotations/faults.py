@@ -47,6 +47,12 @@ def error(subject: str, faults: Sequence[Fault], way_out: str) -> FaultsError:
     return FaultsError(f"{subject} has {len(faults):,} faults:\n{shown}\n{way_out}", faults)
 
 
+def first_message(faults: Sequence[Fault]) -> str:
+    """The message of the first of an image's faults, and how many more there are."""
+    more = f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else ""
+    return faults[0].message + more
+
+
 def check_annotations(source: Any, skip_broken: bool) -> None:
     """Raises FaultsError for the `faults` of a source, or logs them; also logs its remarks.
 

@@ -15,7 +15,6 @@ Running the same command again resumes, or skips what is done.
 
 from __future__ import annotations
 
-import difflib
 import os
 import pathlib
 import re
@@ -29,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 import oneformer_jax
 from oneformer_jax import config_rules
 from oneformer_jax.app import modes
-from oneformer_jax.files import did_you_mean, first_few
+from oneformer_jax.files import did_you_mean, first_few, nearest
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"  # those that are shipped
 COMMON = os.path.join("configs", "common.py")  # every key of a config
@@ -173,7 +172,7 @@ def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
             continue
         last = override.rsplit(".", 1)[-1]
         near = [key for key in keys if key.rsplit(".", 1)[-1] == last]
-        near += [k for k in difflib.get_close_matches(override, keys, 3, 0.7) if k not in near]
+        near += [k for k in nearest(override, keys, 3, 0.7) if k not in near]
         hint = ", ".join(f"--config.{key}" for key in near[:3])
         messages.append(
             f"the config has no key {override!r}"

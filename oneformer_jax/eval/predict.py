@@ -22,7 +22,6 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from PIL import Image
 
 from oneformer_jax import files
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
@@ -32,6 +31,7 @@ from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.eval.write import source_of, write_prediction
 from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.images import ImageError
+from oneformer_jax.input_pipeline.resize import resize_for_test
 from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id
@@ -209,7 +209,7 @@ class Segmenter:
             )
         if tta and tasks != ("semantic",):
             raise ValueError(f"tta is for the semantic task only, not for {task!r}")
-        resized = resize_shortest_edge(image, *self.test_size)
+        resized = resize_for_test(image, *self.test_size)
         if tta:
             found = {"semantic": self._averaged(image, resized)}
         else:
@@ -236,7 +236,7 @@ class Segmenter:
     def _averaged(self, image: np.ndarray, resized: np.ndarray) -> Segmentation:
         """Segments `image` semantically from the views of `resized`."""
         views = (
-            _padded(resize_shortest_edge(resized, edge, self.tta.max_size))
+            _padded(resize_for_test(resized, edge, self.tta.max_size))
             for edge in self.tta.short_edges
         )
         scores = SemanticScores(np.array([image.shape[:2]]), self.metadata)
@@ -335,27 +335,13 @@ def _matching(values: Any, expected: Any, path: str = "") -> Any:
         return values
     missing = set(expected) - set(values if isinstance(values, Mapping) else ())
     if missing:
-        names = ", ".join(f"{path}/{name}".lstrip("/") for name in sorted(missing, key=str)[:3])
+        listed = (f"{path}/{name}".lstrip("/") for name in sorted(missing, key=str))
+        names = files.first_few(listed, 3)
         raise ValueError(f"the model expects parameters {names}: these are of another model")
     return {
         name: _matching(values[name], inner, f"{path}/{name}".lstrip("/"))
         for name, inner in expected.items()
     }
-
-
-def resize_shortest_edge(image: np.ndarray, short: int, long: int) -> np.ndarray:
-    """Resizes uint8 [H, W, 3] to the shorter side `short`, with a longer side of at most `long`.
-
-    Sides are rounded half up. PIL's bilinear filter antialiases when it shrinks.
-    """
-    height, width = image.shape[:2]
-    scale = short / min(height, width)
-    sides = [short if side == min(height, width) else scale * side for side in (height, width)]
-    if max(sides) > long:
-        shrink = long / max(sides)
-        sides = [side * shrink for side in sides]
-    height, width = (max(1, int(side + 0.5)) for side in sides)
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = images.MAX_PIXELS) -> np.ndarray:

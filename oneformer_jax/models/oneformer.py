@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from oneformer_jax import config_rules, rules
+from oneformer_jax import catalogue, config_rules, rules
 from oneformer_jax.models import backbones, initial
 from oneformer_jax.models.decoder import TransformerDecoder
 from oneformer_jax.models.initial import ParamKeys
@@ -28,21 +28,6 @@ from oneformer_jax.types import Features, Predictions
 # RGB statistics of ImageNet on 0..255 values.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-
-NUM_CLASSES = {"ade20k": 150, "coco": 133, "cityscapes": 19, "mapillary": 65}
-
-# What the published InternImage-H models of width 1024 change.
-WIDE_HEAD = {
-    "num_queries": 250,
-    "hidden_dim": 1024,
-    "mask_dim": 1024,
-    "num_heads": 32,
-    "encoder_ffn": 4096,
-    "query_init_ffn": 4096,
-    "decoder_ffn": 4096,
-    "text_width": 1024,
-    "text_heads": 16,
-}
 
 KERNELS = ("sampling", "neighborhood")  # fields that choose them
 # Fields that no model is stored with.
@@ -123,61 +108,16 @@ class OneFormerConfig:
         return self.queries != "learned"
 
     @classmethod
-    def published(cls, backbone: str, dataset: str, **overrides) -> OneFormerConfig:
-        """The published model of a backbone ("swin_large") on a dataset ("coco").
+    def published(cls, name: str, **overrides: Any) -> OneFormerConfig:
+        """The model of a name in the catalogue, such as "coco:swin_large"; see `catalogue.MODELS`.
 
-        DiNAT-L on Cityscapes has 7 x 7 neighbours. At 1280 pixels it is "dinat_large_wide".
+        Raises:
+          ValueError: there is no such model; or an override that the model cannot have.
         """
-        if dataset not in NUM_CLASSES:
-            raise ValueError(f"unknown dataset {dataset!r}; use one of {', '.join(NUM_CLASSES)}")
-        large = backbone not in ("resnet50", "resnet101", "swin_tiny") and dataset != "coco"
-        if backbone == "dinat_large" and dataset == "cityscapes":
-            backbone = "dinat_large_7x7"
-        frozen = dataset in ("ade20k", "coco")  # the others train the ResNet's norms (SyncBN)
-        options = {"norm": "frozen" if frozen else "batch"} if "resnet" in backbone else {}
-        fields = {
-            "num_classes": NUM_CLASSES[dataset],
-            "backbone": backbones.backbone_config(backbone, **options),
-            "num_queries": 250 if large else 150,
-        }
-        return cls(**(fields | overrides))
-
-    @classmethod
-    def resnet50(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
-        return cls.published("resnet50", dataset, **overrides)
-
-    @classmethod
-    def resnet101(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
-        return cls.published("resnet101", dataset, **overrides)
-
-    @classmethod
-    def swin_tiny(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
-        return cls.published("swin_tiny", dataset, **overrides)
-
-    @classmethod
-    def swin_large(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
-        return cls.published("swin_large", dataset, **overrides)
-
-    @classmethod
-    def convnext_large(cls, dataset: str = "ade20k", **overrides) -> OneFormerConfig:
-        return cls.published("convnext_large", dataset, **overrides)
-
-    @classmethod
-    def convnext_xlarge(cls, dataset: str = "ade20k", **overrides) -> OneFormerConfig:
-        return cls.published("convnext_xlarge", dataset, **overrides)
-
-    @classmethod
-    def dinat_large(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
-        return cls.published("dinat_large", dataset, **overrides)
-
-    @classmethod
-    def internimage_huge(cls, dataset: str = "ade20k", **overrides) -> OneFormerConfig:
-        return cls.published("internimage_huge", dataset, **overrides)
-
-    @classmethod
-    def internimage_huge_1024(cls, dataset: str = "coco", **overrides) -> OneFormerConfig:
-        """The model with a head of width 1024 (`WIDE_HEAD`)."""
-        return cls.published("internimage_huge", dataset, **(WIDE_HEAD | overrides))
+        row = catalogue.named(name)
+        backbone = backbones.backbone_config(row.backbone, **row.backbone_options)
+        fields = {"num_classes": catalogue.NUM_CLASSES[row.dataset], "backbone": backbone}
+        return cls(**(fields | row.head | overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the inverse, but for `OF_THE_PROGRAM`.

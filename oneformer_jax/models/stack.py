@@ -21,16 +21,17 @@ class Stack(nnx.List):
     Attributes:
       remat: whether the activations of each layer are recomputed in the backward pass.
       scan: whether layers that repeat become a loop.
-      gather: (index, parameters as a dict) -> the same, whole on every device, by a sharding
-        constraint. The training step sets it where it shards parameters: each layer is gathered
-        where it is used, forward and backward, and no whole copy outlives it.
+      gather: (index, parameters as a dict) -> the same, whole on every device. The training step
+        sets it where it shards parameters: each layer is gathered where it is used, forward and
+        backward, and no whole copy outlives it. Its `keeps` is the policy of `jax.checkpoint` that
+        recognises what it gathered.
     """
 
     def __init__(self, layers: Iterable[nnx.Module], *, remat: bool = False, scan: bool = False):
         super().__init__(layers)
         self.remat = remat
         self.scan = scan
-        self.gather: Callable[[int, dict], dict] | None = None
+        self.gather: Any = None
 
 
 def run(
@@ -79,7 +80,7 @@ def run(
             return x, output, [nnx.state(m, nnx.BatchStat) for m in modules] if updates else None
 
         if remat or any(stack.gather is not None for stack in stacks):
-            policy = None if remat else _all_but_gathered
+            policy = None if remat else next(s.gather.keeps for s in stacks if s.gather)
             # A loop keeps the compiler from merging the two computations by itself.
             call = jax.checkpoint(call, prevent_cse=not looped, policy=policy)
         return call(x, item, states)
@@ -122,15 +123,6 @@ def run(
             for stack, new in zip(stacks, stats, strict=True):
                 nnx.update(stack[i], new)
     return x, outputs
-
-
-def _all_but_gathered(primitive: Any, *args: Any, **params: Any) -> bool:
-    """What the forward pass keeps: all but what `Stack.gather` made."""
-    del args
-    if primitive.name == "custom_vjp_call":
-        inner = params["call_jaxpr"].eqns
-        return not (inner and inner[-1].primitive.name == "sharding_constraint")
-    return primitive.name != "sharding_constraint"
 
 
 def find_loop(kinds: Sequence[Hashable]) -> tuple[int, int, int]:

@@ -10,8 +10,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -24,16 +23,14 @@ from oneformer_jax.models import backbones, matcher
 from oneformer_jax.models.oneformer import OF_THE_PROGRAM, OneFormerConfig
 from oneformer_jax.train import checkpoint, descriptions, observe, optim, sharding, start
 from oneformer_jax.train import state as states
-from oneformer_jax.train.evaluator import Evaluator, metric_names
+from oneformer_jax.train.evaluator import Batches, Evaluator, metric_names
 from oneformer_jax.train.flops import count_flops
 from oneformer_jax.train.replay import ImageIds, Watch
 from oneformer_jax.train.runtime import folders
 from oneformer_jax.train.runtime.distributed import compile_everywhere
 from oneformer_jax.train.runtime.preemption import Preempted, Preemption
 from oneformer_jax.train.runtime.workdir import check_room, differing_classes, hold
-from oneformer_jax.types import Metadata
-
-Batch = Mapping[str, Any]
+from oneformer_jax.types import LoadedBatch, Metadata
 
 
 def train(
@@ -42,8 +39,8 @@ def train(
     *,
     metadata: Metadata,
     text_table: np.ndarray,
-    train_batches: Callable[[int], Iterator[Batch]],
-    eval_batches: Callable[[int], Iterable[Batch]],
+    train_batches: Callable[[int], Iterator[LoadedBatch]],
+    eval_batches: Batches,
     image_ids: ImageIds | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float | None]:
@@ -242,7 +239,7 @@ def train(
         return results
 
 
-def report_omissions(data: Iterator[Batch]) -> None:
+def report_omissions(data: Iterator[LoadedBatch]) -> None:
     """Says what the loader left out, if it counts that: broken records, segments without a slot."""
     if broken := getattr(data, "broken", None):
         listed = "\n".join(f"  record {index}: {message}" for index, message in broken.items())
@@ -272,7 +269,7 @@ def evaluate_workdir(
     workdir: str,
     *,
     metadata: Metadata,
-    eval_batches: Callable[[int], Iterable[Batch]],
+    eval_batches: Batches,
     checkpoint_step: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float | None]:

@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 
 from oneformer_jax import config_rules
+from oneformer_jax.files import first_few
 from oneformer_jax.train.tensorboard import JsonLinesWriter, SummaryWriter, metric_writers
 
 METRICS_FILE = "metrics.jsonl"
@@ -92,19 +93,13 @@ class NonFiniteLoss(FloatingPointError):
         shown = ", ".join(f"{name} = {value}" for name, value in self.terms.items())
         text = f"step {step}: not finite: {shown}. "
         if self.records is not None:
-            text += f"Its batch was records {some(self.records)} of the training data. "
+            text += f"Its batch was records {first_few(self.records, 16)} of the training data. "
         if self.images:
-            text += f"The ids of these images: {some(self.images)}. "
+            text += f"The ids of these images: {first_few(self.images, 16)}. "
         super().__init__(
             text + "The last checkpoint is from before this step and intact: start again from it "
             "with a lower optim.lr, optim.warmup_steps or optim.clip_norm, or inspect those images."
         )
-
-
-def some(values: Sequence[Any], count: int = 16) -> str:
-    """Shows the first values, and the number of the others."""
-    more = f" and {len(values) - count} more" if len(values) > count else ""
-    return f"{list(values[:count])}{more}"
 
 
 def check_finite(

@@ -20,6 +20,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
+from oneformer_jax.files import first_few
 from oneformer_jax.train import descriptions, observe, reading, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.descriptions import CheckpointError
@@ -87,7 +88,7 @@ class Watch:
                 raise
             logging.warning(
                 "Left out the update of step %d: %s not finite; images %s",
-                *(step, ", ".join(error.terms), observe.some(error.images or error.records or [])),
+                *(step, ", ".join(error.terms), first_few(error.images or error.records or [], 16)),
             )
             if self._written < MAX_WRITTEN:
                 write(self._workdir, error, batch)
@@ -153,7 +154,9 @@ def replay(
 
     # The same function, but no memory is given away: with NaN checks on it may run a second time.
     step_function = training.step.__wrapped__
-    lines = [f"step {report['step']}, images {observe.some(report['images'] or report['records'])}"]
+    lines = [
+        f"step {report['step']}, images {first_few(report['images'] or report['records'], 16)}"
+    ]
     lines.append(f"state: {origin}")
     _, metrics = jax.jit(step_function)(state, batch, key)
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}

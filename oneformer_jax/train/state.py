@@ -14,17 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from ml_collections import ConfigDict
 
 from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.models.matcher import MatcherConfig
-from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
-from oneformer_jax.models.stack import Stack
-from oneformer_jax.train import optim, sharding
+from oneformer_jax.models.oneformer import OneFormerConfig, normalize_images
+from oneformer_jax.train import fsdp, optim, sharding
 from oneformer_jax.train.optim import OptimConfig
-from oneformer_jax.types import TASK_TOKENS
+from oneformer_jax.types import TASK_TOKENS, Batch, layout
 
 State = dict[str, Any]
 
@@ -111,24 +109,18 @@ def make_training(
     )
 
 
-def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Shapes, dtypes and sharding of a training batch, as `input_pipeline.loader` makes it."""
-    size, (height, width) = config.data.batch_size, config.data.crop_size
-    slots, texts = config.data.num_slots, config.model.num_queries - config.model.num_context
-    shapes = {
-        "image": ((height, width, 3), jnp.uint8),
-        "image_size": ((2,), jnp.int32),
-        "segment_map": ((height, width), jnp.uint8),
-        "classes": ((slots,), jnp.int32),
-        "valid": ((slots,), jnp.bool_),
-        "text_ids": ((texts,), jnp.int32),
-        "task": ((), jnp.int32),
+def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
+    """A training batch of the config, with `jax.ShapeDtypeStruct` and sharding for arrays."""
+    height, width = config.data.crop_size
+    sizes = {
+        "B": config.data.batch_size,
+        "H": height,
+        "W": width,
+        "M": config.data.num_slots,
+        "R": config.model.num_queries - config.model.num_context,
     }
-    split = sharding.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=split)
-        for name, (shape, dtype) in shapes.items()
-    }
+    arrays = layout(Batch, sizes)
+    return sharding.with_shardings(arrays, dict.fromkeys(arrays, sharding.batch_sharding(mesh)))
 
 
 def abstract_key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
@@ -167,7 +159,7 @@ def make_train_step(
     skip_nonfinite: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     param_shardings: Any = None,
-) -> Callable[[State, dict, jax.Array], tuple[State, dict]]:
+) -> Callable[[State, Batch, jax.Array], tuple[State, dict]]:
     """The training step (state, batch, key) -> (state, metrics), to be compiled with donated state.
 
     Args:
@@ -185,9 +177,9 @@ def make_train_step(
       param_shardings: how the parameters are split over the mesh; None: they are not.
 
     Returns:
-      A pure function. `key` is the run's key; the step number is folded in. The batch is that of
-      `input_pipeline.loader`, without `index`. Metrics are float32 scalars: `loss`, its terms,
-      `grad_norm`, `param_norm`, `skipped_share` (1 if the update was left out).
+      A pure function. `key` is the run's key; the step number is folded in. Metrics are float32
+      scalars: `loss`, its terms, `grad_norm`, `param_norm`, `skipped_share` (1 if the update was
+      left out).
     """
     graph = functional.abstract(config, training=True).graph
 
@@ -195,7 +187,7 @@ def make_train_step(
         if param_shardings is None:
             model = functional.merge(graph, params, stats)
         else:
-            model = merge_gathered(graph, params, stats, param_shardings)
+            model = fsdp.merge_gathered(graph, params, stats, param_shardings)
         model_key, point_key = jax.random.split(key)
         with functional.on_mesh(mesh):
             predictions = model(
@@ -232,7 +224,7 @@ def make_train_step(
         grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
         return grads, metrics, stats
 
-    def train_step(state: State, batch: dict, key: jax.Array) -> tuple[State, dict]:
+    def train_step(state: State, batch: Batch, key: jax.Array) -> tuple[State, dict]:
         key = jax.random.fold_in(key, state["step"])
         params = state["params"]
         grads, metrics, stats = gradients(params, state["stats"], batch, key)
@@ -261,78 +253,7 @@ def make_train_step(
     return train_step
 
 
-def merge_gathered(graph: nnx.GraphDef, params: dict, stats: dict, shardings: dict) -> OneFormer:
-    """The model with parameters that are whole on every device where they are used.
-
-    Those of a `Stack` are gathered layer by layer, in its loop, all others at once.
-    """
-    structure = functional.merge(graph, params, stats)
-    stacks = {path: node for path, node in nnx.iter_graph(structure) if isinstance(node, Stack)}
-
-    def whole(path, x, split):
-        names = tuple(entry.key for entry in path)
-        if any(names[: len(stack)] == stack for stack in stacks):
-            return x
-        return gather_parameter(x, split, summed=names[0] in functional.TEXT_PARTS)
-
-    params = jax.tree_util.tree_map_with_path(whole, params, shardings)
-    model = functional.merge(graph, params, stats)
-    for path in stacks:
-        stack, split = model, shardings
-        for name in path:
-            stack = stack[name] if isinstance(name, int) else getattr(stack, name)
-            split = split[name]
-        stack.gather = _GatherLayer(split, summed=path[0] in functional.TEXT_PARTS)
-    return model
-
-
-class _GatherLayer:
-    """(index, parameters) -> whole parameters of one layer of a stack."""
-
-    def __init__(self, shardings: dict, *, summed: bool):
-        self.shardings = shardings
-        self.summed = summed
-
-    def __call__(self, index: int, params: dict) -> dict:
-        return jax.tree.map(
-            lambda x, split: gather_parameter(x, split, summed=self.summed),
-            params,
-            self.shardings[index],
-        )
-
-
-def gather_parameter(
-    x: jax.Array, split: jax.sharding.NamedSharding, *, summed: bool = False
-) -> jax.Array:
-    """A parameter, whole on every device; its gradient is split again, as `split` says.
-
-    Left to itself, XLA now and then gathers the feature maps of all devices instead of a kernel.
-
-    Args:
-      x: the parameter.
-      split: how it lies on the devices.
-      summed: whether the gradient is first summed over the devices. The texts are the same on all
-        of them: there a gradient that is to be split would split the work, and each layer would be
-        communicated.
-    """
-
-    def constrain(x: jax.Array, *steps: jax.sharding.NamedSharding) -> jax.Array:
-        for step in steps:
-            x = jax.lax.with_sharding_constraint(x, step)
-        return x
-
-    if split.is_fully_replicated:
-        return x
-    whole = sharding.replicated(split.mesh)
-    # The first step matters in a loop, where `x` is a part of an array of the compiler's making.
-    forward = (split, whole)
-    backward = (whole, split) if summed else (split,)
-    gather = jax.custom_vjp(lambda x: constrain(x, *forward))
-    gather.defvjp(lambda x: (constrain(x, *forward), None), lambda _, g: (constrain(g, *backward),))
-    return gather(x)
-
-
-def split_batch(batch: dict, parts: int) -> dict:
+def split_batch(batch: Batch, parts: int) -> Batch:
     """[B, ...] to [parts, B / parts, ...], taking every parts-th image: no image changes device."""
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), batch

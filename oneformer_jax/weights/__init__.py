@@ -9,6 +9,7 @@ descriptions.py   our description beside the weights, checked by type and size
 hugging_face.py   config.json of `transformers`
 names.py          one table of names, for both directions and both programs
 architecture.py   the model that a set of tensors belongs to
-published.py      the published models: what their tensors cannot tell
-convert.py        whole models in and out, and what a training run starts from
+reading.py        the reading of a file, made once: its format, and our names and shapes
+convert.py        whole models in and out
+start.py          what a training run starts from
 """

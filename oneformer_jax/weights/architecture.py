@@ -10,12 +10,15 @@ said, see `Found`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from oneformer_jax import catalogue
+from oneformer_jax.catalogue import Published
 from oneformer_jax.files import FileError
-from oneformer_jax.models import backbones, published
+from oneformer_jax.models import backbones
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.weights import descriptions
 
@@ -45,7 +48,7 @@ class Found(NamedTuple):
     """
 
     config: OneFormerConfig
-    published: published.Published | None
+    published: Published | None
     assumed: tuple[str, ...]
 
 
@@ -93,7 +96,7 @@ def recognise(
         )
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
-    matches = published.find(config, path)
+    matches = find(config, path)
     if kind == "dinat" and "dilations" not in options:
         options["dilations"] = _dilations(matches, path)
         rebuilt = backbones.backbone_config(kind, **(backbone | options))
@@ -148,8 +151,8 @@ def _provisional(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     return fields | {"dilations": tuple((1,) * depth for depth in fields["depths"])}
 
 
-def _dilations(matches: tuple[published.Published, ...], path: str) -> Any:
-    found = {model.model.backbone.dilations: model for model in matches}
+def _dilations(matches: tuple[Published, ...], path: str) -> Any:
+    found = {OneFormerConfig.published(row.name).backbone.dilations for row in matches}
     if len(found) == 1:
         return next(iter(found))
     way_out = 'load(..., config="ade20k:dinat_large,res=640") or backbone={"dilations": ...}'
@@ -158,11 +161,51 @@ def _dilations(matches: tuple[published.Published, ...], path: str) -> Any:
             f"{path} has a DiNAT of no published size, and its tensors do not tell its dilations; "
             f"give them: backbone={{'dilations': ((1, 2, 1), ...)}}, one number a block"
         )
-    names = ", ".join(f"{model.dataset}:{model.variant}" for model in matches)
+    names = ", ".join(row.name for row in matches)
     raise FileError(
         f"{path} fits several published models whose dilations differ ({names}); give one, as in "
         f"{way_out}, or keep the name of the released file"
     )
+
+
+# What does not show in the tensors, or (the text branch) may be missing from them.
+_NOT_IN_TENSORS = {
+    "query_loss",
+    *("num_context", "text_width", "text_layers", "text_heads", "text_causal"),
+    *("encoder_dropout", "query_init_dropout", "dtype", "remat"),
+    *("norm", "drop_path_rate", "layer_scale_init", "dilations"),
+}
+
+
+def _shown(config: OneFormerConfig) -> dict[str, Any]:
+    """The fields of an architecture that its tensors show."""
+    fields = config.to_dict()
+    fields |= {f"backbone.{name}": value for name, value in fields.pop("backbone").items()}
+    return {
+        name: value
+        for name, value in fields.items()
+        if name.removeprefix("backbone.") not in _NOT_IN_TENSORS
+    }
+
+
+@functools.cache
+def _all_shown() -> list[tuple[Published, dict[str, Any]]]:
+    return [(row, _shown(OneFormerConfig.published(row.name))) for row in catalogue.MODELS]
+
+
+def find(config: OneFormerConfig, file: str = "") -> tuple[Published, ...]:
+    """The published models that have the tensors of an architecture, in the catalogue's order.
+
+    Args:
+      config: an architecture. Compared are the fields that tensors show: neither dropout, drop
+        path, dilations, the kind of the ResNet's norm, nor the text branch.
+      file: name of the file, with or without folder and ending. If it is that of one of the
+        models found, only this one is given.
+    """
+    wanted = _shown(config)
+    found = tuple(row for row, shown in _all_shown() if shown == wanted)
+    name = file.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".pth")
+    return tuple(row for row in found if name and row.file == name) or found
 
 
 class _Reader:

@@ -15,14 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from oneformer_jax.files import first_few
-from oneformer_jax.models import backbones, functional, published
+from oneformer_jax import catalogue
+from oneformer_jax.files import FileError, first_few
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.backbones import SwinConfig
 from oneformer_jax.models.backbones.swin import relative_position_index
-from oneformer_jax.models.oneformer import NUM_CLASSES, OneFormerConfig
+from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import Metadata
-from oneformer_jax.weights import architecture, descriptions, files, hugging_face, names
-from oneformer_jax.weights.files import FileError, TensorFile
+from oneformer_jax.weights import architecture, descriptions, files, hugging_face, names, reading
+from oneformer_jax.weights.reading import Reading
 
 SETTINGS = descriptions.Settings.__struct_fields__
 NO_OBJECT_WEIGHT = 0.1  # of every published model; a buffer of the official criterion
@@ -99,39 +100,39 @@ def read_model(
     """
     if config is not None and fields:
         raise ValueError(f"give either config or {', '.join(fields)}, not both")
-    file = files.open_tensors(path)
-    tensors = without_prefix(file.tensors)
-    form = format_of(tensors, file)
-    shapes = our_shapes(tensors, form)
+    found = reading.read_model(path)
+    file, shapes = found.file, found.shapes
     where = f"{file.path}: {files.OWN_KEY}"
     own = descriptions.read(file.own, where)
-    found, assumed = None, ()
+    row, assumed = None, ()
     if isinstance(config, str):
-        found = named(config)
-        config = found.model
+        row = catalogue.named(config)
+        config = OneFormerConfig.published(row.name)
     elif config is None and own.model is not None:
         config = descriptions.model_config(_overridden(own.model, fields), where)
     if config is None:
-        config, found, assumed = architecture.recognise(
+        config, row, assumed = architecture.recognise(
             shapes,
             path=file.path,
             given=fields,
             noted=hugging_face.noted(file.config, file.path) if file.config else {},
-            frozen_norm=_frozen_norm(tensors, shapes, form),
+            frozen_norm=_frozen_norm(found),
         )
-    if found is None:
-        found = next(iter(published.find(config, file.path)), None)
+    if row is None:
+        row = next(iter(architecture.find(config, file.path)), None)
     # The scale belongs to the criterion, which a model without the text branch may have too.
     branch = set(functional.TEXT_PARTS) - {"logit_scale"}
     text = any(name.split(".")[0] in branch for name in shapes)
-    params, stats, left_out = _read(file, tensors, form, config, text)
-    settings = own.settings or ({name: getattr(found, name) for name in SETTINGS} if found else {})
+    params, stats, left_out = _read(found, config, text)
+    settings = own.settings or ({name: getattr(row, name) for name in SETTINGS} if row else {})
     if own.metadata is not None and own.metadata.num_classes != config.num_classes:
         raise FileError(
             f"{where}: metadata has {own.metadata.num_classes} classes, the model has "
             f"{config.num_classes}"
         )
-    datasets = [name for name, count in NUM_CLASSES.items() if count == config.num_classes]
+    datasets = [
+        name for name, count in catalogue.NUM_CLASSES.items() if count == config.num_classes
+    ]
     return Model(
         config=config,
         params=params,
@@ -139,10 +140,10 @@ def read_model(
         metadata=own.metadata,
         dataset=datasets[0] if datasets else None,
         settings=dict(settings),
-        format=form,
+        format=found.form,
         text=text,
         left_out=left_out,
-        published=found.config if found else None,
+        published=row.config if row else None,
         assumed=assumed,
     )
 
@@ -218,174 +219,53 @@ def write_model(
         )
 
 
-def named(name: str) -> published.Published:
-    """The published model of a name like "coco:swin_large" or "configs/coco.py:swin_large".
-
-    Raises:
-      ValueError: there is none; the message lists them.
-    """
-    for model in published.MODELS:
-        if name in (model.config, f"{model.dataset}:{model.variant}"):
-            return model
-    known = " | ".join(f"{model.dataset}:{model.variant}" for model in published.MODELS)
-    raise ValueError(f"there is no published model {name!r}; there are {known}")
-
-
-def without_prefix(tensors: Mapping[str, files.Tensor]) -> dict[str, files.Tensor]:
-    """Tensors without the "module." that PyTorch's parallel wrappers put before every name."""
-    wrapped = all(name.startswith("module.") for name in tensors)
-    return {name.removeprefix("module.") if wrapped else name: t for name, t in tensors.items()}
-
-
-def our_shapes(tensors: Mapping[str, files.Tensor], form: str) -> dict[str, tuple[int, ...]]:
-    """Shapes by our names, as far as the tensors make such arrays."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in tensors:
-        group = names.group_of(name, form, form)
-        if group and name == group.theirs[0] and all(other in tensors for other in group.theirs):
-            found = group.our_shapes([tensors[other].shape for other in group.theirs])
-            if found is not None:
-                shapes |= dict(zip(group.ours, found, strict=True))
-    return shapes
-
-
 # ------------------------------------------------------------------ reading
 
 
-def format_of(tensors: Mapping[str, Any], file: TensorFile) -> str:
-    """The format whose names the tensors have; FileError if they are not of a OneFormer."""
-    if any(name.startswith("model.pixel_level_module.") for name in tensors):
-        return "hugging_face"
-    if any(name.startswith("sem_seg_head.predictor.") for name in tensors):
-        return "official"
-    raise FileError(
-        f"{file.path} is not a OneFormer: none of its {len(tensors)} tensors belongs to a mask "
-        f"decoder (they are {first_few(tensors, 3)}). A pre-trained backbone starts a training "
-        "run: --config.init.backbone=FILE"
-    )
-
-
-def _frozen_norm(tensors: Mapping[str, Any], shapes: Mapping[str, Any], form: str) -> bool:
+def _frozen_norm(found: Reading) -> bool:
     """Whether a ResNet's norms were constants in training."""
-    if form == "official":  # batch norm counts its batches there, a frozen one does not
-        return not any(name.endswith(".num_batches_tracked") for name in tensors)
+    if found.form == "official":  # batch norm counts its batches there, a frozen one does not
+        return not any(name.endswith(".num_batches_tracked") for name in found.tensors)
     # transformers always counts; the published models of two datasets were trained with batch norm.
-    classes = shapes.get("predictor.class_embed.bias", (0,))[0] - 1
-    return classes not in (NUM_CLASSES["cityscapes"], NUM_CLASSES["mapillary"])
+    classes = found.shapes.get("predictor.class_embed.bias", (0,))[0] - 1
+    return classes not in (catalogue.NUM_CLASSES[x] for x in ("cityscapes", "mapillary"))
 
 
-def _read(
-    file: TensorFile,
-    tensors: Mapping[str, files.Tensor],
-    form: str,
-    config: OneFormerConfig,
-    text: bool,
-) -> tuple[dict, dict, dict[str, str]]:
+def _read(found: Reading, config: OneFormerConfig, text: bool) -> tuple[dict, dict, dict[str, str]]:
     """Parameters, statistics and what is left out; one FileError about all that is wrong."""
     _, *trees = functional.abstract(config, training=text)
     expected = dict(leaves(trees))
-    arrays, problems = read_arrays(
-        file.path, tensors, form, expected, backbones.kind_of(config.backbone)
-    )
+    arrays, problems = found.arrays(expected, backbones.kind_of(config.backbone))
     left_out, surplus = {}, []
-    for name in tensors:
-        group = names.group_of(name, form, form)
-        if names.is_derived(name, form):
+    for name in found.unplaced(expected):
+        group = found.groups[name]
+        if found.is_derived(name):
             left_out[name] = "computed or counted, not learned"
         elif not text and group is not None and group.ours == ("logit_scale",):
             left_out[name] = "a scale of the text branch, which is not there"
-        elif group is None or group.ours[0] not in expected:
+        else:
             surplus.append(name)
     if surplus:
         problems.append(f"{len(surplus)} tensors belong to no part of it: {first_few(surplus, 10)}")
     if problems:
         kind = type(config.backbone).__name__.removesuffix("Config")
         raise FileError(
-            f"{file.path} does not hold a whole OneFormer ({kind}, {config.num_queries} queries, "
-            f"{config.num_classes} classes); nothing is loaded:\n  " + "\n  ".join(problems)
+            f"{found.file.path} does not hold a whole OneFormer ({kind}, {config.num_queries} "
+            f"queries, {config.num_classes} classes); nothing is loaded:\n  "
+            + "\n  ".join(problems)
         )
 
-    def fill(tree: Mapping, prefix: str = "") -> dict:
-        return {
-            key: fill(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else arrays[f"{prefix}{key}"]()
-            for key, value in tree.items()
-        }
+    def array(path: tuple, _: Any) -> np.ndarray:
+        return arrays[".".join(str(entry.key) for entry in path)]()
 
-    params, stats = map(fill, trees)
+    params, stats = (jax.tree_util.tree_map_with_path(array, tree) for tree in trees)
     return params, stats, left_out
 
 
 def leaves(trees: Iterable[Mapping]) -> Iterable[tuple[str, Any]]:
+    """Gives (our name, leaf) of every array of some nested dicts."""
     for tree in trees:
         yield from names.flatten(tree)
-
-
-def read_arrays(
-    path: str,
-    tensors: Mapping[str, files.Tensor],
-    form: str,
-    expected: Mapping[str, Any],
-    kind: str,
-) -> tuple[dict[str, Any], list[str]]:
-    """Functions that read our arrays, by name, and sentences about those that are not there.
-
-    They raise FileError for values that are not finite.
-
-    Args:
-      path: of the file, for messages.
-      tensors: of the file.
-      form: its format.
-      expected: shapes by our names.
-      kind: of the model's backbone.
-    """
-    arrays: dict[str, Any] = {}
-    missing: list[str] = []
-    wrong: list[str] = []
-    for name, leaf in expected.items():
-        group = names.group_of(name, "ours", form, kind)
-        if group is None:
-            raise LookupError(f"the table of names lacks {name}")
-        absent = [other for other in group.theirs if other not in tensors]
-        missing += [other for other in absent if other not in missing]
-        if absent:
-            continue
-        parts = [tensors[other] for other in group.theirs]
-        shapes = group.our_shapes([part.shape for part in parts])
-        index = group.ours.index(name)
-        found = ", ".join(
-            f"{other} {part.dtype.name}{list(part.shape)}"
-            for other, part in zip(group.theirs, parts, strict=True)
-        )
-        if shapes is None or shapes[index] != tuple(leaf.shape):
-            wrong.append(f"{found} for {name} {list(leaf.shape)}")
-        elif any(part.dtype.kind != "f" for part in parts):
-            wrong.append(f"{found} for {name}, which takes floating-point numbers")
-        else:
-            arrays[name] = _reader(path, group, parts, index)
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} tensors are missing: {first_few(missing, 10)}")
-    if wrong:
-        problems.append(f"{len(wrong)} tensors do not fit: {first_few(wrong, 10)}")
-    return arrays, problems
-
-
-def _reader(path: str, group: names.Group, parts: list[files.Tensor], index: int):
-    def read() -> np.ndarray:
-        array = group.to_ours([part.read() for part in parts])[index]
-        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused
-            array = np.asarray(array, np.float32)
-        if wrong := array.size - np.count_nonzero(np.isfinite(array)):
-            raise FileError(
-                f"{path}: {', '.join(group.theirs)} has {wrong:,} values of {array.size:,} that "
-                "are not finite float32 numbers; the training that wrote it had diverged, or the "
-                "file is damaged: take an earlier checkpoint"
-            )
-        return array
-
-    return read
 
 
 # ------------------------------------------------------------------ writing

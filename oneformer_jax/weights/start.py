@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from oneformer_jax.files import first_few
+from oneformer_jax.files import FileError, first_few
 from oneformer_jax.models import functional
-from oneformer_jax.weights import convert, files, names
-from oneformer_jax.weights.files import FileError
+from oneformer_jax.weights import reading
+from oneformer_jax.weights.reading import Read
 
-Read = Callable[[], np.ndarray]
-
-# torchvision's names of a ResNet, as tools/convert-torchvision-to-d2.py maps them (spec 2.4).
-_TORCHVISION = (
-    (r"^(conv1|bn1)\.", r"stem.\1."),
-    (r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
-    (r"\bbn(\d)\.", r"conv\1.norm."),
-    (r"\bdownsample\.0\.", "shortcut."),
-    (r"\bdownsample\.1\.", "shortcut.norm."),
-)
 # Of a classifier, which has no place in a segmentation model: its head and the norm before it.
 _CLASSIFIER = r"backbone\.((stem\.)?fc|head|norm|avgpool)\."
 # Norms of the four outputs, which classifiers do not have; they start as identities.
@@ -62,51 +52,26 @@ def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any], kin
       FileError: a file that cannot be read, or that is not of this backbone: every array of the
         backbone must be there, but for the norms of its outputs.
     """
-    file = files.open_tensors(path)
-    tensors, form = _backbone_tensors(convert.without_prefix(file.tensors))
+    found = reading.read_backbone(path)
     wanted = {name: leaf for name, leaf in expected.items() if name.startswith("backbone.")}
-    arrays, _ = convert.read_arrays(file.path, tensors, form, wanted, kind)
+    arrays, problems = found.arrays(wanted, kind, optional=_OUTPUT_NORM)
     fresh = {
         name: "an output norm, which classifiers lack"
         for name in wanted
         if name not in arrays and re.match(_OUTPUT_NORM, name)
     }
-    needed = {name: leaf for name, leaf in wanted.items() if name not in fresh}
-    _, problems = convert.read_arrays(file.path, tensors, form, needed, kind)
     unused, surplus = [], []
-    for name in tensors:
-        group = names.group_of(name, form, form)
-        if group is not None and group.ours[0] in arrays:
-            continue
-        skipped = names.is_derived(name, form) or re.match(_CLASSIFIER, name)
+    for name in found.unplaced(arrays):
+        skipped = found.is_derived(name) or re.match(_CLASSIFIER, name)
         (unused if skipped else surplus).append(name)
     if surplus:
         problems.append(f"{len(surplus)} tensors have no place: {first_few(surplus, 10)}")
     if problems:
         raise FileError(
-            f"init.backbone={file.path} is not of the backbone of this config "
+            f"init.backbone={found.file.path} is not of the backbone of this config "
             "(model.backbone.name and overrides):\n  " + "\n  ".join(problems)
         )
     return Start(arrays, fresh, unused)
-
-
-def _backbone_tensors(
-    tensors: Mapping[str, files.Tensor],
-) -> tuple[dict[str, files.Tensor], str]:
-    """The tensors of a backbone by the names of a whole model, and the format of these names."""
-    if any(name.startswith("model.pixel_level_module.") for name in tensors):
-        prefix, form = "model.pixel_level_module.encoder.", "hugging_face"
-        return {name: t for name, t in tensors.items() if name.startswith(prefix)}, form
-    if any(name.startswith("backbone.") for name in tensors):
-        return {name: t for name, t in tensors.items() if name.startswith("backbone.")}, "official"
-    renamed = {}
-    torchvision = "layer1.0.conv1.weight" in tensors
-    for name, tensor in tensors.items():
-        if torchvision:
-            for pattern, replacement in _TORCHVISION:
-                name = re.sub(pattern, replacement, name)
-        renamed[f"backbone.{name}"] = tensor
-    return renamed, "official"
 
 
 def from_model(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: str) -> Start:
@@ -120,23 +85,18 @@ def from_model(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: 
     Raises:
       FileError: a file that cannot be read, or one whose arrays mostly differ.
     """
-    file = files.open_tensors(path)
-    tensors = convert.without_prefix(file.tensors)
-    form = convert.format_of(tensors, file)
-    arrays, _ = convert.read_arrays(file.path, tensors, form, expected, kind)
-    shapes = convert.our_shapes(tensors, form)
+    found = reading.read_model(path)
+    arrays, _ = found.arrays(expected, kind)
     unused = [
         name
-        for name in tensors
-        if not names.is_derived(name, form)
-        and (group := names.group_of(name, form, form)) is not None
-        and group.ours[0] not in expected
+        for name in found.unplaced(expected)
+        if found.groups[name] is not None and not found.is_derived(name)
     ]
-    return fitting(file.path, arrays, shapes, expected, unused)
+    return fitting(found.file.path, arrays, found.shapes, expected, unused)
 
 
 def from_arrays(path: str, values: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> Start:
-    """The same for arrays at hand, those of one of our checkpoints."""
+    """The same for arrays in memory, those of one of our checkpoints."""
 
     def reader(value: np.ndarray) -> Read:
         return lambda: np.asarray(value, np.float32)

@@ -17,8 +17,9 @@ import numpy as np
 
 from oneformer_jax.eval.evaluate import evaluate
 from oneformer_jax.eval.postprocess import PostprocessConfig
-from oneformer_jax.eval.predict import STRIDE, resize_shortest_edge
+from oneformer_jax.eval.predict import STRIDE
 from oneformer_jax.eval.predictor import Predictor
+from oneformer_jax.input_pipeline.resize import resize_for_test
 from oneformer_jax.models import functional
 from oneformer_jax.train import state as states
 from oneformer_jax.train.evaluator import postprocess_config
@@ -34,7 +35,7 @@ def make_batches(count: int, height: int, width: int, test_size: tuple[int, int]
     batches = []
     for _, _, record in metrics.make_images(count, height, width):
         image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-        resized = resize_shortest_edge(image, *test_size)
+        resized = resize_for_test(image, *test_size)
         size = resized.shape[:2]
         padded = np.zeros((1, *(-(-side // STRIDE) * STRIDE for side in size), 3), np.uint8)
         padded[0, : size[0], : size[1]] = resized

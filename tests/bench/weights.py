@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from oneformer_jax.models import functional
+from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import Metadata
 from oneformer_jax.weights import convert
 from tests.peak_memory import peak_bytes
@@ -39,7 +40,7 @@ def run(step: str, name: str, folder: pathlib.Path) -> dict:
     """One step: seconds, MiB of the file and of memory."""
     direction, form = step.split(" ")
     path = folder / ("model.pth" if form == "official" else "folder")
-    config = convert.named(name).model
+    config = OneFormerConfig.published(name)
     if direction == "write":
         rng = np.random.default_rng(0)
         params, stats = (

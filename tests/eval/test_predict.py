@@ -19,6 +19,8 @@ from oneformer_jax.eval import predict, write
 from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tta import TtaConfig
+from oneformer_jax.input_pipeline import resize
+from oneformer_jax.input_pipeline.eval_loader import EvalLoaderConfig, eval_loader
 from oneformer_jax.types import TASK_TOKENS, TASKS
 from tests import tiny
 
@@ -126,7 +128,7 @@ def test_segmenter_prepares_the_image_as_the_official_evaluation_does(monkeypatc
 def test_segmenter_averages_views_of_the_resized_image(monkeypatch):
     """The sizes are made from the 64 x 93 image of the test, and each is mirrored too."""
     image = picture()
-    resized = predict.resize_shortest_edge(image, *SIZE)
+    resized = resize.resize_for_test(image, *SIZE)
     seen = []
 
     def spy(view):
@@ -309,8 +311,22 @@ def test_settings_of_a_run_and_overrides():
     ("size", "expected"),
     [((100, 200), (48, 96)), ((48, 70), (64, 93)), ((70, 48), (93, 64)), ((64, 64), (64, 64))],
 )
-def test_resize_keeps_aspect_and_limits_the_long_side(size, expected):
-    assert predict.resize_shortest_edge(picture(*size), 64, 96).shape == (*expected, 3)
+def test_prediction_and_evaluation_show_the_model_the_same_pixels(monkeypatch, size, expected):
+    image, seen = picture(*size), []
+    model = predict.Segmenter(
+        CONFIG, *state(), METADATA, test_size=SIZE, tta=TtaConfig((32, 80), 100, flip=False)
+    )
+    encode = model._encode
+    monkeypatch.setattr(model, "_encode", lambda view: seen.append(view) or encode(view))
+    model(image, "semantic")
+    model(image, "semantic", tta=True)
+    options = {"tta_short_edges": (32, 80), "tta_max_size": 100}
+    config = EvalLoaderConfig(batch_size=1, short_edge=64, max_size=96, **options)
+    (batch,) = eval_loader([{"image": image, "file_name": "a"}], config)
+    assert seen[0]["image_size"].tolist() == [list(expected)]
+    for view, shown in zip([batch, *batch["views"]], seen, strict=True):
+        for name in ("image", "image_size"):
+            np.testing.assert_array_equal(view[name], shown[name])
 
 
 # --- files ---

@@ -261,6 +261,7 @@ _MODELS: list[tuple[dict, dict, dict]] = []
 def _models() -> list[tuple[dict, dict, dict]]:
     """Of each kind of backbone: description, config.json, shapes by name."""
     if not _MODELS:
+        from oneformer_jax.models import functional
         from oneformer_jax.weights import convert, hugging_face
         from tests import tiny
         from tests.weights.test_convert import BACKBONES, SETTINGS, make_config
@@ -272,7 +273,7 @@ def _models() -> list[tuple[dict, dict, dict]]:
             theirs = {}
             if kind != "internimage":
                 theirs = hugging_face.to_config(config, metadata, training=True)
-            trees = convert.abstract_trees(config, True)
+            trees = functional.abstract(config, training=True)[1:]
             shapes = {name: list(leaf.shape) for name, leaf in convert.leaves(trees)}
             _MODELS.append((own | {"settings": SETTINGS}, theirs, shapes))
     return _MODELS

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from oneformer_jax.input_pipeline import transforms
+from oneformer_jax.input_pipeline import resize
 from oneformer_jax.input_pipeline.eval_loader import EvalLoaderConfig, _merge_buckets, eval_loader
 from oneformer_jax.input_pipeline.records import RecordError
 from tests.input_pipeline.test_loader import ListSource, RichSource
@@ -40,7 +40,7 @@ def test_eval_covers_every_record_once(process_count, kind):
                 height, width = batch["image_size"][row]
                 np.testing.assert_array_equal(batch["original_size"][row], EVAL_SIZES[index])
                 assert record["panoptic"].shape == EVAL_SIZES[index]
-                expected = transforms.resize_for_test(record["image"], 40, 90)
+                expected = resize.resize_for_test(record["image"], 40, 90)
                 assert expected.shape == (height, width, 3)
                 np.testing.assert_array_equal(batch["image"][row, :height, :width], expected)
                 assert not batch["image"][row, height:].any()
@@ -119,9 +119,9 @@ def test_views_are_made_from_the_resized_image(process_count):
             assert len(batch["views"]) == 2
             for row in np.flatnonzero(batch["valid"]):
                 seen.append(int(batch["index"][row]))
-                resized = transforms.resize_for_test(batch["records"][row]["image"], 40, 90)
+                resized = resize.resize_for_test(batch["records"][row]["image"], 40, 90)
                 for view, edge in zip(batch["views"], (20, 60), strict=True):
-                    expected = transforms.resize_for_test(resized, edge, 100)
+                    expected = resize.resize_for_test(resized, edge, 100)
                     height, width = view["image_size"][row]
                     assert (height, width) == expected.shape[:2]
                     # Padded no further than the official evaluation pads.

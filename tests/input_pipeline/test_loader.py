@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from oneformer_jax import types
 from oneformer_jax.input_pipeline import loader, transforms
 from oneformer_jax.input_pipeline.datasets import DatasetInfo
 from oneformer_jax.input_pipeline.loader import LoaderConfig
@@ -19,16 +20,6 @@ INFO = DatasetInfo(
     category_ids=(1, 2, 3),
 )
 AUGMENT = transforms.AugmentConfig("unified", crop_size=(32, 64), short_edge=32, max_size=96)
-KEYS = {
-    "image": (np.uint8, (32, 64, 3)),
-    "image_size": (np.int32, (2,)),
-    "segment_map": (np.uint8, (32, 64)),
-    "classes": (np.int32, (5,)),
-    "valid": (np.bool_, (5,)),
-    "text_ids": (np.int32, (7,)),
-    "task": (np.int32, ()),
-    "index": (np.int32, ()),
-}
 
 
 class ListSource:
@@ -105,12 +96,14 @@ def assert_all_same(a, b):
 # ---------------------------------------------------------------------------------------- training
 
 
-def test_batch_format():
+def test_a_batch_has_the_arrays_that_the_types_tell():
     source = make_source()
+    expected = types.layout(types.LoadedBatch, {"B": 4, "H": 32, "W": 64, "M": 5, "R": 7})
+    assert set(expected) == {*types.Batch.__annotations__, "index"}
     for batch in take(source, make_config(), 6):
-        assert batch.keys() == KEYS.keys()
-        for key, (dtype, shape) in KEYS.items():
-            assert batch[key].dtype == dtype and batch[key].shape == (4, *shape), key
+        assert batch.keys() == expected.keys()
+        for key, leaf in expected.items():
+            assert batch[key].dtype == leaf.dtype and batch[key].shape == leaf.shape, key
         assert (batch["image_size"] == (32, 64)).all()
         for row in range(4):
             slots = np.unique(batch["segment_map"][row])
@@ -177,7 +170,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(process_cou
         for p in range(process_count)
     ]
     joined = [
-        {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         for parts in zip(*shards, strict=True)
     ]
     assert_all_same(joined, whole)

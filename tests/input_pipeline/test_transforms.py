@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from oneformer_jax.configs import common
-from oneformer_jax.input_pipeline import transforms
+from oneformer_jax.input_pipeline import resize, transforms
 from oneformer_jax.input_pipeline.transforms import AugmentConfig
 
 
@@ -99,14 +99,14 @@ def test_short_edges_are_the_official_lists(base, expected):
     ],
 )
 def test_shortest_edge_size(size, short, long, expected):
-    assert transforms.shortest_edge_size(size, short, long) == expected
+    assert resize.shortest_edge_size(size, short, long) == expected
 
 
 @pytest.mark.parametrize("size", [(40, 50), (61, 83), (20, 30), (26, 36), (24, 20)])
 def test_resize_image_equals_pil_to_one_level(size):
     image = smooth_image(25, 35)
     expected = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    result = transforms.resize_image(image, size)
+    result = resize.resize_image(image, size)
     assert result.shape == (*size, 3) and result.dtype == np.uint8
     assert np.abs(result.astype(int) - np.asarray(expected)).max() <= 1
 
@@ -115,14 +115,14 @@ def test_resize_image_equals_pil_to_one_level(size):
 def test_resize_ids_equals_pil_nearest(size):
     ids = make_record()["panoptic"]
     expected = Image.fromarray(ids).resize(size[::-1], Image.Resampling.NEAREST)
-    result = transforms.resize_ids(ids, size)
+    result = resize.resize_ids(ids, size)
     assert result.dtype == np.int32
     np.testing.assert_array_equal(result, np.asarray(expected))
 
 
 def test_resize_for_test_is_pil_exactly():
     image = smooth_image(45, 60)
-    result = transforms.resize_for_test(image, 20, 30)
+    result = resize.resize_for_test(image, 20, 30)
     expected = Image.fromarray(image).resize((27, 20), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(result, np.asarray(expected))
 

@@ -12,7 +12,7 @@ from flax import nnx
 from scipy.special import log_softmax
 
 from oneformer_jax.configs import common
-from oneformer_jax.models import losses
+from oneformer_jax.models import functional, losses
 from oneformer_jax.models.decoder import TransformerDecoder
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.losses import LossConfig, compute_losses
@@ -30,7 +30,7 @@ LOSSES = LossConfig(num_points=16, point_sampling="shared", matcher=MatcherConfi
 @functools.cache
 def _shapes(**overrides):
     """Shape of every trained parameter by name."""
-    tree = states.abstract_params(tiny.model_config(**overrides))
+    tree = functional.abstract(tiny.model_config(**overrides), training=True).params
     return {name: leaf.shape for name, leaf in tiny.leaves(tree).items()}
 
 
@@ -62,10 +62,12 @@ def test_parameters(overrides, gone, new):
     common = official.keys() & ours.keys()
     assert {n: official[n] for n in common} == {n: ours[n] for n in common}
     # What the losses alone need is not there for inference.
-    tree = states.inference_params(states.abstract_params(tiny.model_config(**overrides)))
+    tree = functional.inference_params(
+        functional.abstract(tiny.model_config(**overrides), training=True).params
+    )
     config = tiny.model_config(**overrides)
     model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=False))
-    assert tiny.leaves(tree).keys() == tiny.leaves(states.split_model(model)[1]).keys()
+    assert tiny.leaves(tree).keys() == tiny.leaves(functional.split(model).params).keys()
 
 
 def test_new_parameters_have_the_shapes_that_their_use_needs():
@@ -75,8 +77,8 @@ def test_new_parameters_have_the_shapes_that_their_use_needs():
 
 def test_learned_queries_give_mask2former():
     """216 M in the paper's table of joint training, against 219 M."""
-    config = OneFormerConfig.swin_large("ade20k", queries="learned")
-    count = sum(x.size for x in jax.tree.leaves(states.abstract_params(config)))
+    config = OneFormerConfig.published("ade20k:swin_large,res=640", queries="learned")
+    count = sum(x.size for x in jax.tree.leaves(functional.abstract(config, training=True).params))
     assert round(count / 1e6) == 216
 
 

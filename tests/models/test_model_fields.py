@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from oneformer_jax.models import backbones, published
+from oneformer_jax import catalogue
+from oneformer_jax.models import backbones
 from oneformer_jax.models.oneformer import OneFormerConfig
 from tests import tiny
 
@@ -63,12 +64,13 @@ def test_every_field_of_a_backbone_has_a_rule(config):
     assert set(config.RULES) == {f.name for f in dataclasses.fields(config)}
 
 
-@pytest.mark.parametrize("model", published.MODELS, ids=lambda m: m.config)
-def test_published_models_are_far_from_the_bounds(model):
-    assert OneFormerConfig.from_dict(json.loads(json.dumps(model.model.to_dict()))) == model.model
+@pytest.mark.parametrize("row", catalogue.MODELS, ids=lambda row: row.name)
+def test_published_models_are_far_from_the_bounds(row):
+    model = OneFormerConfig.published(row.name)
+    assert OneFormerConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
     for field in ("decoder_layers", "encoder_layers", "text_layers", "hidden_dim", "num_queries"):
-        dataclasses.replace(model.model, **{field: 4 * getattr(model.model, field)})
-    backbone = model.model.backbone
+        dataclasses.replace(model, **{field: 4 * getattr(model, field)})
+    backbone = model.backbone
     if not hasattr(backbone, "dilations"):
         dataclasses.replace(backbone, depths=tuple(4 * n for n in backbone.depths))
 

@@ -24,32 +24,31 @@ def _millions(config: OneFormerConfig) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("backbone", "dataset", "training", "inference"),
+    ("name", "training", "inference"),
     [
-        ("resnet50", "coco", 64.824, 47.281),
-        ("swin_tiny", "coco", 68.275, 50.732),
-        ("swin_large", "coco", 236.324, 218.781),
-        ("swin_large", "ade20k", 236.354, 218.811),
+        ("coco:resnet50", 64.824, 47.281),
+        ("coco:swin_tiny", 68.275, 50.732),
+        ("coco:swin_large", 236.324, 218.781),
+        ("ade20k:swin_large,res=640", 236.354, 218.811),
     ],
 )
-def test_published_models_have_the_published_parameters(backbone, dataset, training, inference):
-    assert _millions(OneFormerConfig.published(backbone, dataset)) == (training, inference)
+def test_published_models_have_the_published_parameters(name, training, inference):
+    assert _millions(OneFormerConfig.published(name)) == (training, inference)
 
 
-def test_named_constructors():
-    assert OneFormerConfig.swin_large("ade20k").num_queries == 250
-    assert OneFormerConfig.swin_large().num_queries == 150
-    assert OneFormerConfig.resnet50("cityscapes").backbone.norm == "batch"
-    assert OneFormerConfig.resnet101().backbone.depths == (3, 4, 23, 3)
-    assert OneFormerConfig.swin_tiny("ade20k", num_queries=100).num_queries == 100
-    with pytest.raises(ValueError, match=r"unknown dataset 'kitti'.*cityscapes"):
-        OneFormerConfig.published("swin_large", "kitti")
+def test_a_published_model_is_made_by_its_name():
+    assert OneFormerConfig.published("ade20k:swin_large,res=640").num_queries == 250
+    assert OneFormerConfig.published("coco:swin_large").num_queries == 150
+    assert OneFormerConfig.published("cityscapes:resnet50").backbone.norm == "batch"
+    assert OneFormerConfig.published("ade20k:swin_tiny", num_queries=100).num_queries == 100
+    with pytest.raises(ValueError, match=r"no published model 'kitti:swin_large'.*coco:swin_tiny"):
+        OneFormerConfig.published("kitti:swin_large")
 
 
 def test_config_survives_json():
     import json
 
-    for config in (tiny.model_config(), OneFormerConfig.swin_large("ade20k")):
+    for config in (tiny.model_config(), OneFormerConfig.published("ade20k:swin_large,res=640")):
         assert OneFormerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     # On which device it runs is not part of a model.
     kernel = tiny.model_config(sampling="pallas_tpu", neighborhood="pallas_tpu")

@@ -12,6 +12,7 @@ from oneformer_jax.kernels.recompute import recompute
 from oneformer_jax.models import backbones
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.stack import Stack, find_loop, run
+from oneformer_jax.train import fsdp
 
 
 class Layer(nnx.Module):
@@ -126,11 +127,14 @@ def test_layers_of_other_shapes_do_not_share_a_loop():
 def test_parameters_are_gathered_layer_by_layer(scan):
     seen = []
 
-    def gather(index, params):
-        seen.append((index, jax.tree.map(jnp.shape, params)))
-        return params
+    class Gather:
+        keeps = staticmethod(fsdp.keeps_all_but_gathered)
 
-    assert_close(outcome(scan, gather=gather), outcome(False))
+        def __call__(self, index, params):
+            seen.append((index, jax.tree.map(jnp.shape, params)))
+            return params
+
+    assert_close(outcome(scan, gather=Gather()), outcome(False))
     layers = {index for index, _ in seen}
     assert layers == (set(range(8)) if not scan else {0, 1, 2, 7})
     assert all(shapes == {"kernel": (4, 4)} for _, shapes in seen)
@@ -198,11 +202,14 @@ def test_what_the_forward_pass_keeps(remat, scan):
     mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def gather(_, params):
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), params)
+    class Gather:
+        keeps = staticmethod(fsdp.keeps_all_but_gathered)
+
+        def __call__(self, index, params):
+            return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), params)
 
     stack = Stack((Wide(i) for i in range(3)), remat=remat, scan=scan)
-    stack.gather = gather
+    stack.gather = Gather()
     graphdef, params = nnx.split(stack)
 
     def apply(params):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oneformer_jax.models import layers, matcher, points
+from oneformer_jax.models import functional, layers, matcher, points
 from oneformer_jax.models.backbones import swin
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD, OneFormerConfig
@@ -463,7 +463,7 @@ def make_pair(case: Case, dtype: str, patch: pytest.MonkeyPatch) -> tuple[Refere
     """Both sides, with the same weights."""
     model, config = make_models(case)
     theirs = Reference(model, case, patch)
-    trees = convert.abstract_trees(config, text=True)
+    trees = functional.abstract(config, training=True)[1:]
     arrays = theirs.arrays(dict(convert.leaves(trees)))
 
     def fill(tree, prefix=""):

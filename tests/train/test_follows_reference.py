@@ -15,8 +15,8 @@ import sys
 import numpy as np
 import pytest
 
+from oneformer_jax.models import functional
 from oneformer_jax.train import optim
-from oneformer_jax.weights import convert
 from tests.train import reference_training
 from tests.train.reference_training import Case
 from tests.weights import torch_reference
@@ -88,7 +88,7 @@ def test_every_parameter_is_in_the_official_group(backbone):
     case = Case(backbone, draws=False, schedule="poly", steps=1)
     model, config = reference_training.make_models(case)
     reference_training.in_training(model, case)
-    groups = optim.describe_groups(convert.abstract_trees(config, text=True)[0])
+    groups = optim.describe_groups(functional.abstract(config, training=True).params)
     ours = {name.replace("/", "."): group for group in groups for name in groups[group]}
     values = {}
     for field in ("lr", "weight_decay"):  # written into the parameters, to be read by our names

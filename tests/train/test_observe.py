@@ -143,11 +143,11 @@ def test_check_finite_names_step_terms_and_records():
     assert message.startswith("step 7: not finite: ")
     assert "loss_mask_3 = nan" in message
     assert "grad_norm = inf" in message
-    assert "15] and 4 more of the training data" in message
+    assert "15 and 4 more of the training data" in message
     assert "optim.lr" in message
     with pytest.raises(NonFiniteLoss, match=r"step 8: not finite: loss = nan\. The last"):
         observe.check_finite({"loss": float("nan")}, 8)
-    with pytest.raises(NonFiniteLoss, match=r"ids of these images: \['id 4', 'id 9'\]\."):
+    with pytest.raises(NonFiniteLoss, match=r"ids of these images: id 4, id 9\."):
         observe.check_finite({"loss": float("nan")}, 9, [4, 9], lambda rs: [f"id {r}" for r in rs])
 
 

@@ -93,7 +93,7 @@ def test_replay_names_the_terms_and_the_place(toy, tmp_path):
     error = NonFiniteLoss(8, {"loss": np.nan}, [3, 4], ["id 3", "id 4"])
     replay.write(tmp_path, error, batch(-1.0), STATE)
     text = run_replay(tmp_path)
-    assert "step 8, images ['id 3', 'id 4']" in text
+    assert "step 8, images id 3, id 4" in text
     assert "before step 8, as recorded" in text
     assert "not finite: loss = nan" in text
     assert "first made: invalid value (nan) encountered in log" in text

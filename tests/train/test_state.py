@@ -224,4 +224,4 @@ def test_base_config_is_the_published_coco_resnet50():
     from oneformer_jax.configs import common
     from oneformer_jax.models.oneformer import OneFormerConfig
 
-    assert states.model_config(common.get_base(), 133) == OneFormerConfig.resnet50("coco")
+    assert states.model_config(common.get_base(), 133) == OneFormerConfig.published("coco:resnet50")

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import oneformer_jax
+from oneformer_jax import catalogue
 from oneformer_jax.app import modes
-from oneformer_jax.models import backbones, functional, published
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.weights import architecture, convert, files, names
 from oneformer_jax.weights.files import FileError
@@ -199,16 +200,17 @@ def abstract_arrays(config):
 @pytest.mark.parametrize("form", names.FORMATS)
 def test_every_published_model_has_every_name(form):
     seen = set()
-    for model in published.MODELS:
-        backbone = model.model.backbone
-        if (key := (backbone, model.model.hidden_dim)) in seen:
+    for row in catalogue.MODELS:
+        config = OneFormerConfig.published(row.name)
+        backbone = config.backbone
+        if (key := (backbone, config.hidden_dim)) in seen:
             continue  # classes and queries change shapes, not names
         seen.add(key)
         kind = backbones.kind_of(backbone)
         if (kind, form) == ("internimage", "hugging_face"):
             continue  # transformers has no such backbone
         theirs = {}
-        for name in abstract_arrays(model.model):
+        for name in abstract_arrays(config):
             group = names.group_of(name, "ours", form, kind)
             assert group is not None, name
             for other in group.theirs:
@@ -217,9 +219,9 @@ def test_every_published_model_has_every_name(form):
             assert theirs.setdefault(group.theirs, group.ours) == group.ours
         tensors = {other: None for group in theirs for other in group}
         assert len(tensors) == sum(map(len, theirs))
-        expected = COUNTS.get((model.variant.split(",")[0], getattr(backbone, "norm", None)))
+        expected = COUNTS.get((row.variant.split(",")[0], getattr(backbone, "norm", None)))
         if form == "official" and expected:
-            assert len(tensors) + len(convert._derived(model.model, tensors, form)) == expected
+            assert len(tensors) + len(convert._derived(config, tensors, form)) == expected
 
 
 def test_the_published_names_of_the_specification():
@@ -286,11 +288,11 @@ def test_the_published_names_of_the_specification():
 
 
 def test_a_published_model_is_found_by_name_and_by_file():
-    model = convert.named("ade20k:swin_large,res=896")
+    model = catalogue.named("ade20k:swin_large,res=896")
     assert model.short_edge == 896
-    assert convert.named("configs/ade20k.py:swin_large,res=896") is model
+    assert catalogue.named("configs/ade20k.py:swin_large,res=896") is model
     with pytest.raises(ValueError, match=r"no published model 'ade20k:swin_huge'.*coco:swin_large"):
-        convert.named("ade20k:swin_huge")
+        catalogue.named("ade20k:swin_huge")
 
 
 def abstract_shapes(config):
@@ -318,19 +320,19 @@ def abstract_shapes(config):
     ],
 )
 def test_published_settings_follow_from_tensors_and_file_name(dataset, variant, path, found):
-    model = convert.named(f"{dataset}:{variant}")
-    frozen = getattr(model.model.backbone, "norm", "frozen") == "frozen"
+    model = OneFormerConfig.published(f"{dataset}:{variant}")
+    frozen = getattr(model.backbone, "norm", "frozen") == "frozen"
     config, row, _ = architecture.recognise(
-        abstract_shapes(model.model), path=path, given={}, noted={}, frozen_norm=frozen
+        abstract_shapes(model), path=path, given={}, noted={}, frozen_norm=frozen
     )
-    assert config == dataclasses.replace(model.model, dtype="float32")
+    assert config == model
     assert f"{row.dataset}:{row.variant}" == found
 
 
 def test_dilations_of_an_ambiguous_file_have_to_be_given():
-    model = convert.named("ade20k:dinat_large,res=1280")
+    model = OneFormerConfig.published("ade20k:dinat_large,res=1280")
     with pytest.raises(ValueError, match="fits several published models whose dilations differ"):
-        architecture.recognise(abstract_shapes(model.model), path="x.pth", given={}, noted={})
+        architecture.recognise(abstract_shapes(model), path="x.pth", given={}, noted={})
 
 
 # ------------------------------------------------------------------ what is refused

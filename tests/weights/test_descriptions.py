@@ -7,7 +7,9 @@ import time
 import numpy as np
 import pytest
 
+from oneformer_jax.models import functional
 from oneformer_jax.models.backbones import DinatConfig, InternImageConfig
+from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.weights import architecture, convert, descriptions, hugging_face, start
 from oneformer_jax.weights.files import FileError
 from tests.weights.test_convert import make_config, random_weights, strip, write
@@ -184,7 +186,7 @@ def test_dilations_and_strides_of_a_config(kind, value):
 def recognised(config, **fields):
     shapes = {
         name: tuple(leaf.shape)
-        for name, leaf in convert.leaves(convert.abstract_trees(config, True))
+        for name, leaf in convert.leaves(functional.abstract(config, training=True)[1:])
     }
     return architecture.recognise(shapes, path="x.pth", given=fields, noted={})
 
@@ -243,7 +245,7 @@ def test_assumptions_of_the_backbones():
     assert isinstance(dinat.backbone, DinatConfig)
     given = {"dilations": dinat.backbone.dilations}
     assert "dilations" not in "; ".join(recognised(dinat, backbone=given).assumed)
-    published = recognised(convert.named("coco:dinat_large").model)
+    published = recognised(OneFormerConfig.published("coco:dinat_large"))
     assert "the dilations of the published model" in published.assumed
     resnet = "; ".join(recognised(make_config("resnet")).assumed)
     assert "norms that are constants" in resnet and "strides in the 3 x 3" in resnet
@@ -264,7 +266,7 @@ def test_assumptions_of_the_backbones():
 )
 def test_shapes_that_no_model_has_are_refused_soon(name, shape):
     config = make_config("swin")
-    trees = convert.abstract_trees(config, True)
+    trees = functional.abstract(config, training=True)[1:]
     shapes = {key: tuple(leaf.shape) for key, leaf in convert.leaves(trees)} | {name: shape}
     with pytest.raises(FileError, match=r"x\.pth"):
         architecture.recognise(shapes, path="x.pth", given={}, noted={})
@@ -272,7 +274,7 @@ def test_shapes_that_no_model_has_are_refused_soon(name, shape):
 
 def test_more_layers_than_any_model_has_are_refused_soon():
     config = make_config("swin")
-    trees = convert.abstract_trees(config, True)
+    trees = functional.abstract(config, training=True)[1:]
     shapes = {key: tuple(leaf.shape) for key, leaf in convert.leaves(trees)}
     shapes |= {f"predictor.transformer_ffn_layers.{i}.norm.scale": (32,) for i in range(10**5)}
     with pytest.raises(FileError, match=r"model\.decoder_layers is 100000"):
@@ -298,7 +300,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
     message = rf"a_stripped\.pkl: {name} has 2 values of 32 that are not finite"
     with pytest.raises(FileError, match=message):
         convert.read_model(path)
-    expected = dict(convert.leaves(convert.abstract_trees(config, True)))
+    expected = dict(convert.leaves(functional.abstract(config, training=True)[1:]))
     found = start.from_model(path, expected, "swin")
     with pytest.raises(FileError, match=message):
         found.arrays[name]()

@@ -20,6 +20,8 @@ import jax
 from absl import logging
 from orbax.checkpoint import multihost
 
+from oneformer_jax.files import first_few
+
 # Ports of jax.distributed on Cloud TPU and GKE; SLURM's follows from the job's number.
 _TPU_PORT = 8476
 _SLURM_PORTS = 4096
@@ -261,14 +263,10 @@ def _keep_roll(place: Place, port: int, timeout: float) -> None:
 
 
 def _who_is_missing(place: Place, missing: list[int], timeout: float) -> str:
-    shown = [
-        f"{number} ({place.hosts[number]})" if place.hosts else str(number)
-        for number in missing[:16]
-    ]
-    more = f" and {len(missing) - 16} more" if len(missing) > 16 else ""
+    names = (f"{number} ({place.hosts[number]})" if place.hosts else number for number in missing)
     return (
         f"after {timeout:.0f} s {len(missing)} of {place.count} processes have not come: "
-        f"{', '.join(shown)}{more}. Look at the logs of these hosts"
+        f"{first_few(names, 16)}. Look at the logs of these hosts"
     )
 
 

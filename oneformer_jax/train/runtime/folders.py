@@ -7,11 +7,12 @@ import os
 import pathlib
 import re
 import shutil
-import time
 from collections.abc import Iterator
 
 from absl import logging
 from etils import epath
+
+from oneformer_jax import files
 
 CHECKPOINT_FOLDER = "checkpoints"
 # Orbax writes into a folder with this in its name and renames it when all files are complete.
@@ -126,11 +127,8 @@ def sweep_files(folder: pathlib.Path, older_than: float = 0.0) -> None:
       folder: need not exist.
       older_than: seconds; another process may still write younger ones.
     """
-    for path in folder.glob(".*.????????.tmp"):
-        if time.time() - path.stat().st_mtime < older_than:
-            continue
-        logging.warning("Removing %s, left by an interrupted write.", path)
-        path.unlink(missing_ok=True)
+    for path in files.remove_leftovers(folder, older_than):
+        logging.warning("Removed %s, left by a write that was interrupted.", path)
 
 
 def rename(folder: pathlib.Path, name: str) -> None:

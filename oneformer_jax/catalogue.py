@@ -1,9 +1,8 @@
-"""The published models: one row per official config, found by the shapes of its tensors.
+"""The one table of published models: recipes, the search for the model of a file, docs read it.
 
-The tensors of a checkpoint give widths and depths, but neither how the model is applied (dilations,
-the size of test images, thresholds) nor how it was trained. `find` gives the published models that
-have the same tensors, from which the rest can be taken. The same values stand in the recipes
-(`configs/`); a test holds the two together.
+A leaf of plain data, so that `configs/` may import it. Tensors tell widths and depths of a model,
+but neither how it is applied (dilations, the size of test images, thresholds) nor how it was
+trained. How it is applied stands here; how it was trained, in the recipe of the same name.
 """
 
 from __future__ import annotations
@@ -11,8 +10,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from oneformer_jax.models import backbones
-from oneformer_jax.models.oneformer import NUM_CLASSES, OF_THE_PROGRAM, WIDE_HEAD, OneFormerConfig
+NUM_CLASSES = {"ade20k": 150, "coco": 133, "cityscapes": 19, "mapillary": 65}
+
+# What the published InternImage-H models of width 1024 change.
+WIDE_HEAD = {
+    "hidden_dim": 1024,
+    "mask_dim": 1024,
+    "num_heads": 32,
+    "encoder_ffn": 4096,
+    "query_init_ffn": 4096,
+    "decoder_ffn": 4096,
+    "text_width": 1024,
+    "text_heads": 16,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,73 +32,87 @@ class Published:
     Attributes:
       dataset: "ade20k", "coco", "cityscapes" or "mapillary".
       variant: name of its recipe, as in `configs/DATASET.py:VARIANT`.
-      model: the architecture, in float32.
+      num_queries: of the model.
       short_edge, max_size: of test images, in pixels.
-      object_mask_threshold, overlap_threshold: of the panoptic output.
-      topk: number of instances kept.
       file: name of the released file without .pth, "" if none was released.
+      backbone: its published size.
+      norm: of a ResNet: "batch" where its norms were trained, "" where they were constants.
+      wide: whether the head is that of width 1024, `WIDE_HEAD`.
+      object_mask_threshold, overlap_threshold: of the panoptic output.
     """
 
     dataset: str
     variant: str
-    model: OneFormerConfig
+    num_queries: int
     short_edge: int
     max_size: int
-    object_mask_threshold: float
-    overlap_threshold: float
-    topk: int
     file: str
+    backbone: str
+    norm: str
+    wide: bool
+    object_mask_threshold: float
+    overlap_threshold: float = 0.8
+
+    @property
+    def name(self) -> str:
+        """The name by which users call it, "coco:swin_large"."""
+        return f"{self.dataset}:{self.variant}"
 
     @property
     def config(self) -> str:
-        """The recipe, as the program takes it."""
+        """The recipe's file and variant."""
         return f"configs/{self.dataset}.py:{self.variant}"
+
+    @property
+    def topk(self) -> int:
+        """Number of instances kept."""
+        return self.num_queries
+
+    @property
+    def head(self) -> dict[str, int]:
+        """Fields of the model in which it differs from the default, without the backbone."""
+        return {"num_queries": self.num_queries} | (WIDE_HEAD if self.wide else {})
+
+    @property
+    def backbone_options(self) -> dict[str, Any]:
+        """Fields of the backbone in which it differs from its published size."""
+        return {"norm": self.norm} if self.norm else {}
 
 
 def _published(
     dataset: str,
     variant: str,
     num_queries: int,
-    short_edge: int,
-    max_size: int,
+    sizes: tuple[int, int],
     file: str = "",
     *,
     backbone: str | None = None,
-    norm: str | None = None,
+    norm: str = "",
     wide: bool = False,
 ) -> Published:
-    head = WIDE_HEAD if wide else {}
-    options = {"norm": norm} if norm else {}
-    config = backbones.backbone_config(backbone or variant.split(",")[0], **options)
     return Published(
-        dataset=dataset,
-        variant=variant,
-        model=OneFormerConfig(
-            NUM_CLASSES[dataset], config, **({"num_queries": num_queries} | head)
-        ),
-        short_edge=short_edge,
-        max_size=max_size,
+        *(dataset, variant, num_queries, *sizes, file),
+        backbone=backbone or variant.split(",")[0],
+        norm=norm,
+        wide=wide,
         object_mask_threshold=0.5 if dataset == "ade20k" else 0.8,
-        overlap_threshold=0.8,
-        topk=num_queries,
-        file=file,
     )
 
 
 def _ade20k(variant: str, num_queries: int, res: int, file: str = "", **fields) -> Published:
-    return _published("ade20k", variant, num_queries, res, 4 * res, file, **fields)
+    return _published("ade20k", variant, num_queries, (res, 4 * res), file, **fields)
 
 
 def _coco(variant: str, num_queries: int, file: str = "", **fields) -> Published:
-    return _published("coco", variant, num_queries, 800, 1333, file, **fields)
+    return _published("coco", variant, num_queries, (800, 1333), file, **fields)
 
 
 def _cityscapes(variant: str, num_queries: int, file: str = "", **fields) -> Published:
-    return _published("cityscapes", variant, num_queries, 1024, 2048, file, **fields)
+    return _published("cityscapes", variant, num_queries, (1024, 2048), file, **fields)
 
 
 def _mapillary(variant: str, num_queries: int, file: str = "", **fields) -> Published:
-    return _published("mapillary", variant, num_queries, 2048, 2048, file, **fields)
+    return _published("mapillary", variant, num_queries, (2048, 2048), file, **fields)
 
 
 MODELS = (
@@ -155,7 +179,7 @@ MODELS = (
     ),
     _cityscapes("internimage_huge", 250, "250_16_intern_image_h_oneformer_cityscapes_90k"),
     _published(
-        "cityscapes", "internimage_huge,head=1024,pretrain=mapillary", 250, 896, 3584, wide=True
+        "cityscapes", "internimage_huge,head=1024,pretrain=mapillary", 250, (896, 3584), wide=True
     ),
     _mapillary("resnet50", 150, norm="batch"),
     _mapillary("swin_large", 250, "250_16_swin_l_oneformer_mapillary_300k"),
@@ -179,37 +203,20 @@ MODELS = (
     ),
 )
 
-# What does not show in the tensors, or (the text branch) may be missing from them.
-_NOT_IN_TENSORS = {
-    "query_loss",
-    *("num_context", "text_width", "text_layers", "text_heads", "text_causal"),
-    *("encoder_dropout", "query_init_dropout", "dtype", "remat"),
-    *OF_THE_PROGRAM,
-    *("norm", "drop_path_rate", "layer_scale_init", "dilations"),
-}
+
+def of(dataset: str) -> dict[str, Published]:
+    """The published models of a dataset by variant."""
+    return {model.variant: model for model in MODELS if model.dataset == dataset}
 
 
-def _shapes(config: OneFormerConfig) -> dict[str, Any]:
-    """The fields of an architecture that its tensors show."""
-    fields = config.to_dict()
-    fields |= {f"backbone.{name}": value for name, value in fields.pop("backbone").items()}
-    return {
-        name: value
-        for name, value in fields.items()
-        if name.removeprefix("backbone.") not in _NOT_IN_TENSORS
-    }
+def named(name: str) -> Published:
+    """The published model of a name like "coco:swin_large" or "configs/coco.py:swin_large".
 
-
-def find(config: OneFormerConfig, file: str = "") -> tuple[Published, ...]:
-    """The published models that have the tensors of an architecture, in the order of `MODELS`.
-
-    Args:
-      config: an architecture. Compared are the fields that tensors show: neither dropout, drop
-        path, dilations, the kind of the ResNet's norm, nor the text branch.
-      file: name of the file, with or without folder and ending. If it is that of one of the
-        models found, only this one is given.
+    Raises:
+      ValueError: there is none; the message lists them.
     """
-    wanted = _shapes(config)
-    found = tuple(model for model in MODELS if _shapes(model.model) == wanted)
-    name = file.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".pth")
-    return tuple(model for model in found if name and model.file == name) or found
+    for model in MODELS:
+        if name in (model.name, model.config):
+            return model
+    known = " | ".join(model.name for model in MODELS)
+    raise ValueError(f"there is no published model {name!r}; there are {known}")
