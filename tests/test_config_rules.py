@@ -34,7 +34,7 @@ VARIANTS = [
 
 def parse(*arguments):
     """The config that a command line gives; SystemExit if it is refused."""
-    argv = ["cli.py", *arguments]
+    argv = ["main.py", *arguments]
     with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides

@@ -18,6 +18,7 @@ from jax.extend.core import jaxprs_in_params
 from oneformer_jax.eval import postprocess, tta
 from oneformer_jax.kernels.ms_deform_attn.dense import ms_deform_attn_dense
 from oneformer_jax.kernels.neighborhood_attention import neighborhood_attention
+from oneformer_jax.models import functional
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.train import state as states
@@ -96,16 +97,19 @@ def test_the_training_step(kind, scan_layers, point_sampling):
     optimizer = optax.sgd(0.1)
     step = states.make_train_step(config, losses, optimizer, tiny.text_table())
     init = states.make_init(config, optimizer, ema=False)
-    check(step, jax.eval_shape(init, jax.random.key(0)), tiny.batch(), jax.random.key(0))
+    state = jax.eval_shape(lambda: init(None))
+    check(step, state, tiny.batch(), jax.random.key(0))
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_prediction(kind):
     config = tiny.model_config(backbone=BACKBONES[kind])
-    init = states.make_init(config, optax.sgd(0.1), ema=False)
-    state = jax.eval_shape(init, jax.random.key(0))
-    given = array(2, 64, 64, 3, dtype=jnp.uint8), np.full((2, 2), 64), np.zeros((2, 77), np.int32)
-    check(states.make_predict_step(config), state["params"], state["stats"], *given)
+    graph, *state = functional.abstract(config, training=False)
+    programs = functional.programs(graph)
+    image = array(2, 64, 64, 3, dtype=jnp.uint8)
+    check(programs.encode, *state, image, np.full((2, 2), 64))
+    features = jax.eval_shape(programs.encode, *state, image, np.full((2, 2), 64))
+    check(programs.decode, *state, features, np.zeros(77, np.int32))
 
 
 SIZES = dict(padded_size=(64, 64), canvas=(128, 128), mesh=None)

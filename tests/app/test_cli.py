@@ -10,7 +10,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
@@ -75,11 +74,11 @@ def test_known_keys_pass():
 
 
 def test_overrides_are_found_among_the_arguments():
-    argv = ["cli.py", "--config", "a.py:b", "--config.optim.lr=1", "-config.seed", "3"]
+    argv = ["main.py", "--config", "a.py:b", "--config.optim.lr=1", "-config.seed", "3"]
     argv += ["--noconfig.model.remat", "--configuration=c.py", "--workdir=--config=d.py"]
     assert cli.config_argument(argv) == "a.py:b"
-    assert cli.config_argument(["cli.py", "--config=x.py"]) == "x.py"
-    assert cli.config_argument(["cli.py", "--mode=eval"]) is None
+    assert cli.config_argument(["main.py", "--config=x.py"]) == "x.py"
+    assert cli.config_argument(["main.py", "--mode=eval"]) is None
     assert cli.overridden_keys(argv) == ["optim.lr", "seed", "model.remat"]
 
 
@@ -114,7 +113,7 @@ def test_overrides_are_found_among_the_arguments():
 )
 def test_a_wrong_command_is_one_line(arguments, code, parts, monkeypatch, capsys):
     # A fresh parse in this process: a process of its own would cost seconds each time.
-    argv = ["cli.py", *arguments]
+    argv = ["main.py", *arguments]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
     monkeypatch.setattr(compile, "spare_the_host", lambda: None)  # this process has other tests
@@ -126,53 +125,6 @@ def test_a_wrong_command_is_one_line(arguments, code, parts, monkeypatch, capsys
     assert error.count("\n") == 1
     for part in parts:
         assert part in error
-
-
-@pytest.mark.parametrize(
-    ("given", "variant"),
-    [
-        ("--config=coco:swin_tiny", "swin_tiny"),
-        ("--config=configs/coco.py:swin_tiny", "swin_tiny"),
-        ("--config=synthetic", None),
-    ],
-)
-def test_shipped_configs_are_found_by_name_and_by_file(given, variant, monkeypatch):
-    argv = ["main.py", given, "--config.seed=7", "--mode=compile"]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", argv)
-    with flagsaver.flagsaver():
-        cli.parse_flags(argv)
-        config = flags.FLAGS.config
-    assert config.seed == 7
-    expected = "swin_tiny" if variant else "resnet"
-    assert config.model.backbone.name == expected
-
-
-def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    argv = cli.with_config_file(["main.py", "--mode=train", "--config", "ade20k:swin_large", "--x"])
-    assert argv[:2] == ["main.py", "--mode=train"] and argv[3:] == ["--x"]
-    path = argv[2].removeprefix("--config=").removesuffix(":swin_large")
-    assert pathlib.Path(path).read_text() == (ROOT / "configs" / "ade20k.py").read_text()
-    assert "common" not in cli.shipped_configs() and "coco" in cli.shipped_configs()
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"), [("cocoo", "did you mean 'coco'"), ("zzz", "shipped are ade20k, cityscapes")]
-)
-def test_an_unknown_config_names_the_nearest_or_all(name, hint, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.with_config_file(["main.py", f"--config={name}"])
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert f"--config={name}: there is no such file" in error and hint in error
-
-
-def test_the_version_is_shown(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.parse_flags(["main.py", "--version"])
-    assert not exit_.value.code
-    assert capsys.readouterr().out == f"oneformer-jax {oneformer_jax.__version__}\n"
 
 
 def test_the_program_itself_reports_and_exits(tmp_path):

@@ -1,0 +1,284 @@
+"""Files in, files out: reading images and writing results."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from oneformer_jax.eval import predict, write
+from oneformer_jax.eval.postprocess import PostprocessConfig
+from oneformer_jax.eval.segmentation import Segmentation
+from tests import tiny
+
+METADATA = tiny.metadata()
+# Low thresholds: an untrained model is never sure.
+LENIENT = PostprocessConfig(object_mask_threshold=0.0, overlap_threshold=0.0, topk=10)
+SIZE = (64, 96)
+CONFIG = tiny.model_config(decoder_layers=1)
+
+
+def picture(height=48, width=70, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def fake(image, tasks):
+    """Segmentations of `image` in two halves; what a Segmenter gives, without a model."""
+    panoptic = np.ones(image.shape[:2], np.int32)
+    panoptic[: len(image) // 2] = 2
+    segments = [dict(id=1, category=3), dict(id=2, category=1)]
+    record = dict(image=image, panoptic=panoptic, segments=segments)
+    return {task: Segmentation.from_record(record, METADATA, task) for task in tasks}
+
+
+# --- arrays ---
+
+
+def test_panoptic_files_are_in_coco_format(tmp_path):
+    panoptic = np.zeros((40, 60), np.int32)
+    panoptic[10:30, 5:25] = 3
+    panoptic[:, 40:] = 70_000  # needs all three channels
+    record = dict(
+        image=picture(40, 60),
+        panoptic=panoptic,
+        segments=[dict(id=3, category=1), dict(id=70_000, category=4)],
+    )
+    result = Segmentation.from_record(record, METADATA, "panoptic")
+    written = write.write_prediction(tmp_path, "000042", result, overlay_size=80)
+    assert [p.name for p in written] == [
+        "000042_panoptic_overlay.png", "000042_panoptic.png", "000042_panoptic.json",
+    ]  # fmt: skip
+    assert sorted(tmp_path.iterdir()) == sorted(written), "temporary files are left behind"
+    assert Image.open(written[0]).size == (120, 80)
+    pixels = np.asarray(Image.open(written[1])).astype(int)
+    np.testing.assert_array_equal(pixels @ [1, 256, 65536], panoptic)
+    content = json.loads(written[2].read_text())
+    (annotation,) = content["annotations"]
+    assert content["images"][0] == dict(id=42, file_name=written[1].name, height=40, width=60)
+    assert annotation["image_id"] == 42 and annotation["file_name"] == written[1].name
+    rest = dict(iscrowd=0, score=1.0)
+    assert annotation["segments_info"] == [
+        dict(id=3, category_id=2, isthing=1, area=400, bbox=[5, 10, 20, 20]) | rest,
+        dict(id=70_000, category_id=12, isthing=0, area=800, bbox=[40, 0, 20, 40]) | rest,
+    ]
+    assert [c["id"] for c in content["categories"]] == list(METADATA.category_ids)
+
+
+def test_semantic_file_has_the_ids_of_the_data_set(tmp_path):
+    classes = np.array([[0, 1, 2], [3, 4, 4]], np.int32)
+    image = picture(2, 3)
+    for ids, mode in ((METADATA.category_ids, "L"), ((1, 2, 3, 11, 1000), "I;16")):
+        metadata = dataclasses.replace(METADATA, category_ids=ids)
+        result = Segmentation("semantic", metadata, class_map=classes, image=image)
+        path = write.write_prediction(tmp_path, "a", result)[1]
+        with Image.open(path) as stored:
+            assert stored.mode == mode
+            np.testing.assert_array_equal(np.asarray(stored), np.array(ids)[classes])
+
+
+def test_instance_file_is_a_coco_result(tmp_path):
+    masks = np.zeros((2, 30, 20), bool)
+    masks[0, 5:10, 3:9] = True
+    result = Segmentation(
+        "instance",
+        METADATA,
+        masks=masks,
+        scores=np.array([0.75, 0.125], np.float32),
+        labels=np.array([2, 0], np.int32),
+        image=picture(30, 20),
+    )
+    path = write.write_prediction(tmp_path, "dog", result)[1]
+    first, second = json.loads(path.read_text())
+    np.testing.assert_array_equal(coco_mask.decode(first["segmentation"]), masks[0])
+    assert (first["image_id"], first["category_id"], first["score"]) == ("dog", 3, 0.75)
+    assert first["bbox"] == [3, 5, 6, 5] and second["bbox"] == [0, 0, 0, 0]
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_text("old")
+
+    def fails(self, stream, **options):
+        pathlib.Path(stream).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write.write_png(path, picture())
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_images_are_read_upright_and_in_rgb(tmp_path):
+    pixels = picture(20, 30)
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn clockwise by 90 degrees to show
+    image.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(
+        predict.read_image(tmp_path / "turned.png"), np.rot90(pixels, k=-1)
+    )
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    np.testing.assert_array_equal(predict.read_image(tmp_path / "alpha.png"), pixels)
+    image.convert("L").save(tmp_path / "grey.png")
+    assert predict.read_image(tmp_path / "grey.png").shape == (20, 30, 3)
+
+
+def broken_images(folder):
+    """{name: words of its message}."""
+    Image.fromarray(picture(50, 50)).save(folder / "cut.png")
+    data = (folder / "cut.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
+    Image.fromarray(picture(90, 90)).save(folder / "cut.jpg")
+    data = (folder / "cut.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "text.jpg").write_text("this is no image")
+    (folder / "empty.jpg").write_bytes(b"")
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(folder / "deep.tif")
+    return {
+        "cut.png": "damaged",
+        "cut.jpg": "damaged",
+        "text.jpg": "not an image",
+        "empty.jpg": "not an image",
+        "deep.tif": "8 or 16 bits",
+    }
+
+
+def test_broken_images_are_named(tmp_path):
+    for name, words in broken_images(tmp_path).items():
+        with pytest.raises(predict.ImageError, match=rf"{name}: .*{words}"):
+            predict.read_image(tmp_path / name)
+        with pytest.raises(predict.ImageError, match=rf"{name}: .*{words}"):
+            predict.predict_files(fake, tmp_path / name, tmp_path / "out")
+    for call in (predict.read_image, lambda p: predict.predict_files(fake, p, tmp_path / "out")):
+        with pytest.raises(predict.ImageError, match=r"gone\.jpg: there is no such"):
+            call(tmp_path / "gone.jpg")
+
+
+def test_a_folder_with_broken_images_is_done_for_the_rest(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    names = broken_images(folder)
+    Image.fromarray(picture()).save(folder / "fine.JPG", format="JPEG")
+    (folder / "notes.txt").write_text("not to be read")
+    with pytest.raises(predict.ImageError, match="5 of 6 images") as caught:
+        predict.predict_files(fake, folder, out, "semantic")
+    for name in names:
+        assert name in str(caught.value)
+    assert {p.name for p in out.iterdir()} == {"fine_semantic_overlay.png", "fine_semantic.png"}
+
+
+def test_a_folder_of_images_for_all_tasks(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "deep" / "out"
+    folder.mkdir()
+    for name in ("a.png", "a.jpg", "b.png"):
+        Image.fromarray(picture()).save(folder / name)
+    written = predict.predict_files(fake, folder, out)
+    assert len(written) == 3 * 7
+    assert all(p.is_file() for p in written) and sorted(out.iterdir()) == sorted(written)
+    assert {p.name.split("_panoptic")[0] for p in written if "panoptic" in p.name} == {
+        "a_png", "a_jpg", "b",
+    }  # fmt: skip
+
+
+def results(folder):
+    """Starts of the names of the results in `folder`."""
+    return {p.name.removesuffix("_semantic.png") for p in folder.glob("*_semantic.png")}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("a.png", "a.jpg", "b.png"), {"a_png", "a_jpg", "b"}),
+        (("a.png", "a.jpg", "a_jpg.png"), {"a_png", "a_jpg", r"a_jpg_[0-9a-f]{8}"}),
+        (("A.png", "a.png"), {"A_png", r"a_png_[0-9a-f]{8}"}),
+        (("x.y.png", "x.y.jpg", "x_y.png"), {"x_y_png", "x_y_jpg", "x_y"}),
+    ],
+)
+def test_every_image_has_results_of_its_own(tmp_path, names, expected):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in names:
+        Image.fromarray(picture()).save(folder / name)
+    written = predict.predict_files(fake, folder, out, "semantic")
+    assert len({p.name.casefold() for p in written}) == 2 * len(names)
+    found = results(out)
+    assert len(found) == len(expected)
+    for pattern in expected:
+        assert any(re.fullmatch(pattern, name) for name in found), (pattern, found)
+
+
+def test_a_later_run_overwrites_its_own_results_only(tmp_path):
+    out = tmp_path / "out"
+    for name in ("a.png", "a.jpg", "a.png"):
+        Image.fromarray(picture()).save(tmp_path / name)
+        predict.predict_files(fake, tmp_path / name, out, "semantic")
+    assert results(out) == {"a", "a_jpg"}
+
+
+def test_hidden_files_and_those_of_macos_are_no_images(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".b.jpg").write_bytes(b"")
+    (tmp_path / "Thumbs.db").write_bytes(b"")
+    (tmp_path / "folder.jpg").mkdir()
+    predict.predict_files(fake, tmp_path, tmp_path / "out", "semantic")
+    assert results(tmp_path / "out") == {"a"}
+
+
+def test_what_a_killed_prediction_left_is_removed(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    old, young, other = (out / n for n in (".a.png.0123abcd.tmp", ".b.png.0123abcd.tmp", "x.tmp"))
+    for path in (old, young, other):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 3600,) * 2)
+    os.utime(other, (time.time() - 3600,) * 2)
+    predict.predict_files(fake, tmp_path / "a.png", out, "semantic")
+    assert not old.exists() and young.exists() and other.exists()
+
+
+def test_too_many_pixels_are_refused_by_the_setting(tmp_path):
+    Image.fromarray(picture(20, 30)).save(tmp_path / "a.png")
+    assert predict.read_image(tmp_path / "a.png", max_pixels=600).shape == (20, 30, 3)
+    with pytest.raises(predict.ImageError, match=r"20 x 30 pixels .*data\.max_pixels, 599"):
+        predict.predict_files(fake, tmp_path / "a.png", tmp_path / "out", max_pixels=599)
+
+
+def test_semantic_ids_above_16_bits_are_exact(tmp_path):
+    classes = np.array([[0, 1, 2], [3, 4, 4]], np.int32)
+    ids = (1, 2, 65_536, 70_000, (1 << 24) - 1)
+    metadata = dataclasses.replace(METADATA, category_ids=ids)
+    result = Segmentation("semantic", metadata, class_map=classes, image=picture(2, 3))
+    path = write.write_prediction(tmp_path, "a", result)[1]
+    pixels = np.asarray(Image.open(path)).astype(int) @ [1, 256, 65_536]
+    np.testing.assert_array_equal(pixels, np.array(ids)[classes])
+    for strange in (1 << 24, -1):
+        metadata = dataclasses.replace(METADATA, category_ids=(1, 2, 3, 4, strange))
+        result = dataclasses.replace(result, metadata=metadata)
+        with pytest.raises(ValueError, match=rf"category id {strange} .*smaller ids"):
+            write.write_prediction(tmp_path, "a", result)
+
+
+def test_wrong_folders_and_tasks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no images"):
+        predict.predict_files(fake, tmp_path, tmp_path / "out")
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="another folder"):
+        predict.predict_files(fake, tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="unknown task 'everything'"):
+        predict.predict_files(fake, tmp_path, tmp_path / "out", "everything")
+
+
+def test_a_real_segmenter_writes_files(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    written = predict.predict_files(segmenter(), tmp_path / "a.png", tmp_path / "out")
+    assert len(written) == 7
+    size = Image.open(tmp_path / "out" / "a_panoptic.png").size
+    assert size == (70, 48)
