@@ -68,11 +68,11 @@ def test_places_of_the_environments():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("host:1", 4, None), "lacks --process_id, JAX_PROCESS_ID"),
-        ((None, None, 1), "lacks --coordinator.*; --num_processes"),
+        (("host:1", 4, None), "lack --process_id, JAX_PROCESS_ID"),
+        ((None, None, 1), "lack --coordinator.*; --num_processes"),
         (("host:1", 4, 4), "process 4 of 4 .* numbered 0 to 3"),
         (("host", 4, 1), "coordinator 'host' .* is not host:port"),
-        (("host:1", "many", 1), "'many' is no number"),
+        (("host:1", "many", 1), "'many' is not a number"),
     ],
 )
 def test_a_place_that_cannot_be(arguments, message):
