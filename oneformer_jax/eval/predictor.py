@@ -75,4 +75,6 @@ class Predictor:
         if self.mesh is None:
             return jax.device_put(np.asarray(array))
         sharding = NamedSharding(self.mesh, spec)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(array))
+        # With several processes JAX counts this as implicit; here it is meant.
+        with jax.transfer_guard("allow"):
+            return jax.make_array_from_process_local_data(sharding, np.asarray(array))

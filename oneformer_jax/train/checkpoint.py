@@ -308,7 +308,8 @@ class _InBackground:
 
 def _wait_for_all(what: str) -> None:
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"oneformer_jax: {what}")
+        with jax.transfer_guard("allow"):  # those of the barrier
+            multihost_utils.sync_global_devices(f"oneformer_jax: {what}")
 
 
 # ------------------------------------------------------------------ inference

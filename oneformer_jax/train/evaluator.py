@@ -222,7 +222,8 @@ class Evaluator:
                 pictures += [record["image"], *overlays]
                 titles += [record["image_id"], "ground truth", *TASKS]
             # The first host's count: hosts that disagree would wait for each other forever.
-            missing -= int(multihost_utils.broadcast_one_to_all(np.int32(len(valid))))
+            with jax.transfer_guard("allow"):  # those of the broadcast
+                missing -= int(multihost_utils.broadcast_one_to_all(np.int32(len(valid))))
             if missing <= 0:
                 break
         if not pictures or jax.process_index() != 0:

@@ -30,7 +30,8 @@ def any_process(flag: bool) -> bool:
     """Tells whether `flag` is set on any process; all must call it."""
     if jax.process_count() == 1:
         return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    with jax.transfer_guard("allow"):  # those of process_allgather
+        return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def reason(error: BaseException) -> str:

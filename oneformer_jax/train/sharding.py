@@ -127,9 +127,11 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     Each host passes the part of its own devices; B is the sum over the hosts.
     """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+    # With several processes JAX counts these as implicit; here they are meant.
+    with jax.transfer_guard("allow"):
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+        )
 
 
 def put_state(state: Any, shardings: Any) -> Any:

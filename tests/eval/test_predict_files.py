@@ -24,6 +24,17 @@ SIZE = (64, 96)
 CONFIG = tiny.model_config(decoder_layers=1)
 
 
+@functools.cache
+def state():
+    """(params, stats) of a model with its text branch."""
+    return tiny.random_model(CONFIG, training=True)[1:]
+
+
+@functools.cache
+def segmenter():
+    return predict.Segmenter(CONFIG, *state(), METADATA, postprocess=LENIENT, test_size=SIZE)
+
+
 def picture(height=48, width=70, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
