@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import importlib
+import pathlib
+import re
 
 import jax
 import pytest
@@ -16,6 +18,7 @@ from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import state as states
 from oneformer_jax.weights import architecture
 
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "weights.md"
 DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
 RECIPES = {name: importlib.import_module(f"oneformer_jax.configs.{name}") for name in DATASETS}
 VARIANTS = [(name, variant) for name, recipe in RECIPES.items() for variant in recipe.VARIANTS]
@@ -343,6 +346,20 @@ def test_find_goes_by_the_name_of_the_file_where_tensors_do_not_decide():
     # A name never outweighs the tensors.
     coco = architecture.find(OneFormerConfig.published("coco:swin_large"), f"{name}.pth")
     assert [m.config for m in coco] == ["configs/coco.py:swin_large"]
+
+
+def test_the_page_on_weights_lists_the_released_files():
+    rows = re.findall(r"^\| `(configs/[^`]+)` \|.* \| ([^|]+) \|$", PAGE.read_text("utf-8"), re.M)
+    told = {config: file for config, file in rows}
+    assert len(told) == len(rows) > 20
+    for model in catalogue.MODELS:
+        assert told.pop(model.config, "not released") == (model.file or "not released")
+    assert not told, "the page lists models that the catalogue lacks"
+
+
+@every_variant
+def test_a_recipe_card_lists_its_variants(dataset, variant):
+    assert re.search(rf"^  {re.escape(variant)}(  |$)", RECIPES[dataset].__doc__, re.M)
 
 
 def test_file_names_are_unique():

@@ -88,19 +88,18 @@ def recognise(
         options["norm"] = "frozen" if frozen_norm else "batch"
     head = reader.head(fields)
     descriptions.check_fields({**head, "backbone": backbone}, path, kind)
+    dilated = kind != "dinat" or "dilations" in options
+    if not dilated:  # they come last: the published model is found without them
+        options["dilations"] = tuple((1,) * depth for depth in backbone["depths"])
     try:
-        # Dilations come last: the published model is found without them.
-        config = OneFormerConfig(
-            backbone=backbones.backbone_config(kind, **_provisional(kind, backbone | options)),
-            **(head | fields),
-        )
+        made = backbones.backbone_config(kind, **(backbone | options))
+        config = OneFormerConfig(backbone=made, **(head | fields))
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
     matches = find(config, path)
-    if kind == "dinat" and "dilations" not in options:
-        options["dilations"] = _dilations(matches, path)
-        rebuilt = backbones.backbone_config(kind, **(backbone | options))
-        config = dataclasses.replace(config, backbone=rebuilt)
+    if not dilated:
+        made = dataclasses.replace(made, dilations=_dilations(matches, path))
+        config = dataclasses.replace(config, backbone=made)
     text = "text_encoder.positional_embedding" in shapes
     return Found(config, matches[0] if matches else None, _assumed(config, told, text))
 
@@ -145,17 +144,10 @@ def _assumed(config: OneFormerConfig, told: Mapping[str, Any], text: bool) -> tu
     return tuple(found)
 
 
-def _provisional(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
-    if kind != "dinat" or "dilations" in fields:
-        return fields
-    return fields | {"dilations": tuple((1,) * depth for depth in fields["depths"])}
-
-
 def _dilations(matches: tuple[Published, ...], path: str) -> Any:
     found = {OneFormerConfig.published(row.name).backbone.dilations for row in matches}
     if len(found) == 1:
         return next(iter(found))
-    way_out = 'load(..., config="ade20k:dinat_large,res=640") or backbone={"dilations": ...}'
     if not found:
         raise FileError(
             f"{path} has a DiNAT of no published size, and its tensors do not tell its dilations; "
@@ -164,7 +156,8 @@ def _dilations(matches: tuple[Published, ...], path: str) -> Any:
     names = ", ".join(row.name for row in matches)
     raise FileError(
         f"{path} fits several published models whose dilations differ ({names}); give one, as in "
-        f"{way_out}, or keep the name of the released file"
+        'load(..., config="ade20k:dinat_large,res=640") or backbone={"dilations": ...}, or keep '
+        "the name of the released file"
     )
 
 

@@ -239,7 +239,7 @@ def _read(found: Reading, config: OneFormerConfig, text: bool) -> tuple[dict, di
     left_out, surplus = {}, []
     for name in found.unplaced(expected):
         group = found.groups[name]
-        if found.is_derived(name):
+        if names.is_derived(name, found.form):
             left_out[name] = "computed or counted, not learned"
         elif not text and group is not None and group.ours == ("logit_scale",):
             left_out[name] = "a scale of the text branch, which is not there"

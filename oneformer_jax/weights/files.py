@@ -31,7 +31,7 @@ from oneformer_jax.files import (
 )
 from oneformer_jax.weights import torch_pickle
 from oneformer_jax.weights.pickle_reader import quoted
-from oneformer_jax.weights.tensors import KINDS, Kind, Tensor, shape_problem, tensors_problem
+from oneformer_jax.weights.tensors import KINDS, Tensor, shape_problem, tensors_problem
 
 # Where a checkpoint keeps its state dict; the first that is there is taken.
 _STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
@@ -43,6 +43,9 @@ _INDEX = tuple(f"{name}.index.json" for name in _SINGLE)
 DESCRIPTION_LIMIT = 4 << 20
 _MAX_HEADER = 16 << 20  # of a safetensors file: room for 100,000 tensors
 _MAX_SHARDS = 1000
+# By the names of safetensors, in the order of `KINDS`.
+_SAFETENSORS_NAMES = "F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL"
+_SAFETENSORS_KINDS = dict(zip(_SAFETENSORS_NAMES.split(), KINDS.values(), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,23 +206,6 @@ def _open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         return Tensor(shapes[name], kind.dtype, read)
 
     return _checked(path, {name: tensor(name) for name in slices})
-
-
-_SAFETENSORS_KINDS: dict[str, Kind] = {
-    "F64": KINDS["float64"],
-    "F32": KINDS["float32"],
-    "F16": KINDS["float16"],
-    "BF16": KINDS["bfloat16"],
-    "I64": KINDS["int64"],
-    "I32": KINDS["int32"],
-    "I16": KINDS["int16"],
-    "I8": KINDS["int8"],
-    "U64": KINDS["uint64"],
-    "U32": KINDS["uint32"],
-    "U16": KINDS["uint16"],
-    "U8": KINDS["uint8"],
-    "BOOL": KINDS["bool"],
-}
 
 
 def _open_pickle(path: pathlib.Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:

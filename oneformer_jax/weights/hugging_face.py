@@ -166,35 +166,37 @@ def to_config(model: OneFormerConfig, metadata: Metadata, *, training: bool) -> 
     }
 
 
+# What a backbone_config holds: fields of ours by their own names, beside the kind and the depths.
+_SHARED = ("embed_dim", "num_heads", "mlp_ratio", "drop_path_rate")
+_FIELDS = {
+    "swin": (*_SHARED, "window_size"),
+    "dinat": (*_SHARED, "kernel_size", "dilations"),
+    "convnext": ("drop_path_rate",),
+    "resnet": (),
+}
+
+
 def _backbone_config(backbone: Any) -> dict[str, Any]:
     fields = backbones.to_dict(backbone)
     kind = fields["kind"]
-    common = {"model_type": kind, "out_features": _STAGES, "depths": list(fields["depths"])}
-    if kind in ("swin", "dinat"):
-        common |= {
-            "embed_dim": fields["embed_dim"],
-            "num_heads": list(fields["num_heads"]),
-            "mlp_ratio": fields["mlp_ratio"],
-            "drop_path_rate": fields["drop_path_rate"],
-            "layer_norm_eps": 1e-5,
-        }
-    if kind == "swin":
-        return common | {"window_size": fields["window_size"], "patch_size": 4}
-    if kind == "dinat":
-        dilations = [list(stage) for stage in fields["dilations"]]
-        return common | {"kernel_size": fields["kernel_size"], "dilations": dilations}
-    if kind == "convnext":
-        return common | {
-            "model_type": "convnext",
-            "hidden_sizes": list(fields["dims"]),
-            "drop_path_rate": fields["drop_path_rate"],
-        }
-    if kind == "resnet":
-        return common | {
-            "embedding_size": fields["stem_width"],
-            "hidden_sizes": list(backbone.channels),
+    if kind not in _FIELDS:
+        raise ValueError(
+            f"transformers has no backbone {kind!r}; convert to the official format instead"
+        )
+    other = {
+        "swin": {"layer_norm_eps": 1e-5, "patch_size": 4},
+        "dinat": {"layer_norm_eps": 1e-5},
+        "convnext": {"hidden_sizes": fields.get("dims")},
+        "resnet": {
+            "embedding_size": fields.get("stem_width"),
+            "hidden_sizes": backbone.channels,
             "layer_type": "bottleneck",
-        }
-    raise ValueError(
-        f"transformers has no backbone {kind!r}; convert to the official format instead"
-    )
+        },
+    }
+    return {
+        "model_type": kind,
+        "out_features": _STAGES,
+        "depths": fields["depths"],
+        **{name: fields[name] for name in _FIELDS[kind]},
+        **other[kind],
+    }

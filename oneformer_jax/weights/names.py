@@ -407,29 +407,17 @@ def group_of(name: str, side: str, target: str, backbone: str | None = None) -> 
     Raises:
       LookupError: several rows claim it: the table is at fault.
     """
-    found = []
+    found: dict[Group, None] = {}
     for regex, group in _patterns(side, target, backbone).get(_key(name), ()):
         if match := regex.fullmatch(name):
-            indices = match.groups()
-
-            def fill(pattern: str, indices=indices) -> str:
-                return _fill(pattern, indices)
-
-            ours, theirs = (tuple(map(fill, names)) for names in (group.ours, group.theirs))
-            filled = Group(group.kind, ours, theirs)
-            if filled not in found:
-                found.append(filled)
+            filled = (
+                tuple(one.replace("#", "{}").format(*match.groups()) for one in names)
+                for names in (group.ours, group.theirs)
+            )
+            found[Group(group.kind, *filled)] = None
     if len(found) > 1:
-        raise LookupError(f"{name} is in {len(found)} rows of the table: {found}")
-    return found[0] if found else None
-
-
-def _fill(pattern: str, indices: Sequence[str]) -> str:
-    parts = pattern.split("#")
-    filled = parts[0]
-    for index, part in zip(indices, parts[1:], strict=True):
-        filled += index + part
-    return filled
+        raise LookupError(f"{name} is in {len(found)} rows of the table: {list(found)}")
+    return next(iter(found), None)
 
 
 def is_derived(name: str, target: str) -> bool:

@@ -101,10 +101,6 @@ class Reading:
             if group is None or group.ours[0] not in placed
         ]
 
-    def is_derived(self, name: str) -> bool:
-        """Whether a tensor holds nothing of its own and may be left out."""
-        return names.is_derived(name, self.form)
-
     def _reader(self, group: names.Group, parts: Sequence[Tensor], index: int) -> Read:
         def read() -> np.ndarray:
             array = group.to_ours([part.read() for part in parts])[index]

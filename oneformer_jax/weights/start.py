@@ -15,7 +15,7 @@ import numpy as np
 
 from oneformer_jax.files import FileError, first_few
 from oneformer_jax.models import functional
-from oneformer_jax.weights import reading
+from oneformer_jax.weights import names, reading
 from oneformer_jax.weights.reading import Read
 
 # Of a classifier, which has no place in a segmentation model: its head and the norm before it.
@@ -62,7 +62,7 @@ def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any], kin
     }
     unused, surplus = [], []
     for name in found.unplaced(arrays):
-        skipped = found.is_derived(name) or re.match(_CLASSIFIER, name)
+        skipped = names.is_derived(name, found.form) or re.match(_CLASSIFIER, name)
         (unused if skipped else surplus).append(name)
     if surplus:
         problems.append(f"{len(surplus)} tensors have no place: {first_few(surplus, 10)}")
@@ -90,7 +90,7 @@ def from_model(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: 
     unused = [
         name
         for name in found.unplaced(expected)
-        if found.groups[name] is not None and not found.is_derived(name)
+        if found.groups[name] is not None and not names.is_derived(name, found.form)
     ]
     return fitting(found.file.path, arrays, found.shapes, expected, unused)
 
