@@ -1,6 +1,7 @@
 """Files in, files out: reading images and writing results."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
