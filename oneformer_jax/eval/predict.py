@@ -33,6 +33,7 @@ from oneformer_jax.eval.write import source_of, write_prediction
 from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.images import ImageError
 from oneformer_jax.models import functional
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id
 
@@ -78,6 +79,7 @@ class Segmenter:
         postprocess: PostprocessConfig | None = None,
         test_size: tuple[int, int] = (800, 1333),
         tta: TtaConfig | None = None,
+        execution: Execution = Execution(),
         mesh: Mesh | None = None,
     ):
         """Copies the parameters to the devices.
@@ -92,6 +94,7 @@ class Segmenter:
             the longer side may then have.
           tta: views of the test-time augmentation, for calls that ask for it; None takes the
             official ones of `test_size`.
+          execution: how the model is run.
           mesh: devices that hold the parameters. Arrays not yet on devices are copied to each;
             `raw` shares a batch among them, and of a single image each computes the same. None is
             the default device.
@@ -115,7 +118,7 @@ class Segmenter:
         # The compiler partitions the programs: axes in Auto mode, whatever the caller's are in.
         self.mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
-        graph, *expected = functional.abstract(config, training=False)
+        graph, *expected = functional.abstract(config, execution, training=False)
         self._params, self._stats = (
             self._on_devices(_matching(values, shapes))
             for values, shapes in zip((params, stats), expected, strict=True)
@@ -149,6 +152,7 @@ class Segmenter:
         metadata: Metadata,
         settings: Mapping[str, Any],
         *,
+        execution: Execution = Execution(),
         mesh: Mesh | None = None,
         **overrides: Any,
     ) -> Segmenter:
@@ -161,6 +165,7 @@ class Segmenter:
           metadata: the K classes.
           settings: `short_edge`, `max_size`, `tta` and fields of `PostprocessConfig`; what concerns
             the evaluation only (its batch size, its tasks) is not read.
+          execution: see `Segmenter`.
           mesh: see `Segmenter`.
           **overrides: by the same names.
 
@@ -170,6 +175,10 @@ class Segmenter:
         fields = [f.name for f in dataclasses.fields(PostprocessConfig)]
         known = ["short_edge", "max_size", "tta", *fields]
         for name in overrides:
+            if name in (f.name for f in dataclasses.fields(Execution)):
+                raise ValueError(
+                    f"{name} is how a model is run: give execution=Execution({name}=...)"
+                )
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}; use some of {', '.join(known)}")
         settings = {name: settings[name] for name in known if name in settings} | overrides

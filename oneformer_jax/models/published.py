@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any
 
 from oneformer_jax.models import backbones
-from oneformer_jax.models.oneformer import NUM_CLASSES, OF_THE_PROGRAM, WIDE_HEAD, OneFormerConfig
+from oneformer_jax.models.oneformer import NUM_CLASSES, WIDE_HEAD, OneFormerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Published:
     Attributes:
       dataset: "ade20k", "coco", "cityscapes" or "mapillary".
       variant: name of its recipe, as in `configs/DATASET.py:VARIANT`.
-      model: the architecture, in float32.
+      model: the architecture.
       short_edge, max_size: of test images, in pixels.
       object_mask_threshold, overlap_threshold: of the panoptic output.
       topk: number of instances kept.
@@ -183,8 +183,7 @@ MODELS = (
 _NOT_IN_TENSORS = {
     "query_loss",
     *("num_context", "text_width", "text_layers", "text_heads", "text_causal"),
-    *("encoder_dropout", "query_init_dropout", "dtype", "remat"),
-    *OF_THE_PROGRAM,
+    *("encoder_dropout", "query_init_dropout"),
     *("norm", "drop_path_rate", "layer_scale_init", "dilations"),
 }
 

@@ -3,7 +3,7 @@
 workdir/
   config.json, model.json, metadata.json: see `descriptions`
   checkpoints/<step>/
-    state/         {step, params, stats, opt[, ema]} as Orbax writes pytrees: see `stores`
+    state/         {step, halted, params, stats, opt[, ema]} as Orbax writes pytrees: see `stores`
     position/      where the input stands, and other small JSON values
     SHA256SUMS     digests of the files: see `seals`
     scores.json    of an evaluation at that step, once there was one

@@ -192,7 +192,7 @@ def state_shardings(
     rules: Sequence[tuple[str, PartitionSpec | str]] = SHARDING_RULES,
     min_size: int = MIN_SHARDED_SIZE,
 ) -> dict[str, Any]:
-    """Shardings of a training state {step, params, stats, opt[, ema]}.
+    """Shardings of a training state {step, halted, params, stats, opt[, ema]}.
 
     Parameters and their averages ("ema") follow the rules; a leaf of "opt" whose path ends with a
     parameter's name and has its shape (a moment) follows that parameter; all else is replicated.

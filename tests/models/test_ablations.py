@@ -12,25 +12,25 @@ from flax import nnx
 from scipy.special import log_softmax
 
 from oneformer_jax.configs import common
-from oneformer_jax.models import losses
+from oneformer_jax.models import functional, losses
 from oneformer_jax.models.decoder import TransformerDecoder
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.losses import LossConfig, compute_losses
-from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig
+from oneformer_jax.train import settings
 from oneformer_jax.train import state as states
 from oneformer_jax.types import Predictions
 from tests import tiny
 
 TEXT = {"text_encoder", "text_projector", "prompt_ctx", "logit_scale"}
 QUERY_INIT = {"predictor/class_input_proj", "predictor/class_transformer"}
-LOSSES = LossConfig(num_points=16, point_sampling="shared", matcher=MatcherConfig(backend="device"))
+LOSSES = LossConfig(num_points=16, point_sampling="shared")
 
 
 @functools.cache
 def _shapes(**overrides):
     """Shape of every trained parameter by name."""
-    tree = states.abstract_params(tiny.model_config(**overrides))
+    tree = functional.abstract(tiny.model_config(**overrides), training=True).params
     return {name: leaf.shape for name, leaf in tiny.leaves(tree).items()}
 
 
@@ -62,10 +62,12 @@ def test_parameters(overrides, gone, new):
     common = official.keys() & ours.keys()
     assert {n: official[n] for n in common} == {n: ours[n] for n in common}
     # What the losses alone need is not there for inference.
-    tree = states.inference_params(states.abstract_params(tiny.model_config(**overrides)))
+    tree = functional.inference_params(
+        functional.abstract(tiny.model_config(**overrides), training=True).params
+    )
     config = tiny.model_config(**overrides)
     model = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=False))
-    assert tiny.leaves(tree).keys() == tiny.leaves(states.split_model(model)[1]).keys()
+    assert tiny.leaves(tree).keys() == tiny.leaves(functional.split(model).params).keys()
 
 
 def test_new_parameters_have_the_shapes_that_their_use_needs():
@@ -76,15 +78,15 @@ def test_new_parameters_have_the_shapes_that_their_use_needs():
 def test_learned_queries_give_mask2former():
     """216 M in the paper's table of joint training, against 219 M."""
     config = OneFormerConfig.swin_large("ade20k", queries="learned")
-    count = sum(x.size for x in jax.tree.leaves(states.abstract_params(config)))
+    count = sum(x.size for x in jax.tree.leaves(functional.abstract(config, training=True).params))
     assert round(count / 1e6) == 216
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"queries": "text"}, "model.queries is 'text': .*task, no_token, zeros, learned"),
-        ({"query_loss": ""}, "model.query_loss is '': .*contrastive, classification, none"),
+        ({"queries": "text"}, "model.queries is 'text'; .*task, no_token, zeros, learned"),
+        ({"query_loss": ""}, "model.query_loss is ''; .*contrastive, classification, none"),
         ({"num_context": -1}, "model.num_context is -1"),
     ],
 )
@@ -107,10 +109,10 @@ def test_bad_values(fields, message):
 )
 def test_one_key_of_the_config_switches_the_model(key, value):
     config = common.get_base()
-    official = states.model_config(config, 133)
+    official = settings.model_config(config, 133)
     config.model[key] = value
     expected = dataclasses.replace(official, **{key: value})
-    assert states.model_config(config, 133) == expected != official
+    assert settings.model_config(config, 133) == expected != official
 
 
 # ---------------------------------------------------------------- where queries come from
@@ -186,7 +188,8 @@ def test_terms_of_the_training_step(overrides, terms):
     config = tiny.model_config(**overrides)
     optimizer = optax.sgd(0.1)
     step = states.make_train_step(config, LOSSES, optimizer, tiny.text_table())
-    state = jax.eval_shape(states.make_init(config, optimizer, ema=False), jax.random.key(0))
+    init = states.make_init(config, optimizer, ema=False)
+    state = jax.eval_shape(lambda: init(None))
     batch = tiny.batch()
     batch["text_ids"] = np.zeros((2, config.num_texts), np.int32)
     new, metrics = jax.eval_shape(step, state, batch, jax.random.key(0))
@@ -251,7 +254,7 @@ def _loss_inputs():
 def test_weight_and_value_of_the_losses_on_the_queries():
     predictions, targets = _loss_inputs()
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=0)
     def terms(weight):
         config = dataclasses.replace(LOSSES, contrastive_weight=weight)
         return compute_losses(predictions, targets, jax.random.key(0), config)

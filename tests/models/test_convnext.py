@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from oneformer_jax.models import backbones
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import optim
-from oneformer_jax.train import state as states
 from tests import tiny
 from tests.models.test_backbones import array, build, gelu, image_of, jit, linear
 
@@ -98,14 +97,16 @@ def test_published_parameters():
     }.items():
         config = OneFormerConfig.published(backbone, "ade20k")
         assert config.num_queries == 250
-        params = states.abstract_params(config)
-        for tree, millions in zip((params, states.inference_params(params)), counts, strict=True):
+        params = functional.abstract(config, training=True).params
+        for tree, millions in zip(
+            (params, functional.inference_params(params)), counts, strict=True
+        ):
             assert round(sum(x.size for x in jax.tree.leaves(tree)) / 1e6, 3) == millions
 
 
 def test_every_parameter_of_the_backbone_is_decayed():
     """Its LayerNorm class is none of torch's, so the official optimizer does not exempt it."""
-    params = states.abstract_params(tiny.model_config(backbone=SMALL))
+    params = functional.abstract(tiny.model_config(backbone=SMALL), training=True).params
     groups = optim.describe_groups(params)
     assert not groups["backbone/no_decay"]
     names = {name.removeprefix("backbone/") for name in groups["backbone/decay"]}

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from oneformer_jax.models import backbones
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.backbones.dinat import DILATIONS
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import optim, sharding
-from oneformer_jax.train import state as states
 from tests import tiny
 from tests.kernels.test_neighborhood_attention import loop_reference
 from tests.models.test_backbones import (
@@ -130,8 +129,8 @@ def test_published_models():
         assert config.num_queries == 250
         assert config.backbone.kernel_size == kernel_size
         assert config.backbone.dilations == DILATIONS[table]
-        params = states.abstract_params(config)
-        trees = params, states.inference_params(params), params["backbone"]
+        params = functional.abstract(config, training=True).params
+        trees = params, functional.inference_params(params), params["backbone"]
         for tree, millions in zip(trees, counts, strict=True):
             assert round(sum(x.size for x in jax.tree.leaves(tree)) / 1e6, 3) == millions
     assert OneFormerConfig.dinat_large("coco").num_queries == 150
@@ -156,7 +155,7 @@ def test_parameter_names_are_the_official_ones():
 
 
 def test_only_norms_are_exempt_from_decay_and_everything_has_a_sharding(mesh8):
-    params = states.abstract_params(tiny.model_config(backbone=SMALL))
+    params = functional.abstract(tiny.model_config(backbone=SMALL), training=True).params
     groups = optim.describe_groups(params)
     assert groups["backbone/no_decay"]
     for name in groups["backbone/no_decay"]:

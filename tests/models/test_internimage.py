@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from oneformer_jax.models import backbones
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.backbones.internimage import sample
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import optim
-from oneformer_jax.train import state as states
 from tests import tiny
 from tests.models.test_backbones import (
     array,
@@ -211,8 +210,10 @@ def test_published_models():
         (OneFormerConfig.internimage_huge_1024("coco"), (1477.467, 1349.100)),
     ):
         assert config.num_queries == 250
-        params = states.abstract_params(config)
-        for tree, millions in zip((params, states.inference_params(params)), counts, strict=True):
+        params = functional.abstract(config, training=True).params
+        for tree, millions in zip(
+            (params, functional.inference_params(params)), counts, strict=True
+        ):
             assert round(sum(x.size for x in jax.tree.leaves(tree)) / 1e6, 3) == millions
 
 
@@ -236,7 +237,9 @@ def test_parameter_names():
 
 
 def test_only_norms_are_exempt_from_decay():
-    groups = optim.describe_groups(states.abstract_params(tiny.model_config(backbone=SMALL)))
+    groups = optim.describe_groups(
+        functional.abstract(tiny.model_config(backbone=SMALL), training=True).params
+    )
     exempt, decayed = groups["backbone/no_decay"], groups["backbone/decay"]
     assert all(re.search(r"norm[^/]*(/\d)?/(scale|bias)$", name) for name in exempt)
     assert "backbone/levels/2/post_norms/1/scale" in exempt
