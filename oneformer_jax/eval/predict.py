@@ -114,6 +114,7 @@ class Segmenter:
         self.metadata = metadata
         self.postprocess = postprocess or PostprocessConfig()
         self.test_size = (int(short), int(long))
+        self.execution = execution
         self.tta = tta or TtaConfig.from_settings({}, self.test_size[0])
         # The compiler partitions the programs: axes in Auto mode, whatever the caller's are in.
         self.mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
@@ -191,6 +192,7 @@ class Segmenter:
             postprocess=PostprocessConfig(**{n: settings[n] for n in fields if n in settings}),
             test_size=(short_edge, settings.get("max_size", 1333)),
             tta=TtaConfig.from_settings(settings.get("tta", {}), short_edge),
+            execution=execution,
             mesh=mesh,
         )
 

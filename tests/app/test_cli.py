@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -91,7 +92,7 @@ def test_overrides_are_found_among_the_arguments():
         ((CONFIG + ":large",), 2, ("configs/synthetic.py:large", "get_config")),
         (("--config=configs/coco.py:swin_huge",), 2, ("has no variant 'swin_huge'", "swin_large")),
         (("--config=configs/ade20k.py:swin_large,res=896",), 2, ("--mode=train needs --workdir",)),
-        (("--config=configs/nothing.py",), 2, ("configs/nothing.py", "configs/synthetic.py")),
+        (("--config=configs/nothing.py",), 2, ("configs/nothing.py", "synthetic")),
         (("--config.optim.lr=1",), 2, ("--config=FILE",)),
         (("--wrkdir=x",), 2, ("wrkdir", "workdir")),
         (("--mode=trian",), 2, ("trian", "|convert|prepare|inspect|compile|replay")),
@@ -428,6 +429,23 @@ def test_load_gives_a_segmenter(workdir):
     segmentation = segmenter(np.zeros((40, 60, 3), np.uint8), task="semantic")
     assert isinstance(segmentation, oneformer_jax.Segmentation)
     assert segmentation.class_map.shape == (40, 60)
+
+
+def test_load_runs_a_model_as_told_or_in_the_dtype_of_its_training(workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    settings = json.loads((copy / "config.json").read_text())
+    settings["model"] |= {"dtype": "bfloat16", "remat": True}
+    (copy / "config.json").write_text(json.dumps(settings))
+    how = oneformer_jax.Execution(scan_layers=True)
+    assert oneformer_jax.load(workdir).execution == oneformer_jax.Execution()
+    assert oneformer_jax.load(copy).execution == oneformer_jax.Execution(dtype="bfloat16")
+    assert oneformer_jax.load(copy, execution=how).execution == how
+    with pytest.raises(ValueError, match=r"dtype is how a model is run: give execution=Execution"):
+        oneformer_jax.load(copy, dtype="float32")
+    settings["model"]["dtype"] = "int8"
+    (copy / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="model.dtype is 'int8'; it must be one of float32, bf"):
+        oneformer_jax.load(copy)
 
 
 def test_load_refuses_what_it_does_not_know(workdir, tmp_path):
