@@ -444,7 +444,7 @@ def test_load_runs_a_model_as_told_or_in_the_dtype_of_its_training(workdir, tmp_
         oneformer_jax.load(copy, dtype="float32")
     settings["model"]["dtype"] = "int8"
     (copy / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="model.dtype is 'int8'; it must be one of float32, bf"):
+    with pytest.raises(ValueError, match=r"model\.dtype is 'int8'; it must be one of float32, bf"):
         oneformer_jax.load(copy)
 
 
