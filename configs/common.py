@@ -9,7 +9,7 @@ official code (github.com/SHI-Labs/OneFormer), which override its own file defau
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from oneformer_jax import catalogue
 
@@ -127,13 +127,21 @@ def get_base() -> ConfigDict:
     c.model.text_layers = 6
     c.model.text_heads = 4
     c.model.text_causal = True  # False: as in transformers' port, whose causal mask never acts
-    # Deformable attention: "xla", "pallas_tpu", "pallas_gpu", or "auto", the fastest by a recorded
-    # benchmark on the device (docs/kernels.md).
-    c.model.sampling = "auto"
-    c.model.neighborhood = "auto"  # the same for DiNAT's attention: "xla", "pallas_tpu" or "auto"
+    # How the model is run, which is not stored with it:
     c.model.dtype = "float32"  # compute dtype of the matrix products: "float32" or "bfloat16"
     c.model.remat = False  # recompute backbone blocks and transformer layers in the backward pass
-    c.model.scan_layers = True  # layers that repeat are loops: each is compiled once
+    # Layers that repeat are loops, each compiled once: True, False, or "auto", on accelerators.
+    c.model.scan_layers = FieldReference("auto", field_type=object)
+
+    # Implementations of the operations that have several; "auto" is the fastest by a recorded
+    # benchmark on the device (docs/kernels.md).
+    c.kernels = ConfigDict()
+    c.kernels.deform_attn = "auto"  # deformable attention: or "xla", "pallas_tpu", "pallas_gpu"
+    c.kernels.neighborhood = "auto"  # DiNAT's attention: or "xla", "pallas_tpu"
+    c.kernels.points = "auto"  # reading features at points: or "xla", "pallas_tpu"
+    # Matching: "scipy" in a callback to the host, or, on the device, "auto", "xla", "pallas_tpu",
+    # "pallas_gpu".
+    c.kernels.assignment = "scipy"
 
     # What training starts from instead of random parameters; at most one of the two.
     c.init = ConfigDict()
@@ -152,9 +160,6 @@ def get_base() -> ConfigDict:
     # "per_mask": every mask draws its own points (official). "shared": the masks of an image share
     # the candidates, which leaves no gather per mask; each estimate keeps its distribution.
     c.loss.point_sampling = "shared"
-    # Reading of features at points: "xla", "pallas_tpu", or "auto", the fastest by a recorded
-    # benchmark on the device (docs/kernels.md).
-    c.loss.point_kernel = "auto"
     # The official trainer averages the class loss per GPU and then over GPUs: 8 groups of 2 images
     # reproduce its 8 GPUs on any mesh. 1 is one weighted mean over the batch.
     c.loss.replica_groups = 1
@@ -163,10 +168,6 @@ def get_base() -> ConfigDict:
     c.matcher.class_cost = 2.0
     c.matcher.mask_cost = 5.0
     c.matcher.dice_cost = 5.0
-    c.matcher.backend = "host"  # "host": SciPy in a callback per device; "device": on the device
-    # Of "device": "xla", "pallas_tpu", "pallas_gpu", or "auto", the fastest by a recorded benchmark
-    # on the device (docs/kernels.md).
-    c.matcher.implementation = "auto"
 
     c.optim = ConfigDict()
     c.optim.lr = 1e-4

@@ -59,6 +59,10 @@ class LoaderConfig:
       num_threads: reading threads without worker processes.
       prefetch: batches kept ready by each worker (at least 2) or by all threads together. Host
         memory is about max(num_workers, 1) * (prefetch + 1) batches, with workers in /dev/shm.
+      seed: of data order, augmentation and task choice, 0 <= seed < 2**32.
+      semantic_prob: probability of the semantic task.
+      instance_prob: probability of the instance task; the rest is panoptic.
+      text_types: whether texts tell things from stuff (`tokenizer.names_type`).
       skip_broken: replace a record that raises RecordError by the next good one instead of raising.
       require_things: leave out records without a non-crowd thing, as official COCO training does.
     """
@@ -67,13 +71,13 @@ class LoaderConfig:
     num_slots: int
     num_texts: int
     augment: transforms.AugmentConfig
+    num_workers: int
+    num_threads: int
+    prefetch: int
     seed: int = 0
     semantic_prob: float = 0.33
     instance_prob: float = 0.33
     text_types: bool = False
-    num_workers: int = 0
-    num_threads: int = 2
-    prefetch: int = 2
     skip_broken: bool = False
     require_things: bool = False
 

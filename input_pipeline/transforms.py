@@ -52,8 +52,8 @@ class AugmentConfig:
       flip_prob: unified and lsj: probability of a horizontal flip.
     """
 
-    kind: str = "unified"
-    crop_size: tuple[int, int] = (640, 640)
+    kind: str = "lsj"
+    crop_size: tuple[int, int] = (1024, 1024)
     short_edge: int = 640
     scale: tuple[float, float] = (0.5, 2.0)
     max_size: int = 2560

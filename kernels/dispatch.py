@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,28 @@ from jax.sharding import Mesh, PartitionSpec
 OLDEST_CAPABILITY = 8.0  # Ampere: the oldest that Pallas:Triton compiles for
 
 
-def check_implementation(
-    operation: str, implementation: str | None, implementations: Sequence[str]
-) -> None:
-    """ValueError for a name that is none of the implementations, nor None."""
-    if implementation is not None and implementation not in implementations:
+def choose(
+    operation: str, implementation: str, implementations: Sequence[str], fastest: Mapping[str, str]
+) -> str:
+    """The implementation that runs: the named one, or for "auto" the fastest of the platform.
+
+    Args:
+      operation: name for the error.
+      implementation: one of `implementations`, or "auto".
+      implementations: names of all.
+      fastest: platform -> the fastest by a recorded benchmark; "xla" on other platforms.
+
+    Raises:
+      ValueError: another name.
+    """
+    if implementation == "auto":
+        return fastest.get(platform(), "xla")
+    if implementation not in implementations:
         raise ValueError(
             f"{operation}: unknown implementation {implementation!r}; "
-            f"use one of {', '.join(implementations)}, or None for the default"
+            f"use one of {', '.join(implementations)}, or auto for the fastest"
         )
+    return implementation
 
 
 def platform() -> str:

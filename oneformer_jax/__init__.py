@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from oneformer_jax.eval.predict import Segmenter
     from oneformer_jax.eval.segmentation import Segmentation
+    from oneformer_jax.models.execution import Execution
     from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig
     from oneformer_jax.types import TASKS, Metadata
     from oneformer_jax.weights.convert import Model
@@ -27,6 +28,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "TASKS",
+    "Execution",
     "Metadata",
     "OneFormer",
     "OneFormerConfig",
@@ -42,6 +44,7 @@ def load(
     config: OneFormerConfig | str | None = None,
     *,
     metadata: Metadata | str | None = None,
+    execution: Execution | None = None,
     mesh: Mesh | None = None,
     **overrides: Any,
 ) -> Segmenter:
@@ -57,6 +60,8 @@ def load(
       config: not for workdirs: the architecture, or the name of a published model such as
         "ade20k:dinat_large,res=1280", where the tensors alone do not tell.
       metadata: not for workdirs: the classes, or the name of a dataset.
+      execution: how the model is run. None is `Execution()`, but a workdir's model is run in the
+        dtype of its training.
       mesh: devices to run on, see `Segmenter`.
       **overrides: `short_edge`, `max_size`, `tta` (a dict, see `TtaConfig.from_settings`) and
         fields of `PostprocessConfig` (such as `object_mask_threshold`) that replace the run's or
@@ -71,23 +76,25 @@ def load(
 
     from oneformer_jax.eval.predict import Segmenter
     from oneformer_jax.models import functional
+    from oneformer_jax.models.execution import Execution
     from oneformer_jax.models.oneformer import OneFormerConfig
     from oneformer_jax.train import checkpoint
     from oneformer_jax.weights import convert, files
 
-    options = {"mesh": mesh}
     if not files.is_foreign(path):
         if config is not None or metadata is not None:
             given = "config" if config is not None else "metadata"
             raise ValueError(f"{path} is a workdir, which holds its own {given}; leave it out")
         trained = checkpoint.load_for_inference(path)
+        dtype = trained.settings["model"].get("dtype", Execution.dtype)
         return Segmenter.from_settings(
             OneFormerConfig.from_dict(trained.model),
             trained.params,
             trained.stats,
             trained.metadata,
             trained.settings["eval"],
-            **options,
+            execution=execution or Execution(dtype=dtype),
+            mesh=mesh,
             **overrides,
         )
     fields = {f.name for f in dataclasses.fields(OneFormerConfig)}
@@ -100,7 +107,8 @@ def load(
         found.stats,
         classes_of(found, path, metadata),
         found.settings,
-        **options,
+        execution=execution or Execution(),
+        mesh=mesh,
         **overrides,
     )
 
@@ -139,6 +147,8 @@ def classes_of(
 def __getattr__(name: str) -> Any:
     if name in ("OneFormer", "OneFormerConfig"):
         from oneformer_jax.models import oneformer as module
+    elif name == "Execution":
+        from oneformer_jax.models import execution as module
     elif name == "Segmentation":
         from oneformer_jax.eval import postprocess as module
     elif name == "Segmenter":

@@ -7,6 +7,7 @@ that all of them may import it, and quick: it needs neither JAX nor NumPy.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import re
@@ -132,11 +133,13 @@ RULES: dict[str, Rule] = {
     "model.text_layers": _LAYERS,
     "model.text_heads": _HEADS,
     "model.text_causal": Flag(),
-    "model.sampling": Word(("auto", "xla", "pallas_tpu", "pallas_gpu")),
-    "model.neighborhood": Word(("auto", "xla", "pallas_tpu")),
     "model.dtype": Word(("float32", "bfloat16")),
     "model.remat": Flag(),
-    "model.scan_layers": Flag(),
+    "model.scan_layers": Flag(other="auto"),
+    "kernels.deform_attn": Word(("auto", "xla", "pallas_tpu", "pallas_gpu")),
+    "kernels.neighborhood": Word(("auto", "xla", "pallas_tpu")),
+    "kernels.points": Word(("auto", "xla", "pallas_tpu")),
+    "kernels.assignment": Word(("scipy", "auto", "xla", "pallas_tpu", "pallas_gpu")),
     "init.backbone": _FILE,
     "init.checkpoint": _FILE,
     "loss.class_weight": _WEIGHT,
@@ -148,13 +151,10 @@ RULES: dict[str, Rule] = {
     "loss.oversample_ratio": Number(1, 100),
     "loss.importance_ratio": _PROBABILITY,
     "loss.point_sampling": Word(("per_mask", "shared")),
-    "loss.point_kernel": Word(("auto", "xla", "pallas_tpu")),
     "loss.replica_groups": Integer(1, 65_536),
     "matcher.class_cost": _WEIGHT,
     "matcher.mask_cost": _WEIGHT,
     "matcher.dice_cost": _WEIGHT,
-    "matcher.backend": Word(("host", "device")),
-    "matcher.implementation": Word(("auto", "xla", "pallas_tpu", "pallas_gpu")),
     "optim.lr": Number(0, 10, above=True),
     "optim.backbone_multiplier": Number(0, 1000),
     "optim.weight_decay": Number(0, 10),
@@ -209,6 +209,54 @@ RULES: dict[str, Rule] = {
     "mesh.slices": Integer(1, 10_000),
     "compilation_cache": Line("the path of a folder", empty=True),
 }
+
+
+# Keys of earlier versions, and the keys that took their place.
+RENAMED = {
+    "model.sampling": "kernels.deform_attn",
+    "model.neighborhood": "kernels.neighborhood",
+    "loss.point_kernel": "kernels.points",
+    "matcher.backend": "kernels.assignment",
+    "matcher.implementation": "kernels.assignment",
+}
+
+
+def upgrade(config: Any) -> str:
+    """Moves the values of renamed keys, in place, to the keys that took their place.
+
+    A value that stands under the new key already, and differs from the default, is kept.
+
+    Args:
+      config: a ConfigDict, or nested dicts, written for this or an earlier version.
+
+    Returns:
+      One line that names the old keys and the new ones, or "" if nothing was moved.
+    """
+    unlocked = getattr(config, "unlocked", contextlib.nullcontext)
+    found: dict[str, Any] = {}
+    with unlocked():
+        for old in RENAMED:
+            group, name = old.split(".")
+            values = config.get(group)
+            if hasattr(values, "items") and name in values:
+                found[old] = values[name]
+                del values[name]
+        if not found:
+            return ""
+        new = {RENAMED[old]: value for old, value in found.items() if not old.startswith("matcher")}
+        if any(old.startswith("matcher") for old in found):
+            on_host = found.get("matcher.backend", "host") == "host"
+            word = "scipy" if on_host else found.get("matcher.implementation", "auto")
+            new["kernels.assignment"] = word
+        kernels = config.get("kernels")
+        if kernels is None:
+            config["kernels"] = type(config)()
+        for key, value in new.items():
+            name = key.split(".")[1]
+            if config["kernels"].get(name, "auto") in ("auto", "scipy"):
+                config["kernels"][name] = value
+    moved = ", ".join(f"{old} (now {RENAMED[old]})" for old in found)
+    return f"keys of an earlier version are read: {moved}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,12 +315,6 @@ RELATIONS = (
         ("matcher.class_cost", "matcher.mask_cost", "matcher.dice_cost"),
         lambda *costs: any(costs),
         "be above 0 while the other two costs are 0: without a cost nothing is matched",
-    ),
-    Relation(
-        ("matcher.implementation", "matcher.backend"),
-        lambda implementation, backend: implementation == "auto" or backend == "device",
-        "be auto, since {0} solves on the device, but matcher.backend is '{1}'; set "
-        "matcher.backend=device to use it",
     ),
     Relation(
         ("optim.boundaries", "train.steps"),
@@ -343,7 +385,9 @@ def find_faults(config: Mapping[str, Any], but: tuple[str, ...] = ()) -> list[Fa
     wanted = {key: rule for key, rule in RULES.items() if key.split(".")[0] not in but}
     found = _broken(values, wanted)
     for key in values:
-        if key not in RULES:
+        if key in RENAMED:
+            found[key] = f"be left out: its place is {RENAMED[key]} now"
+        elif key not in RULES:
             near = did_you_mean(key, RULES)
             found[key] = f"be left out: configs/common.py has no such key{near}"
     return [Fault(key, values.get(key), text) for key, text in found.items()]

@@ -120,13 +120,16 @@ class Number(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Flag(Rule):
-    """True or False."""
+    """True, False, or the word `other`, if there is one."""
+
+    other: str = ""
 
     def accepts(self, value: Any) -> bool:
-        return isinstance(value, bool)
+        named = isinstance(value, str) and value == self.other != ""
+        return isinstance(value, bool) or named
 
     def wanted(self) -> str:
-        return "True or False"
+        return f"{self.other}, True or False" if self.other else "True or False"
 
 
 @dataclasses.dataclass(frozen=True)

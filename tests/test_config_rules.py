@@ -20,8 +20,8 @@ from oneformer_jax.configs import common, synthetic
 from oneformer_jax.eval import protocol
 from oneformer_jax.input_pipeline import datasets, sources, targets, transforms
 from oneformer_jax.models import backbones
-from oneformer_jax.rules import Fields, Integer, Number, Odd, Tuple, Word
-from oneformer_jax.train import loop
+from oneformer_jax.rules import Fields, Flag, Integer, Number, Odd, Tuple, Word
+from oneformer_jax.train import loop, settings
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -78,13 +78,14 @@ def test_every_shipped_config_passes(file, variant):
 
 def test_the_words_of_the_rules_are_those_of_the_rooms():
     implementations = {
-        "loss.point_kernel": oneformer_jax.kernels.point_sampling,
-        "matcher.implementation": oneformer_jax.kernels.assignment,
-        "model.sampling": oneformer_jax.kernels.ms_deform_attn,
-        "model.neighborhood": oneformer_jax.kernels.neighborhood_attention,
+        "kernels.deform_attn": oneformer_jax.kernels.ms_deform_attn,
+        "kernels.neighborhood": oneformer_jax.kernels.neighborhood_attention,
+        "kernels.points": oneformer_jax.kernels.point_sampling,
+        "kernels.assignment": oneformer_jax.kernels.assignment,
     }
     for key, kernel in implementations.items():
-        assert RULES[key].words == ("auto", *kernel.IMPLEMENTATIONS), key
+        host = ("scipy",) if key == "kernels.assignment" else ()
+        assert RULES[key].words == (*host, "auto", *kernel.IMPLEMENTATIONS), key
     assert RULES["model.backbone.name"].words == backbones.NAMES
     assert RULES["eval.protocol"].words == ("auto", *protocol.PROTOCOLS)
     assert RULES["dataset.train_split"].words == sources.SPLITS
@@ -128,6 +129,7 @@ ACCEPTED = {
     "data.augment.flip_prob": ZERO,
     "model.backbone.overrides": ("{}",),
     "model.num_context": ZERO,
+    "model.scan_layers": ("True",),
     "model.encoder_dropout": ZERO,
     "model.query_init_dropout": ZERO,
     "loss.class_weight": ZERO,  # one of the losses is left out
@@ -166,7 +168,7 @@ ACCEPTED = {
     "mesh.topology": ("",),
 }
 PATHS = {"init.backbone", "init.checkpoint", "eval.instance_json", "compilation_cache"}
-FLAGS = {key for key, rule in RULES.items() if type(rule).__name__ == "Flag"}
+FLAGS = {key for key, rule in RULES.items() if isinstance(rule, Flag) and not rule.other}
 
 
 def accepted(key, value):
@@ -209,7 +211,10 @@ def test_an_absurd_value_is_one_line_that_names_the_key(key, capsys):
         (["model.num_context=24"], "model.num_context=24: it must be below model.num_queries"),
         (["optim.boundaries=(0.5,0.2)"], "optim.boundaries=(0.5, 0.2): it must be"),
         (["optim.boundaries=(0.5,700)"], "below train.steps = 600"),
-        (["matcher.implementation=xla"], "set matcher.backend=device"),
+        (["matcher.backend=device"], "no key 'matcher.backend' .* --config.kernels.assignment?"),
+        (["model.sampling=xla"], "no key 'model.sampling' .* mean --config.kernels.deform_attn?"),
+        (["model.scan_layers=yes"], "model.scan_layers=yes: it must be auto, True or False"),
+        (["kernels.assignment=scypi"], "(did you mean 'scipy'?)"),
         (["init.backbone=a", "init.checkpoint=b"], "--config.init.checkpoint=b: it must be empty"),
         (["eval.tasks=('semantic',)"], "eval.best_metric=panoptic/PQ: it must be a metric of"),
         (["mesh.data=-1", "mesh.fsdp=-1"], "mesh.fsdp=-1: it must"),
@@ -271,6 +276,53 @@ def test_values_of_a_config_file_are_checked_and_the_file_is_named(tmp_path, cap
     ]
 
 
+# ---------------------------------------------------------------- earlier versions
+
+
+def test_a_config_file_of_an_earlier_version_is_read(tmp_path, capsys, caplog):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from oneformer_jax.configs import synthetic\n"
+        "def get_config():\n"
+        "    c = synthetic.get_config()\n"
+        "    c.model.sampling = 'pallas_tpu'\n"
+        "    c.model.scan_layers = False\n"
+        "    c.matcher.backend = 'device'\n"
+        "    return c\n"
+    )
+    found = parse(f"--config={file}")
+    (line,) = [m for m in caplog.messages if "earlier version" in m]
+    assert str(file) in line
+    assert "model.sampling (now kernels.deform_attn)" in line
+    assert "matcher.backend (now kernels.assignment)" in line
+    assert found.kernels.deform_attn == "pallas_tpu" and found.kernels.assignment == "auto"
+    assert found.model.scan_layers is False
+    assert "sampling" not in found.model and "backend" not in found.matcher
+    # On the command line they are errors, also where the file has them.
+    message = refusal(capsys, f"--config={file}", "--config.model.sampling=xla")
+    assert "no key 'model.sampling' (did you mean --config.kernels.deform_attn?)" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "assignment"),
+    [
+        ({}, "scipy"),
+        ({"matcher.backend": "host", "matcher.implementation": "auto"}, "scipy"),
+        ({"matcher.backend": "device"}, "auto"),
+        ({"matcher.backend": "device", "matcher.implementation": "pallas_gpu"}, "pallas_gpu"),
+    ],
+)
+def test_old_keys_move_to_their_new_places(old, assignment):
+    config = synthetic.get_config()
+    for key, value in old.items():
+        config.matcher[key.split(".")[1]] = value
+    given = config.lock().copy_and_resolve_references()
+    found = settings.checked(config)
+    assert found.kernels.assignment == assignment
+    assert config == given  # the caller's own is left alone
+    assert found.is_locked
+
+
 # ---------------------------------------------------------------- Python
 
 
@@ -301,7 +353,7 @@ KINDS = {
 @pytest.mark.parametrize("key", [key for key, r in RULES.items() if not isinstance(r, Fields)])
 def test_values_of_another_kind_are_refused_in_python(key):
     flat = dict(config_rules.flat(synthetic.get_config()))
-    kind = type(flat[key])
+    kind = bool if isinstance(RULES[key], Flag) else type(flat[key])
     for value in KINDS[kind]:
         with pytest.raises(ValueError, match=key) as error:
             config_rules.require({key: value})

@@ -3,19 +3,26 @@
 import dataclasses
 import functools
 import importlib
+import inspect
 import pathlib
 import re
 
 import jax
 import pytest
 
-from oneformer_jax import catalogue
+from oneformer_jax import catalogue, config_rules
 from oneformer_jax.configs import common
+from oneformer_jax.eval import predict
+from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.eval.tta import TtaConfig
-from oneformer_jax.input_pipeline import datasets, loader, transforms
+from oneformer_jax.input_pipeline import datasets, eval_loader, loader, transforms
 from oneformer_jax.models import functional
+from oneformer_jax.models.execution import Execution, Kernels
+from oneformer_jax.models.losses import LossConfig
+from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import state as states
+from oneformer_jax.train import settings
+from oneformer_jax.train.optim import OptimConfig
 from oneformer_jax.weights import architecture
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "weights.md"
@@ -34,7 +41,7 @@ def recipe(dataset, variant):
 
 @functools.cache
 def model(dataset, variant):
-    return states.model_config(recipe(dataset, variant), catalogue.NUM_CLASSES[dataset])
+    return settings.model_config(recipe(dataset, variant), catalogue.NUM_CLASSES[dataset])
 
 
 def test_every_published_model_has_a_recipe_and_the_other_way_round():
@@ -45,8 +52,7 @@ def test_every_published_model_has_a_recipe_and_the_other_way_round():
 @every_variant
 def test_a_recipe_trains_and_tests_the_model_of_its_name(dataset, variant):
     row = catalogue.named(f"{dataset}:{variant}")
-    found = dataclasses.replace(model(dataset, variant), dtype="float32", remat=False)
-    assert found == OneFormerConfig.published(row.name)
+    assert model(dataset, variant) == OneFormerConfig.published(row.name)
     settings = recipe(dataset, variant).eval
     for name in ("short_edge", "max_size", "object_mask_threshold", "overlap_threshold", "topk"):
         assert settings[name] == getattr(row, name), name
@@ -70,6 +76,52 @@ def test_kernels_and_dilations(name, kernel, first, last):
     assert (backbone.dilations[0], backbone.dilations[-1]) == (first, last)
 
 
+# Dataclasses below the config, the group of their fields, and fields of another key ("" is none).
+BELOW = (
+    (OneFormerConfig, "model", {}),
+    (Execution, "model", {"kernels": ""}),
+    (Kernels, "kernels", {}),
+    (LossConfig, "loss", {"matcher": "", "max_logit_scale": ""}),
+    (MatcherConfig, "matcher", {}),
+    (OptimConfig, "optim", {}),
+    (
+        PostprocessConfig,
+        "eval",
+        dict.fromkeys(
+            ("things_only_instances", "instance_score_threshold", "ade_instance_remap"), ""
+        ),
+    ),
+    (TtaConfig, "eval.tta", {}),
+    (transforms.AugmentConfig, "data.augment", {"crop_size": "data.crop_size"}),
+    (loader.LoaderConfig, "data", {"seed": "seed", "text_types": ""}),
+    (
+        eval_loader.EvalLoaderConfig,
+        "eval",
+        {
+            "skip_broken": "data.skip_broken",
+            **dict.fromkeys(("tta_short_edges", "tta_max_size", "num_threads", "prefetch"), ""),
+        },
+    ),
+)
+
+
+@pytest.mark.parametrize(("below", "group", "others"), BELOW, ids=[b[0].__name__ for b in BELOW])
+def test_no_default_differs_from_the_one_of_the_config(below, group, others):
+    base = dict(config_rules.flat(common.get_base()))
+    fields = {f.name: f.default for f in dataclasses.fields(below)}
+    assert others.keys() <= fields.keys()
+    for name, default in fields.items():
+        key = others.get(name, f"{group}.{name}")
+        if key and default is not dataclasses.MISSING:
+            assert default == base[key], key
+
+
+def test_a_segmenter_is_used_at_the_test_size_of_the_config():
+    size = inspect.signature(predict.Segmenter).parameters["test_size"].default
+    settings = common.get_base().eval
+    assert size == (settings.short_edge, settings.max_size)
+
+
 @every_variant
 def test_every_recipe_is_accepted_by_what_reads_it(dataset, variant):
     config = recipe(dataset, variant)
@@ -77,8 +129,8 @@ def test_every_recipe_is_accepted_by_what_reads_it(dataset, variant):
     assert datasets.dataset_info(dataset).num_classes == catalogue.NUM_CLASSES[dataset]
     assert config.dataset.name == dataset
     assert config.data.batch_size == 16
-    states.loss_config(config)
-    states.optim_config(config)
+    settings.loss_config(config)
+    settings.optim_config(config)
     augment = transforms.AugmentConfig(crop_size=config.data.crop_size, **config.data.augment)
     loader.LoaderConfig(
         batch_size=16,
@@ -87,6 +139,9 @@ def test_every_recipe_is_accepted_by_what_reads_it(dataset, variant):
         augment=augment,
         semantic_prob=config.data.semantic_prob,
         instance_prob=config.data.instance_prob,
+        num_workers=config.data.workers,
+        num_threads=config.data.threads,
+        prefetch=config.data.prefetch,
     )
 
 
@@ -141,13 +196,13 @@ def test_published_values(dataset, variant):
 )
 def test_length_and_steps(dataset, variant, steps, boundaries):
     config = recipe(dataset, variant)
-    optim = states.optim_config(config)
+    optim = settings.optim_config(config)
     assert optim.steps == steps
     if boundaries:
         assert optim.boundary_steps == boundaries
         with config.unlocked():  # a shorter run keeps the shape of the schedule
             config.train.steps = steps // 10
-        short = states.optim_config(config).boundary_steps
+        short = settings.optim_config(config).boundary_steps
         assert short == tuple(round(b / 10) for b in boundaries)
 
 
@@ -315,8 +370,6 @@ def test_find_gives_the_models_with_the_same_tensors():
     other = dataclasses.replace(
         swin,
         backbone=dataclasses.replace(swin.backbone, drop_path_rate=0.0),
-        dtype="bfloat16",
-        remat=True,
         num_context=20,
         query_init_dropout=0.0,
         text_layers=3,

@@ -19,8 +19,8 @@ from oneformer_jax.eval import postprocess, tta
 from oneformer_jax.kernels.ms_deform_attn.dense import ms_deform_attn_dense
 from oneformer_jax.kernels.neighborhood_attention import neighborhood_attention
 from oneformer_jax.models import functional
+from oneformer_jax.models.execution import Execution, Kernels
 from oneformer_jax.models.losses import LossConfig
-from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.train import state as states
 from oneformer_jax.types import TASKS
 from tests import tiny
@@ -90,15 +90,13 @@ def test_products_are_found_inside_of_everything():
 @pytest.mark.parametrize(("scan_layers", "point_sampling"), [(True, "per_mask"), (False, "shared")])
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_the_training_step(kind, scan_layers, point_sampling):
-    config = tiny.model_config(backbone=BACKBONES[kind], scan_layers=scan_layers, remat=True)
-    losses = LossConfig(
-        num_points=16, point_sampling=point_sampling, matcher=MatcherConfig(backend="device")
-    )
+    config = tiny.model_config(backbone=BACKBONES[kind])
+    how = Execution(scan_layers=scan_layers, remat=True, kernels=Kernels(assignment="xla"))
+    losses = LossConfig(num_points=16, point_sampling=point_sampling)
     optimizer = optax.sgd(0.1)
-    step = states.make_train_step(config, losses, optimizer, tiny.text_table())
+    step = states.make_train_step(config, losses, optimizer, tiny.text_table(), execution=how)
     init = states.make_init(config, optimizer, ema=False)
-    state = jax.eval_shape(lambda: init(None))
-    check(step, state, tiny.batch(), jax.random.key(0))
+    check(step, jax.eval_shape(lambda: init(None)), tiny.batch(), jax.random.key(0))
 
 
 @pytest.mark.parametrize("kind", BACKBONES)

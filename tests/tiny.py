@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from oneformer_jax.models import backbones, functional
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import Metadata
 
@@ -33,9 +34,11 @@ def model_config(**overrides) -> OneFormerConfig:
     return OneFormerConfig(**(fields | overrides))
 
 
-def random_model(config: OneFormerConfig, *, training: bool = False) -> functional.Split:
+def random_model(
+    config: OneFormerConfig, execution: Execution = Execution(), *, training: bool = False
+) -> functional.Split:
     """A model of random NumPy arrays that all matter: to initialise one is to compile."""
-    graph, *trees = functional.abstract(config, training=training)
+    graph, *trees = functional.abstract(config, execution, training=training)
     rng = np.random.default_rng(0)
 
     def fill(x):

@@ -31,7 +31,7 @@ def linear_sum_assignment(
     cost: jax.Array,
     valid: jax.Array,
     *,
-    implementation: str | None = None,
+    implementation: str = "auto",
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Gives each valid column a row of its own, at the least total cost of each problem.
@@ -47,7 +47,7 @@ def linear_sum_assignment(
       cost: float32 [B, Q, M]. NaN counts as 1e30, and what is beyond +-1e30 as that; columns that
         are not valid may hold anything.
       valid: bool [B, M].
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or None for the
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or "auto", the
         fastest that a recorded benchmark supports on this device, else "xla". A named
         implementation is never replaced by another one.
       mesh: the mesh over all of whose axes the problems are split. Each device then solves its own,
@@ -63,12 +63,12 @@ def linear_sum_assignment(
         batch that the mesh does not divide.
       NotImplementedError: the named implementation does not take this case; says which limit.
     """
-    dispatch.check_implementation("linear_sum_assignment", implementation, IMPLEMENTATIONS)
+    implementation = dispatch.choose(
+        "linear_sum_assignment", implementation, IMPLEMENTATIONS, FASTEST_MEASURED
+    )
     _check(cost, valid)
     if 0 in cost.shape:
         return jnp.full(valid.shape, -1, jnp.int32)
-    if implementation is None:
-        implementation = FASTEST_MEASURED.get(jax.default_backend(), "xla")
     run = dispatch.merge_mapped_axes(functools.partial(solve, load(implementation)))
     if mesh is not None or implementation != "xla":
         run = dispatch.split_batch("linear_sum_assignment", "cost", run, 2, mesh, cost.shape[0])

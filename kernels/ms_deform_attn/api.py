@@ -55,7 +55,7 @@ def ms_deform_attn(
     sampling_locations: jax.Array,
     attention_weights: jax.Array,
     *,
-    implementation: str | None = None,
+    implementation: str = "auto",
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Weighted sum of bilinear samples from several maps (Deformable DETR, arXiv 2010.04159).
@@ -74,7 +74,7 @@ def ms_deform_attn(
       sampling_locations: float32 [B, Q, N, L, P, 2], (x, y) over the map of its level: 0 is the
         left or upper edge, 1 the right or lower edge.
       attention_weights: float32 or bfloat16 [B, Q, N, L, P].
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or None for the
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or "auto", the
         fastest that a recorded benchmark supports on this device, else "xla". A named
         implementation is never replaced by another one.
       mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
@@ -90,10 +90,10 @@ def ms_deform_attn(
         batch that the mesh does not divide.
       NotImplementedError: the named implementation does not take this case; says which limit.
     """
-    dispatch.check_implementation("ms_deform_attn", implementation, IMPLEMENTATIONS)
+    implementation = dispatch.choose(
+        "ms_deform_attn", implementation, IMPLEMENTATIONS, FASTEST_MEASURED
+    )
     shapes = _check(value, spatial_shapes, sampling_locations, attention_weights)
-    if implementation is None:
-        implementation = FASTEST_MEASURED.get(jax.default_backend(), "xla")
     run = load(implementation)
 
     def call(value, locations, weights):

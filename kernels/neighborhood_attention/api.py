@@ -33,7 +33,7 @@ def neighborhood_attention(
     *,
     kernel_size: int,
     dilation: int = 1,
-    implementation: str | None = None,
+    implementation: str = "auto",
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Attention of each pixel to kernel_size x kernel_size pixels around it.
@@ -56,7 +56,7 @@ def neighborhood_attention(
         the dilation.
       kernel_size: edge of the neighbourhood, odd.
       dilation: distance between neighbours.
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", or None for the fastest that a
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", or "auto", the fastest that a
         recorded benchmark supports on this device, else "xla". A named implementation is never
         replaced by another one.
       mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
@@ -72,10 +72,10 @@ def neighborhood_attention(
         neighbourhood (pad it), an unknown implementation, or a batch that the mesh does not divide.
       NotImplementedError: the named implementation does not take this case; says which limit.
     """
-    dispatch.check_implementation("neighborhood_attention", implementation, IMPLEMENTATIONS)
+    implementation = dispatch.choose(
+        "neighborhood_attention", implementation, IMPLEMENTATIONS, FASTEST_MEASURED
+    )
     _check(query, key, value, rpb, kernel_size, dilation)
-    if implementation is None:
-        implementation = FASTEST_MEASURED.get(jax.default_backend(), "xla")
     run = load(implementation)
 
     def call(*arrays):

@@ -28,7 +28,7 @@ def sample_features(
     features: jax.Array,
     points: jax.Array,
     *,
-    implementation: str | None = None,
+    implementation: str = "auto",
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Feature vectors at points, bilinear, with zeros outside of the map.
@@ -42,7 +42,7 @@ def sample_features(
       features: float32 or bfloat16 [B, h, w, D].
       points: float32 [B, P, 2], (x, y) over the map: 0 is the left or upper edge, 1 the right or
         lower edge.
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", or None for the fastest that a
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", or "auto", the fastest that a
         recorded benchmark supports on this device, else "xla". A named implementation is never
         replaced by another one.
       mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
@@ -58,10 +58,10 @@ def sample_features(
         batch that the mesh does not divide.
       NotImplementedError: the named implementation does not take this case; says which limit.
     """
-    dispatch.check_implementation("sample_features", implementation, IMPLEMENTATIONS)
+    implementation = dispatch.choose(
+        "sample_features", implementation, IMPLEMENTATIONS, FASTEST_MEASURED
+    )
     _check(features, points)
-    if implementation is None:
-        implementation = FASTEST_MEASURED.get(jax.default_backend(), "xla")
     call = functools.partial(_sample, implementation)
     if mesh is not None or implementation != "xla":
         call = dispatch.split_batch("sample_features", "features", call, 2, mesh, features.shape[0])

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import oneformer_jax
@@ -161,18 +161,21 @@ def config_keys(config: ConfigDict, prefix: str = "") -> list[str]:
 def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
     """One line about the `overrides` that are no keys of `config`, or "" if all are.
 
-    Each is given with the keys that it may have been meant as: those with the same last name in
-    another group first, then those of similar spelling.
+    Each is given with the keys that it may have been meant as: the one that took the place of an
+    earlier version's, or those with the same last name in another group, then those of similar
+    spelling.
     """
     keys = config_keys(config)
     messages = []
     for override in overrides:
         # An element, as in crop_size[0], belongs to its key.
-        if re.sub(r"\[.*", "", override) in keys:
+        renamed = config_rules.RENAMED.get(override)
+        if renamed is None and re.sub(r"\[.*", "", override) in keys:
             continue
         last = override.rsplit(".", 1)[-1]
-        near = [key for key in keys if key.rsplit(".", 1)[-1] == last]
-        near += [k for k in nearest(override, keys, 3, 0.7) if k not in near]
+        near = [renamed] if renamed else [k for k in keys if k.rsplit(".", 1)[-1] == last]
+        if not renamed:
+            near += [key for key in nearest(override, keys, 3, 0.7) if key not in near]
         hint = ", ".join(f"--config.{key}" for key in near[:3])
         messages.append(
             f"the config has no key {override!r}"
@@ -224,6 +227,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         defaults = flags.FLAGS["config"].parser.parse(path)
         message = unknown_keys(defaults, overrides) or message
     if path is not None and not message and _MODE.value in WITH_CONFIG:
+        if line := config_rules.upgrade(_CONFIG.value):
+            logging.warning("%s: %s", path, line)
         message = wrong_values(_CONFIG.value, path, overrides)
     if message:
         fail(message, 2)

@@ -20,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from oneformer_jax import config_rules
 from oneformer_jax.compile import hlo, topologies
 from oneformer_jax.compile.topologies import Topology
 from oneformer_jax.kernels import chips
 from oneformer_jax.models import functional
-from oneformer_jax.train import sharding
+from oneformer_jax.train import settings, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.flops import count_flops
 from oneformer_jax.types import TASK_TOKENS
@@ -141,7 +140,9 @@ def _trace_prediction(
 ) -> Iterator[Callable[[], Report]]:
     """Yields the two steps of prediction, each traced on demand; see `_trace`."""
     state = training.state
-    programs = functional.programs(functional.abstract(training.model, training=False).graph, mesh)
+    programs = functional.programs(
+        functional.abstract(training.model, training.execution, training=False).graph, mesh
+    )
     params = functional.inference_params(state.get("ema", state["params"]))
     image, image_size, task_tokens = abstract_eval_batch(config, mesh)
     features = jax.tree.map(
@@ -150,7 +151,9 @@ def _trace_prediction(
     )
     encoder = {name: params[name] for name in functional.ENCODER_PARTS}
     decoder = {name: tree for name, tree in params.items() if name not in encoder}
-    whole = _bytes_per_device({name: state[name] for name in state if name != "step"})
+    whole = _bytes_per_device(
+        {name: state[name] for name in state if name not in ("step", "halted")}
+    )
     for name, program, read, arguments in (
         ("encoding step", programs.encode, (encoder, state["stats"]), (image, image_size)),
         ("decoding step", programs.decode, decoder, (features, task_tokens)),
@@ -174,10 +177,11 @@ def _trace_prediction(
 
 def _check_matcher(config: ConfigDict, topology: Topology) -> None:
     on_gpu = topology.devices[0].platform == "gpu"
-    if on_gpu and jax.default_backend() != "gpu" and config.matcher.backend == "host":
+    if on_gpu and jax.default_backend() != "gpu" and config.kernels.assignment == "scipy":
         raise ValueError(
-            f"matcher.backend is 'host': JAX cannot compile a callback for {topology.name} without "
-            "these GPUs. Add --config.matcher.backend=device; nothing else of the step changes"
+            f"kernels.assignment is 'scipy': JAX cannot compile a callback for {topology.name} "
+            "without these GPUs. Add --config.kernels.assignment=auto; nothing else of the step "
+            "changes"
         )
 
 
@@ -461,16 +465,16 @@ def run(
     log: Callable[[str], None] = print,
 ) -> bool:
     """Compiles, prints the report and the advice; returns True if everything fits as configured."""
-    config_rules.check(config, but=("dataset",))
-    settings = dict(num_classes=num_classes, text_table=text_table, quick=quick)
-    reports = compile_programs(config, topology, **settings)
+    config = settings.checked(config)
+    options = dict(num_classes=num_classes, text_table=text_table, quick=quick)
+    reports = compile_programs(config, topology, **options)
     log(describe(config, topology, reports))
     if all(report.fits for report in reports):
         return True
     log("")
     if not try_others:
         log(advice(config, topology))
-    elif (found := suggest(config, topology, **settings, log=log)) is not None:
+    elif (found := suggest(config, topology, **options, log=log)) is not None:
         log(f"\nfits with {as_flags(found)}")
     else:
         log("\nnone of the settings tried fits: use more or larger devices")

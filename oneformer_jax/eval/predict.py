@@ -33,6 +33,7 @@ from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.images import ImageError
 from oneformer_jax.input_pipeline.resize import resize_for_test
 from oneformer_jax.models import functional
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id
 
@@ -78,6 +79,7 @@ class Segmenter:
         postprocess: PostprocessConfig | None = None,
         test_size: tuple[int, int] = (800, 1333),
         tta: TtaConfig | None = None,
+        execution: Execution = Execution(),
         mesh: Mesh | None = None,
     ):
         """Copies the parameters to the devices.
@@ -90,6 +92,7 @@ class Segmenter:
           postprocess: thresholds; None takes the defaults.
           test_size: shorter side of resized images, and the limit of the longer side, in pixels.
           tta: views of the test-time augmentation; None takes the official ones of `test_size`.
+          execution: how the model is run.
           mesh: devices that hold the parameters. Arrays not yet on devices are copied to each.
             `raw` shares a batch among the devices; all compute the same single image. None is the
             default device.
@@ -109,11 +112,12 @@ class Segmenter:
         self.metadata = metadata
         self.postprocess = postprocess or PostprocessConfig()
         self.test_size = (int(short), int(long))
+        self.execution = execution
         self.tta = tta or TtaConfig.from_settings({}, self.test_size[0])
         # The compiler partitions the programs, so axes are in Auto mode, whatever the caller's.
         self.mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
-        graph, *expected = functional.abstract(config, training=False)
+        graph, *expected = functional.abstract(config, execution, training=False)
         self._params, self._stats = (
             self._on_devices(_matching(values, shapes))
             for values, shapes in zip((params, stats), expected, strict=True)
@@ -149,13 +153,14 @@ class Segmenter:
         metadata: Metadata,
         settings: Mapping[str, Any],
         *,
+        execution: Execution = Execution(),
         mesh: Mesh | None = None,
         **overrides: Any,
     ) -> Segmenter:
         """Makes a Segmenter from the `eval` settings of a run; `overrides` replace some of them.
 
         Args:
-          config, params, stats, metadata, mesh: see `Segmenter`.
+          config, params, stats, metadata, execution, mesh: see `Segmenter`.
           settings: `short_edge`, `max_size`, `tta` and fields of `PostprocessConfig`; others are
             ignored.
           **overrides: settings by the same names.
@@ -166,6 +171,10 @@ class Segmenter:
         fields = [f.name for f in dataclasses.fields(PostprocessConfig)]
         known = ["short_edge", "max_size", "tta", *fields]
         for name in overrides:
+            if name in (f.name for f in dataclasses.fields(Execution)):
+                raise ValueError(
+                    f"{name} is how a model is run: give execution=Execution({name}=...)"
+                )
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}; use some of {', '.join(known)}")
         settings = {name: settings[name] for name in known if name in settings} | overrides
@@ -178,6 +187,7 @@ class Segmenter:
             postprocess=PostprocessConfig(**{n: settings[n] for n in fields if n in settings}),
             test_size=(short_edge, settings.get("max_size", 1333)),
             tta=TtaConfig.from_settings(settings.get("tta", {}), short_edge),
+            execution=execution,
             mesh=mesh,
         )
 

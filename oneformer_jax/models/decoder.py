@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from oneformer_jax.models import initial, layers
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import (
     MLP,
@@ -56,19 +57,18 @@ class QueryInitLayer(nnx.Module):
 
 
 class QueryInitDecoder(nnx.Module):
-    def __init__(self, config, *, rngs, dtype):
-        blocks = (
-            QueryInitLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.query_init_layers)
-        )
-        self.layers = Stack(blocks, remat=config.remat, scan=config.scan_layers)
+    def __init__(self, config, *, rngs, execution: Execution):
+        options = dict(rngs=rngs, dtype=execution.compute_dtype)
+        blocks = (QueryInitLayer(config, **options) for _ in range(config.query_init_layers))
+        self.layers = Stack(blocks, remat=execution.remat, scan=execution.scan_layers)
         self.norm = layer_norm(config.hidden_dim, rngs=rngs)
 
 
 class QueryInit(nnx.Module):
     """The official `class_transformer`: turns copies of the task token into queries."""
 
-    def __init__(self, config, *, rngs, dtype):
-        self.decoder = QueryInitDecoder(config, rngs=rngs, dtype=dtype)
+    def __init__(self, config, *, rngs, execution: Execution):
+        self.decoder = QueryInitDecoder(config, rngs=rngs, execution=execution)
 
     def __call__(self, features, task, query_positions, key: Key = None) -> jax.Array:
         """features [B, h, w, D], task [B, D], query_positions [n, D] -> float32 [B, n, D]."""
@@ -124,8 +124,8 @@ class FFNLayer(nnx.Module):
 class TransformerDecoder(nnx.Module):
     """Queries from the task token, refined by masked attention, with a prediction at each step."""
 
-    def __init__(self, config, *, rngs: ParamKeys, dtype=jnp.float32):
-        width, heads = config.hidden_dim, config.num_heads
+    def __init__(self, config, *, rngs: ParamKeys, execution: Execution = Execution()):
+        width, heads, dtype = config.hidden_dim, config.num_heads, execution.compute_dtype
         normal = initial.normal()
         self.query_embed = nnx.Embed(config.num_queries, width, embedding_init=normal, rngs=rngs)
         self.level_embed = nnx.Embed(3, width, embedding_init=normal, rngs=rngs)
@@ -142,9 +142,9 @@ class TransformerDecoder(nnx.Module):
                 rngs=rngs,
                 dtype=dtype,
             )
-            self.class_transformer = QueryInit(config, rngs=rngs, dtype=dtype)
+            self.class_transformer = QueryInit(config, rngs=rngs, execution=execution)
         count, options = config.decoder_layers, dict(rngs=rngs, dtype=dtype)
-        how = dict(remat=config.remat, scan=config.scan_layers)
+        how = dict(remat=execution.remat, scan=execution.scan_layers)
         self.transformer_cross_attention_layers = Stack(
             (CrossAttentionLayer(width, heads, i % 3, **options) for i in range(count)), **how
         )

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
 from oneformer_jax.types import Features, Predictions
@@ -48,14 +49,18 @@ def split(model: OneFormer) -> Split:
     return Split(graph, nnx.to_pure_dict(params), nnx.to_pure_dict(stats))
 
 
-def abstract(config: OneFormerConfig, *, training: bool) -> Split:
+def abstract(
+    config: OneFormerConfig, execution: Execution = Execution(), *, training: bool
+) -> Split:
     """The model of `config` with `jax.ShapeDtypeStruct` for arrays; computes no parameter.
 
     Args:
       config: the architecture.
+      execution: how the model is run; it changes neither names nor shapes of the arrays.
       training: whether the model has the parts that only losses need (the text branch).
     """
-    return split(nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=training)))
+    how = dict(execution=execution, training=training)
+    return split(nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), **how)))
 
 
 def init(config: OneFormerConfig, seed: int | None, *, training: bool) -> Split:

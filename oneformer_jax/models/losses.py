@@ -24,6 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 from oneformer_jax import config_rules, rules
 from oneformer_jax.kernels.point_sampling import sample_features
 from oneformer_jax.models import matcher, points
+from oneformer_jax.models.execution import Kernels
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.points import Purpose
 from oneformer_jax.types import TASKS, Predictions
@@ -34,7 +35,7 @@ SLOTS_AT_A_TIME = 8
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights and sampling of the losses; the defaults are the official ones.
+    """Weights and sampling of the losses; the defaults are those of `configs/common.py`.
 
     Attributes:
       class_weight: weight of the cross entropy over classes.
@@ -50,12 +51,10 @@ class LossConfig:
       point_sampling: "per_mask" draws the candidates of every mask on their own, as the official
         code does; "shared" lets all masks and predictions of an image choose among the same
         candidates, which is faster and gives every mask an estimate of the same distribution.
-      point_kernel: implementation of reading features at points, see `kernels.point_sampling`:
-        "auto" is the fastest that a recorded benchmark supports on the device.
       max_logit_scale: upper limit of the contrastive scale.
       replica_groups: the class loss is averaged within this many equal, contiguous parts of the
         batch and then over them, as data parallel training with that many workers does.
-      matcher: weights of the matching cost and its backend.
+      matcher: weights of the matching cost.
     """
 
     class_weight: float = 2.0
@@ -66,8 +65,7 @@ class LossConfig:
     num_points: int = 12544
     oversample_ratio: float = 3.0
     importance_ratio: float = 0.75
-    point_sampling: str = "per_mask"
-    point_kernel: str = "auto"
+    point_sampling: str = "shared"
     max_logit_scale: float = 100.0
     replica_groups: int = 1
     matcher: MatcherConfig = dataclasses.field(default_factory=MatcherConfig)
@@ -96,6 +94,7 @@ def compute_losses(
     key: jax.Array,
     config: LossConfig,
     *,
+    kernels: Kernels = Kernels(),
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The training loss of a batch.
@@ -106,6 +105,7 @@ def compute_losses(
         valid bool [B, M]; text_ids int32 [B, num_texts] if the predictions hold query classes.
       key: PRNG key of the step; all points are drawn from it.
       config: weights and sampling.
+      kernels: the implementations of `points` and `assignment`.
       mesh: the mesh the batch is sharded over, if any (see `matcher.match`).
 
     Returns:
@@ -123,17 +123,15 @@ def compute_losses(
     num_predictions = predictions.class_logits.shape[0]
 
     packed = points.pack_targets(segment_map)
-    costs = _matching_costs(predictions, packed, classes, key, config, mesh)
+    costs = _matching_costs(predictions, packed, classes, key, config, kernels, mesh)
     indices, matched, nonfinite = matcher.match(
-        costs,
-        valid,
-        backend=config.matcher.backend,
-        implementation=config.matcher.implementation,
-        mesh=mesh,
+        costs, valid, assignment=kernels.assignment, mesh=mesh
     )
     class_losses = _class_losses(predictions.class_logits, classes, indices, matched, config)
     mask_sums = _mask_sums_per_mask if config.point_sampling == "per_mask" else _mask_sums_shared
-    mask_losses, dice_losses = mask_sums(predictions, packed, indices, matched, key, config, mesh)
+    mask_losses, dice_losses = mask_sums(
+        predictions, packed, indices, matched, key, config, kernels, mesh
+    )
     # Workers divide their sums by max(masks / workers, 1) and average over the workers.
     num_masks = jnp.maximum(jnp.sum(valid), config.replica_groups).astype(jnp.float32)
 
@@ -179,19 +177,13 @@ def _check(predictions, segment_map, classes, valid, config: LossConfig) -> None
         raise ValueError("text_queries and logit_scale come together: give both or neither")
 
 
-def _read_features(features, at, config: LossConfig, mesh: Mesh | None) -> jax.Array:
-    """Feature vectors float32 [B, P, D] at points [B, P, 2]."""
-    implementation = None if config.point_kernel == "auto" else config.point_kernel
-    return sample_features(features, at, implementation=implementation, mesh=mesh)
-
-
 def _product(queries: jax.Array, rows: jax.Array) -> jax.Array:
     """Mask logits float32 [B, C, P] of queries [B, C, D] at feature rows [B, P, D]."""
     return jnp.einsum("bcd,bpd->bcp", queries, rows, preferred_element_type=jnp.float32)
 
 
 def _matching_costs(
-    predictions, packed, classes, key, config: LossConfig, mesh: Mesh | None
+    predictions, packed, classes, key, config: LossConfig, kernels: Kernels, mesh: Mesh | None
 ) -> jax.Array:
     """Costs float32 [N, B, Q, M] of all predictions, from uniform points, without gradient."""
     class_logits, mask_embed, features = map(
@@ -203,7 +195,7 @@ def _matching_costs(
 
     def read(n):
         drawn = points.draw_points(key, Purpose.MATCHING, n, 0, batch, config.num_points)
-        rows = _read_features(features, drawn, config, mesh)
+        rows = sample_features(features, drawn, implementation=kernels.points, mesh=mesh)
         return rows, points.read_targets(packed, drawn[:, None], slots)
 
     shared = read(0) if config.point_sampling == "shared" else None
@@ -275,7 +267,14 @@ def _matched_queries(mask_embed: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _mask_sums_shared(
-    predictions, packed, indices, matched, key, config: LossConfig, mesh: Mesh | None
+    predictions,
+    packed,
+    indices,
+    matched,
+    key,
+    config: LossConfig,
+    kernels: Kernels,
+    mesh: Mesh | None,
 ):
     """Sums over the matched masks of both mask losses, float32 [N] each, with shared candidates."""
     batch, num_slots = indices.shape[1:]
@@ -289,7 +288,9 @@ def _mask_sums_shared(
         ],
         axis=1,
     )
-    rows = _read_features(predictions.mask_features, drawn, config, mesh)
+    rows = sample_features(
+        predictions.mask_features, drawn, implementation=kernels.points, mesh=mesh
+    )
     targets = points.read_targets(packed, drawn[:, None], jnp.arange(num_slots))
     fresh_weight = jnp.ones((batch, num_slots, config.num_fresh), jnp.float32)
 
@@ -314,9 +315,17 @@ def _mask_sums_shared(
 
 
 def _mask_sums_per_mask(
-    predictions, packed, indices, matched, key, config: LossConfig, mesh: Mesh | None
+    predictions,
+    packed,
+    indices,
+    matched,
+    key,
+    config: LossConfig,
+    kernels: Kernels,
+    mesh: Mesh | None,
 ):
     """Sums over the matched masks of both mask losses, float32 [N] each, each with own points."""
+    del kernels  # the maps are read, not the features
     num_predictions, batch, num_slots = indices.shape
     # float32 here so that the gradients of all chunks add up in float32.
     features = predictions.mask_features.astype(jnp.float32)

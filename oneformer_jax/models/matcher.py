@@ -1,8 +1,8 @@
 """Matching of queries to targets: the cost matrix and the minimum-cost assignment.
 
-All predictions of a step are matched in one call. Two backends find assignments of equal cost:
-"host" calls SciPy once per device shard, "device" solves inside the compiled program, with one of
-the implementations of `oneformer_jax.kernels.assignment`.
+All predictions of a step are matched in one call. Assignments of equal cost are found by SciPy,
+called once per device shard, or inside the compiled program, by one of the implementations of
+`oneformer_jax.kernels.assignment`.
 """
 
 from __future__ import annotations
@@ -33,22 +33,17 @@ COST_LIMIT = 1e5
 
 @dataclasses.dataclass(frozen=True)
 class MatcherConfig:
-    """Weights of the matching cost, and where the assignment is solved.
+    """Weights of the matching cost.
 
     Attributes:
       class_cost: weight of minus the probability of the target's class.
       mask_cost: weight of the mean binary cross entropy over points.
       dice_cost: weight of the dice loss.
-      backend: "host" (SciPy in a callback) or "device".
-      implementation: of backend "device", see `kernels.assignment`: "auto" is the fastest by a
-        recorded benchmark.
     """
 
     class_cost: float = 2.0
     mask_cost: float = 5.0
     dice_cost: float = 5.0
-    backend: str = "host"
-    implementation: str = "auto"
 
     def __post_init__(self):
         config_rules.require_fields("matcher", self)
@@ -105,8 +100,7 @@ def match(
     cost: jax.Array,
     valid: jax.Array,
     *,
-    backend: str = "host",
-    implementation: str = "auto",
+    assignment: str = "scipy",
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Minimum-cost one-to-one assignment of queries to the valid target slots.
@@ -118,7 +112,7 @@ def match(
     Args:
       cost: float32 [N, B, Q, M].
       valid: bool [B, M].
-      backend, implementation: as of `MatcherConfig`.
+      assignment: who solves it, see `execution.Kernels`.
       mesh: the mesh over whose axes "data" and "fsdp" the batch is sharded; each shard is then
         solved where it lies. None solves all in one go.
 
@@ -127,13 +121,14 @@ def match(
       matched: bool [N, B, M].
       nonfinite: int32 scalar, how many entries of valid columns were not finite.
     """
-    config_rules.require({"matcher.backend": backend, "matcher.implementation": implementation})
+    config_rules.require({"kernels.assignment": assignment})
     cost = lax.stop_gradient(cost.astype(jnp.float32))
     nonfinite = jnp.sum(~jnp.isfinite(cost) & valid[:, None, :], dtype=jnp.int32)
     cost = jnp.clip(jnp.where(jnp.isnan(cost), NAN_COST, cost), -COST_LIMIT, COST_LIMIT)
-    solve = _assign_on_host
-    if backend == "device":
-        solve = functools.partial(_assign_on_device, implementation=implementation)
+    if assignment == "scipy":
+        solve = _assign_on_host
+    else:
+        solve = functools.partial(_assign_on_device, implementation=assignment)
     if mesh is not None:
         axes = batch_axes(mesh)
         shards = math.prod(mesh.shape[axis] for axis in axes)
@@ -175,7 +170,7 @@ _HOST_CLOCK = _HostClock()
 
 
 def host_seconds() -> float:
-    """Time that the "host" backend has taken in this process, added up over its devices."""
+    """Time that SciPy has taken in this process, added up over its devices."""
     return _HOST_CLOCK.seconds
 
 
@@ -199,6 +194,6 @@ def _assign_on_device(cost: jax.Array, valid: jax.Array, implementation: str) ->
     query_of = linear_sum_assignment(
         cost.reshape(-1, *cost.shape[2:]),
         jnp.broadcast_to(valid, (predictions, images, slots)).reshape(-1, slots),
-        implementation=None if implementation == "auto" else implementation,
+        implementation=implementation,
     )
     return query_of.reshape(predictions, images, slots)

@@ -18,6 +18,7 @@ from flax import nnx
 from oneformer_jax import catalogue, config_rules, rules
 from oneformer_jax.models import backbones, initial
 from oneformer_jax.models.decoder import TransformerDecoder
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import MLP, Key, linear, split_key
 from oneformer_jax.models.pixel_decoder import PixelDecoder
@@ -29,14 +30,15 @@ from oneformer_jax.types import Features, Predictions
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
-KERNELS = ("sampling", "neighborhood")  # fields that choose them
-# Fields that no model is stored with.
-OF_THE_PROGRAM = (*KERNELS, "scan_layers")
+# Fields of `Execution` with which earlier versions stored a model.
+ONCE_STORED = ("dtype", "remat", "scan_layers", "sampling", "neighborhood")
 
 
 @dataclasses.dataclass(frozen=True)
 class OneFormerConfig:
     """Architecture of a OneFormer; the defaults are those of every published model.
+
+    How it is run is an `Execution`.
 
     Attributes:
       num_classes: K, without "no object".
@@ -52,15 +54,6 @@ class OneFormerConfig:
       hidden_dim: D; a multiple of 32 (GroupNorm) and of `num_heads`.
       text_causal: whether a text's tokens see only those before them, as in the official code. In
         the port in `transformers` all 77 positions see each other.
-      sampling: implementation of the deformable attention, InternImage's too, see
-        `kernels.ms_deform_attn`: "auto" is the fastest that a recorded benchmark supports on the
-        device.
-      neighborhood: the same for the neighbourhood attention of DiNAT, see
-        `oneformer_jax.kernels.neighborhood_attention`.
-      dtype: compute dtype of the matrix products, "float32" or "bfloat16"; parameters, softmax,
-        norm statistics, coordinates and the task token are float32 always.
-      remat: recompute blocks in the backward pass instead of keeping their activations.
-      scan_layers: run layers that repeat as loops, which are compiled once (`models.stack`).
     """
 
     num_classes: int
@@ -85,11 +78,6 @@ class OneFormerConfig:
     text_layers: int = 6
     text_heads: int = 4
     text_causal: bool = True
-    sampling: str = "auto"
-    neighborhood: str = "auto"
-    dtype: str = "float32"
-    remat: bool = False
-    scan_layers: bool = True
 
     def __post_init__(self):
         classes = {"num_classes": self.num_classes}
@@ -120,20 +108,20 @@ class OneFormerConfig:
         return cls(**(fields | row.head | overrides))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is the inverse, but for `OF_THE_PROGRAM`.
-
-        These belong to the program that runs the model, not to the model.
-        """
+        """Plain values for JSON; `from_dict` is the inverse."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in OF_THE_PROGRAM:
-            del fields[name]
         return fields | {"backbone": backbones.to_dict(self.backbone)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> OneFormerConfig:
-        """The config that `to_dict` wrote; ValueError names what is unknown, missing or absurd."""
+        """The config that `to_dict` wrote, also in an earlier version (see `ONCE_STORED`).
+
+        Raises:
+          ValueError: names what is unknown, missing or absurd.
+        """
         if not isinstance(fields, Mapping):
             raise ValueError(f"the model is {rules.shown(fields)}; it must be fields with values")
+        fields = {name: value for name, value in fields.items() if name not in ONCE_STORED}
         known = tuple(f.name for f in dataclasses.fields(cls))
         rules.require_names("model", fields, known, needed=("num_classes", "backbone"))
         return cls(**(fields | {"backbone": backbones.from_dict(fields["backbone"])}))
@@ -142,19 +130,18 @@ class OneFormerConfig:
 class OneFormer(nnx.Module):
     """The whole model. What only losses need (the text branch) exists only with `training`."""
 
-    def __init__(self, config: OneFormerConfig, *, rngs: ParamKeys, training: bool):
-        dtype = jnp.dtype(config.dtype)
-        kernels = {key: getattr(config, key) for key in KERNELS}
-        self.backbone = backbones.build_backbone(
-            config.backbone,
-            rngs=rngs,
-            dtype=dtype,
-            remat=config.remat,
-            scan=config.scan_layers,
-            **{key: None if name == "auto" else name for key, name in kernels.items()},
-        )
-        self.pixel_decoder = PixelDecoder(config, config.backbone.channels, rngs=rngs, dtype=dtype)
-        self.predictor = TransformerDecoder(config, rngs=rngs, dtype=dtype)
+    def __init__(
+        self,
+        config: OneFormerConfig,
+        *,
+        rngs: ParamKeys,
+        training: bool,
+        execution: Execution = Execution(),
+    ):
+        how = dict(rngs=rngs, execution=execution)
+        self.backbone = backbones.build_backbone(config.backbone, **how)
+        self.pixel_decoder = PixelDecoder(config, config.backbone.channels, **how)
+        self.predictor = TransformerDecoder(config, **how)
         # float32 always: its inputs are raw token ids, which bfloat16 would round.
         self.has_task = config.has_task
         if self.has_task:
@@ -168,9 +155,9 @@ class OneFormer(nnx.Module):
                 config.text_layers,
                 config.text_heads,
                 rngs=rngs,
-                dtype=dtype,
+                dtype=execution.compute_dtype,
                 causal=config.text_causal,
-                scan=config.scan_layers,
+                scan=execution.scan_layers,
             )
             self.text_projector = MLP(
                 [config.text_width, config.hidden_dim, config.hidden_dim], rngs=rngs

@@ -13,6 +13,7 @@ from flax import nnx
 
 from oneformer_jax.kernels.ms_deform_attn import ms_deform_attn
 from oneformer_jax.models import initial, layers
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, layer_norm, linear, split_key
 from oneformer_jax.models.stack import Stack, run
@@ -62,7 +63,7 @@ class MSDeformAttn(nnx.Module):
         *,
         rngs,
         dtype=jnp.float32,
-        implementation: str | None = None,
+        implementation: str = "auto",
     ):
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.implementation = implementation
@@ -121,7 +122,7 @@ class MSDeformAttn(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Deformable self-attention and a feed-forward block, each followed by its LayerNorm."""
 
-    def __init__(self, config, *, rngs, dtype=jnp.float32):
+    def __init__(self, config, *, rngs, dtype=jnp.float32, implementation: str = "auto"):
         width = config.hidden_dim
         self.dropout_rate = config.encoder_dropout
         self.self_attn = MSDeformAttn(
@@ -131,7 +132,7 @@ class EncoderLayer(nnx.Module):
             config.encoder_points,
             rngs=rngs,
             dtype=dtype,
-            implementation=None if config.sampling == "auto" else config.sampling,
+            implementation=implementation,
         )
         self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.linear1 = linear(
@@ -157,11 +158,10 @@ class EncoderLayer(nnx.Module):
 class DeformableEncoder(nnx.Module):
     """The stack of encoder layers over the flattened levels."""
 
-    def __init__(self, config, *, rngs, dtype=jnp.float32):
-        layers = (
-            EncoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.encoder_layers)
-        )
-        self.layers = Stack(layers, remat=config.remat, scan=config.scan_layers)
+    def __init__(self, config, *, rngs, execution: Execution):
+        options = dict(dtype=execution.compute_dtype, implementation=execution.kernels.deform_attn)
+        layers = (EncoderLayer(config, rngs=rngs, **options) for _ in range(config.encoder_layers))
+        self.layers = Stack(layers, remat=execution.remat, scan=execution.scan_layers)
 
     def __call__(self, maps, level_embed, key: Key = None) -> list[jax.Array]:
         """Three maps [B, h_l, w_l, D], coarse to fine, to three of the same shapes.
@@ -213,9 +213,9 @@ def _pixel_centres(height: int, width: int) -> jax.Array:
 class DeformableTransformer(nnx.Module):
     """Holds `level_embed` and `encoder`, as the official parameter names have it."""
 
-    def __init__(self, config, *, rngs, dtype=jnp.float32):
+    def __init__(self, config, *, rngs, execution: Execution):
         self.level_embed = nnx.Param(rngs.params().normal((3, config.hidden_dim)))
-        self.encoder = DeformableEncoder(config, rngs=rngs, dtype=dtype)
+        self.encoder = DeformableEncoder(config, rngs=rngs, execution=execution)
 
     def __call__(self, maps, key: Key = None) -> list[jax.Array]:
         return self.encoder(maps, self.level_embed, key)
@@ -224,14 +224,14 @@ class DeformableTransformer(nnx.Module):
 class PixelDecoder(nnx.Module):
     """Backbone maps to mask features at stride 4 and three maps for the masked attention."""
 
-    def __init__(self, config, channels, *, rngs: ParamKeys, dtype=jnp.float32):
+    def __init__(self, config, channels, *, rngs: ParamKeys, execution: Execution = Execution()):
         """`channels` are those of res2..res5; `config` is the OneFormerConfig."""
-        width = config.hidden_dim
+        width, dtype = config.hidden_dim, execution.compute_dtype
         self.input_proj = nnx.List(  # res5, res4, res3
             ConvNorm(c, width, 1, bias=True, init=initial.xavier, rngs=rngs, dtype=dtype)
             for c in channels[:0:-1]
         )
-        self.transformer = DeformableTransformer(config, rngs=rngs, dtype=dtype)
+        self.transformer = DeformableTransformer(config, rngs=rngs, execution=execution)
         fill = initial.c2_xavier
         self.adapter_1 = ConvNorm(
             channels[0], width, 1, bias=False, init=fill, rngs=rngs, dtype=dtype

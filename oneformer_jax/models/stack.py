@@ -8,11 +8,13 @@ they are put on top of one another while the program is traced.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from oneformer_jax.models.execution import loops_pay
 
 
 class Stack(nnx.List):
@@ -20,14 +22,20 @@ class Stack(nnx.List):
 
     Attributes:
       remat: whether the activations of each layer are recomputed in the backward pass.
-      scan: whether layers that repeat become a loop.
+      scan: whether layers that repeat become a loop; "auto" is decided when `run` is traced.
       gather: (index, parameters as a dict) -> the same, whole on every device. The training step
         sets it where it shards parameters: each layer is gathered where it is used, forward and
         backward, and no whole copy outlives it. Its `keeps` is the policy of `jax.checkpoint` that
         recognises what it gathered.
     """
 
-    def __init__(self, layers: Iterable[nnx.Module], *, remat: bool = False, scan: bool = False):
+    def __init__(
+        self,
+        layers: Iterable[nnx.Module],
+        *,
+        remat: bool = False,
+        scan: bool | Literal["auto"] = False,
+    ):
         super().__init__(layers)
         self.remat = remat
         self.scan = scan
@@ -57,7 +65,7 @@ def run(
     Returns:
       x, and the outputs in the order of the layers.
     """
-    remat, scan = stacks[0].remat, stacks[0].scan
+    remat, scan = stacks[0].remat, loops_pay(stacks[0].scan)
     indices = range(len(stacks[0]))
     if not scan and not remat and all(stack.gather is None for stack in stacks):
         outputs = []

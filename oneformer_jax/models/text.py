@@ -70,7 +70,9 @@ class TextBlock(nnx.Module):
 class TextTransformer(nnx.Module):
     """Holds `resblocks`, as the official parameter names have it."""
 
-    def __init__(self, width: int, num_layers: int, num_heads: int, *, rngs, dtype, scan: bool):
+    def __init__(
+        self, width: int, num_layers: int, num_heads: int, *, rngs, dtype, scan: bool | str
+    ):
         blocks = (
             TextBlock(width, num_heads, num_layers, rngs=rngs, dtype=dtype)
             for _ in range(num_layers)
@@ -90,7 +92,7 @@ class TextEncoder(nnx.Module):
         rngs,
         dtype=jnp.float32,
         causal: bool = True,
-        scan: bool = False,
+        scan: bool | str = False,
     ):
         self.causal = causal
         self.token_embedding = nnx.Embed(

@@ -3,7 +3,7 @@
 workdir/
   config.json, model.json, metadata.json: see `descriptions`
   checkpoints/<step>/
-    state/         {step, params, stats, opt[, ema]} in Orbax's form of pytrees: see `stores`
+    state/         {step, halted, params, stats, opt[, ema]}, pytrees of Orbax: see `stores`
     position/      the position of the input, and other small JSON values
     SHA256SUMS     digests of the files: see `seals`
     scores.json    the scores of an evaluation at that step, if any

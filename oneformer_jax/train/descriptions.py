@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 import jax
 import msgspec
+from absl import logging
 
-from oneformer_jax import files
-from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax import config_rules, files
+from oneformer_jax.models.oneformer import ONCE_STORED, OneFormerConfig
 from oneformer_jax.train.runtime import folders
 from oneformer_jax.train.runtime.workdir import differing_classes, differing_keys
 from oneformer_jax.types import Metadata
@@ -62,6 +63,13 @@ def read_model(workdir: pathlib.Path) -> dict[str, Any]:
     """
     path = workdir / MODEL_FILE
     model = read_json(path, expected="the model's settings")
+    if old := [name for name in ONCE_STORED if name in model]:
+        logging.info(
+            "%s is of an earlier version: %s are not read from it; config.model and "
+            "config.kernels, or an `Execution`, tell how a model is run",
+            *(path, ", ".join(old)),
+        )
+    model = {name: value for name, value in model.items() if name not in ONCE_STORED}
     for name, value in _numbers(model, path):
         most = _MOST_LAYERS if "layers" in name or "depths" in name else _LARGEST
         if not -1 <= value <= most:
@@ -101,11 +109,20 @@ def read_metadata(workdir: pathlib.Path) -> Metadata:
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads config.json; CheckpointError if it is missing or damaged."""
+    """Reads config.json, also of an earlier version.
+
+    Its groups "eval" and "model" are there, if only empty.
+
+    Raises:
+      CheckpointError: it is missing or damaged.
+    """
     path = workdir / CONFIG_FILE
     settings = read_json(path, expected="the run's configuration")
-    if not isinstance(settings.setdefault("eval", {}), dict):
-        raise CheckpointError(f"{path}: eval is {settings['eval']!r}; expected settings")
+    for group in ("eval", "model"):
+        if not isinstance(settings.setdefault(group, {}), dict):
+            raise CheckpointError(f"{path}: {group} is {settings[group]!r}; expected settings")
+    if line := config_rules.upgrade(settings):
+        logging.info("%s: %s", path, line)
     return settings
 
 

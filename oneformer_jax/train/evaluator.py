@@ -29,7 +29,7 @@ from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.write import write_png
 from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import descriptions
+from oneformer_jax.train import descriptions, settings
 from oneformer_jax.train.runtime import folders
 from oneformer_jax.train.tensorboard import metric_writers
 from oneformer_jax.types import TASKS, Metadata
@@ -72,7 +72,8 @@ class Evaluator:
         config_rules.require(
             {"eval.limit": config.eval.limit, "train.pictures": config.train.pictures}
         )
-        graph = functional.abstract(model, training=False).graph
+        execution = settings.execution(config)
+        graph = functional.abstract(model, execution, training=False).graph
         self._programs = functional.programs(graph, mesh)
         self._last: EvalResult | None = None
 

@@ -7,7 +7,6 @@ made in `state.py`; what is written to disk goes through `checkpoint.py` and `ob
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +16,18 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from oneformer_jax import config_rules
 from oneformer_jax.kernels import chips
 from oneformer_jax.models import backbones, matcher
-from oneformer_jax.models.oneformer import OF_THE_PROGRAM, OneFormerConfig
-from oneformer_jax.train import checkpoint, descriptions, observe, optim, sharding, start
+from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.train import (
+    checkpoint,
+    descriptions,
+    observe,
+    optim,
+    settings,
+    sharding,
+    start,
+)
 from oneformer_jax.train import state as states
 from oneformer_jax.train.evaluator import Batches, Evaluator, metric_names
 from oneformer_jax.train.flops import count_flops
@@ -67,13 +73,13 @@ def train(
     started = time.monotonic()
     workdir = os.fspath(folders.locate(workdir))
     # ---- Settings: what is wrong with them is said before anything is written -------------------
-    config_rules.check(config, but=("dataset",))  # the data is handed in
+    config = settings.checked(config)  # but for the data, which is handed in
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batches(config.data.batch_size, config.optim.accumulate, mesh)
     check_best_metric(config, metadata)
-    model = states.model_config(config, metadata.num_classes)
-    rates = states.optim_config(config)
-    states.loss_config(config)
+    model = settings.model_config(config, metadata.num_classes)
+    rates = settings.optim_config(config)
+    settings.loss_config(config)
     evaluator = Evaluator(config, workdir, metadata, model, mesh)
     profiler = observe.ProfileTrigger(
         workdir, start=config.train.profile_start, steps=config.train.profile_steps
@@ -279,7 +285,7 @@ def evaluate_workdir(
       CheckpointError: the workdir has no such checkpoint, or other classes than `metadata`.
       ValueError: wrong values in `config`.
     """
-    config_rules.check(config, but=("dataset",))
+    config = settings.checked(config)
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     observe.quiet_libraries()
     workdir = path = os.fspath(folders.locate(workdir))
@@ -292,7 +298,6 @@ def evaluate_workdir(
             f"those of the dataset of this config ({metadata.dataset}): {differing}"
         )
     model = OneFormerConfig.from_dict(trained.model)
-    model = dataclasses.replace(model, **{name: config.model[name] for name in OF_THE_PROGRAM})
     evaluator = Evaluator(config, workdir, metadata, model, mesh)
     state = jax.device_put(
         {"params": trained.params, "stats": trained.stats}, sharding.replicated(mesh)

@@ -22,7 +22,7 @@ from oneformer_jax import config_rules
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Settings of the optimizer; the defaults are the official recipe of ADE20K.
+    """Settings of the optimizer; the defaults are those of `configs/common.py`.
 
     Attributes:
       steps: optimizer steps of the whole run; the poly schedule ends there at zero.
@@ -51,12 +51,12 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    schedule: str = "poly"
+    schedule: str = "step"
     power: float = 0.9
-    boundaries: tuple[float, ...] = ()
+    boundaries: tuple[float, ...] = (0.889, 0.963)
     decay_factor: float = 0.1
     warmup_steps: int = 0
-    warmup_factor: float = 1.0
+    warmup_factor: float = 0.0
     clip_norm: float = 0.0
 
     def __post_init__(self):

@@ -110,12 +110,23 @@ def _check_same_tree(path: pathlib.Path, saved: Any, target: Any) -> None:
     )
 
 
-def read_state(path: str | os.PathLike[str], target: Any) -> Any:
+def with_halted(state: dict[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the leaf "halted" to a state of an earlier version; no halted state was ever saved."""
+    if "halted" in state or "halted" not in target:
+        return state
+    halted = jax.make_array_from_callback(
+        (), target["halted"].sharding, lambda _: np.zeros((), np.bool_)
+    )
+    return state | {"halted": halted}
+
+
+def read_state(path: str | os.PathLike[str], target: Mapping[str, Any]) -> dict[str, Any]:
     """Reads the state of the checkpoint folder `path`, also beside its run; see `restore`.
 
     All processes must call it; each checks its share of the files.
     """
     path = folders.locate(path)
+    wanted = dict(target)
     share = (jax.process_index(), jax.process_count())
     damage: DamagedCheckpoint | None = None
     saved = None
@@ -123,16 +134,19 @@ def read_state(path: str | os.PathLike[str], target: Any) -> Any:
         check_seal(path, *share)
         with reporting_damage(path):
             saved = stores.describe(path / "state")
-            if describe(saved) == describe(target):
+            if "halted" not in saved:  # of an earlier version
+                wanted.pop("halted", None)
+            if describe(saved) == describe(wanted):
                 stores.check_chunks(path / "state", saved, *share)
     except DamagedCheckpoint as error:
         damage = error
     if any_process(damage is not None):  # or the others would wait for this process
         raise damage or DamagedCheckpoint(f"checkpoint {path}: another process could not read it")
-    _check_same_tree(path, saved, target)
+    _check_same_tree(path, saved, wanted)
     with reporting_damage(path):
-        arguments = ocp.checkpoint_utils.construct_restore_args(target)
-        return ocp.PyTreeCheckpointer().restore(
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+        state = ocp.PyTreeCheckpointer().restore(
             folders.literal(path / "state"),
-            args=ocp.args.PyTreeRestore(target, restore_args=arguments),
+            args=ocp.args.PyTreeRestore(wanted, restore_args=arguments),
         )
+    return with_halted(state, target)

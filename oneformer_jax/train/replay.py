@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
 from oneformer_jax.files import first_few
-from oneformer_jax.train import descriptions, observe, reading, sharding
+from oneformer_jax.train import descriptions, observe, reading, settings, sharding, stores
 from oneformer_jax.train import state as states
 from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.observe import NonFiniteLoss
@@ -77,7 +77,7 @@ class Watch:
         except NonFiniteLoss as error:
             self._in_a_row += 1
             if not self._skip:
-                write(self._workdir, error, batch, {**state, "step": np.int32(step - 1)})
+                write(self._workdir, error, batch, {**state, "halted": np.zeros((), np.bool_)})
                 logging.error(
                     "The last good state and the batch are in %s/%s/%d; --mode=replay runs that "
                     "step again",
@@ -137,7 +137,7 @@ def replay(
     Raises:
       CheckpointError: nothing was recorded.
     """
-    config_rules.check(config, but=("dataset",))
+    config = settings.checked(config)
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     folder = _recorded(workdir, step)
     report = descriptions.read_json(folder / "report.json", expected="a recorded step")
@@ -181,9 +181,11 @@ def _recorded(workdir: str, step: int | None) -> pathlib.Path:
 
 def _state_before(workdir: str, folder: pathlib.Path, target: Any, step: int) -> tuple[Any, str]:
     if (folder / "state").exists():
+        saved = stores.describe(folder / "state")
+        wanted = {name: tree for name, tree in target.items() if name in saved}
         with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(folders.literal(folder / "state"), target)
-        return state, f"before step {step}, as recorded"
+            state = checkpointer.restore(folders.literal(folder / "state"), wanted)
+        return reading.with_halted(state, target), f"before step {step}, as recorded"
     path = folders.locate(workdir) / folders.CHECKPOINT_FOLDER
     earlier = [n for n in folders.finished_steps(path) if n < step]
     if not earlier:

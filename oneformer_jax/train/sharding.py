@@ -194,7 +194,7 @@ def state_shardings(
     rules: Sequence[tuple[str, PartitionSpec | str]] = SHARDING_RULES,
     min_size: int = MIN_SHARDED_SIZE,
 ) -> dict[str, Any]:
-    """Shardings of a training state {step, params, stats, opt[, ema]}.
+    """Shardings of a training state {step, halted, params, stats, opt[, ema]}.
 
     Parameters and their averages ("ema") follow the rules. A moment (a leaf of "opt" with a
     parameter's shape, and its name at the end of the path) follows that parameter. The rest is

@@ -1,7 +1,7 @@
 """The training state and the compiled training step.
 
-State is a plain nested dict {step, params, stats, opt[, ema]}; the module's structure is closed
-over and merged with the parameters inside the differentiated function.
+State is a plain nested dict {step, halted, params, stats, opt[, ema]}; the module's structure is
+closed over and merged with the parameters inside the differentiated function.
 """
 
 from __future__ import annotations
@@ -16,39 +16,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from oneformer_jax.models import backbones, functional
+from oneformer_jax.models import functional
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.losses import LossConfig, compute_losses
-from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormerConfig, normalize_images
-from oneformer_jax.train import fsdp, optim, sharding
-from oneformer_jax.train.optim import OptimConfig
+from oneformer_jax.train import fsdp, optim, settings, sharding
 from oneformer_jax.types import TASK_TOKENS, Batch, layout
 
 State = dict[str, Any]
-
-
-def model_config(config: ConfigDict, num_classes: int) -> OneFormerConfig:
-    """The architecture that `config.model` describes, for a dataset of `num_classes` classes."""
-    fields = config.model.to_dict()
-    backbone = fields.pop("backbone")
-    try:
-        made = backbones.backbone_config(backbone["name"], **backbone["overrides"])
-    except ValueError as error:
-        raise ValueError(f"model.backbone.overrides: {error}") from error
-    return OneFormerConfig(num_classes=num_classes, backbone=made, **fields)
-
-
-def loss_config(config: ConfigDict) -> LossConfig:
-    """The losses that `config.loss` and `config.matcher` describe."""
-    return LossConfig(**config.loss.to_dict(), matcher=MatcherConfig(**config.matcher.to_dict()))
-
-
-def optim_config(config: ConfigDict) -> OptimConfig:
-    """The optimizer that `config.optim` describes."""
-    fields = config.optim.to_dict()
-    for name in ("accumulate", "ema_decay"):  # of the training step, not of the optimizer
-        del fields[name]
-    return OptimConfig(steps=config.train.steps, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +32,14 @@ class Training:
 
     Attributes:
       model: the architecture.
+      execution: how it is run.
       init: seed -> state of step 0, on the devices; the same on any mesh.
       state: the abstract state, with shardings: for restore and for compilation.
       step: the compiled-on-demand step (state, batch, key) -> (state, metrics); donates the state.
     """
 
     model: OneFormerConfig
+    execution: Execution
     init: Callable[[int], State]
     state: State
     step: Any
@@ -83,18 +60,19 @@ def make_training(
       text_table: int32 [K+3, T], the distinct texts.
       mesh: see `sharding.make_mesh`.
     """
-    model = model_config(config, num_classes)
+    model, execution = settings.model_config(config, num_classes), settings.execution(config)
     optimizer = optim.make_optimizer(
-        optim_config(config), functional.abstract(model, training=True).params
+        settings.optim_config(config), functional.abstract(model, training=True).params
     )
     init = make_init(model, optimizer, ema=config.optim.ema_decay > 0)
     abstract = jax.eval_shape(lambda: init(None))
     shardings = sharding.state_shardings(abstract, mesh)
     step = make_train_step(
         model,
-        loss_config(config),
+        settings.loss_config(config),
         optimizer,
         text_table,
+        execution=execution,
         accumulate=config.optim.accumulate,
         ema_decay=config.optim.ema_decay,
         skip_nonfinite=config.train.on_nonfinite == "skip",
@@ -103,6 +81,7 @@ def make_training(
     )
     return Training(
         model,
+        execution,
         lambda seed: sharding.put_state(init(seed), shardings),
         sharding.with_shardings(abstract, shardings),
         jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
@@ -139,6 +118,7 @@ def make_init(
             _, params, stats = functional.init(config, seed, training=True)
             state = {
                 "step": jnp.zeros((), jnp.int32),
+                "halted": jnp.zeros((), jnp.bool_),
                 "params": params,
                 "stats": stats,
                 "opt": optimizer.init(params),
@@ -154,6 +134,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     text_table: np.ndarray,
     *,
+    execution: Execution = Execution(),
     accumulate: int = 1,
     ema_decay: float = 0.0,
     skip_nonfinite: bool = False,
@@ -167,12 +148,13 @@ def make_train_step(
       losses: the losses.
       optimizer: optax transformation over the parameters.
       text_table: int32 [K+3, T], the distinct texts.
+      execution: how the model is run, and the kernels of the losses.
       accumulate: micro-batches; gradients and metrics are their means. The contrastive loss
         compares the images of a micro-batch.
       ema_decay: decay of the averaged parameters; 0 keeps none.
       skip_nonfinite: leave out the update of a step whose loss or gradient is not finite, and go
-        on. Else such a step, number s, and all after it leave everything as it was, and "step" is
-        -s, so that the last good state is there when the host notices.
+        on. Else such a step sets "halted": it and all after it leave everything else as it was, so
+        that the last good state is there when the host notices.
       mesh: mesh whose axes shard the batch; the matcher runs per shard.
       param_shardings: how the parameters are split over the mesh; None: they are not.
 
@@ -181,7 +163,7 @@ def make_train_step(
       scalars: `loss`, its terms, `grad_norm`, `param_norm`, `skipped_share` (1 if the update was
       left out).
     """
-    graph = functional.abstract(config, training=True).graph
+    graph = functional.abstract(config, execution, training=True).graph
 
     def loss_fn(params, stats, batch, key):
         if param_shardings is None:
@@ -198,7 +180,9 @@ def make_train_step(
                 key=model_key,
                 train=True,
             )
-        loss, terms = compute_losses(predictions, batch, point_key, losses, mesh=mesh)
+        loss, terms = compute_losses(
+            predictions, batch, point_key, losses, kernels=execution.kernels, mesh=mesh
+        )
         return loss, ({"loss": loss} | terms, functional.split(model).stats)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -235,16 +219,16 @@ def make_train_step(
                 lambda old, p: old + (1 - ema_decay) * (p - old), state["ema"], new["params"]
             )
         metrics["grad_norm"] = optax.tree.norm(grads)
-        step = state["step"]
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        if not skip_nonfinite:
-            good &= step >= 0
+        good &= ~state["halted"]
         new = {
             name: jax.tree.map(lambda n, o: jnp.where(good, n, o), tree, state[name])
             for name, tree in new.items()
         }
-        halted = step + 1 if skip_nonfinite else jnp.where(step < 0, step, -step - 1)
-        new["step"] = jnp.where(good, step + 1, halted)
+        if skip_nonfinite:
+            new |= {"step": state["step"] + 1, "halted": state["halted"]}
+        else:
+            new |= {"step": jnp.where(good, state["step"] + 1, state["step"]), "halted": ~good}
         # Of the new parameters: an update that overflows is noticed before it is saved.
         metrics["param_norm"] = optax.tree.norm(new["params"])
         metrics["skipped_share"] = 1.0 - good.astype(jnp.float32)

@@ -165,7 +165,7 @@ def _dilations(matches: tuple[Published, ...], path: str) -> Any:
 _NOT_IN_TENSORS = {
     "query_loss",
     *("num_context", "text_width", "text_layers", "text_heads", "text_causal"),
-    *("encoder_dropout", "query_init_dropout", "dtype", "remat"),
+    *("encoder_dropout", "query_init_dropout"),
     *("norm", "drop_path_rate", "layer_scale_init", "dilations"),
 }
 

@@ -22,7 +22,7 @@ from oneformer_jax.models.backbones import (
     ResNetConfig,
     SwinConfig,
 )
-from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.models.oneformer import ONCE_STORED, OneFormerConfig
 from oneformer_jax.types import Metadata
 from oneformer_jax.weights.pickle_reader import quoted
 
@@ -116,6 +116,7 @@ def model_config(fields: Mapping[str, Any], where: str) -> OneFormerConfig:
         raise FileError(
             f"{where}: model.backbone.kind is {quoted(kind)}; known are {', '.join(_BACKBONES)}"
         )
+    fields = {name: value for name, value in fields.items() if name not in ONCE_STORED}
     check_fields(fields, where)
     try:
         return OneFormerConfig.from_dict({**fields, "backbone": dict(backbone)})

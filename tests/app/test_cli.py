@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -428,6 +429,23 @@ def test_load_gives_a_segmenter(workdir):
     segmentation = segmenter(np.zeros((40, 60, 3), np.uint8), task="semantic")
     assert isinstance(segmentation, oneformer_jax.Segmentation)
     assert segmentation.class_map.shape == (40, 60)
+
+
+def test_load_runs_a_model_as_told_or_in_the_dtype_of_its_training(workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    settings = json.loads((copy / "config.json").read_text())
+    settings["model"] |= {"dtype": "bfloat16", "remat": True}
+    (copy / "config.json").write_text(json.dumps(settings))
+    how = oneformer_jax.Execution(scan_layers=True)
+    assert oneformer_jax.load(workdir).execution == oneformer_jax.Execution()
+    assert oneformer_jax.load(copy).execution == oneformer_jax.Execution(dtype="bfloat16")
+    assert oneformer_jax.load(copy, execution=how).execution == how
+    with pytest.raises(ValueError, match=r"dtype is how a model is run: give execution=Execution"):
+        oneformer_jax.load(copy, dtype="float32")
+    settings["model"]["dtype"] = "int8"
+    (copy / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"model\.dtype is 'int8'; it must be one of float32, bf"):
+        oneformer_jax.load(copy)
 
 
 def test_load_refuses_what_it_does_not_know(workdir, tmp_path):

@@ -21,7 +21,7 @@ from oneformer_jax.eval.predict import STRIDE
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.input_pipeline.resize import resize_for_test
 from oneformer_jax.models import functional
-from oneformer_jax.train import state as states
+from oneformer_jax.train import settings as train_settings
 from oneformer_jax.train.evaluator import postprocess_config
 from oneformer_jax.types import TASKS, Metadata
 from tests.bench import metrics
@@ -85,7 +85,7 @@ def main() -> None:
     config = importlib.import_module(f"oneformer_jax.configs.{file}").get_config(*variant)
     if options.short_edge:
         config.eval.short_edge = options.short_edge
-    model = states.model_config(config, metrics.CLASSES)
+    model = train_settings.model_config(config, metrics.CLASSES)
     graph, *state = functional.init(model, 0, training=False)
     predictor = Predictor(functional.programs(graph), *jax.device_put(state))
     test_size = (config.eval.short_edge, config.eval.max_size)

@@ -126,7 +126,7 @@ def settings(**changes) -> loader.LoaderConfig:
         num_slots=NUM_SLOTS,
         num_texts=NUM_TEXTS,
         augment=transforms.AugmentConfig("lsj", crop_size=CROP),
-        **{"num_threads": 1, "prefetch": 1, **changes},
+        **{"num_workers": 0, "num_threads": 1, "prefetch": 1, **changes},
     )
 
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from oneformer_jax.models.execution import Kernels
 from oneformer_jax.models.losses import LossConfig, compute_losses
-from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.types import Predictions
 
 # predictions, images, queries, classes, slots, side of the image, width, points
@@ -42,11 +42,13 @@ def inputs(n, b, q, k, m, side, d, points, dtype, segments=20):
     return predictions, targets
 
 
-def measure(predictions, targets, config: LossConfig, repeats: int) -> tuple[float, float]:
+def measure(
+    predictions, targets, config: LossConfig, kernels: Kernels, repeats: int
+) -> tuple[float, float]:
     """Median milliseconds of loss and gradient, and MiB of temporary memory."""
 
     def loss(predictions, targets, key):
-        return compute_losses(predictions, targets, key, config)[0]
+        return compute_losses(predictions, targets, key, config, kernels=kernels)[0]
 
     args = (predictions, targets, jax.random.key(1))
     step = jax.jit(jax.value_and_grad(loss)).lower(*args).compile()
@@ -70,14 +72,11 @@ def main() -> None:
     for dtype in ("float32",) if options.small else ("float32", "bfloat16"):
         predictions, targets = inputs(**sizes, dtype=dtype)
         for sampling in ("per_mask", "shared"):
-            for backend in ("host", "device"):
-                config = LossConfig(
-                    num_points=sizes["points"],
-                    point_sampling=sampling,
-                    matcher=MatcherConfig(backend=backend),
-                )
-                ms, memory = measure(predictions, targets, config, options.repeats)
-                print(f"{sampling:<10}{backend:<9}{dtype:<10}{ms:>9.1f}{memory:>9.0f}", flush=True)
+            for solver in ("scipy", "xla"):
+                config = LossConfig(num_points=sizes["points"], point_sampling=sampling)
+                kernels = Kernels(assignment=solver)
+                ms, memory = measure(predictions, targets, config, kernels, options.repeats)
+                print(f"{sampling:<10}{solver:<9}{dtype:<10}{ms:>9.1f}{memory:>9.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -166,16 +166,17 @@ class Ours:
         import jax
 
         from oneformer_jax.models import functional
+        from oneformer_jax.models.execution import Execution
         from oneformer_jax.weights import convert
 
         jax.config.update("jax_enable_compilation_cache", False)
         found = convert.read_model(folder)
-        dtype = "bfloat16" if size.bfloat16 else "float32"
-        self.config = dataclasses.replace(found.config, dtype=dtype)
+        self.config = found.config
+        self.execution = Execution(dtype="bfloat16" if size.bfloat16 else "float32")
         self.size, self.given = size, inputs(size)
         self.params = jax.device_put(found.params)
         self.stats = jax.device_put(found.stats)
-        graph = functional.abstract(self.config, training=False).graph
+        graph = functional.abstract(self.config, self.execution, training=False).graph
         self.programs = functional.programs(graph)
         self.compiled: dict[str, Any] = {}
         if training:
@@ -224,12 +225,19 @@ class Ours:
             LossConfig(num_points=self.size.points),
             optimizer,
             text_table[:, : int(np.argmax(text_table, 1).max()) + 1],
+            execution=self.execution,
         )
         self.step = jax.jit(step, donate_argnums=0)
         self.key = jax.random.key(0)
         params = jax.tree.map(lambda x: x.copy(), self.params)
         opt = jax.jit(optimizer.init)(params)
-        self.state = {"step": np.int32(0), "params": params, "stats": self.stats, "opt": opt}
+        self.state = {
+            "step": np.int32(0),
+            "halted": np.bool_(False),
+            "params": params,
+            "stats": self.stats,
+            "opt": opt,
+        }
         names = ("image", "image_size", "segment_map", "classes", "valid", "text_ids", "task")
         self.batch = {name: self.given[name] for name in names}
 

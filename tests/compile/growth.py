@@ -15,7 +15,7 @@ import pytest
 import tests.conftest  # noqa: F401 - chooses the CPU before jax is imported
 from oneformer_jax.compile import hlo, topologies
 from oneformer_jax.models import functional
-from oneformer_jax.train import sharding
+from oneformer_jax.train import settings, sharding
 from oneformer_jax.train import state as states
 from tests import tiny
 from tests.compile import test_compile
@@ -64,7 +64,7 @@ def sent_between_slices(found: list[hlo.Collective]) -> float:
     assert {c.name for c in crossing} == {"ALL_REDUCE", "ALL_GATHER"}, crossing
     features = [c for c in crossing if c.name == "ALL_GATHER"]
     assert all(c.elements == test_compile.FEATURES for c in features), features
-    config = states.model_config(make_config(**test_compile.SMALL), tiny.CLASSES)
+    config = settings.model_config(make_config(**test_compile.SMALL), tiny.CLASSES)
     params = functional.abstract(config, training=True).params
     # All devices encode the same texts: what is summed are the gradients of these.
     del params["text_encoder"]["token_embedding"]

@@ -21,8 +21,7 @@ from oneformer_jax.kernels import chips
 from oneformer_jax.kernels.bench import gpu
 from oneformer_jax.kernels.point_sampling import sample_features
 from oneformer_jax.models import functional, matcher
-from oneformer_jax.train import sharding
-from oneformer_jax.train import state as states
+from oneformer_jax.train import settings, sharding
 from tests import tiny
 from tests.train.runs import make_config
 
@@ -92,7 +91,7 @@ def test_the_steps_of_prediction_are_compiled_while_the_training_step_is_traced(
 
 
 def parameter_bytes(config):
-    model = states.model_config(config, tiny.CLASSES)
+    model = settings.model_config(config, tiny.CLASSES)
     params = functional.abstract(model, training=True).params
     return 4 * sum(x.size for x in jax.tree.leaves(params))
 
@@ -288,7 +287,7 @@ def test_the_memory_is_what_a_tpus_compiler_compares():
 @needs_libtpu
 def test_the_training_step_compiles_for_a_tpu(capsys):
     topology = topologies.open_topology("v5e:2x2")
-    config = make_config(**SMALL | {"data__batch_size": 4, "matcher__backend": "host"})
+    config = make_config(**SMALL | {"data__batch_size": 4, "kernels__assignment": "scipy"})
     settings = dict(num_classes=tiny.CLASSES, text_table=tiny.text_table())
     assert compile.run(config, topology=topology, **settings)
     text = capsys.readouterr().out
@@ -303,7 +302,7 @@ def test_the_training_step_compiles_for_a_tpu(capsys):
 def test_the_training_step_compiles_for_gpus(capsys):
     topology = topologies.open_topology("h100:4")
     settings = dict(num_classes=tiny.CLASSES, text_table=tiny.text_table(), topology=topology)
-    config = make_config(**SMALL | {"data__batch_size": 4, "matcher__backend": "device"})
+    config = make_config(**SMALL | {"data__batch_size": 4, "kernels__assignment": "xla"})
     assert compile.run(config, **settings)
     text = capsys.readouterr().out
     assert "training step: fits" in text and "of 55.88 GiB" in text
@@ -312,8 +311,8 @@ def test_the_training_step_compiles_for_gpus(capsys):
 
 def test_a_callback_cannot_be_compiled_for_gpus_that_are_not_here():
     topology = Topology("h100:4", (types.SimpleNamespace(platform="gpu"),), None)
-    config = make_config(**SMALL | {"matcher__backend": "host"})
-    with pytest.raises(ValueError, match=r"h100:4.*--config\.matcher\.backend=device"):
+    config = make_config(**SMALL | {"kernels__assignment": "scipy"})
+    with pytest.raises(ValueError, match=r"h100:4.*--config\.kernels\.assignment=auto"):
         programs(config, topology)
 
 
@@ -365,9 +364,7 @@ def test_the_matchers_kernel_compiles_for_a_topology():
     )
 
     def match(cost, valid):
-        return matcher.match(cost, valid, backend="device", implementation="pallas_tpu", mesh=mesh)[
-            :2
-        ]
+        return matcher.match(cost, valid, assignment="pallas_tpu", mesh=mesh)[:2]
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         text = jax.jit(match).trace(cost, valid).lower().compile().as_text()

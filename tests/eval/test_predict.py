@@ -15,6 +15,7 @@ from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tta import TtaConfig
 from oneformer_jax.input_pipeline import resize
 from oneformer_jax.input_pipeline.eval_loader import EvalLoaderConfig, eval_loader
+from oneformer_jax.models.execution import Execution, Kernels
 from oneformer_jax.types import TASK_TOKENS, TASKS
 from tests import tiny
 
@@ -194,9 +195,9 @@ def test_one_image_on_a_mesh_runs_kernels_on_each_device(monkeypatch, axis_type)
     monkeypatch.setattr(api, "load", recording)
     types = (getattr(jax.sharding.AxisType, axis_type),)
     mesh = jax.make_mesh((4,), ("x",), axis_types=types, devices=jax.devices()[:4])
-    config = dataclasses.replace(CONFIG, sampling="pallas_tpu")
-    settings = dict(postprocess=LENIENT, test_size=SIZE)
-    sharded = predict.Segmenter(config, *state(), METADATA, mesh=mesh, **settings)
+    how = Execution(kernels=Kernels(deform_attn="pallas_tpu"))
+    settings = dict(postprocess=LENIENT, test_size=SIZE, execution=how)
+    sharded = predict.Segmenter(CONFIG, *state(), METADATA, mesh=mesh, **settings)
     features = sharded._encode(
         dict(image=np.zeros((1, 64, 96, 3), np.uint8), image_size=[[64, 93]])
     )

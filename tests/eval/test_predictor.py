@@ -9,6 +9,7 @@ import pytest
 from oneformer_jax.eval import predict
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.models import functional
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.types import TASKS
 from tests import tiny
 from tests.eval.test_predict import (
@@ -23,20 +24,21 @@ from tests.eval.test_predict import (
 
 # Sizes of one strip and of several, padded or not, and every kind of model.
 VARIANTS = [
-    ({}, (48, 70)),
-    ({}, (64, 96)),
-    ({}, (300, 110)),
-    ({"dtype": "bfloat16"}, (48, 70)),
-    ({"queries": "learned"}, (48, 70)),
-    ({"queries": "no_token", "scan_layers": False}, (48, 70)),
+    ("task", {}, (48, 70)),
+    ("task", {}, (64, 96)),
+    ("task", {}, (300, 110)),
+    ("task", {"dtype": "bfloat16"}, (48, 70)),
+    ("learned", {}, (48, 70)),
+    ("no_token", {"scan_layers": True}, (48, 70)),
 ]
 
 
-@pytest.mark.parametrize(("fields", "size"), VARIANTS)
-def test_all_tasks_at_once_are_bit_equal_to_single_calls(fields, size):
-    config = dataclasses.replace(CONFIG, decoder_layers=3, **fields)
+@pytest.mark.parametrize(("queries", "how", "size"), VARIANTS)
+def test_all_tasks_at_once_are_bit_equal_to_single_calls(queries, how, size):
+    config = dataclasses.replace(CONFIG, decoder_layers=3, queries=queries)
+    options = dict(postprocess=LENIENT, test_size=SIZE, execution=Execution(**how))
     model = tiny.random_model(config)[1:]
-    self = predict.Segmenter(config, *model, METADATA, postprocess=LENIENT, test_size=SIZE)
+    self = predict.Segmenter(config, *model, METADATA, **options)
     image = picture(*size)
     single = {task: self(image, task) for task in TASKS}
     together = self(image, "all")
@@ -45,7 +47,7 @@ def test_all_tasks_at_once_are_bit_equal_to_single_calls(fields, size):
         assert_same(together[task], single[task])
         assert together[task].image is image
     # Whatever ran before, and also from a Segmenter of its own.
-    other = predict.Segmenter(config, *model, METADATA, postprocess=LENIENT, test_size=SIZE)
+    other = predict.Segmenter(config, *model, METADATA, **options)
     for task, found in other(image, ("semantic", "panoptic")).items():
         assert_same(found, single[task])
 

@@ -51,6 +51,9 @@ def test_batches_of_the_coco_recipe(both):
         num_texts=8,
         augment=AugmentConfig("lsj", crop_size=CROP),
         seed=11,
+        num_workers=0,
+        num_threads=2,
+        prefetch=2,
     )
     batches = loader.train_loader(source, config, source.info)
     tasks = set()

@@ -255,7 +255,13 @@ def test_training_skips_and_counts_broken_records_only_if_it_may(folder, num_wor
     _flip(path, 4)
     source = sources.TfdsSource(folder, "train")
     config = loader.LoaderConfig(
-        batch_size=2, num_slots=8, num_texts=9, augment=AUGMENT, num_workers=num_workers
+        batch_size=2,
+        num_slots=8,
+        num_texts=9,
+        augment=AUGMENT,
+        num_workers=num_workers,
+        num_threads=2,
+        prefetch=2,
     )
     for skip in (False, True):
         changed = dataclasses.replace(config, skip_broken=skip)

@@ -69,7 +69,16 @@ def make_source(count=10, broken=(), kind=ListSource):
 
 
 def make_config(**changes):
-    base = LoaderConfig(batch_size=4, num_slots=5, num_texts=7, augment=AUGMENT, seed=3)
+    base = LoaderConfig(
+        batch_size=4,
+        num_slots=5,
+        num_texts=7,
+        augment=AUGMENT,
+        num_workers=0,
+        num_threads=2,
+        prefetch=2,
+        seed=3,
+    )
     return dataclasses.replace(base, **changes)
 
 

@@ -112,6 +112,9 @@ def test_training_and_evaluation_read_it(prepared, dataset):
         num_texts=10,
         augment=transforms.AugmentConfig(crop_size=(32, 32), kind="none"),
         require_things=True,
+        num_workers=0,
+        num_threads=2,
+        prefetch=2,
     )
     batches = loader.train_loader(source, config, info)
     kept = set(np.concatenate([next(batches)["index"] for _ in range(4)]).tolist())

@@ -55,6 +55,7 @@ def main():
         num_texts=7,
         augment=transforms.AugmentConfig("none", crop_size=(256, 256)),
         num_workers=2,
+        num_threads=2,
         prefetch=4,
     )
     batches = loader.train_loader(Source(), config, INFO)

@@ -349,7 +349,7 @@ class TestDoor:
             neighborhood_attention(*arrays, kernel_size=3, implementation="pallas_tpu")
 
     def test_unknown_implementation(self, arrays):
-        with pytest.raises(ValueError, match=r"'pallas_gpu'; use one of xla, pallas_tpu, or None"):
+        with pytest.raises(ValueError, match=r"'pallas_gpu'; use one of xla, pallas_tpu, or auto"):
             neighborhood_attention(*arrays, kernel_size=3, implementation="pallas_gpu")
 
     @pytest.mark.parametrize(

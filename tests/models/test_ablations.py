@@ -16,15 +16,15 @@ from oneformer_jax.models import functional, losses
 from oneformer_jax.models.decoder import TransformerDecoder
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.losses import LossConfig, compute_losses
-from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig
+from oneformer_jax.train import settings
 from oneformer_jax.train import state as states
 from oneformer_jax.types import Predictions
 from tests import tiny
 
 TEXT = {"text_encoder", "text_projector", "prompt_ctx", "logit_scale"}
 QUERY_INIT = {"predictor/class_input_proj", "predictor/class_transformer"}
-LOSSES = LossConfig(num_points=16, point_sampling="shared", matcher=MatcherConfig(backend="device"))
+LOSSES = LossConfig(num_points=16, point_sampling="shared")
 
 
 @functools.cache
@@ -85,14 +85,8 @@ def test_learned_queries_give_mask2former():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"queries": "text"},
-            "model.queries is 'text'; it must be one of task, no_token, zeros, learned",
-        ),
-        (
-            {"query_loss": ""},
-            "model.query_loss is ''; it must be one of contrastive, classification, none",
-        ),
+        ({"queries": "text"}, "model.queries is 'text'; .*task, no_token, zeros, learned"),
+        ({"query_loss": ""}, "model.query_loss is ''; .*contrastive, classification, none"),
         ({"num_context": -1}, "model.num_context is -1"),
     ],
 )
@@ -115,10 +109,10 @@ def test_bad_values(fields, message):
 )
 def test_one_key_of_the_config_switches_the_model(key, value):
     config = common.get_base()
-    official = states.model_config(config, 133)
+    official = settings.model_config(config, 133)
     config.model[key] = value
     expected = dataclasses.replace(official, **{key: value})
-    assert states.model_config(config, 133) == expected != official
+    assert settings.model_config(config, 133) == expected != official
 
 
 # ---------------------------------------------------------------- where queries come from
@@ -260,7 +254,7 @@ def _loss_inputs():
 def test_weight_and_value_of_the_losses_on_the_queries():
     predictions, targets = _loss_inputs()
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=0)
     def terms(weight):
         config = dataclasses.replace(LOSSES, contrastive_weight=weight)
         return compute_losses(predictions, targets, jax.random.key(0), config)

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from oneformer_jax.models import backbones
+from oneformer_jax.models.execution import Execution, Kernels
 from oneformer_jax.models.initial import ParamKeys
 
 CONFIGS = {
@@ -99,14 +100,14 @@ def test_unknown_kind_and_foreign_config():
     ("kind", "option", "find"),
     [
         ("dinat", "neighborhood", lambda block: block.attn.implementation),
-        ("internimage", "sampling", lambda block: block.dcn.sampling),
+        ("internimage", "deform_attn", lambda block: block.dcn.implementation),
     ],
 )
 def test_a_named_implementation_reaches_every_block(kind, option, find):
     """And is never replaced: the kernel runs on TPUs only."""
-    options = {option: "pallas_tpu"}
+    how = Execution(kernels=Kernels(**{option: "pallas_tpu"}))
     model = nnx.eval_shape(
-        lambda: backbones.build_backbone(CONFIGS[kind], rngs=ParamKeys(), **options)
+        lambda: backbones.build_backbone(CONFIGS[kind], rngs=ParamKeys(), execution=how)
     )
     blocks = [block for level in model.levels for block in level.blocks]
     assert [find(block) for block in blocks] == ["pallas_tpu"] * 5

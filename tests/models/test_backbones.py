@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from oneformer_jax.models import backbones
 from oneformer_jax.models.backbones.resnet import BatchNorm, ConvNorm, FrozenNorm
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.stack import run
 
@@ -39,7 +40,10 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 def build(config, *, seed: int = 0, **options) -> nnx.Module:
     """A backbone whose parameters and statistics are all drawn, none of them 0 or 1."""
-    model = nnx.eval_shape(lambda: backbones.build_backbone(config, rngs=ParamKeys(), **options))
+    how = Execution(**options)
+    model = nnx.eval_shape(
+        lambda: backbones.build_backbone(config, rngs=ParamKeys(), execution=how)
+    )
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(seed)
 
@@ -380,7 +384,7 @@ def test_parameter_names_are_the_official_ones():
 @pytest.mark.parametrize("size", [(64, 96), (37, 50), (5, 130)])
 def test_output_sizes(kind, size):
     config = CONFIGS[kind]
-    model = build(config, dtype=jnp.bfloat16)
+    model = build(config, dtype="bfloat16")
     outputs = jax.eval_shape(model, jax.ShapeDtypeStruct((2, *size, 3), jnp.float32))
     for out, stride, channels in zip(outputs, (4, 8, 16, 32), config.channels, strict=True):
         assert out.shape == (2, *(math.ceil(n / stride) for n in size), channels)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from oneformer_jax.models import functional
+from oneformer_jax.models.execution import Execution, Kernels
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.oneformer import OneFormer, normalize_images
 from oneformer_jax.types import TASK_TOKENS, Features
@@ -15,8 +16,9 @@ from tests import tiny
 
 
 @functools.cache
-def model(training=False, **fields):
-    return tiny.random_model(tiny.model_config(**fields), training=training)
+def model(training=False, dtype="float32", **fields):
+    config, how = tiny.model_config(**fields), Execution(dtype=dtype)
+    return tiny.random_model(config, how, training=training)
 
 
 def images(size=2):
@@ -160,9 +162,8 @@ def test_a_kernel_of_the_model_works_on_each_devices_images(mesh8, monkeypatch):
         return run
 
     monkeypatch.setattr(api, "load", recording)
-    graph, params, stats = functional.abstract(
-        tiny.model_config(sampling="pallas_tpu"), training=False
-    )
+    how = Execution(kernels=Kernels(deform_attn="pallas_tpu"))
+    graph, params, stats = functional.abstract(tiny.model_config(), how, training=False)
     encode, _ = functional.programs(graph, mesh8)
     split = jax.sharding.NamedSharding(mesh8, jax.sharding.PartitionSpec(("data", "fsdp")))
     shapes = (((16, 64, 64, 3), jnp.uint8), ((16, 2), jnp.int32))

@@ -11,8 +11,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from oneformer_jax.models import losses
+from oneformer_jax.models.execution import Kernels
 from oneformer_jax.models.losses import LossConfig, compute_losses
-from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.points import Purpose, draw_points
 from oneformer_jax.types import Predictions
 
@@ -346,9 +346,9 @@ def test_eight_devices_compute_the_same_loss(mode):
     assert len(jax.devices()) >= 8
     mesh = jax.make_mesh((8, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     predictions, targets = _inputs()
-    # The single device solves the matching on the host: both backends must give one loss.
-    backend = {"per_mask": "host", "shared": "device"}[mode]
-    config, key = _config(mode, matcher=MatcherConfig(backend=backend)), jax.random.key(5)
+    # The single device solves the matching on the host: all solvers must give one loss.
+    kernels = Kernels(assignment={"per_mask": "scipy", "shared": "xla"}[mode])
+    config, key = _config(mode), jax.random.key(5)
 
     def place(path, x):
         axes = ("data", "fsdp")
@@ -358,7 +358,7 @@ def test_eight_devices_compute_the_same_loss(mode):
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
     placed = jax.tree_util.tree_map_with_path(place, (predictions, targets))
-    program = jax.jit(lambda p, t: compute_losses(p, t, key, config, mesh=mesh))
+    program = jax.jit(lambda p, t: compute_losses(p, t, key, config, kernels=kernels, mesh=mesh))
     program = program.lower(*placed).compile(COMPILE_FAST)
     total, terms = program(*placed)
     (expected, expected_terms), _ = _program(mode)(predictions, targets, key)
@@ -419,7 +419,6 @@ def test_without_text_there_is_no_contrastive_term():
             dict(point_sampling="all"),
             r"loss\.point_sampling is 'all'; it must be one of per_mask",
         ),
-        (dict(point_kernel="cuda"), r"loss\.point_kernel is 'cuda'; it must be one of auto, xla"),
         (dict(num_points=0), r"loss\.num_points is 0"),
         (dict(oversample_ratio=0.5), r"loss\.oversample_ratio is 0.5"),
         (dict(importance_ratio=1.5), r"loss\.importance_ratio is 1.5"),
@@ -431,11 +430,10 @@ def test_bad_configurations_are_refused(changes, message):
         LossConfig(**changes)
 
 
-def test_point_kernel_names_the_implementation():
-    predictions, targets = _inputs()
-    config = dataclasses.replace(_config("shared"), point_kernel="pallas_tpu")
+def test_the_kernel_of_points_is_named_and_never_replaced():
+    given = (*_inputs(), jax.random.key(0), _config("shared"))
     with pytest.raises(NotImplementedError, match="sample_features: 'pallas_tpu' runs on TPUs"):
-        compute_losses(predictions, targets, jax.random.key(0), config)
+        compute_losses(*given, kernels=Kernels(points="pallas_tpu"))
 
 
 def test_inputs_that_do_not_fit_are_refused():

@@ -1,4 +1,4 @@
-"""The matching cost against its formula, both assignment backends against SciPy."""
+"""The matching cost against its formula, both ways to solve the assignment against SciPy."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from oneformer_jax.kernels.assignment import api, xla
 from oneformer_jax.models import matcher
 from oneformer_jax.models.matcher import MatcherConfig, match
 
-BACKENDS = ("host", "device")
+ASSIGNMENTS = ("scipy", "xla")
 
 
 def _case(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -57,15 +57,15 @@ CASES = (
 )
 
 
-_match = jax.jit(match, static_argnames="backend")
+_match = jax.jit(match, static_argnames="assignment")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("name", CASES)
-def test_assignment_costs_what_scipys_does(name, backend):
+def test_assignment_costs_what_scipys_does(name, assignment):
     cost, valid = _case(name)
-    # One compilation per backend and shape; a raising callback would fail here.
-    indices, matched, nonfinite = map(np.asarray, _match(cost, valid, backend=backend))
+    # One compilation per solver and shape; a raising callback would fail here.
+    indices, matched, nonfinite = map(np.asarray, _match(cost, valid, assignment=assignment))
     assert indices.dtype == np.int32 and matched.dtype == bool
     assert nonfinite == (~np.isfinite(cost) & valid[:, None, :]).sum()
     repaired = np.clip(np.where(np.isnan(cost), 100.0, cost), -1e5, 1e5).astype(np.float64)
@@ -81,12 +81,12 @@ def test_assignment_costs_what_scipys_does(name, backend):
         np.testing.assert_allclose(repaired[n, b, queries, slots].sum(), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_large_random_problems(backend):
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_large_random_problems(assignment):
     rng = np.random.default_rng(7)
     cost = rng.random((2, 2, 60, 40)).astype(np.float32)
     valid = rng.random((2, 40)) < 0.9
-    indices, matched, _ = map(np.asarray, _match(cost, valid, backend=backend))
+    indices, matched, _ = map(np.asarray, _match(cost, valid, assignment=assignment))
     for n, b in np.ndindex(2, 2):
         problem = cost[n, b][:, valid[b]].astype(np.float64)
         slots = np.flatnonzero(matched[n, b])
@@ -98,8 +98,8 @@ def _mesh(shape):
     return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_shard_solves_its_own_images(backend, monkeypatch):
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_every_shard_solves_its_own_images(assignment, monkeypatch):
     rng = np.random.default_rng(8)
     cost = rng.normal(size=(2, 8, 6, 4)).astype(np.float32)
     valid = rng.random((8, 4)) < 0.8
@@ -114,12 +114,12 @@ def test_every_shard_solves_its_own_images(backend, monkeypatch):
     mesh = _mesh((4, 2))
     axes = jax.sharding.PartitionSpec(None, ("data", "fsdp"))
     sharded = jax.device_put(cost, jax.sharding.NamedSharding(mesh, axes))
-    program = jax.jit(lambda c, v: match(c, v, backend=backend, mesh=mesh))
+    program = jax.jit(lambda c, v: match(c, v, assignment=assignment, mesh=mesh))
     indices, matched, _ = jax.block_until_ready(program(sharded, valid))
     # One call per shard with all its problems; none at all if the device solves.
-    assert shapes == ([(2, 1, 6, 4)] * 8 if backend == "host" else [])
+    assert shapes == ([(2, 1, 6, 4)] * 8 if assignment == "scipy" else [])
     monkeypatch.undo()
-    alone = _match(cost, valid, backend="host")
+    alone = _match(cost, valid, assignment="scipy")
     np.testing.assert_array_equal(matched, alone[1])
     np.testing.assert_array_equal(indices, alone[0])
 
@@ -129,9 +129,9 @@ def test_a_batch_that_cannot_be_split_is_refused():
         match(jnp.zeros((1, 6, 3, 2)), jnp.ones((6, 2), bool), mesh=_mesh((8, 1)))
 
 
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"matcher\.backend is 'gpu'; it must be one of host"):
-        MatcherConfig(backend="gpu")
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(ValueError, match=r"kernels\.assignment is 'gpu'; it must be one of scipy"):
+        match(jnp.zeros((1, 6, 3, 2)), jnp.ones((6, 2), bool), assignment="gpu")
 
 
 def test_a_kernel_is_named_and_never_replaced(monkeypatch):
@@ -149,29 +149,14 @@ def test_a_kernel_is_named_and_never_replaced(monkeypatch):
         return assign
 
     monkeypatch.setattr(api, "load", recording)
-    options = dict(backend="device", implementation="pallas_tpu")
+    options = dict(assignment="pallas_tpu")
     indices, _, _ = jax.jit(lambda c, v: match(c, v, mesh=_mesh((4, 2)), **options))(cost, valid)
     # Each device solves the problems of its own image.
     assert shapes == [(2, 4, 6)]
     monkeypatch.undo()
-    np.testing.assert_array_equal(indices, _match(cost, valid, backend="host")[0])
+    np.testing.assert_array_equal(indices, _match(cost, valid, assignment="scipy")[0])
     with pytest.raises(NotImplementedError, match="'pallas_tpu' runs on TPUs"):
         match(jnp.asarray(cost), jnp.asarray(valid), **options)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (
-            dict(backend="device", implementation="cuda"),
-            r"is 'cuda'; it must be one of auto",
-        ),
-        (dict(implementation="xla"), r"on the device, but matcher\.backend is 'host'; set"),
-    ],
-)
-def test_implementations_that_do_not_fit(fields, message):
-    with pytest.raises(ValueError, match=message):
-        MatcherConfig(**fields)
 
 
 def test_cost_is_the_official_formula():

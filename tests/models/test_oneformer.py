@@ -1,7 +1,5 @@
 """The whole model: published parameter totals, and the rules that are easy to break."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,9 @@ import pytest
 from flax import nnx
 
 from oneformer_jax.models import decoder, functional, layers
+from oneformer_jax.models.execution import Execution, Kernels
 from oneformer_jax.models.initial import ParamKeys
-from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
+from oneformer_jax.models.oneformer import ONCE_STORED, OneFormer, OneFormerConfig, normalize_images
 from oneformer_jax.types import TASK_TOKENS
 from tests import tiny
 
@@ -50,9 +49,9 @@ def test_config_survives_json():
 
     for config in (tiny.model_config(), OneFormerConfig.published("ade20k:swin_large,res=640")):
         assert OneFormerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    # On which device it runs is not part of a model.
-    kernel = tiny.model_config(sampling="pallas_tpu", neighborhood="pallas_tpu")
-    assert OneFormerConfig.from_dict(kernel.to_dict()) == tiny.model_config()
+    # Earlier versions stored with a model how it was run.
+    earlier = dict.fromkeys(ONCE_STORED, "nonsense")
+    assert OneFormerConfig.from_dict(config.to_dict() | earlier) == config
     with pytest.raises(ValueError, match="model: unknown fields 'widht'; known"):
         OneFormerConfig.from_dict(config.to_dict() | {"widht": 3})
 
@@ -63,9 +62,6 @@ def test_config_survives_json():
         ({"hidden_dim": 40}, "model.hidden_dim is 40; it must be a multiple of 32"),
         ({"num_heads": 5}, "model.hidden_dim is 32; it must be a multiple of model.num_heads = 5"),
         ({"num_context": 7}, "model.num_context is 7; it must be below model.num_queries = 7"),
-        ({"dtype": "float16"}, "model.dtype is 'float16'"),
-        ({"sampling": "cuda"}, "model.sampling is 'cuda'; it must be one of auto, xla, pallas_tpu"),
-        ({"neighborhood": "pallas_gpu"}, "model.neighborhood is 'pallas_gpu'; .* xla, pallas_tpu "),
         ({"num_classes": 0}, "model.num_classes is 0"),
     ],
 )
@@ -241,8 +237,8 @@ def test_remat_and_bfloat16(model, inputs, predictions):
     _, params, rest = nnx.split(model, nnx.Param, ...)
 
     def run(**overrides):
-        config = dataclasses.replace(tiny.model_config(), **overrides)
-        other = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=True))
+        how = dict(rngs=ParamKeys(), training=True, execution=Execution(**overrides))
+        other = nnx.eval_shape(lambda: OneFormer(tiny.model_config(), **how))
         graphdef = nnx.graphdef(other)
         forward = jax.jit(lambda params, rest, inputs: nnx.merge(graphdef, params, rest)(**inputs))
         return forward(params, rest, inputs)
@@ -269,7 +265,9 @@ def test_normalize_images():
 
 @pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
 def test_a_named_kernel_is_never_replaced(kernel, inputs):
-    config = tiny.model_config(sampling=kernel)
-    abstract = nnx.eval_shape(lambda: OneFormer(config, rngs=ParamKeys(), training=False))
+    how = Execution(kernels=Kernels(deform_attn=kernel))
+    model = functional.abstract(tiny.model_config(), how, training=False)
     with pytest.raises(NotImplementedError, match=kernel):
-        jax.eval_shape(lambda m: m(inputs["image"], inputs["task_tokens"]).class_logits, abstract)
+        jax.eval_shape(
+            lambda p, s: functional.encode(model.graph, p, s, inputs["image"]), *model[1:]
+        )

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from oneformer_jax.kernels import dispatch
 from oneformer_jax.kernels.recompute import recompute
 from oneformer_jax.models import backbones
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.stack import Stack, find_loop, run
 from oneformer_jax.train import fsdp
@@ -123,6 +125,19 @@ def test_layers_of_other_shapes_do_not_share_a_loop():
     assert x.shape == (3, 1)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_loops_are_for_accelerators_unless_asked_for(platform, monkeypatch):
+    monkeypatch.setattr(dispatch, "platform", lambda: platform)
+
+    def loops(scan):
+        stack = Stack((Layer(i) for i in range(4)), scan=scan)
+        call = lambda x: run(lambda x, _, layer: (layer(x, 1.0), None), x, stack)[0]  # noqa: E731
+        return str(jax.make_jaxpr(call)(jnp.ones((2, 4)))).count("scan[")
+
+    assert [loops(scan) for scan in (True, False)] == [1, 0]
+    assert loops("auto") == (platform != "cpu")
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_parameters_are_gathered_layer_by_layer(scan):
     seen = []
@@ -167,7 +182,9 @@ def test_backbones(kind):
     image = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     outputs, products = [], []
     for scan in (False, True):
-        model = backbones.build_backbone(config, rngs=ParamKeys(0), scan=scan)
+        model = backbones.build_backbone(
+            config, rngs=ParamKeys(0), execution=Execution(scan_layers=scan)
+        )
         graphdef, state = nnx.split(model)
 
         def apply(state, image, graphdef=graphdef):

@@ -24,6 +24,7 @@ import pytest
 
 from oneformer_jax.models import functional, layers, matcher, points
 from oneformer_jax.models.backbones import swin
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD, OneFormerConfig
 from oneformer_jax.models.points import Purpose
@@ -316,9 +317,9 @@ class Ours:
     """The training step of `oneformer_jax.train`, compiled."""
 
     def __init__(self, config: OneFormerConfig, params, stats, case: Case, texts, dtype):
-        self.config = config
+        self.config, self.execution = config, Execution(scan_layers=True)
         # Not by the constructor, which takes no dtype that a run should not have.
-        object.__setattr__(self.config, "dtype", dtype)
+        object.__setattr__(self.execution, "dtype", dtype)
         settings = optim.OptimConfig(
             steps=case.steps,
             lr=LR,
@@ -331,14 +332,16 @@ class Ours:
         optimizer = optim.make_optimizer(settings, params)
         self.state = {
             "step": jnp.zeros((), jnp.int32),
+            "halted": jnp.zeros((), jnp.bool_),
             "params": params,
             "stats": stats,
             "opt": optimizer.init(params),
         }
         losses = LossConfig(num_points=NUM_POINTS, point_sampling="per_mask")
-        self._step = jax.jit(
-            states.make_train_step(self.config, losses, optimizer, texts), donate_argnums=0
+        step = states.make_train_step(
+            self.config, losses, optimizer, texts, execution=self.execution
         )
+        self._step = jax.jit(step, donate_argnums=0)
         self.key = jax.random.key(11)
         self._masks = jax.jit(self._trace_masks)
 
@@ -372,15 +375,15 @@ class Ours:
 
             return call
 
-        config = dataclasses.replace(self.config, dtype="float32", scan_layers=False)
-        object.__setattr__(config, "dtype", self.config.dtype)
+        unrolled = Execution(scan_layers=False)
+        object.__setattr__(unrolled, "dtype", self.execution.dtype)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layers, "dropout", record(layers.dropout))
             patch.setattr(
                 swin, "drop_path", record(lambda x, *rest: layers.drop_path(x[:, :1, :1, 0], *rest))
             )
-            graph = states.model_graph(config, training=True)
-            model = states.nnx.merge(graph, params, stats)
+            graph = functional.abstract(self.config, unrolled, training=True).graph
+            model = functional.merge(graph, params, stats)
             image = jnp.zeros((BATCH, HEIGHT, WIDTH, 3), params["logit_scale"].dtype)
             model(image, jnp.zeros((BATCH, 77), jnp.int32), key=key, train=True)
         return masks

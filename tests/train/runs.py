@@ -26,7 +26,7 @@ SETTINGS = {
     "model.text_layers": 1,
     "model.text_heads": 2,
     "loss.num_points": 64,
-    "matcher.backend": "device",  # programs that call back to the host are not kept for later runs
+    "kernels.assignment": "xla",  # programs that call back to the host are not kept for later runs
     "optim.lr": 1e-3,
     "optim.ema_decay": 0.5,
     "train.steps": STEPS,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import checkpoint, descriptions, optim, sharding
 from oneformer_jax.train.checkpoint import CheckpointError, Checkpoints
 from oneformer_jax.types import Metadata
@@ -31,6 +32,7 @@ def make_target(mesh, width=8, ema=False, names=("layers", "head")):
     optimizer = optim.make_optimizer(optim.OptimConfig(steps=10), params)
     abstract = {
         "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "halted": jax.ShapeDtypeStruct((), jnp.bool_),
         "params": params,
         "stats": {"norm": {"mean": jax.ShapeDtypeStruct((3,), f32)}, "empty": {}},
         "opt": jax.eval_shape(optimizer.init, params),
@@ -44,12 +46,12 @@ def make_state(target):
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), target
-    )
+    ) | {"halted": jax.device_put(np.bool_(False), target["halted"].sharding)}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def advance(state):
-    return jax.tree.map(lambda x: x + 1, state)
+    return jax.tree.map(lambda x: x + 1 if x.dtype != bool else x, state)
 
 
 def on_host(state):
@@ -282,7 +284,7 @@ def test_load_for_inference(run):
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.params))
     assert found.model == json.loads(json.dumps(MODEL))
     assert found.metadata == METADATA
-    assert found.settings == {"optim": {"lr": 1}, "eval": {}}
+    assert found.settings == {"optim": {"lr": 1}, "eval": {}, "model": {}}
     older = checkpoint.load_for_inference(f"{workdir}/checkpoints/2", use_ema=False)
     assert older.step == 2
     assert_same(older.params, saved[2]["params"])
@@ -327,6 +329,58 @@ def test_a_model_of_an_earlier_version_is_completed(tmp_path):
     descriptions.claim_workdir(tmp_path, model, "{}", METADATA)
     with pytest.raises(CheckpointError, match=r"queries \(there \"task\", here \"zeros\"\)"):
         descriptions.claim_workdir(tmp_path, model | {"queries": "zeros"}, "{}", METADATA)
+
+
+# What the version before wrote beside the weights: how a model was run stood in several places.
+EARLIER_MODEL = MODEL | {"dtype": "bfloat16", "remat": True}
+EARLIER_CONFIG = {
+    "model": {
+        "sampling": "xla",
+        "neighborhood": "auto",
+        "dtype": "bfloat16",
+        "remat": True,
+        "scan_layers": True,
+    },
+    "loss": {"num_points": 64, "point_kernel": "pallas_tpu"},
+    "matcher": {"class_cost": 2.0, "backend": "device", "implementation": "xla"},
+    "eval": {"topk": 20},
+}
+
+
+def test_a_workdir_of_the_version_before_is_read(run, tmp_path, caplog):
+    _, saved, target = run
+    state = jax.tree.map(jnp.asarray, saved[2])
+    del state["halted"]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.save(2, state, {"step": 2})
+    for name, value in (("model", EARLIER_MODEL), ("config", EARLIER_CONFIG)):
+        descriptions.write_json(tmp_path / f"{name}.json", value)
+    (tmp_path / "metadata.json").write_text(METADATA.to_json())
+
+    with caplog.at_level("INFO"):
+        found = checkpoint.load_for_inference(tmp_path)
+    told = [line for line in caplog.messages if "earlier version" in line]
+    assert len(told) == 2
+    assert "dtype, remat are not read" in told[0] and "config.model and config.kernels" in told[0]
+    assert "model.sampling (now kernels.deform_attn)" in told[1]
+    assert "loss.point_kernel (now kernels.points)" in told[1]
+    assert OneFormerConfig.from_dict(found.model) == tiny.model_config()
+    assert found.settings["kernels"] == {
+        "deform_attn": "xla",
+        "neighborhood": "auto",
+        "points": "pallas_tpu",
+        "assignment": "xla",
+    }
+    assert found.settings["matcher"] == {"class_cost": 2.0}
+    assert found.settings["loss"] == {"num_points": 64}
+    assert found.settings["model"] == {"dtype": "bfloat16", "remat": True, "scan_layers": True}
+
+    # A run goes on in it: its model is the same one, and its state was not halted.
+    descriptions.claim_workdir(tmp_path, MODEL, "{}", METADATA)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(2, target)
+    assert_same(restored, saved[2])
+    assert restored["halted"].sharding == target["halted"].sharding
 
 
 def test_claim_workdir(tmp_path):

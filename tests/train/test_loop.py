@@ -390,7 +390,7 @@ def test_eight_devices_go_on_with_the_same_losses(run, tmp_path, monkeypatch):
             workdir,
             batches=batches,
             mesh=sharding.make_mesh(4, 2),
-            matcher__backend="host",
+            kernels__assignment="scipy",
             eval__batch_size=8,
             train__eval_every=0,
         )
@@ -470,7 +470,7 @@ def test_a_workdir_of_another_model(run):
         (1, {"train__log_every": 0}, r"train\.log_every is 0"),
         (1, {"train__eval_every": -1}, r"train\.eval_every is -1"),
         (1, {"train__profile_steps": 0}, r"train\.profile_steps is 0"),
-        (1, {"matcher__backend": "gpu"}, r"matcher\.backend is 'gpu'"),
+        (1, {"kernels__assignment": "gpu"}, r"kernels\.assignment is 'gpu'"),
         (1, {"train__steps": 0}, r"train\.steps is 0"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_norm_under_an_unknown_name_is_an_error():
 
 
 def test_poly_schedule():
-    config = OptimConfig(steps=1000, lr=2e-4)
+    config = OptimConfig(steps=1000, lr=2e-4, schedule="poly")
     schedule = optim.make_schedule(config)
     for step in (0, 1, 500, 999):
         expected = 2e-4 * (1 - step / 1000) ** 0.9
@@ -131,12 +131,12 @@ def test_step_schedule_with_fractions_and_absolute_boundaries():
         assert optim.learning_rates(config, step)["main"] == pytest.approx(1e-4 * factor)
     tiny = OptimConfig(steps=2, schedule="step", boundaries=(0.889, 0.963))
     assert optim.learning_rates(tiny, 1)["main"] == pytest.approx(1e-4)
-    constant = optim.make_schedule(OptimConfig(steps=10, schedule="step"))
+    constant = optim.make_schedule(OptimConfig(steps=10, schedule="step", boundaries=()))
     assert constant(9) == pytest.approx(1e-4)
 
 
 def test_warmup_multiplies_the_schedule():
-    config = OptimConfig(steps=100, lr=1.0, warmup_steps=10, warmup_factor=0.2)
+    config = OptimConfig(steps=100, lr=1.0, schedule="poly", warmup_steps=10, warmup_factor=0.2)
     schedule = optim.make_schedule(config)
     for step, factor in ((0, 0.2), (5, 0.6), (10, 1.0), (50, 1.0)):
         np.testing.assert_allclose(schedule(step), factor * (1 - step / 100) ** 0.9, rtol=1e-5)
@@ -156,7 +156,7 @@ def hand_adamw(param, grads, config, *, multiplier, decay):
 
 
 def test_adamw_steps_match_hand_computation():
-    config = OptimConfig(steps=10, lr=0.1, weight_decay=0.05)
+    config = OptimConfig(steps=10, lr=0.1, weight_decay=0.05, schedule="poly")
     cases = {
         "predictor/class_embed/kernel": (1.0, True),
         "predictor/decoder_norm/scale": (1.0, False),

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from oneformer_jax.train import checkpoint, replay, sharding
@@ -13,7 +14,8 @@ from oneformer_jax.train.observe import NonFiniteLoss
 from tests import tiny
 from tests.train.runs import make_config
 
-STATE = {"step": np.int32(7), "params": {"w": np.float32(2.0)}, "stats": {}, "opt": {}}
+EARLIER = {"step": np.int32(7), "params": {"w": np.float32(2.0)}, "stats": {}, "opt": {}}
+STATE = EARLIER | {"halted": np.zeros((), np.bool_)}
 
 
 def batch(value):
@@ -35,14 +37,15 @@ def test_stop_records_the_batch_and_the_last_good_state(tmp_path):
     watcher.check(STATE)
     watcher.add(8, metrics(np.nan), batch(-3))
     with pytest.raises(NonFiniteLoss, match=r"step 8: not finite: loss = nan.*'id 0', 'id 1'"):
-        watcher.check({**STATE, "step": np.int32(-8)})  # as the step leaves it
+        watcher.check({**STATE, "halted": np.bool_(True)})  # as the step leaves it
     folder = tmp_path / "nonfinite" / "8"
     report = json.loads((folder / "report.json").read_text())
     assert report["terms"] == {"loss": "nan"}
     assert report["images"][:2] == ["id 0", "id 1"]
     with np.load(folder / "batch.0.npz") as saved:
         np.testing.assert_array_equal(saved["x"], batch(-3)["x"])
-    assert (folder / "state").exists()
+    kept = ocp.StandardCheckpointer().restore(folder / "state")
+    assert (kept["step"], kept["halted"]) == (7, False)
 
 
 def test_skip_goes_on_and_gives_up_in_the_end(tmp_path):
@@ -78,7 +81,7 @@ def toy(monkeypatch):
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), STATE
         )
-        return replay.states.Training(None, None, abstract, step)
+        return replay.states.Training(None, None, None, abstract, step)
 
     monkeypatch.setattr(replay.states, "make_training", make_training)
 
@@ -89,9 +92,10 @@ def run_replay(workdir, **options):
     )
 
 
-def test_replay_names_the_terms_and_the_place(toy, tmp_path):
+@pytest.mark.parametrize("state", [STATE, EARLIER], ids=["now", "earlier"])
+def test_replay_names_the_terms_and_the_place(state, toy, tmp_path):
     error = NonFiniteLoss(8, {"loss": np.nan}, [3, 4], ["id 3", "id 4"])
-    replay.write(tmp_path, error, batch(-1.0), STATE)
+    replay.write(tmp_path, error, batch(-1.0), state)
     text = run_replay(tmp_path)
     assert "step 8, images id 3, id 4" in text
     assert "before step 8, as recorded" in text
@@ -112,7 +116,7 @@ def test_replay_without_a_state_takes_the_checkpoint_before(toy, tmp_path):
         run_replay(tmp_path)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         for step in (4, 6, 9):
-            checkpoints.save(step, STATE, {"step": step})
+            checkpoints.save(step, EARLIER if step == 6 else STATE, {"step": step})
     text = run_replay(tmp_path)
     assert "of the checkpoint of step 6" in text
     assert "all terms are finite this time" in text

@@ -9,8 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from oneformer_jax.configs import common
 from oneformer_jax.models import functional
-from oneformer_jax.train import optim, sharding
-from oneformer_jax.train import state as states
+from oneformer_jax.train import optim, settings, sharding
 from tests import tiny
 
 
@@ -159,7 +158,9 @@ def test_the_base_config_is_sharded_as_recorded():
 
 def sharding_table() -> str:
     mesh = sharding.make_mesh(data=1, fsdp=8)
-    params = functional.abstract(states.model_config(common.get_base(), 133), training=True).params
+    params = functional.abstract(
+        settings.model_config(common.get_base(), 133), training=True
+    ).params
     found = sharding.state_shardings({"params": params}, mesh)["params"]
     specs = {name: s.spec for name, s in tiny.leaves(found).items()}
     rows = ["parameter\tshape\tspec"]

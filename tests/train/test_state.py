@@ -14,10 +14,11 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from oneformer_jax.models import functional
+from oneformer_jax.models.execution import Execution, Kernels
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import normalize_images
-from oneformer_jax.train import optim
+from oneformer_jax.train import optim, settings
 from oneformer_jax.train import state as states
 from tests import tiny
 
@@ -33,7 +34,7 @@ def _config(**overrides):
 class Toy(nnx.Module):
     """Stands in for OneFormer: parameters, statistics, and randomness from the key it is given."""
 
-    def __init__(self, config, *, rngs, training):
+    def __init__(self, config, *, rngs, training, execution=None):
         self.weight = nnx.Param(jnp.array([0.5, -0.2, 0.1]))
         self.mean = nnx.BatchStat(jnp.zeros(3))
 
@@ -43,7 +44,7 @@ class Toy(nnx.Module):
         return (pixels + jax.random.normal(key, (3,))) @ self.weight[...]
 
 
-def _toy_losses(predictions, batch, key, config, *, mesh):
+def _toy_losses(predictions, batch, key, config, **options):
     loss = jnp.mean((predictions - batch["task"] - jax.random.uniform(key)) ** 2)
     return loss, {"loss_toy": loss}
 
@@ -101,8 +102,9 @@ def test_a_step_is_the_mean_of_its_micro_batches(accumulate, monkeypatch):
 def test_a_step_that_is_not_finite_changes_nothing(skip, monkeypatch):
     """Then "skip" goes on, and "stop" holds the state until the host has noticed."""
 
-    def losses(predictions, batch, key, config, *, mesh):
-        loss, terms = _toy_losses(predictions, batch, key, config, mesh=mesh)
+    def losses(*given, **options):
+        loss, terms = _toy_losses(*given, **options)
+        batch = given[1]
         bad = jnp.any(batch["task"] == 99)
         return jnp.where(bad, jnp.nan, loss), terms
 
@@ -132,7 +134,8 @@ def test_a_step_that_is_not_finite_changes_nothing(skip, monkeypatch):
             ]
             assert bool(moved) is skip
     assert int(first["step"]) == 1
-    assert [int(second["step"]), int(third["step"])] == ([2, 3] if skip else [-2, -2])
+    assert [int(second["step"]), int(third["step"])] == ([2, 3] if skip else [1, 1])
+    assert [bool(s["halted"]) for s in (first, second, third)] == [False, not skip, not skip]
     assert metrics["skipped_share"] == (0 if skip else 1)
 
 
@@ -182,12 +185,11 @@ def test_the_training_step_holds_no_stack_of_masks(point_sampling):
     queries, slots, side = 23, 19, 128  # sizes that nothing else has
     # Two heads: with more, attention weights at 1/8 would be as large as masks at 1/4.
     config = _config(num_queries=queries, num_heads=2)
-    losses = LossConfig(
-        num_points=40, point_sampling=point_sampling, matcher=MatcherConfig(backend="device")
-    )
+    losses = LossConfig(num_points=40, point_sampling=point_sampling)
+    on_device = Execution(kernels=Kernels(assignment="xla"))
     batch = tiny.batch(size=2, side=side, slots=slots)
     batch["text_ids"] = np.zeros((2, config.num_texts), np.int32)
-    step = states.make_train_step(config, losses, OPTIMIZER, tiny.text_table())
+    step = states.make_train_step(config, losses, OPTIMIZER, tiny.text_table(), execution=on_device)
     init = states.make_init(config, OPTIMIZER, ema=False)
     state = jax.eval_shape(lambda: init(None))
     shapes = set(_shapes(jax.make_jaxpr(step)(state, batch, jax.random.key(0)).jaxpr))
@@ -210,13 +212,13 @@ def test_loss_config_reads_every_key():
 
     config = common.get_base()
     config.loss.num_points = 99
-    config.matcher.backend = "device"
-    found = states.loss_config(config)
+    config.matcher.class_cost = 7.0
+    found = settings.loss_config(config)
     assert found == dataclasses.replace(
         LossConfig(),
         num_points=99,
         point_sampling=config.loss.point_sampling,
-        matcher=MatcherConfig(backend="device"),
+        matcher=MatcherConfig(class_cost=7.0),
     )
 
 
@@ -224,4 +226,6 @@ def test_base_config_is_the_published_coco_resnet50():
     from oneformer_jax.configs import common
     from oneformer_jax.models.oneformer import OneFormerConfig
 
-    assert states.model_config(common.get_base(), 133) == OneFormerConfig.published("coco:resnet50")
+    assert settings.model_config(common.get_base(), 133) == OneFormerConfig.published(
+        "coco:resnet50"
+    )

@@ -61,11 +61,11 @@ def saved_step(job) -> int:
 
 
 # The host matcher calls back from the step: there Python's own answer to Ctrl-C is lost.
-@pytest.mark.parametrize("matcher", ["device", "host"])
+@pytest.mark.parametrize("matcher", ["xla", "scipy"])
 def test_ctrl_c_at_random_moments_of_training_saves_the_step(tmp_path, matcher):
     rng, last = random.Random(3), 0
-    for _ in range(4 if matcher == "device" else 2):  # the latter compiles each time
-        job = Job(tmp_path, "train.steps=100000", f'matcher.backend="{matcher}"', EVALUATE_NEVER)
+    for _ in range(4 if matcher == "xla" else 2):  # the latter compiles each time
+        job = Job(tmp_path, "train.steps=100000", f'kernels.assignment="{matcher}"', EVALUATE_NEVER)
         steps = rng.randint(2, 9)
         assert job.wait_for(lambda job=job, steps=steps: job.steps >= steps), job.output
         time.sleep(rng.uniform(0, 0.2))

@@ -304,3 +304,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
     found = start.from_model(path, expected, "swin")
     with pytest.raises(FileError, match=message):
         found.arrays[name]()
+
+
+def test_how_a_model_was_run_is_not_read_from_a_description_of_an_earlier_version():
+    config = make_config("swin")
+    earlier = config.to_dict() | {"dtype": "bfloat16", "remat": True}
+    assert descriptions.model_config(json.loads(json.dumps(earlier)), "a.pth") == config

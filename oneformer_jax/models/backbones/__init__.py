@@ -11,13 +11,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
 from oneformer_jax.models.backbones.convnext import ConvNeXt, ConvNeXtConfig
 from oneformer_jax.models.backbones.dinat import DiNAT, DinatConfig
 from oneformer_jax.models.backbones.internimage import InternImage, InternImageConfig
 from oneformer_jax.models.backbones.resnet import ResNet, ResNetConfig
 from oneformer_jax.models.backbones.swin import Swin, SwinConfig
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.rules import require_names, shown
 
@@ -99,29 +98,17 @@ def build_backbone(
     config: BackboneConfig,
     *,
     rngs: ParamKeys,
-    dtype=jnp.float32,
-    remat: bool = False,
-    scan: bool = False,
-    sampling: str | None = None,
-    neighborhood: str | None = None,
+    execution: Execution = Execution(),
 ) -> Swin | ConvNeXt | DiNAT | InternImage | ResNet:
     """The module of a config.
 
     Args:
       config: see `backbone_config`.
       rngs: of the initial parameters.
-      dtype: of the matrix products and the outputs; parameters and statistics are float32.
-      remat: recompute each block in the backward pass instead of keeping its activations.
-      scan: run blocks that repeat as a loop, which is compiled once.
-      sampling: implementation of InternImage's deformable attention, see `kernels.ms_deform_attn`.
-      neighborhood: the same for DiNAT's neighbourhood attention, see
-        `oneformer_jax.kernels.neighborhood_attention`.
+      execution: how it is run; its dtype is that of the outputs, too.
     """
-    kind = kind_of(config)
-    _, module = _KINDS[kind]
-    kernels = {"internimage": {"sampling": sampling}, "dinat": {"implementation": neighborhood}}
-    options = kernels.get(kind, {})
-    return module(config, rngs=rngs, dtype=dtype, remat=remat, scan=scan, **options)
+    _, module = _KINDS[kind_of(config)]
+    return module(config, rngs=rngs, execution=execution)
 
 
 def to_dict(config: BackboneConfig) -> dict[str, Any]:

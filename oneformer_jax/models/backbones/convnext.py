@@ -25,6 +25,7 @@ from oneformer_jax.models.backbones.common import (
     random_items,
     stages,
 )
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, drop_path, split_key
 from oneformer_jax.models.stack import Stack, run
@@ -80,12 +81,9 @@ class ConvNeXt(nnx.Module):
         config: ConvNeXtConfig,
         *,
         rngs: ParamKeys,
-        dtype=jnp.float32,
-        remat: bool = False,
-        scan: bool = False,
+        execution: Execution = Execution(),
     ):
-        """`dtype` is that of all products; see `stack.Stack` for `remat` and `scan`."""
-        self.dtype = dtype
+        self.dtype = dtype = execution.compute_dtype
         options = dict(rngs=rngs, dtype=dtype)
         dims = config.dims
         # In the stem the norm follows the convolution, between stages it precedes it.
@@ -100,8 +98,8 @@ class ConvNeXt(nnx.Module):
         self.stages = nnx.List(
             Stack(
                 (ConvNeXtBlock(dim, config.layer_scale_init, **options) for _ in range(depth)),
-                remat=remat,
-                scan=scan,
+                remat=execution.remat,
+                scan=execution.scan_layers,
             )
             for dim, depth in zip(dims, config.depths, strict=True)
         )

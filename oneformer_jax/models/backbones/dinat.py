@@ -32,6 +32,7 @@ from oneformer_jax.models.backbones.common import (
     random_items,
     stages,
 )
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
 from oneformer_jax.models.stack import Stack, run
@@ -139,22 +140,12 @@ class DiNAT(nnx.Module):
         config: DinatConfig,
         *,
         rngs: ParamKeys,
-        dtype=jnp.float32,
-        remat: bool = False,
-        scan: bool = False,
-        implementation: str | None = None,
+        execution: Execution = Execution(),
     ):
-        """`dtype` is that of the matrix products; see `stack.Stack` for `remat` and `scan`.
-
-        `implementation` is that of `oneformer_jax.kernels.neighborhood_attention`.
-        """
-        self.dtype = dtype
+        self.dtype = dtype = execution.compute_dtype
         self.patch_embed = ConvTokenizer(config.embed_dim, rngs=rngs, dtype=dtype)
-        options = dict(
-            rngs=rngs, dtype=dtype, remat=remat, scan=scan, implementation=implementation
-        )
         self.levels = nnx.List(
-            Level(config, stage, rates, **options)
+            Level(config, stage, rates, rngs=rngs, execution=execution)
             for stage, rates in enumerate(drop_path_rates(config))
         )
         for stage, width in enumerate(config.channels):
@@ -213,12 +204,9 @@ class Level(nnx.Module):
         rates: tuple[float, ...],
         *,
         rngs: ParamKeys,
-        dtype,
-        remat: bool,
-        scan: bool,
-        implementation: str | None,
+        execution: Execution,
     ):
-        width = config.channels[stage]
+        width, dtype = config.channels[stage], execution.compute_dtype
         self.rates = rates
         blocks = (
             DinatBlock(
@@ -229,11 +217,11 @@ class Level(nnx.Module):
                 mlp_ratio=config.mlp_ratio,
                 rngs=rngs,
                 dtype=dtype,
-                implementation=implementation,
+                implementation=execution.kernels.neighborhood,
             )
             for dilation in config.dilations[stage]
         )
-        self.blocks = Stack(blocks, remat=remat, scan=scan)
+        self.blocks = Stack(blocks, remat=execution.remat, scan=execution.scan_layers)
         self.downsample = None if stage == 3 else ConvDownsampler(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:
@@ -259,7 +247,7 @@ class DinatBlock(nnx.Module):
         mlp_ratio: float,
         rngs: ParamKeys,
         dtype,
-        implementation: str | None,
+        implementation: str,
     ):
         self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.attn = NeighborhoodAttention(
@@ -293,7 +281,7 @@ class NeighborhoodAttention(nnx.Module):
         *,
         rngs: ParamKeys,
         dtype,
-        implementation: str | None,
+        implementation: str,
     ):
         self.num_heads = num_heads
         self.kernel_size = kernel_size

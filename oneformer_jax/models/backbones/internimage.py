@@ -33,6 +33,7 @@ from oneformer_jax.models.backbones.common import (
     random_items,
     torch_conv,
 )
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import (
     Key,
@@ -113,20 +114,12 @@ class InternImage(nnx.Module):
         config: InternImageConfig,
         *,
         rngs: ParamKeys,
-        dtype=jnp.float32,
-        remat: bool = False,
-        scan: bool = False,
-        sampling: str | None = None,
+        execution: Execution = Execution(),
     ):
-        """`dtype` is that of all products; see `stack.Stack` for `remat` and `scan`.
-
-        `sampling`: implementation of the deformable attention, see `kernels.ms_deform_attn`.
-        """
-        self.dtype = dtype
+        self.dtype = dtype = execution.compute_dtype
         self.patch_embed = Stem(config.embed_dim, rngs=rngs, dtype=dtype)
-        options = dict(rngs=rngs, dtype=dtype, remat=remat, scan=scan, sampling=sampling)
         self.levels = nnx.List(
-            Level(config, stage, rates, **options)
+            Level(config, stage, rates, rngs=rngs, execution=execution)
             for stage, rates in enumerate(drop_path_rates(config))
         )
 
@@ -179,12 +172,9 @@ class Level(nnx.Module):
         rates: tuple[float, ...],
         *,
         rngs: ParamKeys,
-        dtype,
-        remat: bool,
-        scan: bool,
-        sampling: str | None,
+        execution: Execution,
     ):
-        width = config.channels[stage]
+        width, dtype = config.channels[stage], execution.compute_dtype
         self.rates = rates
         self.norm_after = config.norm_after if stage == 2 else ()
         blocks = (
@@ -193,13 +183,13 @@ class Level(nnx.Module):
                 config.groups[stage],
                 dw_kernel_size=config.dw_kernel_size,
                 mlp_ratio=config.mlp_ratio,
-                sampling=sampling,
+                implementation=execution.kernels.deform_attn,
                 rngs=rngs,
                 dtype=dtype,
             )
             for _ in rates
         )
-        self.blocks = Stack(blocks, remat=remat, scan=scan)
+        self.blocks = Stack(blocks, remat=execution.remat, scan=execution.scan_layers)
         self.norm = _norm(width, rngs=rngs, dtype=dtype)
         self.post_norms = nnx.List(_norm(width, rngs=rngs, dtype=dtype) for _ in self.norm_after)
         self.downsample = None if stage == 3 else Downsample(width, rngs=rngs, dtype=dtype)
@@ -244,12 +234,14 @@ class InternImageBlock(nnx.Module):
         *,
         dw_kernel_size: int,
         mlp_ratio: float,
-        sampling: str | None,
+        implementation: str,
         rngs: ParamKeys,
         dtype,
     ):
         self.norm1 = _norm(width, rngs=rngs, dtype=dtype)
-        self.dcn = DCNv3(width, groups, dw_kernel_size, sampling=sampling, rngs=rngs, dtype=dtype)
+        self.dcn = DCNv3(
+            width, groups, dw_kernel_size, implementation=implementation, rngs=rngs, dtype=dtype
+        )
         self.res_post_norm1 = _norm(width, rngs=rngs, dtype=dtype)
         self.norm2 = _norm(width, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs, dtype=dtype)
@@ -277,12 +269,12 @@ class DCNv3(nnx.Module):
         groups: int,
         dw_kernel_size: int,
         *,
-        sampling: str | None,
+        implementation: str,
         rngs: ParamKeys,
         dtype,
     ):
         self.groups = groups
-        self.sampling = sampling
+        self.implementation = implementation
         self.dw_conv = torch_conv(
             width,
             width,
@@ -313,7 +305,7 @@ class DCNv3(nnx.Module):
         offsets = self.offset(y).reshape(batch, height * width, self.groups, POINTS, 2)
         shares = self.mask(y).reshape(batch, height * width, self.groups, POINTS)
         shares = jax.nn.softmax(shares)
-        out = sample(value, offsets, shares, (height, width), implementation=self.sampling)
+        out = sample(value, offsets, shares, (height, width), implementation=self.implementation)
         scale = y @ self.center_feature_scale_proj_weight[...].T
         scale = jax.nn.sigmoid(scale + self.center_feature_scale_proj_bias[...])[..., None]
         out = (out * (1 - scale) + value * scale).astype(value.dtype)
@@ -337,7 +329,7 @@ def sample(
     shares: jax.Array,
     shape: tuple[int, int],
     *,
-    implementation: str | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Sums of bilinear samples around each pixel; outside of the map is zero.
 

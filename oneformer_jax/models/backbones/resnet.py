@@ -16,6 +16,7 @@ from flax import nnx
 
 from oneformer_jax.models import initial
 from oneformer_jax.models.backbones.common import DEPTHS, StagedConfig, check_image
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key
 from oneformer_jax.models.stack import Stack, run
@@ -70,12 +71,9 @@ class ResNet(nnx.Module):
         config: ResNetConfig,
         *,
         rngs: ParamKeys,
-        dtype=jnp.float32,
-        remat: bool = False,
-        scan: bool = False,
+        execution: Execution = Execution(),
     ):
-        """`dtype` is that of the convolutions; see `stack.Stack` for `remat` and `scan`."""
-        self.dtype = dtype
+        self.dtype = dtype = execution.compute_dtype
         self.norm = config.norm
         self.stem = Stem(config, rngs=rngs, dtype=dtype)
         inputs = config.stem_width
@@ -87,7 +85,8 @@ class ResNet(nnx.Module):
                     Bottleneck(config.norm, inputs, outputs, stride, rngs=rngs, dtype=dtype)
                 )
                 inputs = outputs
-            setattr(self, f"res{stage + 2}", Stack(blocks, remat=remat, scan=scan))
+            stack = Stack(blocks, remat=execution.remat, scan=execution.scan_layers)
+            setattr(self, f"res{stage + 2}", stack)
 
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False

@@ -29,6 +29,7 @@ from oneformer_jax.models.backbones.common import (
     random_items,
     torch_conv,
 )
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
 from oneformer_jax.models.stack import Stack, run
@@ -98,16 +99,12 @@ class Swin(nnx.Module):
         config: SwinConfig,
         *,
         rngs: ParamKeys,
-        dtype=jnp.float32,
-        remat: bool = False,
-        scan: bool = False,
+        execution: Execution = Execution(),
     ):
-        """`dtype` is that of the matrix products; see `stack.Stack` for `remat` and `scan`."""
-        self.dtype = dtype
+        self.dtype = dtype = execution.compute_dtype
         self.patch_embed = PatchEmbed(config.embed_dim, rngs=rngs, dtype=dtype)
-        options = dict(rngs=rngs, dtype=dtype, remat=remat, scan=scan)
         self.layers = nnx.List(
-            Stage(config, stage, rates, **options)
+            Stage(config, stage, rates, rngs=rngs, execution=execution)
             for stage, rates in enumerate(drop_path_rates(config))
         )
         for stage, width in enumerate(config.channels):
@@ -160,11 +157,9 @@ class Stage(nnx.Module):
         rates: tuple[float, ...],
         *,
         rngs: ParamKeys,
-        dtype,
-        remat: bool,
-        scan: bool,
+        execution: Execution,
     ):
-        width = config.channels[stage]
+        width, dtype = config.channels[stage], execution.compute_dtype
         self.window_size = config.window_size
         self.rates = rates
         blocks = (
@@ -179,7 +174,7 @@ class Stage(nnx.Module):
             )
             for i in range(len(rates))
         )
-        self.blocks = Stack(blocks, remat=remat, scan=scan)
+        self.blocks = Stack(blocks, remat=execution.remat, scan=execution.scan_layers)
         self.downsample = None if stage == 3 else PatchMerging(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, key: Key) -> jax.Array:

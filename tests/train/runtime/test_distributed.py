@@ -231,7 +231,7 @@ OVERRIDES = {
     # Many points of these flat scenes are equally uncertain: which are chosen is a matter of
     # rounding. `test_meshes` has points that are not.
     "loss.importance_ratio": 0.0,
-    "matcher.backend": "device",  # programs that call back to the host are not kept for later
+    "kernels.assignment": "xla",  # programs that call back to the host are not kept for later
     # Small: Adam turns gradients that are nothing but rounding into whole steps.
     "optim.lr": 1e-6,
     "optim.warmup_steps": 0,
@@ -367,7 +367,7 @@ def test_going_on_with_another_number_of_processes_changes_no_bit(jobs, tmp_path
     ("before", "after", "flags"),
     [
         (2, 1, ()),
-        (1, 2, ("--config.mesh.fsdp=2", "--config.matcher.backend=host")),
+        (1, 2, ("--config.mesh.fsdp=2", "--config.kernels.assignment=scipy")),
     ],
 )
 def test_going_on_alone_or_on_another_mesh(jobs, tmp_path, before, after, flags):
