@@ -43,8 +43,7 @@ from PIL import (
 
 from oneformer_jax import files
 
-# Default limit of the pixels of an image: 16,384 x 16,384.
-MAX_PIXELS = 1 << 28
+MAX_PIXELS = 1 << 28  # default limit of the pixels of an image: 16,384 x 16,384
 FILE_LIMIT = 1 << 31  # bytes of the largest file that is read
 
 # First bytes of a file -> its format and Pillow's reader. `Image.open` would try the readers of all

@@ -402,11 +402,11 @@ def test_find_goes_by_the_name_of_the_file_where_tensors_do_not_decide():
 
 
 def test_the_page_on_weights_lists_the_released_files():
-    rows = re.findall(r"^\| `(configs/[^`]+)` \|.* \| ([^|]+) \|$", PAGE.read_text("utf-8"), re.M)
-    told = {config: file for config, file in rows}
+    rows = re.findall(r"^\| `(\w+:[^`]+)` \|.* \| ([^|]+) \|$", PAGE.read_text("utf-8"), re.M)
+    told = dict(rows)
     assert len(told) == len(rows) > 20
     for model in catalogue.MODELS:
-        assert told.pop(model.config, "not released") == (model.file or "not released")
+        assert told.pop(model.name, "not released") == (model.file or "not released")
     assert not told, "the page lists models that the catalogue lacks"
 
 

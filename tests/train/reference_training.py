@@ -38,7 +38,6 @@ torch = reference.torch
 nn = torch.nn
 
 from transformers.models.convnext import modeling_convnext  # noqa: E402
-from transformers.models.oneformer import modeling_oneformer  # noqa: E402
 from transformers.models.swin import modeling_swin  # noqa: E402
 
 HEIGHT, WIDTH, BATCH, SLOTS, NUM_POINTS = 64, 96, 2, 6, 64
@@ -73,25 +72,6 @@ class Case:
 
 
 # ------------------------------------------------------------------ the reference
-
-
-def correct_the_port(patch: pytest.MonkeyPatch, model) -> None:
-    """Makes the port compute what the official code does (by the spec of it)."""
-
-    def text_layer(self, hidden_states, key_padding_mask=None):
-        # Spec 0.1 and 1.7: the port stores the causal mask and never applies it.
-        length = hidden_states.shape[0]
-        mask = torch.full((length, length), -torch.inf).triu(1)
-        y = self.layer_norm1(hidden_states)
-        y = self.self_attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-        hidden_states = hidden_states + y
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
-
-    patch.setattr(modeling_oneformer.OneFormerTextTransformerLayer, "forward", text_layer)
-    # Spec 1.1: both branches of a Swin block have drop path; the port's second one has none.
-    for block in model.modules():
-        if isinstance(block, modeling_swin.SwinLayer):
-            block.mlp = nn.Sequential(block.mlp, block.drop_path)
 
 
 def parameter_groups(model) -> list[dict[str, Any]]:
@@ -239,7 +219,7 @@ class Reference:
 
     def __init__(self, model, case: Case, patch: pytest.MonkeyPatch):
         self.model, self.kind = model, case.kind
-        correct_the_port(patch, model)
+        reference.correct_the_port(patch, model)
         in_training(model, case)
         self.dtype = next(model.parameters()).dtype
         self.optimizer = torch.optim.AdamW(

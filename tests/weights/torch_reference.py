@@ -27,6 +27,8 @@ transformers = pytest.importorskip(
 )
 
 from transformers.models.dinat import modeling_dinat  # noqa: E402
+from transformers.models.oneformer import modeling_oneformer  # noqa: E402
+from transformers.models.swin import modeling_swin  # noqa: E402
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 CLASSES = 5
@@ -256,3 +258,22 @@ def gradients(model, folder) -> dict[str, np.ndarray]:
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
     model.save_pretrained(folder)
     return {name: tensor.read() for name, tensor in files.open_tensors(folder).tensors.items()}
+
+
+def correct_the_port(patch: pytest.MonkeyPatch, model) -> None:
+    """Makes the port compute what the official code does (by the spec of it)."""
+
+    def text_layer(self, hidden_states, key_padding_mask=None):
+        # Spec 0.1 and 1.7: the port stores the causal mask and never applies it.
+        length = hidden_states.shape[0]
+        mask = torch.full((length, length), -torch.inf).triu(1)
+        y = self.layer_norm1(hidden_states)
+        y = self.self_attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        hidden_states = hidden_states + y
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+    patch.setattr(modeling_oneformer.OneFormerTextTransformerLayer, "forward", text_layer)
+    # Spec 1.1: both branches of a Swin block have drop path; the port's second one has none.
+    for block in model.modules():
+        if isinstance(block, modeling_swin.SwinLayer):
+            block.mlp = torch.nn.Sequential(block.mlp, block.drop_path)
