@@ -59,12 +59,14 @@ class Case:
       draws: whether dropout and drop path act.
       schedule: "poly" or "step".
       steps: optimizer steps.
+      seed: of the weights.
     """
 
     backbone: str
     draws: bool
     schedule: str
     steps: int
+    seed: int = 6
 
     @property
     def kind(self) -> str:
@@ -478,7 +480,7 @@ def make_models(case: Case) -> tuple[Any, OneFormerConfig]:
     dropout = 0.1 if case.draws else 0.0
     model = reference.make(
         reference.backbone_config(case.kind, **fields),
-        seed=6,
+        seed=case.seed,
         dropout=dropout,
         train_num_points=NUM_POINTS,
     )
