@@ -260,7 +260,7 @@ def _loss_inputs():
 def test_weight_and_value_of_the_losses_on_the_queries():
     predictions, targets = _loss_inputs()
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=0)
     def terms(weight):
         config = dataclasses.replace(LOSSES, contrastive_weight=weight)
         return compute_losses(predictions, targets, jax.random.key(0), config)
