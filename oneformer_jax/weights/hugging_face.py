@@ -183,7 +183,7 @@ def _backbone_config(backbone: Any) -> dict[str, Any]:
         raise ValueError(
             f"transformers has no backbone {kind!r}; convert to the official format instead"
         )
-    other = {
+    other: dict[str, dict[str, Any]] = {
         "swin": {"layer_norm_eps": 1e-5, "patch_size": 4},
         "dinat": {"layer_norm_eps": 1e-5},
         "convnext": {"hidden_sizes": fields.get("dims")},
