@@ -8,8 +8,7 @@ decoded. The rules:
 - 16 bits become 8, scaled by the smallest 2^n - 1 (n from 8 to 16) that is not below the picture's
   maximum, so 12-bit values in 16 bits keep their brightness;
 - 32-bit and floating-point pictures have no known range and are refused;
-- the EXIF orientation (TIFF: its tag) is applied once;
-- the first of several frames or pages is read;
+- the EXIF orientation (TIFF: its tag) is applied once; the first of several frames is read;
 - truncated files are refused, also those that were cut and given an end marker.
 
 OpenCV decodes JPEGs and most PNGs because it is faster; Pillow reads the headers and the rest.

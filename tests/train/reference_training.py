@@ -5,16 +5,16 @@ torch's AdamW, the official parameter groups and the official schedules. Those a
 spec of the official code, by module type and name, and know nothing of `oneformer_jax.train.optim`.
 
 Ours is the compiled training step as it is. What it draws at random is computed once more from its
-key, outside of it, and handed to the reference. Matches and uncertain points are chosen by each
-side from its own predictions.
+key, outside of it, and handed to the reference. Each side matches by its own predictions. Each
+chooses uncertain points by its own, too, but goes on with those that ours chose: where two of them
+are equally uncertain but for rounding, one point more or less would be seen in the loss.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,11 +27,11 @@ from oneformer_jax.models.backbones import swin
 from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD, OneFormerConfig
-from oneformer_jax.models.points import Purpose
 from oneformer_jax.train import optim
 from oneformer_jax.train import state as states
 from oneformer_jax.types import TASK_TOKENS
 from oneformer_jax.weights import convert, files, names
+from tests.train.recorded_draws import BATCH, NUM_POINTS, Drawn
 from tests.weights import torch_reference as reference
 
 torch = reference.torch
@@ -40,13 +40,11 @@ nn = torch.nn
 from transformers.models.convnext import modeling_convnext  # noqa: E402
 from transformers.models.swin import modeling_swin  # noqa: E402
 
-HEIGHT, WIDTH, BATCH, SLOTS, NUM_POINTS = 64, 96, 2, 6, 64
+HEIGHT, WIDTH, SLOTS = 64, 96, 6
 LR, BACKBONE_MULTIPLIER, WEIGHT_DECAY = 1e-4, 0.1, 0.05
 DROP_PATH = 0.5  # of five blocks: rates that both sides hold exactly
 # What the training step says besides the losses.
 OTHER_METRICS = {"matcher_nonfinite", "grad_norm", "param_norm", "skipped_share"}
-
-draw_points = jax.jit(points.draw_points, static_argnames=("purpose", "batch", "count"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +56,14 @@ class Case:
       draws: whether dropout and drop path act.
       schedule: "poly" or "step".
       steps: optimizer steps.
+      seed: of the weights.
     """
 
     backbone: str
     draws: bool
     schedule: str
     steps: int
+    seed: int = 6
 
     @property
     def kind(self) -> str:
@@ -119,99 +119,6 @@ def in_training(model, case: Case) -> None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval().requires_grad_(False)
-
-
-class Drawn:
-    """What ours has drawn in a step, handed to the reference in the order of use.
-
-    Attributes:
-      masks: of dropout and drop path, in the order of the layers.
-      key: of the points.
-      matches: found by the reference, by prediction: a list over images of {slot: query}.
-    """
-
-    def __init__(self, batch, predictions: int, masks, key):
-        self.masks = list(masks)
-        self.key = key
-        self.slots = [np.flatnonzero(valid) for valid in batch["valid"]]
-        self.predictions = predictions
-        self.prediction = predictions - 1  # the final one comes first
-        self.image = None  # of the matcher's draw; None while the losses draw
-        self.indices: list = []
-        self.matches: dict[int, list[dict[int, int]]] = {}
-
-    def keep(self, x):
-        """The next mask, for an array of the reference's."""
-        mask = torch.tensor(self.masks.pop(0)).to(x.dtype)
-        if mask.shape[0] * mask.shape[1] == x.shape[0] and mask.ndim == x.ndim + 1:
-            mask = mask.flatten(0, 1)  # attention weights: images and heads are one axis
-        elif mask.shape != x.shape and mask.ndim == x.ndim and mask.shape[1] == x.shape[0]:
-            mask = mask.transpose(0, 1)  # the batch is the second axis
-        return mask
-
-    def rand(self, *shape, device=None, dtype=None):
-        """Stands in for `torch.rand`, of which only the points are left."""
-
-        def draw(purpose, slot, image):
-            found = draw_points(self.key, purpose, self.prediction, slot, BATCH, shape[1])
-            return np.array(found[image])
-
-        if self.image is not None:
-            return torch.from_numpy(draw(Purpose.MATCHING, 0, self.image)[None])
-        purpose = Purpose.CANDIDATES if shape[1] == 3 * NUM_POINTS else Purpose.FRESH
-        drawn = [
-            draw(purpose, int(self.slots[image][column]), image)
-            for image, (_, columns) in enumerate(self.indices)
-            for column in columns
-        ]
-        return torch.from_numpy(np.stack(drawn))
-
-    @contextlib.contextmanager
-    def given_to(self, model) -> Iterator[None]:
-        """While it lasts, the model reads these draws, and its matches are recorded."""
-        criterion = model.criterion
-        matching, losses = criterion.matcher.forward, criterion.loss_masks
-
-        def match(masks, classes, mask_labels, class_labels):
-            self.indices = []
-            for image in range(BATCH):
-                if not len(class_labels[image]):  # the official matcher takes this (spec 3)
-                    self.indices.append((torch.zeros(0, dtype=torch.int64),) * 2)
-                    continue
-                one = slice(image, image + 1)
-                self.image = image
-                self.indices += matching(
-                    masks[one], classes[one], mask_labels[one], class_labels[one]
-                )
-            self.image = None
-            self.matches[self.prediction] = [
-                {int(self.slots[image][c]): int(r) for r, c in zip(*pair, strict=True)}
-                for image, pair in enumerate(self.indices)
-            ]
-            return self.indices
-
-        def loss_masks(*args, **kwargs):
-            result = losses(*args, **kwargs)
-            self.prediction = (self.prediction + 1) % self.predictions
-            return result
-
-        def dropout(x, p=0.5, training=True, inplace=False):
-            return x * self.keep(x) / (1 - p) if training and p > 0 else x
-
-        def drop_path(module, x):
-            rate = module.drop_prob
-            if not rate or not module.training:
-                return x
-            return x * self.keep(x).reshape(-1, *[1] * (x.ndim - 1)) / (1 - rate)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(criterion.matcher, "forward", match)
-            patch.setattr(criterion, "loss_masks", loss_masks)
-            patch.setattr(torch, "rand", self.rand)
-            patch.setattr(nn.functional, "dropout", dropout)
-            patch.setattr(modeling_swin.SwinDropPath, "forward", drop_path)
-            yield
-        assert not self.masks, f"{len(self.masks)} masks that the reference has no place for"
 
 
 class Reference:
@@ -325,9 +232,24 @@ class Ours:
         self.key = jax.random.key(11)
         self._masks = jax.jit(self._trace_masks)
 
-    def step(self, batch) -> dict[str, float]:
-        """One update; the weighted losses."""
-        self.state, metrics = self._step(self.state, batch, self.key)
+    def step(self, batch, drawn: Drawn) -> dict[str, float]:
+        """One update; the weighted losses. `drawn` learns of the points that were chosen."""
+        choose = points.choose_uncertain
+
+        def record(candidates, chosen):
+            pairs = zip(*(x.reshape(-1, *x.shape[2:]) for x in (candidates, chosen)), strict=True)
+            self.chosen.update({mask[0].tobytes(): np.array(points) for mask, points in pairs})
+
+        def choose_and_record(logits, candidates, count):
+            chosen = choose(logits, candidates, count)
+            jax.debug.callback(record, candidates, chosen)
+            return chosen
+
+        self.chosen = drawn.chosen
+        with pytest.MonkeyPatch.context() as patch:  # acts while the step is traced
+            patch.setattr(points, "choose_uncertain", choose_and_record)
+            self.state, metrics = self._step(self.state, batch, self.key)
+        jax.effects_barrier()
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def drawn(self, batch) -> Drawn:
@@ -424,7 +346,7 @@ def make_models(case: Case) -> tuple[Any, OneFormerConfig]:
     dropout = 0.1 if case.draws else 0.0
     model = reference.make(
         reference.backbone_config(case.kind, **fields),
-        seed=6,
+        seed=case.seed,
         dropout=dropout,
         train_num_points=NUM_POINTS,
     )
@@ -460,24 +382,51 @@ def make_pair(case: Case, dtype: str, patch: pytest.MonkeyPatch) -> tuple[Refere
     return theirs, Ours(config, *map(fill, trees), case, texts[:, :used], dtype)
 
 
+def other_matches(cost, query_of, matches) -> list[float]:
+    """How much more the reference's matches cost than ours, by our costs, where they are others.
+
+    Args:
+      cost: [N, B, Q, M] of ours.
+      query_of: [N, B, M] of ours, -1 for no match.
+      matches: `Drawn.matches`.
+
+    Returns:
+      For each image and prediction whose matches differ, the difference relative to the sum.
+    """
+    more = []
+    for prediction, images in matches.items():
+        for image, theirs in enumerate(images):
+            ours = {s: int(q) for s, q in enumerate(query_of[prediction, image]) if q >= 0}
+            if theirs != ours:
+                table = np.asarray(cost[prediction, image], np.float64)
+                sums = [sum(table[q, s] for s, q in match.items()) for match in (theirs, ours)]
+                more.append(abs(sums[0] - sums[1]) / abs(sums[1]))
+    return more
+
+
 def train(case: Case, dtype: str = "float32") -> dict[str, Any]:
     """Trains both sides and compares them.
 
     Returns:
-      Plain values for JSON: "losses", for each step the largest relative difference of a loss and
-      its name; "parted", the first step in which matches differ, or None, and "matches", how many
-      there were; "parameters", after some of the steps {name: the largest difference, relative to
-      the largest value}; "moved", how far the reference's have moved, likewise.
+      Plain values for JSON.
+      losses: for each step the largest relative difference of a loss, and its name.
+      matches: how many there were.
+      other_matches: for each step in which matches differ, [step, `other_matches`].
+      other_points: for how many masks the reference would have chosen other uncertain points.
+      parameters: after ten and after all steps, {name: the largest difference over the largest
+        value}, statistics included.
+      moved: {name: how far they have moved from the start}, likewise.
     """
     texts = make_texts()
     solved = []
     solve = matcher._solve_with_scipy
 
     def record(cost, valid):
-        solved.append(solve(cost, valid))
-        return solved[-1]
+        solved.append((np.array(cost), solve(cost, valid)))
+        return solved[-1][1]
 
-    result: dict[str, Any] = {"losses": [], "parted": None, "matches": 0, "parameters": {}}
+    result: dict[str, Any] = {"losses": [], "matches": 0, "other_matches": [], "other_points": 0}
+    result["parameters"] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matcher, "_solve_with_scipy", record)
         theirs, ours = make_pair(case, dtype, patch)
@@ -485,27 +434,26 @@ def train(case: Case, dtype: str = "float32") -> dict[str, Any]:
         for step in range(case.steps):
             batch = make_batch(step)
             drawn = ours.drawn(batch)
-            expected, found = theirs.step(batch, texts, drawn), ours.step(batch)
+            found = ours.step(batch, drawn)
+            expected = theirs.step(batch, texts, drawn)
+            assert set(found) - set(expected) == OTHER_METRICS
             errors = {
                 name: abs(found[name] - value) / max(abs(value), 1e-6)
                 for name, value in expected.items()
             }
-            assert set(found) - set(expected) <= OTHER_METRICS, set(found) ^ set(expected)
             worst = max(errors, key=errors.get)
             result["losses"].append((errors[worst], worst))
-            for prediction, images in drawn.matches.items():
-                for image, match in enumerate(images):
-                    query_of = solved[step][prediction, image]
-                    same = match == {s: int(q) for s, q in enumerate(query_of) if q >= 0}
-                    result["matches"] += len(match)
-                    if not same and result["parted"] is None:
-                        result["parted"] = step
+            result["matches"] += sum(len(m) for images in drawn.matches.values() for m in images)
+            if more := other_matches(*solved[step], drawn.matches):
+                result["other_matches"].append((step, more))
+            result["other_points"] += drawn.other_points
             if step + 1 in (10, case.steps):
-                ends, ours_end = theirs.arrays(start), ours.arrays()
+                theirs_now, ours_now = theirs.arrays(start), ours.arrays()
                 result["parameters"][step + 1] = {
-                    name: reference.relative_error(ours_end[name], ends[name]) for name in start
+                    name: reference.relative_error(ours_now[name], theirs_now[name])
+                    for name in start
                 }
         result["moved"] = {
-            name: reference.relative_error(start[name], ends[name]) for name in start
+            name: reference.relative_error(start[name], theirs_now[name]) for name in start
         }
     return result
