@@ -14,7 +14,7 @@ import pytest
 
 from oneformer_jax.app import cli, modes
 from oneformer_jax.input_pipeline import sources
-from oneformer_jax.input_pipeline.builders import preparation
+from oneformer_jax.input_pipeline.builders import preparation, report
 from oneformer_jax.input_pipeline.files import exclusive
 from tests.input_pipeline import official
 
@@ -228,8 +228,8 @@ def test_broken_record_is_listed_the_rest_is_kept_and_repair_goes_on(job, case):
     (told,) = job.report()["broken"]
     assert told in "".join(job.lines)
     assert re.search(line, told)
-    report = job.report()
-    assert (report["written"], report["complete"]) == (4, False)
+    told = job.report()
+    assert (told["written"], told["complete"]) == (4, False)
     assert job.report("validation")["complete"]
     with pytest.raises(ValueError, match="no split 'train'"):
         job.open(skip_broken=True)
@@ -286,7 +286,7 @@ def test_a_file_whose_records_are_all_broken_may_be_skipped(job):
 
 
 def test_long_lists_are_cut_in_the_text_and_whole_in_the_report(job, monkeypatch):
-    monkeypatch.setattr(preparation, "_SHOWN_MESSAGES", 2)
+    monkeypatch.setattr(report, "_SHOWN_MESSAGES", 2)
     for path in job.make("ade20k").root.glob("images/training/*"):
         path.unlink()
     job.fail()
@@ -300,14 +300,14 @@ def test_long_lists_are_cut_in_the_text_and_whole_in_the_report(job, monkeypatch
 
 def test_second_preparation_reads_nothing(job, monkeypatch):
     job.make("ade20k").prepare()
-    before, report = job.records(), job.report()
+    before, told = job.records(), job.report()
 
     def refuse(*args):
         raise AssertionError("read again")
 
     monkeypatch.setattr(preparation, "decode_image", refuse)
     job.prepare()
-    assert job.records() == before and job.report() == report
+    assert job.records() == before and job.report() == told
     assert "ade20k train: complete already" in job.lines
 
 
