@@ -327,7 +327,7 @@ class TestChoice:
         )
         return calls
 
-    @pytest.mark.parametrize("implementation", [None, "xla"])
+    @pytest.mark.parametrize("implementation", ["auto", "xla"])
     @pytest.mark.parametrize(("platform", "large"), [("cpu", "chunks"), ("tpu", "gather")])
     def test_default_goes_by_size_and_platform(self, monkeypatch, implementation, platform, large):
         monkeypatch.setattr(api.dispatch, "platform", lambda: platform)

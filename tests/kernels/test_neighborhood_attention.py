@@ -246,7 +246,7 @@ def sweep() -> None:
         arrays = make_inputs(
             height, width, kernel_size, batch=batch, heads=heads, channels=channels
         )
-        found = run(None, kernel_size, dilation, *arrays)
+        found = run("auto", kernel_size, dilation, *arrays)
         expected = loop_reference(*arrays, kernel_size, dilation)
         NeighborhoodAttentionTests().compare(found, expected)
 

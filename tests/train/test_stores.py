@@ -292,7 +292,6 @@ def test_a_description_of_this_kind_is_refused(workdir, name, text, reason):
         ("num_heads", 4.0),
         ("text_width", None),
         ("queries", "mine"),
-        ("remat", "no"),
         ("backbone", []),
         ("backbone", {"kind": "resnet", "depths": [1, 1, 1, 10**9]}),
         ("backbone", {"kind": "resnet", "depths": [1] * 5000}),
