@@ -1,4 +1,4 @@
-"""What every operation's api does: load an implementation, split the batch, merge vmap's axis."""
+"""Serves every operation's api: loads an implementation, splits the batch, merges vmap's axis."""
 
 from __future__ import annotations
 

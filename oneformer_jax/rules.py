@@ -19,7 +19,7 @@ _SHOWN = 60  # characters of a value in a message
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule(abc.ABC):
-    """What a value must be.
+    """Checks one value of a config or a file.
 
     Attributes:
       note: ends the sentence about what is accepted, as " (0 is off)".

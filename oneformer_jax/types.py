@@ -100,7 +100,7 @@ def layout(kind: type, sizes: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStru
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What the model makes of a batch before it is told the task; arrays of the compute dtype.
+    """Features of a batch before the model is told the task; arrays of the compute dtype.
 
     Attributes:
       mask_features: [B, h, w, D] at stride 4.
@@ -114,7 +114,7 @@ class Features:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What the model computes for a batch; all arrays are float32 except `mask_features`.
+    """Outputs of the model for a batch; all arrays are float32 except `mask_features`.
 
     The mask logits of prediction n are einsum("bqd,bhwd->bqhw", mask_embed[n], mask_features).
     Training never forms them; see `mask_logits`.

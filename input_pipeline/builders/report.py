@@ -1,4 +1,4 @@
-"""What a preparation says of a split: counts, missing files, faults."""
+"""Reports on the preparation of a split: counts, missing files, faults."""
 
 from __future__ import annotations
 

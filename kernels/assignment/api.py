@@ -114,6 +114,6 @@ def solve(assign: Callable, cost: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def _find(wanted: jax.Array, values: jax.Array) -> jax.Array:
-    """Where in `values` [B, N] each of `wanted` [B, K] is; int32 [B, K], -1 if nowhere."""
+    """Finds each of `wanted` [B, K] in `values` [B, N]; int32 [B, K], -1 if nowhere."""
     found = values[:, None, :] == wanted[:, :, None]
     return jnp.max(jnp.where(found, lax.broadcasted_iota(jnp.int32, found.shape, 2), -1), axis=2)

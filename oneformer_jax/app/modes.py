@@ -1,4 +1,4 @@
-"""What the program does: one function for each mode of the command line.
+"""Runs the modes of the command line, one function each.
 
 What is heavy is imported where it is used, since loader workers import the program again.
 """

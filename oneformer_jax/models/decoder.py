@@ -237,7 +237,7 @@ class TransformerDecoder(nnx.Module):
 
 
 def attention_mask(mask_embed: jax.Array, features: jax.Array) -> jax.Array:
-    """Where each query may attend: bool [B, Q, h_l * w_l] from mask_embed and resized features.
+    """Masks attention per query: bool [B, Q, h_l * w_l] from mask_embed and resized features.
 
     True where the predicted mask is at least 0.5; a row without any such place is all True. No
     gradient flows through it.

@@ -1,4 +1,4 @@
-"""How a model is run: precision, recomputation, loops, kernels. Never stored with a model."""
+"""Settings for running a model: precision, recomputation, loops, kernels. Never stored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Kernels:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model is run; `OneFormerConfig` is what it is.
+    """Settings for running a model; `OneFormerConfig` is what it is.
 
     Attributes:
       dtype: compute dtype of the matrix products, "float32" or "bfloat16"; parameters, softmax,

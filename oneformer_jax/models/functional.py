@@ -1,4 +1,4 @@
-"""Where parameters become a model: plain nested dicts of arrays in, features and predictions out.
+"""Applies the model to plain nested dicts of parameters: features and predictions come out.
 
 A function that is compiled closes over the structure of the model (`abstract(config).graph`), takes
 parameters and statistics as plain dicts, and merges the three while it is traced. The task enters

@@ -92,7 +92,7 @@ class OneFormerConfig:
 
     @property
     def has_task(self) -> bool:
-        """Whether the model is conditioned on the task."""
+        """Tells whether the model is conditioned on the task."""
         return self.queries != "learned"
 
     @classmethod

@@ -22,7 +22,7 @@ from oneformer_jax.kernels.point_sampling import corners, find_cells, take
 
 
 class Purpose(enum.IntEnum):
-    """What a set of points is drawn for; sets of different purposes are independent."""
+    """Purpose of a set of points; sets of different purposes are independent."""
 
     MATCHING = 0
     CANDIDATES = 1

@@ -134,7 +134,7 @@ def run(
 
 
 def find_loop(kinds: Sequence[Hashable]) -> tuple[int, int, int]:
-    """Where a sequence repeats: (first, period, rounds) of the loop that leaves the fewest bodies.
+    """Finds the loop that leaves the fewest bodies: (first, period, rounds).
 
     (0, 0, 0) if nothing repeats. Of equally good ones it is the first with the shortest period.
     """

@@ -41,7 +41,7 @@ def model_config(config: ConfigDict, num_classes: int) -> OneFormerConfig:
 
 
 def execution(config: ConfigDict) -> Execution:
-    """How `config.model` and `config.kernels` have the model run."""
+    """Reads the `Execution` from `config.model` and `config.kernels`."""
     fields = {name: config.model[name] for name in EXECUTION}
     return Execution(**fields, kernels=Kernels(**config.kernels.to_dict()))
 

@@ -28,7 +28,7 @@ State = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a config and a mesh fix about training: the loop runs it, compile mode compiles it.
+    """Parts of training that config and mesh fix: the loop runs it, compile mode compiles it.
 
     Attributes:
       model: the architecture.

@@ -39,7 +39,7 @@ _MARKS = {
 
 
 class Found(NamedTuple):
-    """What a set of arrays is.
+    """Describes the architecture of a set of arrays.
 
     Attributes:
       config: the architecture.
@@ -219,7 +219,7 @@ class _Reader:
         return shape[axis]
 
     def count(self, pattern: str) -> int:
-        """How many of the names "pattern" with {} = 0, 1, 2... are there."""
+        """Counts the names "pattern" with {} = 0, 1, 2... that are present."""
         number = 0
         while pattern.format(number) in self.shapes:
             number += 1

@@ -223,7 +223,7 @@ def write_model(
 
 
 def _frozen_norm(found: Reading) -> bool:
-    """Whether a ResNet's norms were constants in training."""
+    """Tells whether a ResNet's norms were constants in training."""
     if found.form == "official":  # batch norm counts its batches there, a frozen one does not
         return not any(name.endswith(".num_batches_tracked") for name in found.tensors)
     # transformers always counts; the published models of two datasets were trained with batch norm.

@@ -66,7 +66,7 @@ class TensorFile:
 
 
 def is_foreign(path: str | os.PathLike[str]) -> bool:
-    """Whether `open_tensors` is for this path: a file, or a folder with one of its files."""
+    """Tells whether `open_tensors` is for this path: a file, or a folder with one of its files."""
     path = pathlib.Path(path).expanduser()
     if path.exists() and not path.is_dir():
         return True

@@ -23,7 +23,7 @@ _Stage = Annotated[list[_Dilation], Meta(max_length=256)]
 
 
 class _Backbone(msgspec.Struct):
-    """What a backbone_config tells and tensors do not."""
+    """Fields of a backbone_config that tensors do not show."""
 
     model_type: str | None = None
     dilations: Annotated[list[_Stage], Meta(max_length=16)] | None = None
@@ -37,7 +37,7 @@ class _Backbone(msgspec.Struct):
 
 
 class _Config(msgspec.Struct):
-    """What a config.json tells and tensors do not."""
+    """Fields of a config.json that tensors do not show."""
 
     num_attention_heads: Annotated[int, Meta(ge=1, le=1024)] = 8
     dropout: _Rate | None = None

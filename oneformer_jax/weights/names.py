@@ -421,7 +421,7 @@ def group_of(name: str, side: str, target: str, backbone: str | None = None) -> 
 
 
 def is_derived(name: str, target: str) -> bool:
-    """Whether a file's tensor holds nothing of its own and may be left out."""
+    """Tells whether a file's tensor holds nothing of its own and may be left out."""
     return any(re.fullmatch(pattern, name) for pattern in DERIVED[target])
 
 

@@ -1,4 +1,4 @@
-"""What a training run starts from: a pre-trained backbone, or a whole model of other classes.
+"""Starts a training run from weights: a pre-trained backbone, or a whole model of other classes.
 
 Readers give functions that read arrays by our names; what does not fit the model to be trained is
 listed, so that the run can say what starts afresh.

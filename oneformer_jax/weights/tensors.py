@@ -60,7 +60,7 @@ def stored(data: Any, kind: Kind, *, big_endian: bool = False) -> np.ndarray:
 
 
 def decode(numbers: np.ndarray, kind: Kind) -> np.ndarray:
-    """What numbers of `stored`, of any shape, mean; a view where the file has NumPy's own form."""
+    """Decodes numbers of `stored`, of any shape; a view where the file has NumPy's own form."""
     if kind is KINDS["bfloat16"]:
         return (numbers.astype(np.uint32) << 16).view(np.float32)
     if kind is KINDS["bool"]:

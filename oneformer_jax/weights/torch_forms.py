@@ -1,4 +1,4 @@
-"""What the records of a pickle mean: tensors, NumPy arrays, plain containers and numbers.
+"""Interprets the records of a pickle: tensors, NumPy arrays, plain containers and numbers.
 
 Each form that PyTorch, NumPy and Python's own containers give their pickles is known here, with
 its arguments; all others are refused. Nothing of the file is called. The bytes of a tensor are
@@ -73,7 +73,7 @@ _SETTINGS = {
 
 
 class Storage:
-    """Where the numbers of one or several tensors lie.
+    """Location of the numbers of one or several tensors.
 
     Attributes:
       kind: their type.
@@ -88,7 +88,7 @@ class Storage:
 
 
 def allowed(module: str, name: str) -> bool:
-    """Whether a file of weights may name this."""
+    """Tells whether a file of weights may name this."""
     if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
         return True
     if module == "torch" and name in _SCALAR_TYPES:

@@ -1,4 +1,4 @@
-"""What the backbones share: the base of their configs, layers, and stochastic depth."""
+"""Shared parts of the backbones: the base of their configs, layers, and stochastic depth."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ class Level(nnx.Module):
         return self.norm(x)
 
     def _post_norms_by_block(self) -> tuple[np.ndarray, nnx.State] | None:
-        """Whether a norm follows each block, and its parameters; None if there is none.
+        """Finds the parameters of the norm that follows each block; None if there is none.
 
         As values rather than as structure, so that all blocks are one loop with one body.
         """
