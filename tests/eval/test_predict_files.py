@@ -1,7 +1,6 @@
 """Files in, files out: reading images and writing results."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -14,40 +13,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from oneformer_jax.eval import predict, write
-from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.eval.segmentation import Segmentation
-from tests import tiny
-
-METADATA = tiny.metadata()
-# Low thresholds: an untrained model is never sure.
-LENIENT = PostprocessConfig(object_mask_threshold=0.0, overlap_threshold=0.0, topk=10)
-SIZE = (64, 96)
-CONFIG = tiny.model_config(decoder_layers=1)
-
-
-@functools.cache
-def state():
-    """(params, stats) of a model with its text branch."""
-    return tiny.random_model(CONFIG, training=True)[1:]
-
-
-@functools.cache
-def segmenter():
-    return predict.Segmenter(CONFIG, *state(), METADATA, postprocess=LENIENT, test_size=SIZE)
-
-
-def picture(height=48, width=70, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
-
-
-def fake(image, tasks):
-    """Segmentations of `image` in two halves; what a Segmenter gives, without a model."""
-    panoptic = np.ones(image.shape[:2], np.int32)
-    panoptic[: len(image) // 2] = 2
-    segments = [dict(id=1, category=3), dict(id=2, category=1)]
-    record = dict(image=image, panoptic=panoptic, segments=segments)
-    return {task: Segmentation.from_record(record, METADATA, task) for task in tasks}
-
+from tests.eval.tiny_segmenter import (
+    METADATA,
+    fake,
+    picture,
+    segmenter,
+)
 
 # --- arrays ---
 
