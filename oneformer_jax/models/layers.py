@@ -46,6 +46,56 @@ def drop_path(x: jax.Array, rate: float | jax.Array, key: Key) -> jax.Array:
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), 0)
 
 
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Any,
+    *,
+    feature_group_count: int = 1,
+    **options: Any,
+) -> jax.Array:
+    """`lax.conv_general_dilated` of [B, H, W, C] for `nnx.Conv`; a 1 x 1 kernel is a product.
+
+    On a processor the product is faster, and its gradient several times as fast.
+    """
+    groups = feature_group_count
+    if kernel.shape[:2] != (1, 1) or groups != 1 or any(map(any, padding)):
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, feature_group_count=groups, **options
+        )
+    down, right = strides
+    inputs = (((3,), (0,)), ((), ()))
+    return jax.lax.dot_general(
+        x[:, ::down, ::right], kernel[0, 0], inputs, precision=options["precision"]
+    )
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x Φ(x) (arXiv 1606.08415), in float32 inside.
+
+    The backward pass needs `x` alone: automatic differentiation would keep three arrays, and the
+    erfc of `jax.nn.gelu` costs a processor twice the time of erf.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))
+
+
+def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * wide * wide) * np.float32((2 * np.pi) ** -0.5)
+    slope = _normal_cdf(wide) + wide * density
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
 def linear(
     inputs: int,
     outputs: int,

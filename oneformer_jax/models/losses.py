@@ -18,19 +18,23 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from oneformer_jax import config_rules, rules
+from oneformer_jax.kernels import dispatch
 from oneformer_jax.kernels.point_sampling import sample_features
 from oneformer_jax.models import matcher, points
 from oneformer_jax.models.execution import Kernels
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.points import Purpose
+from oneformer_jax.models.slots import sum_over_slots
 from oneformer_jax.types import TASKS, Predictions
 
 # "per_mask" forms the logit maps of this many slots at a time.
 SLOTS_AT_A_TIME = 8
+# "shared" forms the logits at the points of so many, on a processor: few, so that empty slots cost
+# nothing; enough that reading the features takes less time than their products.
+SHARED_SLOTS_AT_A_TIME = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,13 +261,9 @@ def _point_losses(logits, targets, weight, num_points: int) -> tuple[jax.Array, 
     return entropy, 1 - (2 * overlap + 1) / (area + 1)
 
 
-def _sum_matched(losses: tuple[jax.Array, ...], matched: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(jnp.sum(jnp.where(matched, loss, 0.0)) for loss in losses)
-
-
 def _matched_queries(mask_embed: jax.Array, indices: jax.Array) -> jax.Array:
-    """Mask embeddings float32 [B, M, D] of the matched queries of one prediction."""
-    return jnp.take_along_axis(mask_embed.astype(jnp.float32), indices[..., None], axis=1)
+    """Mask embeddings float32 [N, B, M, D] of the matched queries."""
+    return jnp.take_along_axis(mask_embed.astype(jnp.float32), indices[..., None], axis=2)
 
 
 def _mask_sums_shared(
@@ -292,26 +292,21 @@ def _mask_sums_shared(
         predictions.mask_features, drawn, implementation=kernels.points, mesh=mesh
     )
     targets = points.read_targets(packed, drawn[:, None], jnp.arange(num_slots))
-    fresh_weight = jnp.ones((batch, num_slots, config.num_fresh), jnp.float32)
 
-    # The backward pass computes the logits again, but keeps the choice that was made.
-    @functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("choice")
-    )
-    def losses(mask_embed, indices, rows):
-        logits = _product(_matched_queries(mask_embed, indices), rows)
-        kept, scale = points.keep_uncertain(
-            logits[..., : config.num_candidates], config.num_uncertain
-        )
-        kept, scale = checkpoint_name((kept, scale), "choice")
-        weight = jnp.concatenate([kept * scale[..., None], fresh_weight], axis=-1)
-        return _point_losses(logits, targets, weight, config.num_points)
+    def choose(rows, queries, n, targets):
+        logits = _product(queries, rows)[..., : config.num_candidates]
+        return points.keep_uncertain(logits, config.num_uncertain)
 
-    def step(xs):
-        mask_embed, indices, matched = xs
-        return _sum_matched(losses(mask_embed, indices, rows), matched)
+    def losses(rows, queries, choice, n, targets):
+        kept, scale = choice
+        fresh = jnp.ones((*scale.shape, config.num_fresh), jnp.float32)
+        weight = jnp.concatenate([kept * scale[..., None], fresh], axis=-1)
+        return _point_losses(_product(queries, rows), targets, weight, config.num_points)
 
-    return lax.map(step, (predictions.mask_embed, indices, matched))
+    # Whether leaving out slots pays on an accelerator is not measured: there it is one product.
+    chunk = SHARED_SLOTS_AT_A_TIME if dispatch.platform() == "cpu" else num_slots
+    queries = _matched_queries(predictions.mask_embed, indices)
+    return sum_over_slots(choose, losses, chunk, matched, rows, queries, targets)
 
 
 def _mask_sums_per_mask(
@@ -326,17 +321,15 @@ def _mask_sums_per_mask(
 ):
     """Sums over the matched masks of both mask losses, float32 [N] each, each with own points."""
     del kernels  # the maps are read, not the features
-    num_predictions, batch, num_slots = indices.shape
+    batch, num_slots = indices.shape[1:]
     # float32 here so that the gradients of all chunks add up in float32.
     features = predictions.mask_features.astype(jnp.float32)
-    chunk = min(SLOTS_AT_A_TIME, num_slots)
-    num_chunks = math.ceil(num_slots / chunk)
-    choose = functools.partial(points.choose_uncertain, count=config.num_uncertain)
+    choose_points = functools.partial(points.choose_uncertain, count=config.num_uncertain)
     if mesh is not None:
         # Left to itself, XLA gathers the whole batch on every device to take the top k.
         spec = PartitionSpec(matcher.batch_axes(mesh))
-        choose = jax.shard_map(
-            choose, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False
+        choose_points = jax.shard_map(
+            choose_points, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False
         )
 
     def draw(purpose, n, slots, count):
@@ -345,40 +338,25 @@ def _mask_sums_per_mask(
 
         return jax.vmap(one, out_axes=1)(slots)
 
-    def split(x):
-        """[B, M, ...] -> [chunks, B, chunk, ...]; the slots that fill up the last one are 0."""
-        padding = [(0, 0)] * x.ndim
-        padding[1] = (0, num_chunks * chunk - num_slots)
-        x = jnp.pad(x, padding).reshape(batch, num_chunks, chunk, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
+    def maps_of(features, queries):
+        return jnp.einsum("bcd,bhwd->bchw", queries, features)
 
-    # The backward pass forms the logit maps again, but keeps the points that were chosen.
-    @functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("choice")
-    )
-    def losses(n, slots, queries, features):
-        maps = jnp.einsum("bcd,bhwd->bchw", queries, features)
-        candidates = draw(Purpose.CANDIDATES, n, slots, config.num_candidates)
-        uncertain = choose(points.read_maps(lax.stop_gradient(maps), candidates), candidates)
-        fresh = draw(Purpose.FRESH, n, slots, config.num_fresh)
-        chosen = checkpoint_name(jnp.concatenate([uncertain, fresh], axis=2), "choice")
-        logits = points.read_maps(maps, chosen)
-        targets = points.read_targets(packed, chosen, slots)
+    def choose(features, queries, n, slots):
+        maps = maps_of(features, queries)
+        candidates = draw(Purpose.CANDIDATES, n, slots[0], config.num_candidates)
+        uncertain = choose_points(points.read_maps(maps, candidates), candidates)
+        fresh = draw(Purpose.FRESH, n, slots[0], config.num_fresh)
+        return jnp.concatenate([uncertain, fresh], axis=2)
+
+    def losses(features, queries, chosen, n, slots):
+        logits = points.read_maps(maps_of(features, queries), chosen)
+        targets = points.read_targets(packed, chosen, slots[0])
         return _point_losses(logits, targets, jnp.float32(1), config.num_points)
 
-    def step(xs):
-        n, mask_embed, indices, matched = xs
-        queries = _matched_queries(mask_embed, indices)
-
-        def chunk_step(xs):
-            slots, queries, matched = xs
-            return _sum_matched(losses(n, slots, queries, features), matched)
-
-        slots = jnp.arange(num_chunks * chunk).reshape(num_chunks, chunk)
-        sums = lax.map(chunk_step, (slots, split(queries), split(matched)))
-        return tuple(jnp.sum(s) for s in sums)
-
-    return lax.map(step, (jnp.arange(num_predictions), predictions.mask_embed, indices, matched))
+    queries = _matched_queries(predictions.mask_embed, indices)
+    slots = jnp.arange(num_slots)[None]
+    chunk = min(SLOTS_AT_A_TIME, num_slots)
+    return sum_over_slots(choose, losses, chunk, matched, features, queries, slots)
 
 
 def contrastive_loss(

@@ -30,6 +30,7 @@ def conv(
         use_bias=bias,
         kernel_init=init,
         dtype=dtype,
+        conv_general_dilated=layers.convolve,
         rngs=rngs,
     )
 

@@ -12,8 +12,9 @@ from flax import nnx
 
 from oneformer_jax import rules
 from oneformer_jax.models import initial
+from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
-from oneformer_jax.models.layers import Key
+from oneformer_jax.models.layers import Key, gelu, layer_norm, split_key
 from oneformer_jax.rules import Integer, Number, Rule, Tuple
 
 STRIDES = (4, 8, 16, 32)
@@ -70,6 +71,89 @@ class StagedConfig:
         self.require(ok, "embed_dim", f"divide, doubled at each stage, by {parts} {heads}")
 
 
+@dataclasses.dataclass(frozen=True)
+class WideningConfig(StagedConfig):
+    """Base of the config of a backbone whose channels double from stage to stage.
+
+    Attributes:
+      depths: number of blocks in each of the four stages.
+      embed_dim: channels of the first stage.
+    """
+
+    embed_dim: int
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Channels of res2 to res5."""
+        first = self.embed_dim
+        return first, 2 * first, 4 * first, 8 * first
+
+
+class WideningBackbone(nnx.Module):
+    """Base of the backbones of a patch embedding and four stages: an image to four maps.
+
+    A stage is a module from a map and a key to a map, with `downsample`, the way to the next stage
+    or None. Subclasses name the list of stages as the official parameters do.
+    """
+
+    STAGES: ClassVar[str]
+
+    def __init__(
+        self, config: Any, embedding: Any, stage: Any, *, rngs: ParamKeys, execution: Execution
+    ):
+        self.dtype = execution.compute_dtype
+        self.patch_embed = embedding(config.embed_dim, rngs=rngs, dtype=self.dtype)
+        stages = (
+            stage(config, index, rates, rngs=rngs, execution=execution)
+            for index, rates in enumerate(drop_path_rates(config))
+        )
+        setattr(self, self.STAGES, nnx.List(stages))
+
+    def __call__(
+        self, image: jax.Array, key: Key = None, train: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Extracts features.
+
+        Args:
+          image: float [B, H, W, 3], normalised. Any size: maps are padded where they must be.
+          key: PRNG key of the stochastic depth; None is deterministic.
+          train: not used, since no layer here keeps statistics; every backbone takes it.
+
+        Returns:
+          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
+          in the compute dtype.
+        """
+        check_image(image)
+        x = self.patch_embed(image.astype(self.dtype))
+        outputs = []
+        stages = getattr(self, self.STAGES)
+        for index, stage_key in enumerate(split_key(key, 4)):
+            stage = stages[index]
+            x = stage(x, stage_key)
+            outputs.append(self.output(index, x))
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return tuple(outputs)
+
+    def output(self, stage: int, x: jax.Array) -> jax.Array:
+        """The map that a stage hands out, [B, h, w, C], from the one it hands on."""
+        return x
+
+
+class NormalizedBackbone(WideningBackbone):
+    """A widening backbone with a norm for what each stage hands out."""
+
+    def __init__(
+        self, config: Any, embedding: Any, stage: Any, *, rngs: ParamKeys, execution: Execution
+    ):
+        super().__init__(config, embedding, stage, rngs=rngs, execution=execution)
+        for index, width in enumerate(config.channels):
+            setattr(self, f"norm{index}", layer_norm(width, rngs=rngs, dtype=self.dtype))
+
+    def output(self, stage: int, x: jax.Array) -> jax.Array:
+        return getattr(self, f"norm{stage}")(x)
+
+
 def check_image(image: jax.Array) -> None:
     """ValueError unless `image` is [B, H, W, 3]."""
     if image.ndim != 4 or image.shape[-1] != 3:
@@ -93,7 +177,7 @@ class Mlp(nnx.Module):
         self.fc2 = linear(hidden, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 def torch_conv(

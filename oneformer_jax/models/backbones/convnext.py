@@ -27,7 +27,7 @@ from oneformer_jax.models.backbones.common import (
 )
 from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
-from oneformer_jax.models.layers import Key, drop_path, split_key
+from oneformer_jax.models.layers import Key, drop_path, gelu, split_key
 from oneformer_jax.models.stack import Stack, run
 from oneformer_jax.rules import Integer, Number, Rule
 
@@ -162,7 +162,7 @@ class ConvNeXtBlock(nnx.Module):
     def __call__(self, x: jax.Array, key: Key, rate: float | jax.Array) -> jax.Array:
         """[B, H, W, C] to the same; `rate` is the stochastic depth, with a `key`."""
         y = self.pwconv1(self.norm(self.dwconv(x)))
-        y = self.pwconv2(jax.nn.gelu(y, approximate=False))
+        y = self.pwconv2(gelu(y))
         y = y * self.gamma[...].astype(self.dtype)
         return x + drop_path(y, rate, key)
 

@@ -23,9 +23,8 @@ from oneformer_jax.models.backbones.common import (
     MLP_RATIO,
     MOST_BLOCKS,
     Mlp,
-    StagedConfig,
-    check_image,
-    drop_path_rates,
+    NormalizedBackbone,
+    WideningConfig,
     halving_conv,
     linear,
     linear_init,
@@ -65,7 +64,7 @@ DILATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DinatConfig(StagedConfig):
+class DinatConfig(WideningConfig):
     """Size of a DiNAT.
 
     Attributes:
@@ -88,7 +87,6 @@ class DinatConfig(StagedConfig):
         "drop_path_rate": DROP_PATH,
     }
 
-    embed_dim: int
     num_heads: tuple[int, ...]
     kernel_size: int
     dilations: tuple[tuple[int, ...], ...]
@@ -126,55 +124,14 @@ class DinatConfig(StagedConfig):
         """DiNAT-L with 7 x 7 neighbours."""
         return cls.large(**({"kernel_size": 7, "dilations": DILATIONS["7x7"]} | overrides))
 
-    @property
-    def channels(self) -> tuple[int, int, int, int]:
-        """Channels of res2 to res5."""
-        return tuple(self.embed_dim * 2**stage for stage in range(4))
 
-
-class DiNAT(nnx.Module):
+class DiNAT(NormalizedBackbone):
     """The backbone: an image to four normalised maps."""
 
-    def __init__(
-        self,
-        config: DinatConfig,
-        *,
-        rngs: ParamKeys,
-        execution: Execution = Execution(),
-    ):
-        self.dtype = dtype = execution.compute_dtype
-        self.patch_embed = ConvTokenizer(config.embed_dim, rngs=rngs, dtype=dtype)
-        self.levels = nnx.List(
-            Level(config, stage, rates, rngs=rngs, execution=execution)
-            for stage, rates in enumerate(drop_path_rates(config))
-        )
-        for stage, width in enumerate(config.channels):
-            setattr(self, f"norm{stage}", layer_norm(width, rngs=rngs, dtype=dtype))
+    STAGES = "levels"
 
-    def __call__(
-        self, image: jax.Array, key: Key = None, train: bool = False
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features.
-
-        Args:
-          image: float [B, H, W, 3], normalised, of any size.
-          key: PRNG key of the stochastic depth; None is deterministic.
-          train: not used, since no layer here keeps statistics; every backbone takes it.
-
-        Returns:
-          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
-          in the compute dtype.
-        """
-        check_image(image)
-        x = self.patch_embed(image.astype(self.dtype))
-        outputs = []
-        for stage, stage_key in enumerate(split_key(key, 4)):
-            level = self.levels[stage]
-            x = level(x, stage_key)
-            outputs.append(getattr(self, f"norm{stage}")(x))
-            if level.downsample is not None:
-                x = level.downsample(x)
-        return tuple(outputs)
+    def __init__(self, config: DinatConfig, *, rngs: ParamKeys, execution: Execution = Execution()):
+        super().__init__(config, ConvTokenizer, Level, rngs=rngs, execution=execution)
 
 
 class ConvTokenizer(nnx.Module):

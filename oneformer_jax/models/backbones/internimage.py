@@ -26,9 +26,8 @@ from oneformer_jax.models.backbones.common import (
     MLP_RATIO,
     MOST_BLOCKS,
     Mlp,
-    StagedConfig,
-    check_image,
-    drop_path_rates,
+    WideningBackbone,
+    WideningConfig,
     halving_conv,
     random_items,
     torch_conv,
@@ -38,6 +37,7 @@ from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import (
     Key,
     drop_path,
+    gelu,
     layer_norm,
     linear,
     split_key,
@@ -50,7 +50,7 @@ POINTS = 9
 
 
 @dataclasses.dataclass(frozen=True)
-class InternImageConfig(StagedConfig):
+class InternImageConfig(WideningConfig):
     """Size of an InternImage with norms after its branches and scaled centres, as the size H.
 
     Attributes:
@@ -73,7 +73,6 @@ class InternImageConfig(StagedConfig):
         "drop_path_rate": DROP_PATH,
     }
 
-    embed_dim: int
     groups: tuple[int, ...]
     norm_after: tuple[int, ...] = ()
     dw_kernel_size: int = 5
@@ -100,52 +99,16 @@ class InternImageConfig(StagedConfig):
         )
         return cls(**(fields | overrides))
 
-    @property
-    def channels(self) -> tuple[int, int, int, int]:
-        """Channels of res2 to res5."""
-        return tuple(self.embed_dim * 2**stage for stage in range(4))
 
-
-class InternImage(nnx.Module):
+class InternImage(WideningBackbone):
     """The backbone: an image to four normalised maps."""
 
+    STAGES = "levels"
+
     def __init__(
-        self,
-        config: InternImageConfig,
-        *,
-        rngs: ParamKeys,
-        execution: Execution = Execution(),
+        self, config: InternImageConfig, *, rngs: ParamKeys, execution: Execution = Execution()
     ):
-        self.dtype = dtype = execution.compute_dtype
-        self.patch_embed = Stem(config.embed_dim, rngs=rngs, dtype=dtype)
-        self.levels = nnx.List(
-            Level(config, stage, rates, rngs=rngs, execution=execution)
-            for stage, rates in enumerate(drop_path_rates(config))
-        )
-
-    def __call__(
-        self, image: jax.Array, key: Key = None, train: bool = False
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features.
-
-        Args:
-          image: float [B, H, W, 3], normalised, of any size.
-          key: PRNG key of the stochastic depth; None is deterministic.
-          train: not used, since no layer here keeps statistics; every backbone takes it.
-
-        Returns:
-          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
-          in the compute dtype.
-        """
-        check_image(image)
-        x = self.patch_embed(image.astype(self.dtype))
-        outputs = []
-        for level, level_key in zip(self.levels, split_key(key, 4), strict=True):
-            x = level(x, level_key)
-            outputs.append(x)
-            if level.downsample is not None:
-                x = level.downsample(x)
-        return tuple(outputs)
+        super().__init__(config, Stem, Level, rngs=rngs, execution=execution)
 
 
 class Stem(nnx.Module):
@@ -158,7 +121,7 @@ class Stem(nnx.Module):
         self.norm2 = _norm(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        x = jax.nn.gelu(self.norm1(self.conv1(image)), approximate=False)
+        x = gelu(self.norm1(self.conv1(image)))
         return self.norm2(self.conv2(x))
 
 
@@ -300,7 +263,7 @@ class DCNv3(nnx.Module):
         """[B, H, W, C] to the same."""
         batch, height, width, _ = x.shape
         value = self.input_proj(x).reshape(batch, height * width, self.groups, -1)
-        y = jax.nn.gelu(self.dw_norm(self.dw_conv(x)), approximate=False)
+        y = gelu(self.dw_norm(self.dw_conv(x)))
         y = y.reshape(batch, height * width, -1).astype(jnp.float32)
         offsets = self.offset(y).reshape(batch, height * width, self.groups, POINTS, 2)
         shares = self.mask(y).reshape(batch, height * width, self.groups, POINTS)

@@ -18,7 +18,7 @@ from oneformer_jax.models import initial
 from oneformer_jax.models.backbones.common import DEPTHS, StagedConfig, check_image
 from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
-from oneformer_jax.models.layers import Key
+from oneformer_jax.models.layers import Key, convolve
 from oneformer_jax.models.stack import Stack, run
 from oneformer_jax.rules import Integer, Rule, Word
 
@@ -170,6 +170,7 @@ class ConvNorm(nnx.Conv):
             use_bias=False,
             dtype=dtype,
             kernel_init=initial.variance_scaling(2.0, "fan_out", "normal"),
+            conv_general_dilated=convolve,
             rngs=rngs,
         )
         self.norm = FrozenNorm(outputs, dtype) if norm == "frozen" else BatchNorm(outputs, dtype)

@@ -21,9 +21,8 @@ from oneformer_jax.models.backbones.common import (
     HEADS,
     MLP_RATIO,
     Mlp,
-    StagedConfig,
-    check_image,
-    drop_path_rates,
+    NormalizedBackbone,
+    WideningConfig,
     linear,
     linear_init,
     random_items,
@@ -40,7 +39,7 @@ MASK_VALUE = -100.0
 
 
 @dataclasses.dataclass(frozen=True)
-class SwinConfig(StagedConfig):
+class SwinConfig(WideningConfig):
     """Size of a Swin Transformer.
 
     Attributes:
@@ -61,7 +60,6 @@ class SwinConfig(StagedConfig):
         "drop_path_rate": DROP_PATH,
     }
 
-    embed_dim: int
     num_heads: tuple[int, ...]
     window_size: int
     mlp_ratio: float = 4.0
@@ -85,55 +83,14 @@ class SwinConfig(StagedConfig):
         )
         return cls(**(fields | overrides))
 
-    @property
-    def channels(self) -> tuple[int, int, int, int]:
-        """Channels of res2 to res5."""
-        return tuple(self.embed_dim * 2**stage for stage in range(4))
 
-
-class Swin(nnx.Module):
+class Swin(NormalizedBackbone):
     """The backbone: an image to four normalised maps."""
 
-    def __init__(
-        self,
-        config: SwinConfig,
-        *,
-        rngs: ParamKeys,
-        execution: Execution = Execution(),
-    ):
-        self.dtype = dtype = execution.compute_dtype
-        self.patch_embed = PatchEmbed(config.embed_dim, rngs=rngs, dtype=dtype)
-        self.layers = nnx.List(
-            Stage(config, stage, rates, rngs=rngs, execution=execution)
-            for stage, rates in enumerate(drop_path_rates(config))
-        )
-        for stage, width in enumerate(config.channels):
-            setattr(self, f"norm{stage}", layer_norm(width, rngs=rngs, dtype=dtype))
+    STAGES = "layers"
 
-    def __call__(
-        self, image: jax.Array, key: Key = None, train: bool = False
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features.
-
-        Args:
-          image: float [B, H, W, 3], normalised. Any size: maps are padded where they must be.
-          key: PRNG key of the stochastic depth; None is deterministic.
-          train: not used, since no layer here keeps statistics; every backbone takes it.
-
-        Returns:
-          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
-          in the compute dtype.
-        """
-        check_image(image)
-        x = self.patch_embed(image.astype(self.dtype))
-        outputs = []
-        for stage, stage_key in enumerate(split_key(key, 4)):
-            layer = self.layers[stage]
-            x = layer(x, stage_key)
-            outputs.append(getattr(self, f"norm{stage}")(x))
-            if layer.downsample is not None:
-                x = layer.downsample(x)
-        return tuple(outputs)
+    def __init__(self, config: SwinConfig, *, rngs: ParamKeys, execution: Execution = Execution()):
+        super().__init__(config, PatchEmbed, Stage, rngs=rngs, execution=execution)
 
 
 class PatchEmbed(nnx.Module):
