@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from oneformer_jax.kernels.recompute import recompute
 
@@ -37,13 +38,13 @@ def cell_coordinates(
     Args:
       locations: float32 [..., 2], (x, y) in 0..1 over the map.
       weights: float32 [...].
-      shape: (h, w) of the level.
+      shape: (h, w) of the level, or two arrays that broadcast against `weights`.
 
     Returns:
       cell int32 [..., 2], fraction float32 [..., 2] (both x, y), weight float32 [...].
     """
     h, w = shape
-    size = jnp.array([w, h], jnp.float32)
+    size = jnp.stack([jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32)], axis=-1)
     pixel = locations * size - 0.5
     inside = jnp.all((pixel > -1) & (pixel < size), axis=-1)  # False for NaN
     # The inner selection keeps NaN and infinity out of the gradient, too.
@@ -60,7 +61,7 @@ def corners(
     Args:
       locations: float32 [..., P, 2].
       weights: float32 [..., P].
-      shape: (h, w) of the level.
+      shape: (h, w) of the level, or two arrays that broadcast against `weights`.
 
     Returns:
       index int32 [..., 4 * P] in 0..h*w-1 for all locations, and factor float32 [..., 4 * P], 0 for
@@ -115,8 +116,8 @@ def _gather_level(
     return jnp.sum(take(rows, index) * factor[..., None], axis=3)
 
 
-# Gathered rows of a chunk and level. Writing and reading them takes a seventh of the time if they
-# stay in a processor's cache.
+# Gathered rows of a chunk. Writing and reading them takes a seventh of the time if they stay in a
+# processor's cache.
 CHUNK_BYTES = 4 << 20
 
 
@@ -131,40 +132,44 @@ def ms_deform_attn_chunks(
     While rows stay in the cache, copying whole rows and multiplying a batch of small matrices is
     several times faster than XLA's loop over the elements of a fused gather.
     """
-    batch, queries, heads, _, points, _ = sampling_locations.shape
+    batch, queries, heads, levels, points, _ = sampling_locations.shape
     width = value.shape[-1]
-    chunk = max(1, CHUNK_BYTES // (4 * batch * heads * 4 * points * width))
+    chunk = max(1, CHUNK_BYTES // (4 * batch * heads * levels * 4 * points * width))
     steps = -(-queries // chunk)
     chunk = -(-queries // steps)
-    levels = [rows.astype(jnp.float32) for rows in split_levels(value, spatial_shapes)]
+    # Of each level, against [..., L, P].
+    height, columns = np.array(spatial_shapes)[:, :, None].swapaxes(0, 1)
+    first = np.cumsum(height * columns, axis=0) - height * columns
+    head = np.arange(heads)[:, None, None]
 
     def cut(x):  # [B, Q, ...] -> [steps, B, chunk, ...]
         x = jnp.pad(x, [(0, 0), (0, steps * chunk - queries), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(x.reshape(batch, steps, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint  # the backward pass reads the rows again
-    def attend(part):
-        locations, weights = part
-        return sum(
-            _rows_level(shape, rows, locations[:, :, :, level], weights[:, :, :, level])
-            for level, (shape, rows) in enumerate(zip(spatial_shapes, levels, strict=True))
-        )
+    def read(table, index):
+        return table.at[index].get(mode="promise_in_bounds")
 
-    parts = cut(sampling_locations), cut(attention_weights.astype(jnp.float32))
-    out = jnp.moveaxis(jax.lax.map(attend, parts), 0, 1)
+    # An axis of one image would make the gradient copy the rows once more.
+    images = () if batch == 1 else (batch,)
+    read = read if batch == 1 else jax.vmap(read)
+
+    @jax.checkpoint  # the backward pass reads the rows again
+    def attend(table, part):
+        index, factor = part
+        rows = read(table, index.reshape(*images, -1))
+        # Without the barrier XLA fuses the copies into the sum, element by element.
+        rows = jax.lax.optimization_barrier(rows.reshape(*index.shape, width))
+        return jnp.einsum("bqnkd,bqnk->bqnd", rows, factor, precision=jax.lax.Precision.HIGHEST)
+
+    @jax.checkpoint  # and finds them again
+    def attend_all(value, locations, weights):
+        table = value.astype(jnp.float32).reshape(*images, -1, width)  # [B, S * N, D]
+        index, factor = corners(locations, weights, (height, columns))
+        index = ((first + index) * heads + head).astype(jnp.int32)
+        parts = [cut(x.reshape(*x.shape[:3], -1)) for x in (index, factor)]
+        return jax.lax.map(functools.partial(attend, table), parts)
+
+    out = attend_all(value, sampling_locations, attention_weights.astype(jnp.float32))
+    out = jnp.moveaxis(out, 0, 1)
     out = out.reshape(batch, steps * chunk, heads * width)[:, :queries]
     return out.astype(value.dtype)
-
-
-def _rows_level(
-    shape: tuple[int, int], rows: jax.Array, locations: jax.Array, weights: jax.Array
-) -> jax.Array:
-    """As `_gather_level`, for float32 rows, by copies of rows and a product."""
-    index, factor = corners(locations, weights, shape)
-    batch, queries, heads, read = index.shape
-    table = rows.reshape(batch, -1, rows.shape[-1])  # [B, h*w*N, D]
-    index = (index * heads + jnp.arange(heads, dtype=jnp.int32)[:, None]).reshape(batch, -1)
-    found = jax.vmap(lambda t, i: t.at[i].get(mode="promise_in_bounds"))(table, index)
-    # Without the barrier XLA fuses the copies into the sum, element by element.
-    found = jax.lax.optimization_barrier(found.reshape(batch, queries, heads, read, -1))
-    return jnp.einsum("bqnkd,bqnk->bqnd", found, factor, precision=jax.lax.Precision.HIGHEST)

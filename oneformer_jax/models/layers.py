@@ -6,6 +6,7 @@ module is a pure function of its parameters and a key.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from oneformer_jax.kernels.recompute import recompute
 from oneformer_jax.models import initial
+from oneformer_jax.models.attention import attend
 from oneformer_jax.models.initial import ParamKeys
 
 Key = jax.Array | None
@@ -116,11 +117,54 @@ def linear(
     )
 
 
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm over the last axis, in float32 inside; its backward pass needs the input alone."""
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """[..., C] to the same, in `dtype`; a `mask` is not supported."""
+        if mask is not None:
+            raise NotImplementedError("this LayerNorm takes no mask")
+        assert self.scale is not None and self.bias is not None
+        return _normalize(x, self.scale[...], self.bias[...], self.epsilon).astype(self.dtype)
+
+
 def layer_norm(
     width: int, *, epsilon: float = 1e-5, rngs: ParamKeys, dtype: Any = jnp.float32
-) -> nnx.LayerNorm:
+) -> LayerNorm:
     """LayerNorm as PyTorch's: its default epsilon, two-pass variance in float32."""
-    return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+    return LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    return _standardize(x, epsilon)[0] * scale + bias
+
+
+def _standardize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """(x - mean) / deviation and 1 / deviation, float32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    return x * inverse, inverse
+
+
+def _normalize_backward(
+    epsilon: float, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale = kept
+    standard, inverse = _standardize(x, epsilon)
+    of_standard = gradient * scale
+    mean = jnp.mean(of_standard, axis=-1, keepdims=True)
+    along = jnp.mean(of_standard * standard, axis=-1, keepdims=True)
+    of_x = (inverse * (of_standard - mean - standard * along)).astype(x.dtype)
+    axes = tuple(range(x.ndim - 1))
+    return of_x, jnp.sum(gradient * standard, axes), jnp.sum(gradient, axes)
+
+
+_normalize.defvjp(
+    lambda x, scale, bias, epsilon: (_normalize(x, scale, bias, epsilon), (x, scale)),
+    _normalize_backward,
+)
 
 
 class MLP(nnx.Module):
@@ -229,11 +273,7 @@ def attention(
     key: Key = None,
     chunk: int = ATTENTION_CHUNK,
 ) -> jax.Array:
-    """Scaled dot-product attention with a float32 softmax.
-
-    Above `chunk` keys, the keys are visited chunk by chunk with a running maximum and sum (the
-    online softmax of FlashAttention, arXiv 2205.14135) and recomputed in the backward pass: memory
-    is that of one chunk.
+    """Scaled dot-product attention with a float32 softmax; its memory is that of one chunk.
 
     Args:
       q: [B, Q, heads, d].
@@ -247,66 +287,14 @@ def attention(
     Returns:
       [B, Q, heads, d] in the dtype of `v`.
     """
-    blocked = jnp.finfo(jnp.float32).min / 2  # finite: a chunk may be blocked as a whole
-    q = q * (q.shape[-1] ** -0.5)
-
-    def scores(q: jax.Array, k_part: jax.Array, mask_part: jax.Array | None) -> jax.Array:
-        s = jnp.einsum("bqhd,bshd->bhqs", q, k_part, preferred_element_type=jnp.float32)
-        return s if mask_part is None else jnp.where(mask_part[:, None], s, blocked)
-
-    def weigh(weights: jax.Array, v_part: jax.Array) -> jax.Array:
-        return jnp.einsum(
-            "bhqs,bshd->bqhd",
-            weights.astype(v.dtype),
-            v_part,
-            preferred_element_type=jnp.float32,
-        )
-
-    batch, num_keys = k.shape[:2]
-    if num_keys <= chunk:
-        weights = dropout(jax.nn.softmax(scores(q, k, mask), axis=-1), dropout_rate, key)
-        return weigh(weights, v).astype(v.dtype)
-
-    chunks = -(-num_keys // chunk)
-    padding = chunks * chunk - num_keys
-    if mask is None:
-        mask = jnp.ones((batch, 1, num_keys), bool)
-
-    def split(
-        x: jax.Array, axis: int
-    ) -> jax.Array:  # -> [chunks, ...] with `chunk` keys on the old axis
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, padding)
-        x = jnp.pad(x, widths)  # padded keys are blocked: the mask is padded with False
-        x = x.reshape(*x.shape[:axis], chunks, chunk, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    @recompute
-    def step(
-        q: jax.Array, key: Key, carry: tuple[jax.Array, ...], part: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
-        top, total, out = carry
-        index, k_part, v_part, mask_part = part
-        s = scores(q, k_part, mask_part)
-        new_top = jnp.maximum(top, s.max(-1))
-        shrink = jnp.exp(top - new_top)
-        weights = jnp.exp(s - new_top[..., None])
-        total = total * shrink + weights.sum(-1)
-        part_key = None if key is None else jax.random.fold_in(key, index)
-        # Dropout acts on the normalised weights: the running sum keeps all of them.
-        update = weigh(dropout(weights, dropout_rate, part_key), v_part)
-        out = out * jnp.moveaxis(shrink, 1, 2)[..., None] + update
-        return new_top, total, out
-
-    rows = (batch, q.shape[2], q.shape[1])
-    carry = (
-        jnp.full(rows, blocked, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros(q.shape, jnp.float32),
-    )
-    parts = (jnp.arange(chunks), split(k, 1), split(v, 1), split(mask, 2))
-    (_, total, out), _ = jax.lax.scan(lambda c, part: (step(q, key, c, part), None), carry, parts)
-    return (out / jnp.moveaxis(total, 1, 2)[..., None]).astype(v.dtype)
+    factor = None
+    if dropout_rate == 0:
+        key = None
+    if key is not None and k.shape[1] <= chunk:
+        batch, queries, heads, _ = q.shape
+        ones = jnp.ones((batch, heads, queries, k.shape[1]), jnp.float32)
+        factor, key = dropout(ones, dropout_rate, key), None
+    return attend(q * q.shape[-1] ** -0.5, k, v, mask, None, factor, key, dropout_rate, chunk)
 
 
 def sine_positions(height: int, width: int, dim: int) -> jax.Array:

@@ -41,37 +41,40 @@ def sum_over_slots(
     num_predictions, batch, num_slots = matched.shape
     count = math.ceil(num_slots / chunk)
 
-    def fill(x, axis):
+    def fill(x: jax.Array, axis: int) -> jax.Array:
         """Pads the slots to whole chunks."""
         return jnp.pad(
             x, [(0, count * chunk - num_slots if i == axis else 0) for i in range(x.ndim)]
         )
 
-    matched, queries, parts = fill(matched, 2), fill(queries, 2), [fill(x, 1) for x in parts]
+    matched, queries = fill(matched, 2), fill(queries, 2)
+    filled = [fill(x, 1) for x in parts]
     in_use = jnp.any(matched.reshape(-1, count, chunk), axis=(0, 2))
     used = jnp.max(jnp.where(in_use, jnp.arange(1, count + 1), 0))
 
-    def read(x, n, start):
+    def read(x: jax.Array, n: jax.Array, start: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(x[n], start, chunk, 1)
 
-    def write(x, value, n, start):
+    def write(x: jax.Array, value: jax.Array, n: jax.Array, start: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice(x, value[None], (n, 0, start, *[0] * (x.ndim - 3)))
 
-    def each_chunk(body, carry, used, parts):
+    def each_chunk(body: Callable, carry: Any, used: jax.Array, parts: list[jax.Array]) -> Any:
         """Calls `carry = body(carry, n, start, parts)` for the chunks in use of all predictions."""
 
-        def step(i, carry):
+        def step(i: jax.Array, carry: Any) -> Any:
             n, start = i // used, i % used * chunk
             slices = [lax.dynamic_slice_in_dim(x, start, chunk, 1) for x in parts]
             return body(carry, n, start, slices)
 
         return lax.fori_loop(0, num_predictions * used, step, carry)
 
-    def empty(like):
+    def empty(like: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.zeros((num_predictions, batch, count * chunk, *like.shape[2:]), like.dtype)
 
-    def forward(features, queries, used, parts):
-        def pair(n, slices):
+    def forward(
+        features: jax.Array, queries: jax.Array, used: jax.Array, parts: list[jax.Array]
+    ) -> tuple[Any, Any]:
+        def pair(n: jax.Array, slices: list[jax.Array]) -> Any:
             chunk_queries = jnp.zeros((batch, chunk, queries.shape[-1]), queries.dtype)
             choice = choose(features, chunk_queries, n, *slices)
             return choice, losses(features, chunk_queries, choice, n, *slices)
@@ -79,7 +82,7 @@ def sum_over_slots(
         first = [lax.slice_in_dim(x, 0, chunk, axis=1) for x in parts]
         kept = jax.tree.map(empty, jax.eval_shape(pair, jnp.int32(0), first))
 
-        def body(carry, n, start, slices):
+        def body(carry: Any, n: jax.Array, start: jax.Array, slices: Any) -> Any:
             part = read(queries, n, start)
             choice = choose(features, part, n, *slices)
             found = choice, losses(features, part, choice, n, *slices)
@@ -88,10 +91,10 @@ def sum_over_slots(
         choice, found = each_chunk(body, kept, used, parts)
         return found, (features, queries, choice, used, parts)
 
-    def backward(kept, gradients):
+    def backward(kept: Any, gradients: Any) -> tuple:
         features, queries, choice, used, parts = kept
 
-        def body(carry, n, start, slices):
+        def body(carry: Any, n: jax.Array, start: jax.Array, slices: Any) -> Any:
             total, query_gradient = carry
             chosen = jax.tree.map(lambda x: read(x, n, start), choice)
             _, pull = jax.vjp(
@@ -107,5 +110,9 @@ def sum_over_slots(
 
     by_slot = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
     by_slot.defvjp(forward, backward)
-    found = by_slot(features, queries, used, parts)
-    return tuple(jnp.sum(jnp.where(matched, x, 0.0), axis=(1, 2)) for x in found)
+    first, second = by_slot(features, queries, used, filled)
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(matched, x, 0.0), axis=(1, 2))
+
+    return total(first), total(second)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from oneformer_jax.models.attention import attend
 from oneformer_jax.models.backbones.common import (
     DEPTHS,
     DROP_PATH,
@@ -201,17 +202,17 @@ class WindowAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, regions: jax.Array | None) -> jax.Array:
         """[B, G, S, C] with int32 [G, S] or None; tokens of different regions are kept apart."""
-        *axes, width = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(*axes, 3, self.num_heads, -1), -3, 0)
+        batch, windows, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch * windows, tokens, 3, self.num_heads, -1)
+        q, k, v = (qkv[:, :, i] for i in range(3))
         bias = self.relative_position_bias_table[...][relative_position_index(self.window_size)]
-        addend = jnp.moveaxis(bias, -1, 0)[None]  # [1, N, S, S], with regions [G, N, S, S]
+        bias = jnp.moveaxis(bias, -1, 0)[None]  # [1, N, S, S], with regions [G, N, S, S]
         if regions is not None:
             same = regions[:, None, :, None] == regions[:, None, None, :]
-            addend = addend + jnp.where(same, 0.0, MASK_VALUE)
-        logits = jnp.einsum("bgqnd,bgknd->bgnqk", q, k, preferred_element_type=jnp.float32)
-        attention = jax.nn.softmax(logits * q.shape[-1] ** -0.5 + addend, axis=-1)
-        out = jnp.einsum("bgnqk,bgknd->bgqnd", attention.astype(v.dtype), v)
-        return self.proj(out.reshape(*axes, width))
+            bias = bias + jnp.where(same, 0.0, MASK_VALUE)
+        q = q * q.shape[-1] ** -0.5
+        out = attend(q, k, v, None, bias, None, None, 0.0, tokens)
+        return self.proj(out.reshape(x.shape))
 
 
 class PatchMerging(nnx.Module):
