@@ -52,7 +52,8 @@ def load(
 
     Of other programs' files, the architecture is recognised from the tensors, the classes from
     their number, and thresholds, test size and dilations from the published model that has the same
-    tensors (see docs/weights.md).
+    tensors (see docs/weights.md). Compiled programs are kept on disk, where JAX has been told or in
+    the user's folder of caches, so that the next process starts fast.
 
     Args:
       path: a workdir (its newest checkpoint is taken) or a folder `workdir/checkpoints/<step>`; an
@@ -74,6 +75,7 @@ def load(
     """
     import dataclasses
 
+    from oneformer_jax import compilation
     from oneformer_jax.eval.predict import Segmenter
     from oneformer_jax.models import functional
     from oneformer_jax.models.execution import Execution
@@ -81,6 +83,7 @@ def load(
     from oneformer_jax.train import checkpoint
     from oneformer_jax.weights import convert, files
 
+    compilation.keep_programs()
     if not files.is_foreign(path):
         if config is not None or metadata is not None:
             given = "config" if config is not None else "metadata"

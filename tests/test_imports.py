@@ -34,6 +34,7 @@ RULES = {
     "models": ("models types kernels", "flax jax numpy scipy"),
     "types": ("", "jax numpy"),
     "catalogue": ("", ""),
+    "compilation": ("", "absl jax"),
     "files": ("", "msgspec"),
     "rules": ("files", ""),
     "config_rules": ("files rules", ""),
@@ -60,7 +61,7 @@ RULES = {
 }
 
 # Rooms that import nothing but each other, and that every other room but kernels may import.
-LEAVES = {"catalogue", "files", "rules", "config_rules"}
+LEAVES = {"catalogue", "compilation", "files", "rules", "config_rules"}
 
 PACKAGE = "oneformer_jax"
 FOLDERS = (PACKAGE, "configs", "input_pipeline", "kernels")

@@ -240,8 +240,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def start_jax(compilation_cache: str = "") -> None:
     """Joins the other processes, if asked to, and keeps compiled programs for the next run."""
-    import jax
-
+    from oneformer_jax import compilation
     from oneformer_jax.train import observe
     from oneformer_jax.train.runtime import distributed
 
@@ -249,10 +248,7 @@ def start_jax(compilation_cache: str = "") -> None:
     explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _DISTRIBUTED.value or any(value is not None for value in explicit):
         distributed.start(distributed.find_place(os.environ, *explicit), _STARTUP_TIMEOUT.value)
-    if compilation_cache or not jax.config.jax_compilation_cache_dir:
-        default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "oneformer_jax"
-        folder = pathlib.Path(compilation_cache or default).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation.keep_programs(compilation_cache)
 
 
 def require_flags(**values: object) -> None:

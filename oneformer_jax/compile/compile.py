@@ -147,7 +147,7 @@ def _trace_prediction(
     image, image_size, task_tokens = abstract_eval_batch(config, mesh)
     features = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=image.sharding),
-        jax.eval_shape(programs.encode, params, state["stats"], image, image_size),
+        jax.eval_shape(programs.encode.jitted, params, state["stats"], image, image_size),
     )
     encoder = {name: params[name] for name in functional.ENCODER_PARTS}
     decoder = {name: tree for name, tree in params.items() if name not in encoder}
@@ -155,8 +155,8 @@ def _trace_prediction(
         {name: state[name] for name in state if name not in ("step", "halted")}
     )
     for name, program, read, arguments in (
-        ("encoding step", programs.encode, (encoder, state["stats"]), (image, image_size)),
-        ("decoding step", programs.decode, decoder, (features, task_tokens)),
+        ("encoding step", programs.encode.jitted, (encoder, state["stats"]), (image, image_size)),
+        ("decoding step", programs.decode.jitted, decoder, (features, task_tokens)),
     ):
         parts = {
             "parameters": _bytes_per_device(read),

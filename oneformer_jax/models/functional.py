@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from oneformer_jax.compilation import Program
 from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig, normalize_images
@@ -142,8 +143,8 @@ class Programs(NamedTuple):
         [B, Q, K+1] and mask logits float32 [B, Q, h, w] of the final prediction.
     """
 
-    encode: Any
-    decode: Any
+    encode: Program
+    decode: Program
 
 
 def programs(graph: nnx.GraphDef, mesh: Mesh | None = None) -> Programs:
@@ -172,4 +173,8 @@ def programs(graph: nnx.GraphDef, mesh: Mesh | None = None) -> Programs:
         predictions = decode(graph, whole(params), stats, features, tokens, mesh=mesh)
         return predictions.class_logits[-1], predictions.mask_logits()
 
-    return Programs(jax.jit(encode_images, **kept), jax.jit(decode_task, **kept))
+    varying = slice(2, 3)  # the images, the features
+    return Programs(
+        Program(jax.jit(encode_images, **kept), "the encoding of images", looks_at=varying),
+        Program(jax.jit(decode_task, **kept), "the prediction from features", looks_at=varying),
+    )

@@ -131,7 +131,7 @@ class Evaluator:
         logging.info(
             "Programs compiled for evaluation so far: %d to encode, %d to decode, %d for "
             "post-processing",
-            *(program._cache_size() for program in self._programs),
+            *map(len, self._programs),
             postprocess.program_count() + tta.program_count(),
         )
         self._last = result

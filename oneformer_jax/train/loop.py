@@ -192,7 +192,7 @@ def train(
                 arrays = {name: value for name, value in batch.items() if name != "index"}
                 arrays = sharding.put_batch(arrays, mesh)
             if step == first_step + 1:
-                compile_everywhere(training.step, state, arrays, run_key, name="training step")
+                compile_everywhere(training.step, state, arrays, run_key, name="the training step")
             profiler.before(step)
             state, metrics = training.step(state, arrays, run_key)
             preemption.wake()  # the first step is compiled: from now on there is something to lose

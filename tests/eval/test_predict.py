@@ -222,9 +222,9 @@ def test_parameters_are_arguments_of_the_programs():
         return programs.decode(params, self._stats, features, TASK_TOKENS[0])[0]
 
     assert np.abs(run(self._params)).max() > 0
-    compiled = [program._cache_size() for program in programs]
+    compiled = [program.jitted._cache_size() for program in programs]
     assert not run(jax.tree.map(jnp.zeros_like, self._params)).any()
-    assert [program._cache_size() for program in programs] == compiled
+    assert [program.jitted._cache_size() for program in programs] == compiled
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves((self._params, self._stats)))
 
 

@@ -103,10 +103,10 @@ def test_parameters_of_the_text_branch_are_not_read():
 def test_each_program_reads_its_own_parts_of_the_parameters():
     graph, params, stats = model()
     programs = functional.programs(graph)
-    features = jax.eval_shape(programs.encode, params, stats, *images())
+    features = jax.eval_shape(programs.encode.jitted, params, stats, *images())
     for program, arguments, own in (
-        (programs.encode, images(), set(functional.ENCODER_PARTS)),
-        (programs.decode, (features, TASK_TOKENS[0]), {"predictor", "task_mlp"}),
+        (programs.encode.jitted, images(), set(functional.ENCODER_PARTS)),
+        (programs.decode.jitted, (features, TASK_TOKENS[0]), {"predictor", "task_mlp"}),
     ):
         lowered = program.lower(params, stats, *arguments)
         kept = lowered._lowering.compile_args["kept_var_idx"]
@@ -134,7 +134,7 @@ def test_the_task_is_the_only_thing_that_a_program_is_told(mesh8):
     assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(features))
     assert all(x.sharding.shard_shape(x.shape)[0] == 1 for x in jax.tree.leaves(features))
     found = [programs.decode(spread, stats, features, tokens) for tokens in TASK_TOKENS]
-    assert (programs.encode._cache_size(), programs.decode._cache_size()) == (1, 1)
+    assert (len(programs.encode), len(programs.decode)) == (1, 1)
     assert not np.allclose(found[0][0], found[1][0], atol=1e-3)
     alone = functional.programs(graph)
     expected = alone.decode(

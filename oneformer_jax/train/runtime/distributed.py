@@ -20,6 +20,7 @@ import jax
 from absl import logging
 from orbax.checkpoint import multihost
 
+from oneformer_jax import compilation
 from oneformer_jax.files import first_few
 
 # Ports of jax.distributed on Cloud TPU and GKE; SLURM's follows from the job's number.
@@ -178,17 +179,15 @@ def start(place: Place | None, timeout: float = 300.0) -> None:
 def compile_everywhere(function: Any, *arguments: Any, name: str) -> None:
     """Compiles a jitted function, and waits until all processes have, so that none runs it alone.
 
-    Compiling may take longer than a collective waits: on CPUs JAX gives up after 30 s. A later call
-    with such arguments does not compile.
+    Compiling may take longer than a collective waits: on CPUs JAX gives up after 30 s.
 
     Args:
-      function: a result of `jax.jit`; a single process compiles it at its first call as usual.
-      arguments: arrays; nothing is donated here.
+      function, arguments: see `compilation.compile_now`.
       name: name of the program, unique in a run.
     """
+    compilation.compile_now(function, *arguments, name=name)
     if jax.process_count() == 1:
         return
-    function.lower(*arguments).compile()
     wait = multihost.get_barrier_sync_fn()
     wait(key=f"oneformer_jax: {name} compiled", timeout_ms=1000 * _COMPILATION_SECONDS)
 

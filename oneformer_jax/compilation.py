@@ -1,0 +1,110 @@
+"""Compiles programs: says what takes long, keeps what was made, and gives the memory back."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+# A compilation that takes longer is announced, and its time is told.
+QUIET_SECONDS = 5.0
+
+
+def keep_programs(folder: str = "") -> None:
+    """Keeps compiled programs on disk, so that the next process finds them.
+
+    Args:
+      folder: the place. "" leaves one that JAX has been given already, or else takes
+        `oneformer_jax` in the user's folder of caches.
+    """
+    if folder or not jax.config.jax_compilation_cache_dir:
+        default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "oneformer_jax"
+        path = pathlib.Path(folder or default).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def compile_now(function: Any, *arguments: Any, name: str) -> None:
+    """Compiles a jitted function for arguments like these; a later call with such does not.
+
+    Args:
+      function: a result of `jax.jit`.
+      arguments: arrays; nothing is donated here.
+      name: the program's, for the log, such as "the training step".
+    """
+    start = time.perf_counter()
+    with _announced(name):
+        function.lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    if seconds > QUIET_SECONDS:
+        logging.info("Compiled %s in %.0f s.", name, seconds)
+    if seconds > 1:
+        release_memory()
+
+
+class Program:
+    """A jitted function that compiles itself with word of it for each new kind of arguments."""
+
+    def __init__(self, function: Any, name: str, *, looks_at: slice = slice(None)):
+        """Wraps a function.
+
+        Args:
+          function: a result of `jax.jit`.
+          name: what the log calls it.
+          looks_at: the arguments whose shapes vary from call to call.
+        """
+        self.jitted = function
+        self._name = name
+        self._looks_at = looks_at
+        self._known: set[Any] = set()
+
+    def __call__(self, *arguments: Any) -> Any:
+        shapes = tuple(x.shape for x in jax.tree.leaves(arguments[self._looks_at]))
+        if shapes not in self._known:
+            compile_now(self.jitted, *arguments, name=f"{self._name} for {_text(shapes[0])}")
+            self._known.add(shapes)
+        return self.jitted(*arguments)
+
+    def __len__(self) -> int:
+        """Counts the kinds of arguments so far."""
+        return len(self._known)
+
+    def lower(self, *arguments: Any) -> Any:
+        """Lowers the function, as `jax.jit` does."""
+        return self.jitted.lower(*arguments)
+
+
+def release_memory() -> None:
+    """Gives memory that this process has freed back to the system, where glibc holds on to it.
+
+    After the compilation of a large training step it is some gigabytes.
+    """
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _announced(name: str) -> Iterator[None]:
+    """Logs what is compiled once it takes long."""
+    text = "Compiling %s, which can take minutes the first time; %s ..."
+    kept = jax.config.jax_compilation_cache_dir
+    place = f"it is kept in {kept}" if kept else "it is not kept (no compilation cache)"
+    timer = threading.Timer(QUIET_SECONDS, logging.info, [text, name, place])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
