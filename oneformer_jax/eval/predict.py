@@ -13,7 +13,8 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -39,6 +40,8 @@ from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id
 
 # Deepest stride of the model: inputs are padded to multiples of it.
 STRIDE = 32
+# Of a folder: images that are read ahead, and results that wait to be written.
+AHEAD = 2
 
 
 @jax.tree_util.register_dataclass
@@ -374,6 +377,8 @@ def predict_files(
 ) -> list[pathlib.Path]:
     """Segments an image file, or those directly in a folder, and writes the results.
 
+    Reading the next images and writing the last results go on beside the model.
+
     Args:
       segmenter: a `Segmenter`.
       path: an image file, or a folder for its visible files with `images.ENDINGS`.
@@ -401,17 +406,36 @@ def predict_files(
             raise ValueError(f"{path} has no images (files with {', '.join(images.ENDINGS)})")
     files.remove_leftovers(out_dir)
     names = _result_names(found, out_dir)
-    written, broken = [], []
-    for number, (file, name) in enumerate(zip(found, names, strict=True), 1):
-        try:
-            image = read_image(file, max_pixels)
-        except ImageError as error:
-            logging.error("%s", error)
-            broken.append(str(error))
-            continue
-        for segmentation in segmenter(image, tasks).values():
-            written += write_prediction(out_dir, name, segmentation, source=file.name)
-        logging.info("[%d/%d] %s: %s", number, len(found), file, ", ".join(tasks))
+    broken, writing = [], collections.deque()
+
+    def write(
+        name: str, file: pathlib.Path, results: dict[str, Segmentation]
+    ) -> list[pathlib.Path]:
+        return [
+            path
+            for segmentation in results.values()
+            for path in write_prediction(out_dir, name, segmentation, source=file.name)
+        ]
+
+    written: list[pathlib.Path] = []
+    with (
+        futures.ThreadPoolExecutor(1, "reader") as reader,
+        futures.ThreadPoolExecutor(1, "writer") as writer,
+    ):
+        reading = _started_ahead(reader, lambda file: read_image(file, max_pixels), found)
+        for number, (file, name, image) in enumerate(zip(found, names, reading, strict=True), 1):
+            try:
+                results = segmenter(image.result(), tasks)
+            except ImageError as error:
+                logging.error("%s", error)
+                broken.append(str(error))
+                continue
+            writing.append(writer.submit(write, name, file, results))
+            while len(writing) > AHEAD:
+                written += writing.popleft().result()
+            logging.info("[%d/%d] %s: %s", number, len(found), file, ", ".join(tasks))
+        for files_of_image in writing:
+            written += files_of_image.result()
     if len(broken) == len(found) == 1:
         raise ImageError(broken[0])
     if broken:
@@ -421,6 +445,18 @@ def predict_files(
             f"{out_dir}:\n  {listing}"
         )
     return written
+
+
+def _started_ahead(
+    pool: futures.Executor, function: Callable[[Any], Any], items: Sequence[Any]
+) -> Iterator[futures.Future]:
+    """Yields the future of each item, in order; those of the next `AHEAD` are started by then."""
+    started: collections.deque[futures.Future] = collections.deque()
+    for item in items:
+        started.append(pool.submit(function, item))
+        if len(started) > AHEAD:
+            yield started.popleft()
+    yield from started
 
 
 def _result_names(found: Sequence[pathlib.Path], out_dir: pathlib.Path) -> list[str]:

@@ -84,12 +84,12 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    return 0.5 * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     wide = x.astype(jnp.float32)
-    density = jnp.exp(-0.5 * wide * wide) * np.float32((2 * np.pi) ** -0.5)
+    density = jnp.exp(-0.5 * wide * wide) * (2 * np.pi) ** -0.5
     slope = _normal_cdf(wide) + wide * density
     return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import threading
 import time
 
 import numpy as np
@@ -168,6 +169,53 @@ def test_a_folder_of_images_for_all_tasks(tmp_path):
     assert {p.name.split("_panoptic")[0] for p in written if "panoptic" in p.name} == {
         "a_png", "a_jpg", "b",
     }  # fmt: skip
+
+
+def test_the_next_images_are_read_and_the_last_results_written_beside_the_model(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "abcde":
+        Image.fromarray(picture()).save(folder / f"{name}.png")
+    read, written = threading.Semaphore(0), threading.Semaphore(0)
+    read_image, write_prediction = predict.read_image, predict.write_prediction
+
+    def counted_read(path, *rest):
+        read.release()
+        return read_image(path, *rest)
+
+    def counted_write(*arguments, **options):
+        found = write_prediction(*arguments, **options)
+        written.release()
+        return found
+
+    calls = []
+
+    def model(image, tasks):
+        calls.append(tasks)
+        if len(calls) == 1:  # while it works on the first image, two more are read
+            assert all(read.acquire(timeout=10) for _ in range(3))
+        if len(calls) == 2:  # while it works on the second, the first one's results are written
+            assert written.acquire(timeout=10)
+        return fake(image, tasks)
+
+    monkeypatch.setattr(predict, "read_image", counted_read)
+    monkeypatch.setattr(predict, "write_prediction", counted_write)
+    predict.predict_files(model, folder, tmp_path / "out", "semantic")
+    assert len(calls) == 5 and len(results(tmp_path / "out")) == 5
+
+
+def test_results_that_cannot_be_written_end_the_run(tmp_path, monkeypatch):
+    for name in "abcd":
+        Image.fromarray(picture()).save(tmp_path / f"{name}.png")
+
+    def full(*arguments, **options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(predict, "write_prediction", full)
+    with pytest.raises(OSError, match="no space left"):
+        predict.predict_files(fake, tmp_path, tmp_path / "out", "semantic")
 
 
 def results(folder):

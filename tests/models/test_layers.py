@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from oneformer_jax.models import layers
 from oneformer_jax.models.initial import ParamKeys
@@ -77,6 +78,69 @@ def test_multi_head_attention_broadcasts_keys():
 def test_attention_width_must_divide():
     with pytest.raises(ValueError, match="width 10 is not divisible by 4 heads"):
         layers.MultiHeadAttention(10, 4, rngs=ParamKeys(0))
+
+
+def _gradients(function, *inputs):
+    weigh = jnp.asarray(np.random.default_rng(9).normal(size=function(*inputs).shape), jnp.float32)
+    indices = tuple(range(len(inputs)))
+    return jax.grad(lambda *x: jnp.sum(weigh * function(*x)), indices)(*inputs)
+
+
+def test_gelu_and_its_gradient_are_the_exact_ones():
+    x = jnp.asarray(np.linspace(-12, 12, 2001), jnp.float32)
+    np.testing.assert_allclose(layers.gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
+    for ours, theirs in zip(
+        _gradients(layers.gelu, x),
+        _gradients(lambda x: jax.nn.gelu(x, approximate=False), x),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    assert layers.gelu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_layer_norm_and_its_gradients():
+    rng = np.random.default_rng(0)
+    x, scale, bias = (
+        jnp.asarray(rng.normal(2, 3, size=size), jnp.float32) for size in ((2, 3, 16), 16, 16)
+    )
+
+    def ours(x, scale, bias):
+        module = layers.layer_norm(16, rngs=ParamKeys(0))
+        module.scale, module.bias = nnx.Param(scale), nnx.Param(bias)
+        return module(x)
+
+    def plain(x, scale, bias):
+        variance = jnp.var(x, axis=-1, keepdims=True)
+        x = (x - jnp.mean(x, axis=-1, keepdims=True)) / jnp.sqrt(variance + 1e-5)
+        return x * scale + bias
+
+    np.testing.assert_allclose(ours(x, scale, bias), plain(x, scale, bias), atol=1e-5)
+    for a, b in zip(
+        _gradients(ours, x, scale, bias), _gradients(plain, x, scale, bias), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("size", [1, 3])
+def test_convolutions_of_any_size_and_stride(size, strides):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 7, 10, 4)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 4, 6)), jnp.float32)
+    padding = ((size // 2, size // 2),) * 2
+    options = dict(
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=1, precision=None
+    )
+
+    def ours(x, kernel):
+        return layers.convolve(x, kernel, strides, padding, **options)
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-5)
+    for a, b in zip(_gradients(ours, x, kernel), _gradients(plain, x, kernel), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_sine_positions_follow_the_formula():
