@@ -406,7 +406,8 @@ def predict_files(
             raise ValueError(f"{path} has no images (files with {', '.join(images.ENDINGS)})")
     files.remove_leftovers(out_dir)
     names = _result_names(found, out_dir)
-    broken, writing = [], collections.deque()
+    broken: list[str] = []
+    writing: collections.deque[futures.Future] = collections.deque()
 
     def write(
         name: str, file: pathlib.Path, results: dict[str, Segmentation]
