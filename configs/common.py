@@ -15,7 +15,7 @@ from oneformer_jax import catalogue
 
 
 def select(file: str, variant: str, rows: Mapping[str, Any]) -> tuple[str, Any]:
-    """The backbone and the row of a variant like "swin_large,res=896".
+    """Returns the backbone and the row of a variant like "swin_large,res=896".
 
     Args:
       file: of the recipes, for the message.
@@ -35,7 +35,7 @@ def select(file: str, variant: str, rows: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def get_published(row: catalogue.Published) -> ConfigDict:
-    """The base config with what the catalogue has about a model: architecture, size at the test.
+    """Adds to the base config what the catalogue has about a model: architecture, size at the test.
 
     How it is trained is left to the recipe.
     """
@@ -55,7 +55,7 @@ def get_published(row: catalogue.Published) -> ConfigDict:
 
 
 def get_base() -> ConfigDict:
-    """The base config: the COCO recipe of the official R-50 model, without a dataset."""
+    """Returns the base config: the COCO recipe of the official R-50 model, without a dataset."""
     c = ConfigDict()
     c.seed = 0  # of initialisation, data order, augmentation, dropout and loss points
 

@@ -171,7 +171,7 @@ class TfdsSource:
         return bool(self._has_things[index])
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width of image `index`; reads no image."""
+        """Returns the height and width of image `index`; reads no image."""
         height, width = self._sizes[index].tolist()
         return height, width
 

@@ -58,7 +58,7 @@ def check_json(path: Path, kind: str, layout: str) -> None:
 
 
 def coco_folder_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
-    """The class table of a COCO-panoptic JSON.
+    """Returns the class table of a COCO-panoptic JSON.
 
     Raises:
       FileNotFoundError: no such file.
@@ -173,17 +173,17 @@ class CocoFolderSource:
         return {**self.__dict__, "_content": self._content.for_reading()}
 
     def image_path(self, index: int) -> Path:
-        """Path of image `index`; RecordError if its annotation is broken."""
+        """Returns the path of image `index`; RecordError if its annotation is broken."""
         self._check_annotation(index)
         return self._images_dir / self._content.image_names[index]
 
     def panoptic_path(self, index: int) -> Path:
-        """Path of the panoptic PNG of image `index`; RecordError if its annotation is broken."""
+        """Finds the panoptic PNG of image `index`; RecordError if its annotation is broken."""
         self._check_annotation(index)
         return self._panoptic_dir / self._content.panoptic_names[index]
 
     def image_id(self, index: int) -> str:
-        """Id of image `index` in the JSON, as text; "" if its annotation cannot be read."""
+        """Returns the id of image `index` in the JSON, as text; "" if its annotation is broken."""
         return self._content.image_ids[index]
 
     def left_out(self, index: int) -> list[Fault]:
@@ -201,12 +201,12 @@ class CocoFolderSource:
         return any(self.info.is_thing[self._contiguous[c]] for c in categories[crowd == 0].tolist())
 
     def classes_of(self, index: int) -> np.ndarray:
-        """The classes of the segments of image `index`, int [G], -1 if unknown; reads no file."""
+        """Lists the classes of image `index`'s segments, int [G], -1 if unknown; reads no file."""
         categories = self._content.rows(index)[:, 1].tolist()
         return np.array([self._contiguous.get(category, -1) for category in categories], np.int64)
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width in the head of the file of image `index`, or a RecordError.
+        """Reads height and width in the head of the file of image `index`, or a RecordError.
 
         The JSON may disagree with the file.
         """
@@ -225,14 +225,14 @@ class CocoFolderSource:
         return self._record(index, image, annotation.numbers, annotation.segments.numbered())
 
     def examine(self, index: int) -> tuple[dict, list[Fault]]:
-        """Record `index`, and the remarks on its annotation (`Annotation.remarks`)."""
+        """Returns record `index`, and the remarks on its annotation (`Annotation.remarks`)."""
         index = checked_index(index, len(self))
         image = self._image(index)
         numbers, segments, remarks = self.annotation(index)
         return self._record(index, image, with_ids(numbers, segments), segments), remarks
 
     def annotation(self, index: int, *, skip_broken: bool | None = None) -> Annotation:
-        """The segments of image `index` with contiguous classes, and their map.
+        """Returns the segments of image `index` with contiguous classes, and their map.
 
         Args:
           index: of the image.

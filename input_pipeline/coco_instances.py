@@ -33,12 +33,12 @@ HIDDEN = "annotation that others hide completely"
 
 
 def instance_info(name: str, categories: Sequence[Mapping[str, Any]]) -> DatasetInfo:
-    """The class table of an instance JSON: its categories in their order, all things."""
+    """Returns the class table of an instance JSON: its categories in their order, all things."""
     return datasets.from_coco_categories(name, [{**c, "isthing": 1} for c in categories])
 
 
 def instance_file_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
-    """The class table of an instance JSON, read from the file.
+    """Returns the class table of an instance JSON, read from the file.
 
     Raises:
       FileNotFoundError: no such file.
@@ -124,12 +124,12 @@ class CocoInstanceSource:
         return bool((~self._content.crowd[rows] & ~self._content.empty[rows]).any())
 
     def classes_of(self, index: int) -> np.ndarray:
-        """The classes of the instances of image `index`, int [G], -1 if unknown; reads no file."""
+        """Lists the classes of image `index`'s instances, int [G], -1 if unknown; reads no file."""
         categories = self._content.category_ids[self._content.rows(index)].tolist()
         return np.array([self._contiguous.get(category, -1) for category in categories], np.int64)
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width in the head of the file of image `index`, or a RecordError."""
+        """Reads height and width in the head of the file of image `index`, or a RecordError."""
         path = self._image_path(index)
         return read_image_size(self._read(path), str(path), self.max_pixels)
 
@@ -138,7 +138,7 @@ class CocoInstanceSource:
         return self.examine(index)[0]
 
     def examine(self, index: int) -> tuple[dict, list[Fault]]:
-        """Record `index`, and a fault for each of its annotations without a visible pixel."""
+        """Reads record `index`, and finds a fault for each annotation without a visible pixel."""
         record, remarks = self._record(index)
         return {**record, "panoptic": record["panoptic"].astype(np.int32)}, remarks
 

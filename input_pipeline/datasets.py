@@ -63,7 +63,7 @@ class DatasetInfo:
         return len(self.class_names)
 
     def contiguous_ids(self) -> dict[int, int]:
-        """Mapping from the dataset's own category id to the contiguous class id."""
+        """Returns the mapping from the dataset's own category id to the contiguous class id."""
         return {category: index for index, category in enumerate(self.category_ids)}
 
 
@@ -98,7 +98,7 @@ _DISTINCT = 1024  # more colours cannot be told apart, and are slow to find
 
 @functools.cache
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """`count` RGB colours, always the same; a longer palette begins with a shorter one.
+    """Returns `count` RGB colours, always the same; a longer palette begins with a shorter one.
 
     Starts with a blue and adds the colour of a fixed grid that is farthest (CIELAB distance) from
     all taken so far. Past `_DISTINCT` the colours repeat.
@@ -276,7 +276,7 @@ _TABLES = {info.dataset: info for info in (COCO, ADE20K, CITYSCAPES, MAPILLARY, 
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """The table coco, ade20k, cityscapes, mapillary or synthetic; ValueError for other names."""
+    """Finds the table coco, ade20k, cityscapes, mapillary or synthetic; else a ValueError."""
     if name not in _TABLES:
         hint = did_you_mean(str(name).lower(), _TABLES)
         raise ValueError(

@@ -40,7 +40,7 @@ def read_file(path: Path, hint: str = "restore the file") -> bytes:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Returns SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

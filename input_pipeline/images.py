@@ -124,7 +124,7 @@ class _Header:
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the image files directly in `folder`, sorted, by their ending in either case.
+    """Lists the image files directly in `folder`, sorted, by their ending in either case.
 
     Hidden files are left out, including the `._NAME` that macOS puts beside NAME.
     """
@@ -153,7 +153,7 @@ def walk_images(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def read_file(path: str | os.PathLike[str], error: type[Exception] = ImageError) -> bytes:
-    """Content of an image file of at most `FILE_LIMIT` bytes; see `files.read_bytes`."""
+    """Reads an image file of at most `FILE_LIMIT` bytes; see `files.read_bytes`."""
     return files.read_bytes(path, limit=FILE_LIMIT, error=error)
 
 
@@ -205,7 +205,7 @@ def decode_samples(
 def read_size(
     data: bytes, where: str, *, max_pixels: int = MAX_PIXELS, error: type[Exception] = ImageError
 ) -> tuple[int, int]:
-    """Height and width of the result of `decode_image`, from the header alone; same errors."""
+    """Reads height and width of the result of `decode_image` in the header alone; same errors."""
     return _checked(lambda header, _: header.upright_size, data, where, max_pixels, error)
 
 

@@ -130,7 +130,7 @@ class Split:
     left_out: tuple[str, ...]
 
     def missing(self) -> list[str]:
-        """Names of its missing files."""
+        """Returns the names of its missing files."""
         return [os.path.basename(path) for path in self.paths if not os.path.isfile(path)]
 
 

@@ -69,7 +69,7 @@ class SegmentTable:
 
     @classmethod
     def from_dicts(cls, segments: Sequence[Mapping[str, Any]]) -> SegmentTable:
-        """The table of a record's `segments`."""
+        """Returns the table of a record's `segments`."""
         return cls.from_lists(
             *([s[key] for s in segments] for key in ("id", "category", "iscrowd", "area"))
         )
@@ -103,12 +103,12 @@ class SegmentTable:
             )
 
     def measured(self, panoptic: np.ndarray, where: str) -> SegmentTable:
-        """The segments in an id map, int [H, W]; their areas count its pixels."""
+        """Returns the segments in an id map, int [H, W]; their areas count its pixels."""
         numbers = number_segments(panoptic, self, where)
         return keep_visible(numbers, self, count_pixels(numbers, self))[1]
 
     def numbered(self) -> SegmentTable:
-        """The same segments with the ids 1, 2, ..., for a compact record."""
+        """Returns the same segments with the ids 1, 2, ..., for a compact record."""
         return dataclasses.replace(self, ids=np.arange(1, len(self) + 1))
 
     def to_dicts(self) -> list[dict]:
@@ -132,7 +132,7 @@ def decode_image(data: bytes, where: str, max_pixels: int = images.MAX_PIXELS) -
 def read_image_size(
     data: bytes, where: str, max_pixels: int = images.MAX_PIXELS
 ) -> tuple[int, int]:
-    """Height and width of the result of `decode_image`, from the header alone; same errors."""
+    """Reads height and width of the result of `decode_image` in the header alone; same errors."""
     return images.read_size(data, where, max_pixels=max_pixels, error=RecordError)
 
 
@@ -227,7 +227,7 @@ def number_segments(
 
 
 def count_pixels(numbers: np.ndarray, segments: SegmentTable) -> np.ndarray:
-    """int64 [n]: pixels of each segment in a map of table positions + 1 (uint8 or uint16)."""
+    """Counts the segments' pixels, int64 [n], in a uint8 or uint16 map of table positions + 1."""
     if numbers.dtype == np.uint8 and numbers.size < 1 << 24:  # float32 counts are exact, and fast
         counts = cv2.calcHist([numbers], [0], None, [256], [0, 256]).reshape(-1)
         return counts[1 : len(segments) + 1].astype(np.int64)
@@ -273,12 +273,12 @@ def encode_dense(panoptic: np.ndarray, segments: SegmentTable) -> bytes:
 def decode_dense(
     data: bytes, segments: SegmentTable, where: str, max_pixels: int = images.MAX_PIXELS
 ) -> np.ndarray:
-    """Inverse of `encode_dense`: int32 [H, W] of segment ids; RecordError if it is damaged."""
+    """Inverts `encode_dense`: int32 [H, W] of segment ids; RecordError if it is damaged."""
     return with_ids(decode_dense_compact(data, segments, where, max_pixels), segments)
 
 
 def with_ids(numbers: np.ndarray, segments: SegmentTable) -> np.ndarray:
-    """int32 [H, W] of segment ids from a map of table positions + 1."""
+    """Returns int32 [H, W] of segment ids from a map of table positions + 1."""
     return np.concatenate([[0], segments.ids]).astype(np.int32)[numbers]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 def shortest_edge_size(
     size: tuple[int, int], short_edge: float, max_size: float
 ) -> tuple[int, int]:
-    """(height, width) after scaling the short side to `short_edge`, the long one <= `max_size`.
+    """Scales the short side to `short_edge`, the long one to `max_size` at most: (height, width).
 
     The arithmetic is that of Detectron2's ResizeShortestEdge: sides are int(v + 0.5).
     """
@@ -27,7 +27,7 @@ def shortest_edge_size(
 
 
 def resize_for_test(image: np.ndarray, short_edge: int, max_size: int) -> np.ndarray:
-    """Test-time resize: PIL bilinear on uint8, short side to `short_edge`, long side <= `max_size`.
+    """Resizes as at the test: PIL bilinear on uint8, sides as `shortest_edge_size` says.
 
     Always PIL, so that published scores are compared on the very pixels of the official evaluation.
 
@@ -43,7 +43,7 @@ def resize_for_test(image: np.ndarray, short_edge: int, max_size: int) -> np.nda
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear resize with antialiasing, the result of PIL to one grey level.
+    """Resizes bilinearly with antialiasing, to the result of PIL but for one grey level.
 
     OpenCV is used where no side shrinks: there antialiasing plays no part, and it is many times
     faster.
@@ -64,7 +64,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_ids(panoptic: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest-neighbour resize of an int32 [H, W] id map to (height, width), equal to PIL's."""
+    """Resizes an int32 [H, W] id map to (height, width) by nearest neighbours, equal to PIL."""
     height, width = size
     if (height, width) == panoptic.shape:
         return panoptic

@@ -199,12 +199,12 @@ class SemanticFolderSource:
         return f"SemanticFolderSource({str(self._images_dir)!r}, {len(self)} records)"
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width in the head of the file of image `index`, or a RecordError."""
+        """Reads height and width in the head of the file of image `index`, or a RecordError."""
         path = self._images_dir / self._names[index]
         return read_image_size(read_file(path, _HINT), str(path), self.max_pixels)
 
     def classes_of(self, index: int) -> np.ndarray:
-        """The classes in the map of image `index`, ascending, int [G], or a RecordError."""
+        """Returns the classes in the map of image `index`, ascending, int [G], or a RecordError."""
         return self._numbered(self._label_path(self._names[index]))[1]
 
     def __getitem__(self, index: int) -> dict:

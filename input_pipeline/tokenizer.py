@@ -39,7 +39,7 @@ def _clean(text: str) -> str:
 
 
 def tokenize(texts: Sequence[str], length: int = CONTEXT_LENGTH) -> np.ndarray:
-    """Token ids of CLIP's byte-pair encoding.
+    """Returns token ids of CLIP's byte-pair encoding.
 
     Args:
       texts: n texts.
@@ -70,7 +70,7 @@ def names_type(template: str) -> bool:
 
 
 def text_table(class_names: Sequence[str], template: str = TEXT_TEMPLATE) -> np.ndarray:
-    """Token ids of every text that a text list of a dataset can hold, each once.
+    """Returns token ids of every text that a text list of a dataset can hold, each once.
 
     Args:
       class_names: K names in order of contiguous class id, verbatim from the dataset.
@@ -97,7 +97,7 @@ def text_table(class_names: Sequence[str], template: str = TEXT_TEMPLATE) -> np.
 
 
 def task_tokens() -> np.ndarray:
-    """int32 [3, 77]: ids of "The task is {task}" in the order of TASKS."""
+    """Returns int32 [3, 77]: ids of "The task is {task}" in the order of TASKS."""
     return tokenize([f"The task is {task}" for task in TASKS])
 
 

@@ -71,7 +71,7 @@ class AugmentConfig:
         rules.require("data.", {"crop_size": self.crop_size}, {"crop_size": _CROP_SIZE})
 
     def short_edges(self) -> tuple[int, ...]:
-        """The 16 sizes of the short edge from which "unified" draws, in pixels."""
+        """Returns the 16 sizes of the short edge from which "unified" draws, in pixels."""
         low, high = self.scale
         # The small addend keeps 0.7 * 640 at 448 whatever the rounding of the product.
         return tuple(int(s * self.short_edge + 1e-6) for s in np.linspace(low, high, _NUM_SCALES))
@@ -227,7 +227,7 @@ _Transform = Callable[[np.random.Generator, Record, AugmentConfig], dict[str, An
 
 
 def chain(config: AugmentConfig) -> tuple[_Transform, ...]:
-    """The transforms of `config.kind`, in the order of the official mapper."""
+    """Returns the transforms of `config.kind`, in the order of the official mapper."""
     if config.kind == "lsj":
         return (random_flip, large_scale_jitter, fixed_size_crop)
     if config.kind == "none":

@@ -56,7 +56,7 @@ class Gpu:
     shared: int
 
     def target_config(self) -> str:
-        """The description of the chip as XLA's target configuration."""
+        """Returns the description of the chip as XLA's target configuration."""
         major, minor = self.capability
         return f"""
           gpu_device_info {{
@@ -126,7 +126,7 @@ GPUS = {
 
 
 def peak_flops(device: Any) -> float | None:
-    """Peak FLOP/s of a jax device, or None if its kind is not in the tables."""
+    """Returns the peak FLOP/s of a jax device, or None if its kind is not in the tables."""
     for chip in (*TPUS.values(), *GPUS.values()):
         if device.device_kind in chip.kinds:
             return chip.peak_flops

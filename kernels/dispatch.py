@@ -17,7 +17,7 @@ OLDEST_CAPABILITY = 8.0  # Ampere: the oldest that Pallas:Triton compiles for
 def choose(
     operation: str, implementation: str, implementations: Sequence[str], fastest: Mapping[str, str]
 ) -> str:
-    """The implementation that runs: the named one, or for "auto" the fastest of the platform.
+    """Chooses what runs: the named implementation, or for "auto" the fastest of the platform.
 
     Args:
       operation: name for the error.
@@ -39,7 +39,7 @@ def choose(
 
 
 def platform() -> str:
-    """The platform that is traced for: "cpu", "gpu" or "tpu".
+    """Returns the platform that is traced for: "cpu", "gpu" or "tpu".
 
     It is that of the mesh that the trace was told of (`jax.sharding.use_abstract_mesh`), which may
     stand for devices that are not there, else that of the default device.
@@ -49,7 +49,7 @@ def platform() -> str:
 
 
 def load(package: str, implementation: str, function: str) -> Callable[..., jax.Array]:
-    """A function of the module kernels.PACKAGE.IMPLEMENTATION, imported when it is first used.
+    """Loads a function of kernels.PACKAGE.IMPLEMENTATION, which is imported when first used.
 
     Raises:
       NotImplementedError: the module cannot be imported here.
@@ -73,7 +73,7 @@ def split_batch(
     *,
     shared: int = 0,
 ) -> Callable:
-    """`call` under a shard_map over all axes of a mesh that are not manual yet.
+    """Returns `call` under a shard_map over all axes of a mesh that are not manual yet.
 
     Args:
       operation, argument: names for errors.
@@ -111,7 +111,7 @@ def split_batch(
 
 
 def merge_mapped_axes(call: Callable) -> Callable:
-    """`call` of arrays [B, ...], which under `jax.vmap` sees the mapped axis as part of B.
+    """Returns `call` of arrays [B, ...], which under `jax.vmap` sees the mapped axis as part of B.
 
     Kernels count their grid steps and move memory by hand, which JAX cannot batch for them.
     """
@@ -147,12 +147,12 @@ def vmem_of_this_chip(operation: str) -> int:
 
 
 def compute_capability_of(device: jax.Device) -> str | None:
-    """ "9.0" for an H100 or H200; None for what is not an NVIDIA GPU."""
+    """Returns "9.0" for an H100 or H200; None for what is not an NVIDIA GPU."""
     return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
 
 
 def nvidia_capability(operation: str, compute_capability: str | None) -> float:
-    """The compute capability of an NVIDIA GPU as a number; None for a device that has none.
+    """Returns the compute capability of an NVIDIA GPU as a number; None for a device that has none.
 
     Raises:
       NotImplementedError: it is no NVIDIA GPU, or older than `OLDEST_CAPABILITY`.

@@ -12,7 +12,7 @@ SUBLANES = 8
 
 
 def index_scratch(rows: int):
-    """Two buffers of a tile's indices, int32 [rows, buffer, 128], and their semaphores.
+    """Returns two buffers of a tile's indices, int32 [rows, buffer, 128], and their semaphores.
 
     A scalar load forms its address `immediate + register` free of charge only if the array lies at
     a fixed place and the immediate is a static slice, which Pallas' own blocks do not offer.

@@ -48,7 +48,7 @@ def load(
     mesh: Mesh | None = None,
     **overrides: Any,
 ) -> Segmenter:
-    """A `Segmenter` from a trained workdir, an official checkpoint or a Hugging Face folder.
+    """Loads a `Segmenter` from a trained workdir, an official checkpoint or a Hugging Face folder.
 
     Of other programs' files, the architecture is recognised from the tensors, the classes from
     their number, and thresholds, test size and dilations from the published model that has the same
@@ -119,7 +119,7 @@ def load(
 def classes_of(
     model: Model, path: str | os.PathLike[str], given: Metadata | str | None = None
 ) -> Metadata:
-    """The classes of a model from another program's file: given, in the file, or by their number.
+    """Finds the classes of another program's model: given, in the file, or by their number.
 
     Args:
       model: from `weights.convert.read_model`.

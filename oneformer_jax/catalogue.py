@@ -205,12 +205,12 @@ MODELS = (
 
 
 def of(dataset: str) -> dict[str, Published]:
-    """The published models of a dataset by variant."""
+    """Returns the published models of a dataset by variant."""
     return {model.variant: model for model in MODELS if model.dataset == dataset}
 
 
 def named(name: str) -> Published:
-    """The published model of a name like "coco:swin_large" or "configs/coco.py:swin_large".
+    """Returns the published model of a name like "coco:swin_large" or "configs/coco.py:swin_large".
 
     Raises:
       ValueError: there is none; the message lists them.

@@ -394,18 +394,18 @@ def find_faults(config: Mapping[str, Any], but: tuple[str, ...] = ()) -> list[Fa
 
 
 def check(config: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
-    """ValueError with a line for each of the first wrong values of `config`; see `find_faults`."""
+    """Raises a ValueError with a line for each of the first wrong values; see `find_faults`."""
     if found := find_faults(config, but):
         raise ValueError(first_few(found, 10, "\n"))
 
 
 def require(values: Mapping[str, Any]) -> None:
-    """ValueError unless the values of these config keys, "optim.lr" and so on, are accepted."""
+    """Raises a ValueError unless the values of these keys, "optim.lr" and so on, are accepted."""
     refuse("", values, _broken(values, {key: RULES[key] for key in values}))
 
 
 def require_fields(group: str, fields: Any, but: tuple[str, ...] = ()) -> None:
-    """ValueError unless the fields of a dataclass are accepted as the keys of a group.
+    """Raises a ValueError unless the fields of a dataclass are accepted as the keys of a group.
 
     Args:
       group: as "model": the field `dtype` is the key "model.dtype".

@@ -47,7 +47,7 @@ class Rule(abc.ABC):
         return "" if near is None else f" (use {near})"
 
     def nearest(self, value: Any) -> Any:
-        """An accepted value near to `value`, or None."""
+        """Returns an accepted value near to `value`, or None."""
         return value if self.accepts(value) else None
 
 
@@ -235,7 +235,7 @@ class Fields(Rule):
 
 
 def shown(value: Any) -> str:
-    """The value in a message: its repr, cut where it is long."""
+    """Returns the value in a message: its repr, cut where it is long."""
     if isinstance(value, int) and value.bit_length() > 1000:  # too many digits for repr
         return f"an integer of {value.bit_length():,} bits"
     text = repr(value)
@@ -243,7 +243,7 @@ def shown(value: Any) -> str:
 
 
 def faults(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, str]:
-    """Field -> what it must be, for every field of `rules` whose value is missing or wrong."""
+    """Tells what each field of `rules` must be whose value is missing or wrong."""
     found = {
         name: rule.fault(values[name]) if name in values else f"be given: {rule.wanted()}"
         for name, rule in rules.items()
@@ -252,7 +252,7 @@ def faults(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, st
 
 
 def require(owner: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    """ValueError with a sentence for every field of `values` that breaks its rule.
+    """Raises a ValueError with a sentence for every field of `values` that breaks its rule.
 
     Args:
       owner: begins the name of a field in the message, as "SwinConfig: ".
@@ -263,7 +263,7 @@ def require(owner: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) ->
 
 
 def refuse(owner: str, values: Mapping[str, Any], found: Mapping[str, str]) -> None:
-    """ValueError with the fields, values and sentences of `faults`, unless there are none."""
+    """Raises a ValueError with the fields, values and sentences of `faults`, if there are any."""
     if found:
         raise ValueError(
             "; ".join(
@@ -274,7 +274,7 @@ def refuse(owner: str, values: Mapping[str, Any], found: Mapping[str, str]) -> N
 
 
 def require_names(what: str, given: Any, known: tuple[str, ...], needed: tuple[str, ...]) -> None:
-    """ValueError that lists unknown names of `given`, with the nearest known, or missing ones."""
+    """Raises a ValueError for unknown names in `given`, with the nearest known, or missing ones."""
     if unknown := [name for name in given if name not in known]:
         hints = first_few(f"{name!r}{did_you_mean(name, known)}" for name in map(str, unknown))
         raise ValueError(f"{what}: unknown fields {hints}; known are {', '.join(known)}")

@@ -39,7 +39,7 @@ TASK_TOKENS = _task_tokens()
 
 
 def task_id(task: str) -> int:
-    """Index of `task` in `TASKS`; ValueError that lists the tasks for an unknown name."""
+    """Finds `task` in `TASKS`; ValueError that lists the tasks for an unknown name."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; use one of {', '.join(TASKS)}")
     return TASKS.index(task)
@@ -139,7 +139,7 @@ class Predictions:
     query_class_logits: jax.Array | None = None
 
     def mask_logits(self, n: int = -1) -> jax.Array:
-        """Mask logits of prediction `n`, float32 [B, Q, h, w] (inference only: this is large)."""
+        """Forms the mask logits of prediction `n`, float32 [B, Q, h, w] (inference only: large)."""
         return jax.numpy.einsum(
             "bqd,bhwd->bqhw",
             self.mask_embed[n],
@@ -184,7 +184,7 @@ class Metadata:
         return len(self.class_names)
 
     def classes(self) -> list[str]:
-        """A text per class, "NAME (thing)" or "NAME (stuff)": equal lists make equal models."""
+        """Lists the classes as "NAME (thing)" or "NAME (stuff)": equal lists, equal models."""
         return [
             f"{name} ({'thing' if thing else 'stuff'})"
             for name, thing in zip(self.class_names, self.is_thing, strict=True)

@@ -48,7 +48,7 @@ def error(subject: str, faults: Sequence[Fault], way_out: str) -> FaultsError:
 
 
 def first_message(faults: Sequence[Fault]) -> str:
-    """The message of the first of an image's faults, and how many more there are."""
+    """Returns the message of the first of an image's faults, and how many more there are."""
     more = f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else ""
     return faults[0].message + more
 

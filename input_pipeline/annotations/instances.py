@@ -70,15 +70,15 @@ class InstanceFile:
     _bounds: np.ndarray  # int64 [A, 2]: where the segmentation of each row lies in `_text`
 
     def for_reading(self) -> InstanceFile:
-        """A copy for loader processes, without the parts that only reports need."""
+        """Returns a copy for loader processes, without the parts that only reports need."""
         return dataclasses.replace(self, faults=[], remarks=[])
 
     def rows(self, image: int) -> slice:
-        """The rows of an image's annotations."""
+        """Returns the rows of an image's annotations."""
         return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
 
     def runs(self, row: int, shape: tuple[int, int]) -> np.ndarray:
-        """Run lengths of an annotation in its image of (height, width), or a SegmentationError."""
+        """Reads the run lengths of an annotation in an image of (height, width), or raises."""
         start, stop = self._bounds[row]
         try:
             return run_lengths.runs_of(schemas.segmentation_of(self._text[start:stop]) or [], shape)
@@ -88,7 +88,7 @@ class InstanceFile:
             ) from None
 
     def crowds_note(self, way_out: str) -> tuple[str, ...]:
-        """A sentence about suspiciously many crowds, or none; FaultsError if all are crowds."""
+        """Says that suspiciously many are crowds, or ""; FaultsError if all are."""
         crowds, total = int(self.crowd.sum()), len(self.crowd)
         if not total or crowds <= _FEW_CROWDS * total:
             return ()

@@ -55,15 +55,15 @@ class PanopticFile:
     unannotated: int
 
     def rows(self, index: int) -> np.ndarray:
-        """The segments of annotation `index`, int64 [s, 4]."""
+        """Returns the segments of annotation `index`, int64 [s, 4]."""
         return self.segments[self.offsets[index] : self.offsets[index + 1]]
 
     def for_reading(self) -> PanopticFile:
-        """A copy for loader processes, without the parts that only reports need."""
+        """Returns a copy for loader processes, without the parts that only reports need."""
         return dataclasses.replace(self, faults=[])
 
     def without_categories(self, known: Sequence[int]) -> PanopticFile:
-        """A copy in which segments of categories that are not `known` are faults."""
+        """Returns a copy in which segments of categories that are not `known` are faults."""
         strange = ~np.isin(self.segments[:, _CATEGORY], known)
         return self._without(
             strange,
@@ -75,7 +75,7 @@ class PanopticFile:
         )
 
     def without_repeated_ids(self) -> PanopticFile:
-        """A copy in which segments that share an id within their image are faults."""
+        """Returns a copy in which segments that share an id within their image are faults."""
         keys = np.stack([self._annotation_of(), self.segments[:, _ID]], 1)
         _, inverse, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
         return self._without(

@@ -33,7 +33,7 @@ class SegmentationError(ValueError):
 
 
 def runs_of(segmentation: Segmentation, shape: tuple[int, int]) -> np.ndarray:
-    """Run lengths of a segmentation in an image of `shape` (height, width).
+    """Returns the run lengths of a segmentation in an image of `shape` (height, width).
 
     Returns:
       int64 [R], positive except the first, whose sum is height x width.
@@ -55,7 +55,7 @@ def mask_of(runs: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def area_of(runs: np.ndarray) -> int:
-    """Number of foreground pixels."""
+    """Returns the number of foreground pixels."""
     return int(runs[1::2].sum())
 
 
@@ -99,7 +99,7 @@ def check_points(polygons: Sequence[Sequence[float]]) -> None:
 def far_outside(
     least: float, most: float, outline: float, shape: tuple[int, int]
 ) -> tuple[str, str]:
-    """Kind and message for polygons too far outside an image, or too long, to draw."""
+    """Returns the kind and message for polygons too far outside an image, or too long, to draw."""
     image = f"its image of {shape[0]} x {shape[1]} pixels (height x width)"
     if outline > MAX_OUTLINE:
         text = f"has an outline of {outline:g} pixels in {image}; at most {MAX_OUTLINE:,} are drawn"

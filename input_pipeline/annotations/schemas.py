@@ -225,7 +225,7 @@ def decode_list(
 
 
 def categories_of(path: object, entries: list[Raw], schema: type) -> list[dict]:
-    """The categories as dicts.
+    """Returns the categories as dicts.
 
     Args:
       path: the file.
@@ -285,7 +285,7 @@ def segmentation_of(text: Raw | bytearray) -> Segmentation | None:
 
 
 def doubled(values: Iterable[str]) -> list[str]:
-    """The values that occur more than once, in order, each once."""
+    """Returns the values that occur more than once, in order, each once."""
     seen: set[str] = set()
     twice: dict[str, None] = {}
     for value in values:

@@ -40,7 +40,7 @@ class FolderSplit:
     json_path: str
 
     def fingerprint(self) -> str:
-        """SHA-256 of the JSON, to notice annotations that changed since a preparation."""
+        """Returns SHA-256 of the JSON, to notice annotations that changed since a preparation."""
         return sha256(self.json_path)
 
 

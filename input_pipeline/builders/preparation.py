@@ -51,7 +51,7 @@ Log = Callable[[str], None]
 
 
 def builder_class(dataset: str) -> type[raw.PanopticBuilder]:
-    """The builder class of "coco", "ade20k", "cityscapes" or "mapillary"; else a ValueError."""
+    """Finds the builder of "coco", "ade20k", "cityscapes" or "mapillary"; else a ValueError."""
     if dataset not in BUILDERS:
         raise ValueError(f"there is no builder of {dataset!r}, only of {', '.join(BUILDERS)}")
     module = importlib.import_module(f"{__package__}.{dataset}")

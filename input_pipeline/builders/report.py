@@ -42,7 +42,7 @@ class SplitReport:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def left_out(self) -> list[str]:
-        """A line for every reason why records are missing."""
+        """Returns a line for every reason why records are missing."""
         found = [*self.missing, *(fault.message for fault in self.broken)]
         if self.listed != self.expected:
             found.insert(
@@ -51,7 +51,7 @@ class SplitReport:
         return found
 
     def lines(self, split: str) -> list[str]:
-        """The report as text."""
+        """Returns the report as text."""
         lines = [
             f"{split}: {self.written:,} of {self.expected:,} records in {self.files} files "
             f"({tfds.core.units.Size(self.bytes)}), {self.with_things:,} with things"
@@ -65,7 +65,7 @@ class SplitReport:
         return lines + [f"  {line}" for line in faults.summary(self.broken)]
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON, with the number of broken records of each kind."""
+        """Returns the report as JSON, with the number of broken records of each kind."""
         groups = faults.by_kind(self.broken)
         return {
             **dataclasses.asdict(self),

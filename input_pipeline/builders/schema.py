@@ -29,7 +29,7 @@ FACTS = ("height", "width", "has_things")
 
 
 def features(*, dense: bool, semantic: bool = False) -> tfds.features.FeaturesDict:
-    """The schema, with a dense or a COCO-form segment map, with or without a semantic map."""
+    """Makes the schema, with a dense or COCO-form segment map, with or without a semantic map."""
     extra = {SEMANTIC: tfds.features.Image(shape=(None, None, 1))} if semantic else {}
     return tfds.features.FeaturesDict(
         {

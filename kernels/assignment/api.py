@@ -23,7 +23,7 @@ COST_LIMIT = 1e30
 
 
 def load(implementation: str) -> Callable[..., jax.Array]:
-    """The function `assign` of an implementation."""
+    """Returns the function `assign` of an implementation."""
     return dispatch.load("assignment", implementation, "assign")
 
 
@@ -93,7 +93,7 @@ def _check(cost, valid) -> None:
 
 
 def solve(assign: Callable, cost: jax.Array, valid: jax.Array) -> jax.Array:
-    """`linear_sum_assignment` of checked arguments."""
+    """Returns `linear_sum_assignment` of checked arguments."""
     cost = jnp.clip(jnp.where(jnp.isnan(cost), COST_LIMIT, cost), -COST_LIMIT, COST_LIMIT)
     rows, columns = cost.shape[1:]
     fits = jnp.sum(valid, axis=1, keepdims=True) <= rows

@@ -87,7 +87,7 @@ class Assignment(Operation[Case]):
         return functools.partial(api.solve, xla.assign if implementation == "xla" else kernel)
 
     def count(self, target: str, case: Case, program: str, dump: pathlib.Path) -> dict[str, Any]:
-        """Issue cycles of one step of all problems, and of the rest of the kernel.
+        """Returns issue cycles of one step of all problems, and of the rest of the kernel.
 
         They hold only for problems of one block: trips of the loop over blocks that only move
         memory count as if they solved, too. Of the two kernels for more columns than rows, one is
@@ -98,7 +98,7 @@ class Assignment(Operation[Case]):
         return {"step_cycles": round(one - none), "other_cycles": round(none)}
 
     def predict(self, record: Mapping[str, Any], case: Case) -> list[dict[str, Any]]:
-        """One line, with the steps of the case's problems and their time."""
+        """Returns one line, with the steps of the case's problems and their time."""
         steps = count_steps(case)
         cycles = record["other_cycles"] + steps * record["step_cycles"]
         (row,) = super().predict(record, case)

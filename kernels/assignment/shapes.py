@@ -37,7 +37,7 @@ class Case:
         return self.problems, self.rows, self.columns
 
     def costs(self, seed: int = 0) -> np.ndarray:
-        """Random costs, float32 [problems, rows, columns].
+        """Returns random costs, float32 [problems, rows, columns].
 
         Kind "random": independent, with few conflicts. "places": distances between points of a
         plane, as in a trained model, where segments want the queries near them. "alike": all

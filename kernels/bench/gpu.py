@@ -44,7 +44,7 @@ def missing() -> str | None:
 
 
 def compute_capability(target: str) -> str:
-    """Compute capability of one of `TARGETS`; ValueError for an unknown one."""
+    """Returns the compute capability of one of `TARGETS`; ValueError for an unknown one."""
     if target not in TARGETS:
         raise ValueError(f"gpu: unknown target {target!r}; use one of {', '.join(TARGETS)}")
     return ".".join(map(str, TARGETS[target].capability))
@@ -107,7 +107,7 @@ def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def serve(report: Callable[[dict[str, Any], Callable[..., dict]], dict[str, Any]]) -> None:
-    """The main program of a module that `run` starts.
+    """Runs the main program of a module that `run` starts.
 
     Args:
       report: called with the request and a function `compile_(name, function, arguments)`, which

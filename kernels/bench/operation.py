@@ -55,11 +55,11 @@ class Operation(Generic[Case]):
         raise NotImplementedError
 
     def arguments(self, case: Case, batch: int, dtype: str) -> Sequence[jax.ShapeDtypeStruct]:
-        """The arrays of a call of `batch` images."""
+        """Returns the arrays of a call of `batch` images."""
         raise NotImplementedError
 
     def call(self, case: Case, implementation: str) -> Callable[..., jax.Array]:
-        """The operation, as a function of these arrays."""
+        """Returns the operation, as a function of these arrays."""
         raise NotImplementedError
 
     def inputs(self, case: Case, batch: int, dtype: str) -> Sequence[jax.Array]:
@@ -71,7 +71,7 @@ class Operation(Generic[Case]):
         ]
 
     def least_bytes(self, case: Case, batch: int, dtype: str) -> Mapping[str, int]:
-        """Memory traffic by pass if every array is read or written once; {} if unknown."""
+        """Counts the bytes by pass if every array is read or written once; {} if unknown."""
         return {}
 
     def gpu_call(
@@ -101,22 +101,22 @@ class Operation(Generic[Case]):
         return found
 
     def cycles(self, text: str, case: Case, cores: int) -> float:
-        """Issue cycles of a kernel in its schedule."""
+        """Returns issue cycles of a kernel in its schedule."""
         return tpu.issue_cycles(text)
 
     def predict(self, record: Mapping[str, Any], case: Case) -> list[dict[str, Any]]:
-        """The lines of a table for a record of a TPU target: one per pass."""
+        """Returns the lines of a table for a record of a TPU target: one per pass."""
         shared = {key: value for key, value in record.items() if not isinstance(value, dict)}
         shared = _in_megabytes(shared)
         passes = [name for name in PASSES if name in record]
         return [{**shared, "pass": name, **record[name]} for name in passes] or [shared]
 
     def summary(self, found: Sequence[Mapping[str, Any]]) -> str:
-        """A line below the table, or ""."""
+        """Returns a line below the table, or ""."""
         return ""
 
     def passes(self, case: Case, implementation: str) -> dict[str, Callable]:
-        """The timed functions by name; they take the output's gradient, if any, and the arrays."""
+        """Names the timed functions; they take the output's gradient, if any, and the arrays."""
         call = self.call(case, implementation)
         if not self.differentiated:
             return {"forward": call}
@@ -127,7 +127,7 @@ class Operation(Generic[Case]):
 
 
 def load(name: str) -> Operation:
-    """The operation of one of `OPERATIONS`."""
+    """Returns the operation of one of `OPERATIONS`."""
     return importlib.import_module(f"oneformer_jax.kernels.{name}.bench").OPERATION
 
 
@@ -148,7 +148,7 @@ def with_gradients(call: Callable, differentiated: Sequence[int]) -> Callable:
 
 
 def output_gradient(call: Callable, arrays: Sequence[Array]) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the gradient of a call's output."""
+    """Returns the shape and dtype of the gradient of a call's output."""
     out = jax.eval_shape(call, *arrays)
     return jax.ShapeDtypeStruct(out.shape, out.dtype)
 
@@ -236,7 +236,7 @@ def compile_for_tpu(
 
 
 def tpu_report(target: str, request: Sequence[str], dump: pathlib.Path) -> dict[str, Any]:
-    """The record of one call; runs in the separate process."""
+    """Returns the record of one call; runs in the separate process."""
     name, case_name, dtype, implementation = request
     operation = load(name)
     case = operation.cases[case_name]
@@ -305,7 +305,7 @@ def compile_for_gpu(
 
 
 def gpu_report(request: Mapping[str, Any], compile_: Callable) -> dict[str, Any]:
-    """The record of one call; runs in the separate process."""
+    """Returns the record of one call; runs in the separate process."""
     operation = load(request["operation"])
     case = operation.cases[request["case"]]
     call = operation.gpu_call(
@@ -323,7 +323,7 @@ def gpu_report(request: Mapping[str, Any], compile_: Callable) -> dict[str, Any]
 
 
 def gpu_rows(report: Mapping[str, Any], labels: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of a table for a result of `compile_for_gpu`: one per pass."""
+    """Returns the lines of a table for a result of `compile_for_gpu`: one per pass."""
     rows = []
     for name in (name for name in PASSES if name in report):
         kernels = report[name]["kernels"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 def median_milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Median wall time of `call`, which must block until done; two calls before warm up."""
+    """Times `call`, which must block until done: the median, after two calls to warm up."""
     seconds = []
     for _ in range(repeats + 2):
         start = time.perf_counter()

@@ -96,7 +96,7 @@ def run(
 
 
 def serve(report: Callable[[str, Any, pathlib.Path], dict[str, Any]]) -> None:
-    """The main program of a module that `run` starts; prints a line of JSON for each case.
+    """Runs the main program of a module that `run` starts; prints a line of JSON for each case.
 
     Args:
       report: called with the target, the case and the folder of the case's dumps. The version of
@@ -112,20 +112,20 @@ def serve(report: Callable[[str, Any, pathlib.Path], dict[str, Any]]) -> None:
 
 
 def schedules(dump: pathlib.Path, kernel: str) -> list[str]:
-    """The final bundles of the kernels of that name; the compiler dumps equal kernels once."""
+    """Finds the final bundles of the kernels of a name; the compiler dumps equal ones once."""
     files = sorted(dump.glob(f"*{kernel}*-final_bundles.txt"))
     return [f.read_text(errors="replace") for f in files if "schedule-analysis" not in f.name]
 
 
 def count_calls(program: str, kernel: str) -> int:
-    """Number of calls of the kernels of that name in a compiled program's text."""
+    """Returns the number of calls of the kernels of that name in a compiled program's text."""
     # JAX may put a transformation around the name, "%jvp_kernel_.1"; jax 0.12 appends an operand's
     # name, "%kernel.1.gradient_ref".
     return len(re.findall(rf"%(?:\w+_)?{kernel}_*(?:\.\w+)* = ", program))
 
 
 def compile_for(target: str, function, arguments):
-    """The compiled program of `function` for one chip of `target`."""
+    """Returns the compiled program of `function` for one chip of `target`."""
     import jax
     from jax.sharding import Mesh, SingleDeviceSharding
 

@@ -31,7 +31,7 @@ FASTEST_MEASURED = {"cpu": "xla"}
 
 
 def xla(value, spatial_shapes, sampling_locations, attention_weights):
-    """Plain JAX: matrix products for small maps, else gathers in the platform's best form."""
+    """Runs plain JAX: matrix products for small maps, else gathers in the platform's best form."""
     row_bytes = 4 * sum(h * w for h, w in spatial_shapes)
     if row_bytes <= DENSE_MAX_ROW_BYTES:
         run = ms_deform_attn_dense
@@ -43,7 +43,7 @@ def xla(value, spatial_shapes, sampling_locations, attention_weights):
 
 
 def load(implementation: str) -> Callable[..., jax.Array]:
-    """The function of an implementation."""
+    """Returns the function of an implementation."""
     if implementation == "xla":
         return xla
     return dispatch.load("ms_deform_attn", implementation, "ms_deform_attn")
@@ -58,7 +58,7 @@ def ms_deform_attn(
     implementation: str = "auto",
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Weighted sum of bilinear samples from several maps (Deformable DETR, arXiv 2010.04159).
+    """Sums weighted bilinear samples from several maps (Deformable DETR, arXiv 2010.04159).
 
     Pixel i of an axis of n pixels has its centre at (i + 0.5) / n; outside of the map the value is
     zero (the convention of PyTorch's `grid_sample` with zero padding and align_corners False). A

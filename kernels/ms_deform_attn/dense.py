@@ -55,7 +55,7 @@ def ms_deform_attn_dense(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def sampling_matrix(locations: jax.Array, weights: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """The matrix A of one level.
+    """Returns the matrix A of one level.
 
     Args:
       locations: float32 [..., P, 2], (x, y) in 0..1.

@@ -50,7 +50,7 @@ _ATOMIC_OPTIONS = (
 def quad_sum(
     index: jax.Array, factor: jax.Array, table: jax.Array, *, interpret: bool
 ) -> jax.Array:
-    """out[m] = sum over points k and corners c of factor[m, c, k] * table[index[m, k], c].
+    """Sums factor[m, c, k] * table[index[m, k], c] over points k and corners c: out[m].
 
     Args:
       index: int32 [M, K], rows of `table`.

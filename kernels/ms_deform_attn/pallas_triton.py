@@ -38,7 +38,7 @@ def forward(
     *,
     interpret: bool,
 ) -> jax.Array:
-    """[B, S, N, D], [B, Q, N, L, P, 2], [B, Q, N, L, P] -> [B, Q, N, D] in the dtype of `value`."""
+    """Maps [B, S, N, D], [B, Q, N, L, P, 2], [B, Q, N, L, P] to [B, Q, N, D]."""
     batch, queries, heads, _, points = weights.shape
     width = value.shape[-1]
 
@@ -225,7 +225,7 @@ class _Tile:
         return ref.at[self.image, self.query, self.head, *index]
 
     def points(self, locations_ref, weights_ref, level, p, h, w):
-        """Pixel coordinates and weights, float32 [block].
+        """Returns pixel coordinates and weights, float32 [block].
 
         Points outside and NaN get (-2, -2), where no corner is inside the map.
         """

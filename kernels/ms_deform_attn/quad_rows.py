@@ -82,7 +82,7 @@ def forward(
     vmem_bytes: int,
     interpret,
 ) -> jax.Array:
-    """Weighted sums of table rows.
+    """Sums weighted table rows.
 
     Args:
       order: int32 [A, Q / tile, K * 8, 128], the `scalar_order` of table rows [A, K, Q], level

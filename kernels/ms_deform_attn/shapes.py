@@ -48,7 +48,7 @@ class CallShape:
         return sum(h * w for h, w in self.spatial_shapes)
 
     def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """Array shapes by argument name of `ms_deform_attn` for `batch` images."""
+        """Returns array shapes by argument name of `ms_deform_attn` for `batch` images."""
         points = (batch, self.pixels, self.heads, len(STRIDES), self.points)
         return {
             "value": (batch, self.pixels, self.heads, self.head_dim),

@@ -19,7 +19,7 @@ FASTEST_MEASURED = {"cpu": "xla"}
 
 
 def load(implementation: str) -> Callable[..., jax.Array]:
-    """The function of an implementation."""
+    """Returns the function of an implementation."""
     if implementation == "xla":
         return reference.neighborhood_attention
     return dispatch.load("neighborhood_attention", implementation, "neighborhood_attention")
@@ -36,7 +36,7 @@ def neighborhood_attention(
     implementation: str = "auto",
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Attention of each pixel to kernel_size x kernel_size pixels around it.
+    """Attends from each pixel to the kernel_size x kernel_size pixels around it.
 
     Along each axis a query at position i sees the positions of its residue class, p = i modulo the
     dilation, and among them the `kernel_size` nearest; at the borders this window moves inwards, so

@@ -47,7 +47,7 @@ class NeighborhoodAttention(Operation[CallShape]):
         return tpu.issue_cycles(text, tiles=1)
 
     def predict(self, record: Mapping[str, Any], case: CallShape) -> list[dict[str, Any]]:
-        """One line: the kernels of both passes and XLA's estimate of the rest."""
+        """Returns one line: the kernels of both passes and XLA's estimate of the rest."""
         row = {key: record[key] for key in ("target", *self.key, "blocks")}
         parts = {name: record[name].get("milliseconds") for name in PASSES if name in record}
         row |= {f"{name} kernel ms": took for name, took in parts.items()}
@@ -58,7 +58,7 @@ class NeighborhoodAttention(Operation[CallShape]):
         return [row]
 
     def summary(self, found: Sequence[Mapping[str, Any]]) -> str:
-        """Time of all blocks of the calls by implementation, forward and backward."""
+        """Returns the time of all blocks of the calls by implementation, forward and backward."""
         totals: dict[str, float] = {}
         for row in found:
             if row.get("pass") != "forward" and "milliseconds" in row:

@@ -85,7 +85,7 @@ class Axis:
         return min(cuts, key=lambda cut: (cut.expansion, cut.tiles))
 
     def mask(self) -> np.ndarray:
-        """bool [dilation, tiles, tile, keys]: True if a query of a residue class sees a key.
+        """Marks the keys that a query of a residue class sees: bool [dilation, tiles, tile, keys].
 
         A padding query sees the keys of the nearest real one.
         """
@@ -99,7 +99,7 @@ class Axis:
         return (start <= key) & (key < start + self.kernel_size)
 
     def offsets(self) -> np.ndarray:
-        """float32 [tile, keys, 2 * kernel_size - 1]: one-hot index of key minus query.
+        """Returns float32 [tile, keys, 2 * kernel_size - 1]: one-hot index of key minus query.
 
         All zero for a pair too far apart to be neighbours.
         """

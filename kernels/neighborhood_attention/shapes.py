@@ -76,7 +76,7 @@ class ModelShape:
     dilations: tuple[tuple[int, ...], ...] = BASE
 
     def calls(self) -> list[CallShape]:
-        """Every distinct call, with the number of blocks that make it."""
+        """Returns every distinct call, with the number of blocks that make it."""
         found = []
         for stride, heads, dilations in zip(STRIDES, HEADS, self.dilations, strict=True):
             for dilation, blocks in collections.Counter(dilations).items():

@@ -97,7 +97,7 @@ class Cut:
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """int [strips]: start of a strip's region less that of the strip, at most 0."""
+        """Returns int [strips]: start of a strip's region less that of the strip, at most 0."""
         return self.starts - np.arange(self.strips) * self.tile
 
     @functools.cached_property
@@ -106,7 +106,7 @@ class Cut:
         return self.keys - int(self.offsets.min())
 
     def bias(self) -> np.ndarray:
-        """float32 [span, tile, 2 * kernel_size - 1]: one-hot offset of each key from each query.
+        """Marks each key's offset from each query: float32 [span, tile, 2 * kernel_size - 1].
 
         Zero for a key that no query sees. The keys of a strip's region start at its `shifts`.
         """
@@ -121,7 +121,7 @@ class Cut:
 
     @functools.cached_property
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
-        """The index of each strip's mask, int [2, strips], and the masks, bool [kinds, keys, tile].
+        """Makes strips' indices of masks, int [2, strips], and masks, bool [kinds, keys, tile].
 
         Row 1 of the indices is for classes that are short by a position. A mask is True for a key
         that the query does not see; a padding query sees all.

@@ -68,7 +68,7 @@ class Settings:
 
 
 def table_shape(plan: Plan) -> tuple[int, int, int, int]:
-    """Shape of a group's bias: offsets of columns, stacks of heads, keys, queries of a stack.
+    """Tells a group's bias: offsets of columns, stacks of heads, keys, queries of a stack.
 
     The keys are those of all rows of the span and of a region's columns.
     """
@@ -226,7 +226,7 @@ class _Specs:
         return query.shape[-1] // LANES, query.shape[0] // self.step, strips
 
     def region(self, dtype):
-        """The columns around a strip, of all rows, flat."""
+        """Returns the columns around a strip, of all rows, flat."""
         pixels = self.step * self.plan.rows.padded * self.plan.columns.keys
         return pltpu.VMEM((pixels, LANES), dtype)
 

@@ -19,7 +19,7 @@ FASTEST_MEASURED = {"cpu": "xla"}
 
 
 def load(implementation: str):
-    """The module with `forward` and `backward` of an implementation, imported when first used."""
+    """Loads the module with `forward` and `backward` of an implementation, when first used."""
     name = "reference" if implementation == "xla" else implementation
     return importlib.import_module(f"oneformer_jax.kernels.point_sampling.{name}")
 
@@ -31,7 +31,7 @@ def sample_features(
     implementation: str = "auto",
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Feature vectors at points, bilinear, with zeros outside of the map.
+    """Reads feature vectors at points, bilinear, with zeros outside of the map.
 
     Pixel i of an axis of n pixels has its centre at (i + 0.5) / n (the convention of PyTorch's
     `grid_sample` with zero padding and align_corners False). A NaN point counts as outside. The

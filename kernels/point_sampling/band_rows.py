@@ -61,7 +61,7 @@ def forward(
     vmem_bytes: int,
     interpret,
 ) -> jax.Array:
-    """Weighted sums of 2 x 2 pixels.
+    """Sums weighted 2 x 2 pixels.
 
     Args:
       index: int32 [A, T * tile]. Float32: pixel i of the pixels i, i + 1, i + width, i + width + 1.
@@ -122,7 +122,7 @@ def backward(
     vmem_bytes: int,
     interpret,
 ) -> jax.Array:
-    """Gradient of `forward` in the table: `dtype` [A, R, D], summed in float32.
+    """Returns the gradient of `forward` in the table: `dtype` [A, R, D], summed in float32.
 
     Args:
       index, weights: as `forward` takes them for float32.
@@ -292,7 +292,7 @@ def _backward_kernel(
     await_indices()
 
     def pairs(i, q):
-        """The two pairs of pixels of a point, and the place of their addends."""
+        """Returns the two pairs of pixels of a point, and the place of their addends."""
         first = indices.at[q][slot, i]
         added = ROWS * (i * GROUP + q)
         for k, offset in enumerate((0, width)):

@@ -56,7 +56,7 @@ OPERATION = PointSampling(
 
 
 def uniform_cycles(text: str, shape, cores: int = 1) -> float:
-    """Issue cycles of a kernel's schedule on one core, for one image and uniform points.
+    """Returns issue cycles of a kernel's schedule on one core, for one image and uniform points.
 
     Rare loops count with their frequency: the inner loop does the points of a group one by one if
     some of a step share pixels; the loop with copies rounds a finished map.

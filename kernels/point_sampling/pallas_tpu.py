@@ -105,7 +105,7 @@ def backward(
 
 
 def bands(height: int, width: int, itemsize: int, vmem_bytes: int) -> list[tuple[int, int]]:
-    """(first, end) rows of the bands; each begins with the last row of the one before.
+    """Returns (first, end) rows of the bands; each begins with the last row of the one before.
 
     Args:
       height, width: size of the map, at least 2 each.

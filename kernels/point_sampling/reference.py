@@ -42,7 +42,7 @@ def find_cells(points: jax.Array, height: int, width: int) -> Cells:
 
 
 def corners(points: jax.Array, height: int, width: int) -> list[tuple[jax.Array, jax.Array]]:
-    """The four pixels around each point, and the share of each in the bilinear value.
+    """Returns the four pixels around each point, and the share of each in the bilinear value.
 
     Args:
       points, height, width: as of `find_cells`.
@@ -63,13 +63,13 @@ def corners(points: jax.Array, height: int, width: int) -> list[tuple[jax.Array,
 
 
 def take(table: jax.Array, index: jax.Array) -> jax.Array:
-    """table[b, index[b]] for every image b: table [B, S, ...], index int32 [B, ...] in bounds."""
+    """Reads table[b, index[b]] for every b: table [B, S, ...], index int32 [B, ...] in bounds."""
     # With vmap the batch stays a batch dimension of the gather, which sharding can split.
     return jax.vmap(lambda t, i: t.at[i].get(mode="promise_in_bounds"))(table, index)
 
 
 def forward(features: jax.Array, points: jax.Array) -> jax.Array:
-    """float32 [B, P, D]; rows are gathered in the dtype of the features."""
+    """Returns float32 [B, P, D]; rows are gathered in the dtype of the features."""
     batch, height, width, depth = features.shape
     rows = features.reshape(batch, height * width, depth)
     return sum(
@@ -79,7 +79,7 @@ def forward(features: jax.Array, points: jax.Array) -> jax.Array:
 
 
 def backward(points: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Gradient of `forward` in the features, summed in float32, of their shape and dtype."""
+    """Computes the gradient of `forward` in the features, summed in float32, in their dtype."""
     batch, height, width, depth = like.shape
     out = jnp.zeros((batch, height * width, depth), jnp.float32)
     for index, share in corners(points, height, width):

@@ -111,7 +111,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def config_argument(argv: Sequence[str]) -> str | None:
-    """Value of --config in `argv`, or None."""
+    """Returns value of --config in `argv`, or None."""
     for argument, following in zip(argv, [*argv[1:], None], strict=True):
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
             return match[1] if match[1] is not None else following
@@ -119,12 +119,12 @@ def config_argument(argv: Sequence[str]) -> str | None:
 
 
 def shipped_configs() -> list[str]:
-    """Names of the configs in the package."""
+    """Returns the names of the configs in the package."""
     return sorted(f.stem for f in CONFIGS.glob("[!_]*.py") if f.name != "common.py")
 
 
 def with_config_file(argv: Sequence[str]) -> list[str]:
-    """`argv`, in which the name of a shipped config has become the path of its file.
+    """Returns `argv`, in which the name of a shipped config has become the path of its file.
 
     A mistake ends the program with one line and code 2.
     """
@@ -149,7 +149,7 @@ def overridden_keys(argv: Sequence[str]) -> list[str]:
 
 
 def config_keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted keys of all values of `config`, groups included."""
+    """Returns dotted keys of all values of `config`, groups included."""
     keys = []
     for name, value in config.items():
         keys.append(prefix + name)
@@ -159,7 +159,7 @@ def config_keys(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
-    """One line about the `overrides` that are no keys of `config`, or "" if all are.
+    """Returns one line about the `overrides` that are no keys of `config`, or "" if all are.
 
     Each is given with the keys that it may have been meant as: the one that took the place of an
     earlier version's, or those with the same last name in another group, then those of similar
@@ -185,7 +185,7 @@ def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
 
 
 def wrong_values(config: ConfigDict, path: str, overrides: Sequence[str]) -> str:
-    """A line for each of the first wrong values of `config`, or "" if there are none.
+    """Returns a line for each of the first wrong values of `config`, or "" if there are none.
 
     Args:
       config: with the overrides.

@@ -12,7 +12,7 @@ from oneformer_jax import config_rules
 
 
 def open_split(config: ConfigDict, split: str, **how: bool):
-    """Source and table of one split of the config's dataset; prepares it if need be."""
+    """Returns source and table of one split of the config's dataset; prepares it if need be."""
     from oneformer_jax.input_pipeline import sources
 
     dataset, options = config.dataset, dict(config.dataset.options)
@@ -29,14 +29,14 @@ def open_split(config: ConfigDict, split: str, **how: bool):
 
 
 def metadata_of(info):
-    """The model's view of a dataset's table: the same fields in a type of its own."""
+    """Returns the model's view of a dataset's table: the same fields in a type of its own."""
     from oneformer_jax.types import Metadata
 
     return Metadata(**dataclasses.asdict(info))
 
 
 def process() -> tuple[int, int]:
-    """Index of this process, and how many there are."""
+    """Returns the index of this process, and how many there are."""
     import jax
 
     return jax.process_index(), jax.process_count()

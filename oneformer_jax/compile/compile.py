@@ -209,7 +209,7 @@ def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:
 
 
 def abstract_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
-    """(image, image_size, task tokens) of an evaluation batch at the largest padded size."""
+    """Makes the abstract (image, image_size, task tokens) of a batch at the largest padded size."""
     size = sharding.round_up(config.eval.batch_size, mesh.size)
     height, width = (
         sharding.round_up(side, config.eval.bucket_multiple)
@@ -224,7 +224,7 @@ def abstract_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[An
 
 
 def num_eval_sizes(config: ConfigDict) -> int:
-    """Largest number of padded sizes for images of any shape: two compiled programs each."""
+    """Bounds the padded sizes for images of any shape: two compiled programs each."""
     # One side is at short_edge and the other anywhere up to max_size, or one is at max_size and the
     # other anywhere up to short_edge.
     multiple = config.eval.bucket_multiple
@@ -365,7 +365,7 @@ def _describe_one(report: Report, topology: Topology) -> Iterator[str]:
 
 
 def verdict(report: Report) -> str:
-    """ "fits, 9.1 of 15.8 GiB, 6.7 GiB free" and the like."""
+    """Returns "fits, 9.1 of 15.8 GiB, 6.7 GiB free" and the like."""
     if report.limit is None:
         return f"compiled, {_gib(report.peak)}"
     used = f"{_gib(report.peak)} of {_gib(report.limit)}"

@@ -279,7 +279,7 @@ class Program:
                 yield name, instruction, times
 
     def collectives(self) -> list[Collective]:
-        """All communication of a step, transfers to and from the host included."""
+        """Returns all communication of a step, transfers to and from the host included."""
         found: dict[object, Collective] = {}
         for number, (computation, instruction, times) in enumerate(self._reached()):
             kind = instruction.opcode.removesuffix("-start")
@@ -328,7 +328,7 @@ class Program:
         return 2 if "source_target_pairs" in line else self._devices
 
     def largest_buffers(self, count: int) -> list[Buffer]:
-        """The largest arrays in main memory, with one entry for a shape and source line.
+        """Returns the largest arrays in main memory, with one entry for a shape and source line.
 
         They need not all live at the same time.
         """

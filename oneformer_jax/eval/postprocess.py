@@ -162,7 +162,7 @@ def segment_batch(*args: Any, **options: Any) -> list[Segmentation]:
 
 
 def program_count() -> int:
-    """Number of programs that this process has compiled for post-processing."""
+    """Returns the number of programs that this process has compiled for post-processing."""
     return _run._cache_size()  # type: ignore[attr-defined]
 
 
@@ -314,7 +314,7 @@ def _instance(
 
 
 def things_metadata(metadata: Metadata) -> Metadata:
-    """`metadata` with the things only, in order."""
+    """Returns `metadata` with the things only, in order."""
 
     def pick(values: tuple[T, ...]) -> tuple[T, ...]:
         return tuple(v for v, thing in zip(values, metadata.is_thing, strict=True) if thing)
@@ -329,7 +329,7 @@ def things_metadata(metadata: Metadata) -> Metadata:
 
 
 def class_dtype(num_classes: int) -> jnp.dtype:
-    """The dtype of maps of class ids that leave the device: two bytes if they suffice."""
+    """Returns the dtype of maps of class ids that leave the device: two bytes if they suffice."""
     return jnp.int16 if num_classes <= 1 << 15 else jnp.int32
 
 
@@ -344,7 +344,7 @@ def _semantic_tables(
     probabilities = probabilities[:, :-1]
 
     def best(masks: jax.Array, start: int, stop: int) -> tuple[jax.Array, jax.Array]:
-        """The highest score of these classes at each pixel, and the first class with it."""
+        """Returns the highest score of these classes at each pixel, and the first class with it."""
         part = probabilities[:, start:stop]
         sums = jnp.einsum("qc,qsw->csw", part, masks, precision="highest")
         return sums.max(0), start + sums.argmax(0)

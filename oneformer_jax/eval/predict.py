@@ -297,7 +297,7 @@ class Segmenter:
         return self._outputs(self._params, self._stats, *arrays, size=shape[0])
 
     def task_tokens(self, task: str) -> np.ndarray:
-        """Token ids of a task, int32 [77]; ValueError for an unknown task."""
+        """Returns token ids of a task, int32 [77]; ValueError for an unknown task."""
         return TASK_TOKENS[task_id(task)]
 
     def _shared(self, array: Any) -> Any:

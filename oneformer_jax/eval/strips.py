@@ -29,7 +29,7 @@ STRIP_PIXELS = 1 << 17
 
 
 def canvas_size(original_size: np.ndarray) -> tuple[int, int]:
-    """(height, width) of the canvas for images of original sizes int [B, 2]."""
+    """Returns (height, width) of the canvas for images of original sizes int [B, 2]."""
     height, width = original_size.max(0)
     return _round_up(height), _round_up(width)
 
@@ -76,7 +76,7 @@ def this_host(*arrays: jax.Array) -> tuple[Any, ...]:
 
 
 def placement(logits: jax.Array | np.ndarray, mesh: Mesh | None, spec: P) -> Sharding | None:
-    """Sharding of what is used with the `logits` and the `mesh` that `this_host` gave.
+    """Returns the sharding of what is used with the `logits` and the `mesh` that `this_host` gave.
 
     Transfers are explicit (`jax.device_put`): the training loop forbids all others.
     """
@@ -154,7 +154,7 @@ def mask_strips(
 def axis_weights(
     canvas: int, source: int, padded: int, crop: jax.Array, original: jax.Array
 ) -> jax.Array:
-    """float32 [canvas, source] that resizes source -> padded, crops, resizes crop -> original.
+    """Makes the float32 [canvas, source] that resizes to padded, crops, and resizes to original.
 
     Rows from `original` on are zero. `crop` and `original` may be traced.
     """

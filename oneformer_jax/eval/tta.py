@@ -198,5 +198,5 @@ def _best(total: jax.Array) -> jax.Array:
 
 
 def program_count() -> int:
-    """Number of programs that this process has compiled to add views."""
+    """Returns the number of programs that this process has compiled to add views."""
     return _add._cache_size()  # type: ignore[attr-defined]

@@ -86,7 +86,7 @@ def write_png(path: str | os.PathLike[str], image: np.ndarray, source: str | Non
 
 
 def source_of(out_dir: pathlib.Path, name: str) -> str | None:
-    """Name of the image file whose results in `out_dir` begin with `name`, or None."""
+    """Returns the name of the image file whose results in `out_dir` begin with `name`, or None."""
     for task in TASKS:
         path = out_dir / f"{name}_{task}_overlay.png"
         with contextlib.suppress(Exception), PngImagePlugin.PngImageFile(path) as picture:

@@ -67,7 +67,7 @@ def _forward(
     parts = _chunks(k, v, mask, chunk)
 
     def visit(part: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Maximum and sum [B, N, Q] of a chunk, and its weighted values [B, N, Q, D]."""
+        """Returns maximum and sum [B, N, Q] of a chunk, and its weighted values [B, N, Q, D]."""
         index, k, v, mask = part
         s = _scores(q, k, mask, bias)
         top = s.max(-1)

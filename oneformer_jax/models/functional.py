@@ -53,7 +53,7 @@ def split(model: OneFormer) -> Split:
 def abstract(
     config: OneFormerConfig, execution: Execution = Execution(), *, training: bool
 ) -> Split:
-    """The model of `config` with `jax.ShapeDtypeStruct` for arrays; computes no parameter.
+    """Returns the model of `config` with `jax.ShapeDtypeStruct` for arrays; computes no parameter.
 
     Args:
       config: the architecture.
@@ -65,17 +65,17 @@ def abstract(
 
 
 def init(config: OneFormerConfig, seed: int | None, *, training: bool) -> Split:
-    """A new model of `config`, its parameters drawn on the host; see `abstract` and `ParamKeys`."""
+    """Draws a new model of `config` on the host; see `abstract` and `ParamKeys`."""
     return split(OneFormer(config, rngs=ParamKeys(seed), training=training))
 
 
 def merge(graph: nnx.GraphDef, params: Mapping[str, Any], stats: Mapping[str, Any]) -> OneFormer:
-    """The module of a structure, its parameters and its statistics."""
+    """Returns the module of a structure, its parameters and its statistics."""
     return nnx.merge(graph, params, stats)
 
 
 def inference_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`params` without the parts that only losses need: those of `abstract(training=False)`."""
+    """Leaves out the parts that only losses need: those of `abstract(training=False)` stay."""
     return {name: value for name, value in params.items() if name not in TRAINING_PARTS}
 
 
@@ -148,7 +148,7 @@ class Programs(NamedTuple):
 
 
 def programs(graph: nnx.GraphDef, mesh: Mesh | None = None) -> Programs:
-    """The programs of prediction with a model.
+    """Returns the programs of prediction with a model.
 
     Args:
       graph: of `abstract(config, training=False)`.

@@ -40,7 +40,7 @@ class Draw:
     count: int
 
     def normal(self, shape: Sequence[int], dtype: Any = jnp.float32) -> np.ndarray | jax.Array:
-        """Standard normal numbers."""
+        """Returns standard normal numbers."""
         if self.seed is None:
             return jnp.zeros(shape, dtype)
         return self._generator().standard_normal(shape, np.float32).astype(dtype)
@@ -48,7 +48,7 @@ class Draw:
     def uniform(
         self, shape: Sequence[int], bound: float, dtype: Any = jnp.float32
     ) -> np.ndarray | jax.Array:
-        """Uniform numbers in [-bound, bound)."""
+        """Returns uniform numbers in [-bound, bound)."""
         if self.seed is None:
             return jnp.zeros(shape, dtype)
         numbers = self._generator().random(shape, np.float32)
@@ -68,7 +68,7 @@ class ParamKeys(Rngs):
         self._seed, self._count = seed, 0
 
     def params(self) -> Draw:
-        """The next parameter's."""
+        """Returns the draw of the next parameter."""
         self._count += 1
         return Draw(self._seed, self._count - 1)
 
@@ -84,7 +84,7 @@ def ones(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
 
 
 def constant(value: float) -> Initializer:
-    """An initialiser with one value for all elements."""
+    """Returns an initialiser with one value for all elements."""
 
     def init(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         return (jnp if draw.seed is None else np).full(shape, value, dtype)
@@ -93,7 +93,7 @@ def constant(value: float) -> Initializer:
 
 
 def normal(deviation: float = 1.0) -> Initializer:
-    """An initialiser that draws from a normal distribution around zero."""
+    """Returns an initialiser that draws from a normal distribution around zero."""
 
     def init(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         return draw.normal(shape, dtype) * np.asarray(deviation, dtype)
@@ -102,12 +102,12 @@ def normal(deviation: float = 1.0) -> Initializer:
 
 
 def uniform(bound: float) -> Initializer:
-    """An initialiser that draws uniformly from [-bound, bound)."""
+    """Returns an initialiser that draws uniformly from [-bound, bound)."""
     return lambda draw, shape, dtype=jnp.float32: draw.uniform(shape, bound, dtype)
 
 
 def variance_scaling(scale: float, mode: str, distribution: str) -> Initializer:
-    """An initialiser of variance scale / n.
+    """Returns an initialiser of variance scale / n.
 
     Args:
       scale: of the variance.

@@ -27,7 +27,7 @@ ATTENTION_CHUNK = 4096
 
 
 def split_key(key: Key, n: int) -> Sequence[Key] | jax.Array:
-    """`n` independent keys, or `n` Nones where `key` is None."""
+    """Returns `n` independent keys, or `n` Nones where `key` is None."""
     return [None] * n if key is None else jax.random.split(key, n)
 
 
@@ -40,7 +40,7 @@ def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
 
 
 def drop_path(x: jax.Array, rate: float | jax.Array, key: Key) -> jax.Array:
-    """Stochastic depth (arXiv 1603.09382): zeroes whole samples of the leading axis."""
+    """Zeroes whole samples of the leading axis: stochastic depth (arXiv 1603.09382)."""
     if key is None or (not isinstance(rate, jax.Array) and rate == 0):
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
@@ -56,7 +56,7 @@ def convolve(
     feature_group_count: int = 1,
     **options: Any,
 ) -> jax.Array:
-    """`lax.conv_general_dilated` of [B, H, W, C] for `nnx.Conv`; a 1 x 1 kernel is a product.
+    """Convolves [B, H, W, C] for `nnx.Conv`; a 1 x 1 kernel is a product.
 
     On a processor the product is faster, and its gradient several times as fast.
     """
@@ -74,7 +74,7 @@ def convolve(
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x Φ(x) (arXiv 1606.08415), in float32 inside.
+    """Computes the exact GELU, x Φ(x) (arXiv 1606.08415), in float32 inside.
 
     The backward pass needs `x` alone: automatic differentiation would keep three arrays, and the
     erfc of `jax.nn.gelu` costs a processor twice the time of erf.
@@ -106,7 +106,7 @@ def linear(
     kernel_init: initial.Initializer = initial.torch_kernel,
     bias_init: initial.Initializer | None = None,
 ) -> nnx.Linear:
-    """A Linear with PyTorch's default initialisation of kernel and bias."""
+    """Returns a Linear with PyTorch's default initialisation of kernel and bias."""
     return nnx.Linear(
         inputs,
         outputs,
@@ -131,7 +131,7 @@ class LayerNorm(nnx.LayerNorm):
 def layer_norm(
     width: int, *, epsilon: float = 1e-5, rngs: ParamKeys, dtype: Any = jnp.float32
 ) -> LayerNorm:
-    """LayerNorm as PyTorch's: its default epsilon, two-pass variance in float32."""
+    """Returns LayerNorm as PyTorch's: its default epsilon, two-pass variance in float32."""
     return LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
@@ -184,7 +184,7 @@ class MLP(nnx.Module):
 
 
 def once_per_shard(x: jax.Array, batch: int) -> jax.Array:
-    """[1, ...] as [n, ...], one copy for each of the n parts of the batch; [B, ...] as it is.
+    """Copies [1, ...] to [n, ...], once for each of n parts of the batch; keeps [B, ...].
 
     What the copies are multiplied with then gets the sum of its gradient on each device first, and
     that small sum travels. With one copy for all, the gradient of the product would: a feature map.
@@ -273,7 +273,7 @@ def attention(
     key: Key = None,
     chunk: int = ATTENTION_CHUNK,
 ) -> jax.Array:
-    """Scaled dot-product attention with a float32 softmax; its memory is that of one chunk.
+    """Attends by scaled dot products, with a float32 softmax, in the memory of one chunk.
 
     Args:
       q: [B, Q, heads, d].
@@ -298,7 +298,7 @@ def attention(
 
 
 def sine_positions(height: int, width: int, dim: int) -> jax.Array:
-    """Sine position embedding of a map, float32 [height, width, dim] (arXiv 2005.12872).
+    """Returns sine position embedding of a map, float32 [height, width, dim] (arXiv 2005.12872).
 
     Normalised to 2π, temperature 10000; the first half of the channels encodes the row, the second
     the column; even channels are sines, odd ones cosines.
@@ -318,7 +318,7 @@ def sine_positions(height: int, width: int, dim: int) -> jax.Array:
 
 
 def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Bilinear resize of [B, H, W, C] to `size`: half-pixel centres, no antialiasing.
+    """Resizes [B, H, W, C] bilinearly to `size`: half-pixel centres, no antialiasing.
 
     Shrinking by an even factor reads the two central rows and columns of each cell only, which is
     what the general formula reduces to.

@@ -101,7 +101,7 @@ def compute_losses(
     kernels: Kernels = Kernels(),
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The training loss of a batch.
+    """Computes the training loss of a batch.
 
     Args:
       predictions: what the model computed; its last prediction is the final one.
@@ -242,7 +242,7 @@ def _cross_entropy(logits, labels, config: LossConfig) -> jax.Array:
 
 
 def text_classes(text_ids: jax.Array, num_classes: int) -> jax.Array:
-    """Classes int32 of the rows `text_ids` of the table of texts; the padding texts are K.
+    """Returns classes int32 of the rows `text_ids` of the table of texts; the padding texts are K.
 
     The table holds K texts, one per class, then the 3 padding texts, then, if texts name the type
     of a segment, the K texts of the second type.
@@ -362,7 +362,7 @@ def _mask_sums_per_mask(
 def contrastive_loss(
     queries: jax.Array, text_queries: jax.Array, logit_scale: jax.Array, max_scale: float = 100.0
 ) -> jax.Array:
-    """Contrast between the images and the texts of the whole batch, in both directions.
+    """Contrasts the images and the texts of the whole batch, in both directions.
 
     All queries of an image together are one vector, as in the official code; the paper's formula
     reads as one vector per query.

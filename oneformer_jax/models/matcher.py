@@ -50,7 +50,7 @@ class MatcherConfig:
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes of `mesh` over which a batch of images is sharded."""
+    """Returns the axes of `mesh` over which a batch of images is sharded."""
     return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
 
 
@@ -61,7 +61,7 @@ def matching_cost(
     targets: jax.Array,
     config: MatcherConfig,
 ) -> jax.Array:
-    """Cost of giving query q to target m, without gradient.
+    """Returns cost of giving query q to target m, without gradient.
 
     Args:
       class_logits: float [B, Q, K+1].
@@ -103,7 +103,7 @@ def match(
     assignment: str = "scipy",
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Minimum-cost one-to-one assignment of queries to the valid target slots.
+    """Finds the minimum-cost one-to-one assignment of queries to the valid target slots.
 
     Entries that are not finite are repaired first (NaN costs 100, the rest is clipped to +-1e5):
     a diverging run reports them instead of stopping. With more valid slots than queries, as many
@@ -170,7 +170,7 @@ _HOST_CLOCK = _HostClock()
 
 
 def host_seconds() -> float:
-    """Time that SciPy has taken in this process, added up over its devices."""
+    """Returns the time that SciPy has taken in this process, added up over its devices."""
     return _HOST_CLOCK.seconds
 
 

@@ -97,7 +97,7 @@ class OneFormerConfig:
 
     @classmethod
     def published(cls, name: str, **overrides: Any) -> OneFormerConfig:
-        """The model of a name in the catalogue, such as "coco:swin_large"; see `catalogue.MODELS`.
+        """Finds a model of the catalogue, such as "coco:swin_large"; see `catalogue.MODELS`.
 
         Raises:
           ValueError: there is no such model; or an override that the model cannot have.
@@ -108,13 +108,13 @@ class OneFormerConfig:
         return cls(**(fields | row.head | overrides))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is the inverse."""
+        """Returns plain values for JSON; `from_dict` is the inverse."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return fields | {"backbone": backbones.to_dict(self.backbone)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> OneFormerConfig:
-        """The config that `to_dict` wrote, also in an earlier version (see `ONCE_STORED`).
+        """Returns the config that `to_dict` wrote, also in an earlier version (see `ONCE_STORED`).
 
         Raises:
           ValueError: names what is unknown, missing or absurd.
@@ -226,7 +226,7 @@ class OneFormer(nnx.Module):
         return Predictions(class_logits, mask_embed, features.mask_features, queries)
 
     def encode_texts(self, text_tokens: jax.Array, text_ids: jax.Array) -> jax.Array:
-        """Text queries float32 [B, Q, D]: the encoded text lists, then the context embeddings.
+        """Encodes the text lists, and adds the context embeddings: float32 [B, Q, D].
 
         Each distinct text is encoded once and gathered per image. The context
         embeddings are not projected.
@@ -240,7 +240,7 @@ class OneFormer(nnx.Module):
 
 
 def normalize_images(image: jax.Array, image_size: jax.Array) -> jax.Array:
-    """uint8 RGB [B, H, W, 3] to normalised float32, zero outside `image_size` [B, 2] (h, w)."""
+    """Normalises uint8 RGB [B, H, W, 3] to float32, zero outside `image_size` [B, 2] (h, w)."""
     _, height, width, _ = image.shape
     mean, std = jnp.asarray(PIXEL_MEAN), jnp.asarray(PIXEL_STD)
     rows = jnp.arange(height)[None, :, None] < image_size[:, 0, None, None]

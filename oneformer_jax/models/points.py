@@ -37,7 +37,7 @@ def draw_points(
     batch: int,
     count: int,
 ) -> jax.Array:
-    """Uniform points, float32 [B, P, 2], of one prediction and one target slot.
+    """Returns uniform points, float32 [B, P, 2], of one prediction and one target slot.
 
     Sets that all slots (or all predictions) share are drawn with slot (prediction) 0.
     """
@@ -57,7 +57,7 @@ def read_maps(maps: jax.Array, points: jax.Array) -> jax.Array:
 
 
 def pack_targets(segment_map: jax.Array) -> jax.Array:
-    """The ids around every place between four pixels in one word, for one gather to read them all.
+    """Packs the ids around every place between four pixels in one word, for one gather to read.
 
     Args:
       segment_map: uint8 [B, H, W]; i + 1 marks the pixels of slot i.
@@ -72,7 +72,7 @@ def pack_targets(segment_map: jax.Array) -> jax.Array:
 
 
 def read_targets(packed: jax.Array, points: jax.Array, slots: jax.Array) -> jax.Array:
-    """Bilinear values of binary masks that are never formed, read from the id map.
+    """Reads bilinear values of binary masks, which are never formed, from the id map.
 
     Args:
       packed: uint32 [B, H + 1, W + 1] from `pack_targets`.
@@ -101,7 +101,7 @@ def read_targets(packed: jax.Array, points: jax.Array, slots: jax.Array) -> jax.
 
 
 def choose_uncertain(logits: jax.Array, points: jax.Array, count: int) -> jax.Array:
-    """The `count` points with the smallest |logit|: [..., C], [..., C, 2] -> [..., count, 2]."""
+    """Chooses the `count` points of smallest |logit|: [..., C], [..., C, 2] to [..., count, 2]."""
     _, index = lax.top_k(-jnp.abs(lax.stop_gradient(logits)), count)
     return jnp.take_along_axis(points, index[..., None], axis=-2)
 

@@ -77,7 +77,7 @@ def run(
     split = {i: [nnx.split(stack[i], nnx.BatchStat, ...) for stack in stacks] for i in indices}
 
     def layer(x, item, states, i, looped):
-        """The layers of index `i`, with the variables `states`, [(statistics, the rest)]."""
+        """Runs the layers of index `i`, with the variables `states`, [(statistics, the rest)]."""
 
         def call(x, item, states):
             modules = []

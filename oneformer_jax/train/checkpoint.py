@@ -207,11 +207,11 @@ class Checkpoints:
         return list(self._steps)
 
     def latest_step(self) -> int | None:
-        """Step of the last checkpoint, or None."""
+        """Returns the step of the last checkpoint, or None."""
         return self._steps[-1] if self._steps else None
 
     def best_step(self) -> int | None:
-        """Step of the best checkpoint by `best_metric`, or None."""
+        """Returns the step of the best checkpoint by `best_metric`, or None."""
         return next((step for step in self._ranking() if step in self._steps), None)
 
     def restore_newest(self, target: Any) -> tuple[int, Any, dict[str, Any]]:

@@ -265,7 +265,7 @@ class Evaluator:
 
 
 def protocol_of(config: ConfigDict, metadata: Metadata) -> Protocol:
-    """The protocol that `config.eval` describes; see `choose_protocol`."""
+    """Returns the protocol that `config.eval` describes; see `choose_protocol`."""
     return choose_protocol(
         metadata,
         dataset=config.dataset.name,
@@ -276,7 +276,7 @@ def protocol_of(config: ConfigDict, metadata: Metadata) -> Protocol:
 
 
 def scored_tasks(config: ConfigDict, protocol: Protocol) -> tuple[str, ...]:
-    """The tasks of `config.eval.tasks` that the protocol scores; ValueError if there is none."""
+    """Lists the tasks of `config.eval.tasks` that the protocol scores; ValueError if none."""
     config_rules.require({"eval.tasks": config.eval.tasks})
     tasks = tuple(config.eval.tasks)
     scored = tuple(task for task in tasks if task in protocol.tasks)
@@ -289,7 +289,7 @@ def scored_tasks(config: ConfigDict, protocol: Protocol) -> tuple[str, ...]:
 
 
 def metric_names(config: ConfigDict, metadata: Metadata) -> tuple[str, ...]:
-    """Names of the metrics of an evaluation; ValueError for wrong settings."""
+    """Returns the names of the metrics of an evaluation; ValueError for wrong settings."""
     names = {"dataset": config.dataset.name, "name": config.eval.protocol}
     protocol = choose_protocol(metadata, **names)  # names need no file
     return tuple(
@@ -300,7 +300,7 @@ def metric_names(config: ConfigDict, metadata: Metadata) -> tuple[str, ...]:
 
 
 def tta_config(config: ConfigDict) -> tta.TtaConfig | None:
-    """The views of `config.eval.tta`, or None if it is off."""
+    """Returns the views of `config.eval.tta`, or None if it is off."""
     if not config.eval.tta.enabled:
         return None
     return tta.TtaConfig.from_settings(config.eval.tta, config.eval.short_edge)
@@ -320,7 +320,7 @@ def _progress_log(every: float = 30.0) -> Callable[[int, float], None]:
 
 
 def postprocess_config(config: ConfigDict) -> PostprocessConfig:
-    """The thresholds of `config.eval`."""
+    """Returns the thresholds of `config.eval`."""
     return PostprocessConfig(
         object_mask_threshold=config.eval.object_mask_threshold,
         overlap_threshold=config.eval.overlap_threshold,

@@ -19,7 +19,7 @@ from oneformer_jax.train import sharding
 
 
 def merge_gathered(graph: nnx.GraphDef, params: dict, stats: dict, shardings: dict) -> OneFormer:
-    """The model with parameters that are whole on every device where they are used.
+    """Returns the model with parameters that are whole on every device where they are used.
 
     Those of a `Stack` are gathered layer by layer, in its loop, all others at once.
     """
@@ -46,7 +46,7 @@ def merge_gathered(graph: nnx.GraphDef, params: dict, stats: dict, shardings: di
 def gather_parameter(
     x: jax.Array, split: jax.sharding.NamedSharding, *, summed: bool = False
 ) -> jax.Array:
-    """A parameter, whole on every device; its gradient is split again, as `split` says.
+    """Returns a parameter, whole on every device; its gradient is split again, as `split` says.
 
     Left to itself, XLA now and then gathers the feature maps of all devices instead of a kernel.
 
@@ -75,7 +75,7 @@ def gather_parameter(
 
 
 def keeps_all_but_gathered(primitive: Any, *args: Any, **params: Any) -> bool:
-    """The policy of `jax.checkpoint` that keeps everything but what `gather_parameter` made."""
+    """Keeps everything but what `gather_parameter` made: a policy of `jax.checkpoint`."""
     del args
     if primitive.name == "custom_vjp_call":
         inner = params["call_jaxpr"].eqns

@@ -260,7 +260,7 @@ def due(step: int, every: int) -> bool:
 
 
 def check_best_metric(config: ConfigDict, metadata: Metadata) -> None:
-    """ValueError unless the metric of keep-best is one of these classes and their protocol."""
+    """Raises a ValueError unless keep-best's metric is one of these classes and their protocol."""
     names = metric_names(config, metadata)
     best = config.eval.best_metric
     if config.train.keep_best > 0 and best not in names:

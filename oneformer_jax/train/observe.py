@@ -288,7 +288,7 @@ class Chrono:
         return result
 
     def summary(self) -> str:
-        """A table of the parts of the run's time, over all its starts."""
+        """Returns a table of the parts of the run's time, over all its starts."""
         self._count("step" if self._warm else "start")
         total = max(sum(self._parts.values()), 1e-9)
         lines = [f"time of the run, {format_duration(total)}:"]
@@ -298,11 +298,11 @@ class Chrono:
         return "\n".join(lines)
 
     def line(self, scalars: Mapping[str, Any]) -> str:
-        """`progress_line` of the last step."""
+        """Returns `progress_line` of the last step."""
         return progress_line(self._step, self._total_steps, scalars)
 
     def state(self) -> dict[str, Any]:
-        """JSON values for the checkpoint's position; see `__init__`."""
+        """Returns JSON values for the checkpoint's position; see `__init__`."""
         self._count("step" if self._warm else "start")
         return {
             "elapsed_seconds": self._before + self._mark - self._started,
@@ -359,7 +359,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parameter_overview(params: Mapping[str, Any]) -> str:
-    """Table of the (abstract) parameters by top-level module: arrays, numbers, whole memory."""
+    """Tabulates the (abstract) parameters by top-level module: arrays, numbers, whole memory."""
     rows = []
     for part, tree in params.items():
         leaves = jax.tree.leaves(tree)

@@ -84,7 +84,7 @@ def _rate(config: OptimConfig, step: Any, xp: Any) -> Any:
 
 
 def make_schedule(config: OptimConfig) -> optax.Schedule:
-    """Base learning rate (float32 scalar) as a function of the updates already done.
+    """Returns the base learning rate (float32 scalar) as a function of the updates already done.
 
     The backbone's rate is this times `config.backbone_multiplier`. The values are those of the
     official WarmupPolyLR and WarmupMultiStepLR with linear warm-up; past the last step "poly" stays
@@ -147,7 +147,7 @@ BACKBONE_PATTERN = r"backbone"
 
 
 def parameter_names(params: Any) -> list[str]:
-    """Names like "backbone/layers/0/norm/scale" of the leaves of `params`, in leaf order."""
+    """Names the leaves of `params`, as "backbone/layers/0/norm/scale", in leaf order."""
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
@@ -177,7 +177,7 @@ def _decays(params: Any) -> list[bool]:
 
 
 def describe_groups(params: Any) -> dict[str, list[str]]:
-    """Names of the parameters in each group.
+    """Returns the names of the parameters in each group.
 
     Args:
       params: nested dict of arrays or of their abstract shapes.

@@ -35,7 +35,7 @@ def any_process(flag: bool) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Returns the first line of an error's message."""
     return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
 
 

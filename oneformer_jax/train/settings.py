@@ -17,7 +17,7 @@ EXECUTION = ("dtype", "remat", "scan_layers")  # keys of `config.model` that are
 
 
 def checked(config: ConfigDict) -> ConfigDict:
-    """The config, with the keys of earlier versions in their new places; the data is not checked.
+    """Moves keys of earlier versions to their new places, and checks all but the data.
 
     Raises:
       ValueError: a line for each of the first wrong values.
@@ -30,7 +30,7 @@ def checked(config: ConfigDict) -> ConfigDict:
 
 
 def model_config(config: ConfigDict, num_classes: int) -> OneFormerConfig:
-    """The architecture that `config.model` describes, for a dataset of `num_classes` classes."""
+    """Reads the architecture in `config.model`, for a dataset of `num_classes` classes."""
     fields = {k: v for k, v in config.model.to_dict().items() if k not in EXECUTION}
     backbone = fields.pop("backbone")
     try:
@@ -47,12 +47,12 @@ def execution(config: ConfigDict) -> Execution:
 
 
 def loss_config(config: ConfigDict) -> LossConfig:
-    """The losses that `config.loss` and `config.matcher` describe."""
+    """Returns the losses that `config.loss` and `config.matcher` describe."""
     return LossConfig(**config.loss.to_dict(), matcher=MatcherConfig(**config.matcher.to_dict()))
 
 
 def optim_config(config: ConfigDict) -> OptimConfig:
-    """The optimizer that `config.optim` describes."""
+    """Returns the optimizer that `config.optim` describes."""
     fields = config.optim.to_dict()
     for name in ("accumulate", "ema_decay"):  # of the training step, not of the optimizer
         del fields[name]

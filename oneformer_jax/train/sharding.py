@@ -102,17 +102,17 @@ def check_batches(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The smallest multiple that is at least `size`."""
+    """Returns the smallest multiple that is at least `size`."""
     return -(-size // multiple) * multiple
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of every array of a batch: the first axis over all devices."""
+    """Returns the sharding of every array of a batch: the first axis over all devices."""
     return NamedSharding(mesh, BATCH_SPEC)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array of which every device holds a copy."""
+    """Returns the sharding of an array of which every device holds a copy."""
     return NamedSharding(mesh, REPLICATE)
 
 
@@ -157,7 +157,7 @@ def parameter_spec(
     rules: Sequence[tuple[str, PartitionSpec | str]] = SHARDING_RULES,
     min_size: int = MIN_SHARDED_SIZE,
 ) -> PartitionSpec:
-    """Sharding of a parameter by the rules; replicated if small or if no dimension divides.
+    """Chooses a parameter's sharding by the rules; replicated if small or indivisible.
 
     Raises:
       ValueError: no rule matches, or a rule's PartitionSpec does not fit the shape.

@@ -89,7 +89,7 @@ def make_training(
 
 
 def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
-    """A training batch of the config, with `jax.ShapeDtypeStruct` and sharding for arrays."""
+    """Describes the config's training batch: `jax.ShapeDtypeStruct` with sharding for arrays."""
     height, width = config.data.crop_size
     sizes = {
         "B": config.data.batch_size,
@@ -103,7 +103,7 @@ def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
 
 
 def abstract_key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
-    """The run's PRNG key, as the training step takes it."""
+    """Returns the run's PRNG key, as the training step takes it."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
 
@@ -111,7 +111,7 @@ def abstract_key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
 def make_init(
     config: OneFormerConfig, optimizer: optax.GradientTransformation, *, ema: bool
 ) -> Callable[[int | None], State]:
-    """A function from a seed to the state of step 0, on the host; None gives traced zeros."""
+    """Makes a function from a seed to the state of step 0, on the host; None: traced zeros."""
 
     def init(seed: int | None) -> State:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -141,7 +141,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh | None = None,
     param_shardings: Any = None,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, dict]]:
-    """The training step (state, batch, key) -> (state, metrics), to be compiled with donated state.
+    """Makes the step (state, batch, key) -> (state, metrics), to be compiled, donating state.
 
     Args:
       config: the architecture.
@@ -238,7 +238,7 @@ def make_train_step(
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:
-    """[B, ...] to [parts, B / parts, ...], taking every parts-th image: no image changes device."""
+    """Cuts [B, ...] into [parts, B / parts, ...], every parts-th image: none changes device."""
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), batch
     )

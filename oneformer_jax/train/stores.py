@@ -176,7 +176,7 @@ def parse_zarray(text: bytes, where: str) -> _Array:
 
 
 def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The leaves of a nested dict with their paths."""
+    """Returns the leaves of a nested dict with their paths."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, (*path, key))

@@ -60,7 +60,7 @@ def recognise(
     noted: Mapping[str, Any],
     frozen_norm: bool = True,
 ) -> Found:
-    """The architecture of a set of arrays.
+    """Returns the architecture of a set of arrays.
 
     Args:
       shapes: by our names, see `names.py`.
@@ -187,7 +187,7 @@ def _all_shown() -> list[tuple[Published, dict[str, Any]]]:
 
 
 def find(config: OneFormerConfig, file: str = "") -> tuple[Published, ...]:
-    """The published models that have the tensors of an architecture, in the catalogue's order.
+    """Finds the published models that have an architecture's tensors, in the catalogue's order.
 
     Args:
       config: an architecture. Compared are the fields that tensors show: neither dropout, drop
@@ -240,7 +240,7 @@ class _Reader:
         return found[0]
 
     def head(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of everything but the backbone; some may be `known`."""
+        """Returns the fields of everything but the backbone; some may be `known`."""
         encoder = "pixel_decoder.transformer.encoder.layers"
         queries = "predictor.class_transformer.decoder.layers"
         samples = self.size(f"{encoder}.0.self_attn.attention_weights.bias")
@@ -275,7 +275,7 @@ class _Reader:
         return fields
 
     def sampling(self, samples: int, known: Mapping[str, Any]) -> tuple[int, int]:
-        """(heads, points) of the pixel decoder's attention, which has so many weights a query."""
+        """Finds (heads, points) of the pixel decoder's attention with so many weights a query."""
         heads, points = known.get("num_heads"), known.get("encoder_points")
         if heads is None:
             points = points or POINTS

@@ -61,7 +61,7 @@ class Model:
     assumed: tuple[str, ...]
 
     def summary(self) -> str:
-        """A few lines about what was read."""
+        """Returns a few lines about what was read."""
         count = sum(x.size for x in jax.tree.leaves(self.params)) / 1e6
         kind = type(self.config.backbone).__name__.removesuffix("Config")
         lines = [

@@ -85,7 +85,7 @@ class Description(NamedTuple):
 
 
 def read(own: Mapping[str, Any] | None, where: str) -> Description:
-    """The description that a file holds; `where` names it in errors.
+    """Returns the description that a file holds; `where` names it in errors.
 
     Raises:
       FileError: a value of another type than it should have, or one beyond its limits.
@@ -104,7 +104,7 @@ def read(own: Mapping[str, Any] | None, where: str) -> Description:
 
 
 def model_config(fields: Mapping[str, Any], where: str) -> OneFormerConfig:
-    """The architecture of a description.
+    """Returns the architecture of a description.
 
     Raises:
       FileError: an unknown field, a missing one, one of another type, or one beyond its limits.

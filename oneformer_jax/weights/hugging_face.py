@@ -114,7 +114,7 @@ def _require_fixed(found: msgspec.Struct, kind: str, path: str) -> None:
 
 
 def to_config(model: OneFormerConfig, metadata: Metadata, *, training: bool) -> dict[str, Any]:
-    """config.json of a model.
+    """Returns config.json of a model.
 
     Args:
       model: the architecture.

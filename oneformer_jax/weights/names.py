@@ -309,14 +309,14 @@ class Group(NamedTuple):
     theirs: tuple[str, ...]
 
     def to_ours(self, tensors: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Our arrays from the file's tensors, as views where that is possible."""
+        """Returns our arrays from the file's tensors, as views where that is possible."""
         tensor = tensors[0] if len(tensors) == 1 else np.concatenate(tensors, 0)
         if self._transposed:
             tensor = tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0)
         return np.split(tensor, len(self.ours), -1) if len(self.ours) > 1 else [tensor]
 
     def to_theirs(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The inverse of `to_ours`."""
+        """Returns the inverse of `to_ours`."""
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, -1)
         if self._transposed:
             array = array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
@@ -393,7 +393,7 @@ def _patterns(side: str, target: str, backbone: str | None) -> dict[str, list[_P
 
 
 def group_of(name: str, side: str, target: str, backbone: str | None = None) -> Group | None:
-    """The correspondence that `name` belongs to.
+    """Returns the correspondence that `name` belongs to.
 
     Args:
       name: of an array.
@@ -426,7 +426,7 @@ def is_derived(name: str, target: str) -> bool:
 
 
 def flatten(tree, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(name, leaf) of a nested dict, the keys joined by dots."""
+    """Returns (name, leaf) of a nested dict, the keys joined by dots."""
     for key, value in tree.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, dict):

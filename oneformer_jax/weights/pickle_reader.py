@@ -98,7 +98,7 @@ NOTHING = _Nothing()
 
 
 def quoted(value: Any, limit: int = 100) -> str:
-    """A value of a file for messages: a text is escaped where it does not print, and cut."""
+    """Shows a value of a file in messages: a text is escaped where it does not print, and cut."""
     # The text of a container could be longer than memory.
     text = str(value) if isinstance(value, str | int) else f"a {type(value).__name__}"
     cut = text[:limit]

@@ -39,7 +39,7 @@ class Start(NamedTuple):
 
 
 def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: str) -> Start:
-    """A pre-trained backbone: ImageNet files of Swin, ConvNeXt, DiNAT and torchvision's ResNet.
+    """Reads a pre-trained backbone: ImageNet files of Swin, ConvNeXt, DiNAT, torchvision's ResNet.
 
     Checkpoints of whole models are taken too; their backbone is used.
 
@@ -75,7 +75,7 @@ def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any], kin
 
 
 def from_model(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: str) -> Start:
-    """Another program's checkpoint of a whole model, as far as its arrays have the same shapes.
+    """Reads another program's whole model, as far as its arrays have the same shapes.
 
     Args:
       path: of an official checkpoint or a Hugging Face folder.
@@ -96,7 +96,7 @@ def from_model(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: 
 
 
 def from_arrays(path: str, values: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> Start:
-    """The same for arrays in memory, those of one of our checkpoints."""
+    """Returns the same for arrays in memory, those of one of our checkpoints."""
 
     def reader(value: np.ndarray) -> Read:
         return lambda: np.asarray(value, np.float32)
@@ -118,7 +118,7 @@ def fitting(
     expected: Mapping[str, Any],
     unused: list[str],
 ) -> Start:
-    """A `Start` of `arrays`; FileError unless they are most of the model.
+    """Returns a `Start` of `arrays`; FileError unless they are most of the model.
 
     Args:
       path: of the file, for the message.

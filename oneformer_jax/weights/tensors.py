@@ -87,12 +87,12 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The values; FileError if they are damaged."""
+        """Returns the values; FileError if they are damaged."""
         return self._read()
 
 
 def shape_problem(shape: Sequence[Any]) -> str:
-    """Why no tensor has this shape, or ""."""
+    """Returns why no tensor has this shape, or ""."""
     if len(shape) > MAX_RANK:
         return f"{len(shape)} axes, more than {MAX_RANK}"
     if any(type(n) is not int or n < 0 for n in shape):
@@ -103,7 +103,7 @@ def shape_problem(shape: Sequence[Any]) -> str:
 
 
 def tensors_problem(tensors: dict[str, Tensor], size: int) -> str:
-    """Why these are not the tensors of a file of `size` bytes, or ""."""
+    """Returns why these are not the tensors of a file of `size` bytes, or ""."""
     for name in tensors:
         if len(name) > MAX_NAME or not name.isprintable():
             return (

@@ -121,7 +121,7 @@ class Forms:
         self._done: dict[int, Any] = {}
 
     def convert(self, value: Any, depth: int = 0) -> Any:
-        """None, numbers, texts, bytes, `Tensor`, and lists, tuples, dicts and sets of these.
+        """Converts to None, numbers, texts, bytes, `Tensor`s and containers of these.
 
         NumPy arrays become tensors, and their scalars numbers. Settings become None: nobody reads
         them.

@@ -40,7 +40,7 @@ _MAX_CONTENTS = 8 << 20
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """The object in a file of PyTorch or a pickle: plain containers, numbers, texts, `Tensor`s.
+    """Reads the object in a file of PyTorch or a pickle: containers, numbers, texts, `Tensor`s.
 
     Tensors are read when they are asked for. NumPy arrays are tensors too.
 
@@ -99,7 +99,7 @@ class _Archive:
             self.members[member.filename] = member
 
     def read(self, name: str) -> memoryview:
-        """The bytes of a member; they are compared with their checksum the first time."""
+        """Returns the bytes of a member; they are compared with their checksum the first time."""
         member, header = self.members[name], struct.Struct("<4s22xHH")
         begin = member.header_offset
         if begin + header.size > self.size:

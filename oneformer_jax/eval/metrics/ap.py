@@ -194,7 +194,7 @@ class CocoAP:
         self._add(other._images)
 
     def state(self) -> dict[str, np.ndarray]:
-        """The state as flat arrays whose lengths grow with images, instances and outlines."""
+        """Packs the state in flat arrays whose lengths grow with images, instances and outlines."""
         images = list(self._images.values())
         return {
             "is_thing": self.is_thing,
@@ -275,7 +275,7 @@ class CocoAP:
         return self._result
 
     def compute(self) -> dict[str, float]:
-        """`instance/AP`, `AP50`, `AP75`, `APs`, `APm` and `APl` in percent."""
+        """Returns `instance/AP`, `AP50`, `AP75`, `APs`, `APm` and `APl` in percent."""
         return dict(self._evaluate()[0])
 
     def undefined(self) -> dict[str, str]:
@@ -288,7 +288,7 @@ class CocoAP:
         }
 
     def per_class(self) -> dict[str, np.ndarray]:
-        """`instance/AP` in percent, float64 [K]; NaN: stuff, or no ground-truth instance."""
+        """Computes `instance/AP` in percent, float64 [K]; NaN: stuff, or no true instance."""
         return {"instance/AP": self._evaluate()[1].copy()}
 
     def counts(self) -> dict[str, int]:

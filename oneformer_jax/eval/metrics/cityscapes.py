@@ -136,7 +136,7 @@ class CityscapesAP:
         self._scores = np.concatenate([self._scores, other._scores])
 
     def state(self) -> dict[str, np.ndarray]:
-        """The state as flat arrays whose lengths grow with instances and detections."""
+        """Returns the state as flat arrays whose lengths grow with instances and detections."""
         return {
             "is_thing": self.is_thing,
             "image_ids": np.array(list(self._image_ids), np.str_),
@@ -192,12 +192,12 @@ class CityscapesAP:
         return found
 
     def per_class(self) -> dict[str, np.ndarray]:
-        """AP and AP50 in percent, float64 [K]; NaN: stuff, or no instance of `MIN_PIXELS`."""
+        """Computes AP and AP50 in percent, float64 [K]; NaN: stuff, or none of `MIN_PIXELS`."""
         found = 100 * self._average_precisions()
         return {"instance/AP": found.mean(axis=1), "instance/AP50": found[:, 0]}
 
     def compute(self) -> dict[str, float]:
-        """`instance/AP` and `AP50` in percent: means over the classes with an instance."""
+        """Returns `instance/AP` and `AP50` in percent: means over the classes with an instance."""
         return {name: mean(v[~np.isnan(v)]) for name, v in self.per_class().items()}
 
     def undefined(self) -> dict[str, str]:
@@ -330,7 +330,7 @@ class CityscapesIoU(MeanIoU):
         return {**super().per_class(), "semantic/iIoU": 100 * iou}
 
     def per_category(self) -> dict[str, np.ndarray]:
-        """IoU and iIoU of the `CATEGORIES` in percent, float64 [7]; NaN as in `per_class`."""
+        """Computes IoU and iIoU of `CATEGORIES` in percent, float64 [7]; NaN as in `per_class`."""
         members = self._members.astype(np.int64)
         table = members @ self.confusion @ members.T
         hit, true = np.diagonal(table), table.sum(axis=1)

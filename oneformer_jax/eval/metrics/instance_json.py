@@ -73,7 +73,7 @@ class InstanceAnnotations:
             self._positions.setdefault(pathlib.PurePath(name).stem, i)
 
     def masks(self, image_id: str, size: tuple[int, int]) -> Masks:
-        """The instances of an image; ValueError if the file lacks it or has another size."""
+        """Reads the instances of an image; ValueError if the file lacks it or has another size."""
         position = self._positions.get(image_id)
         if position is None:
             raise ValueError(

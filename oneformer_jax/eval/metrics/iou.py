@@ -92,7 +92,7 @@ class MeanIoU:
         self.images += other.images
 
     def state(self) -> dict[str, np.ndarray]:
-        """The attributes, and the number of images as a scalar."""
+        """Returns the attributes, and the number of images as a scalar."""
         return {
             "hits": self.hits,
             "true": self.true,
@@ -112,7 +112,7 @@ class MeanIoU:
         self.images = int(state["images"])
 
     def per_class(self) -> dict[str, np.ndarray]:
-        """IoU and accuracy in percent, float64 [K]; NaN for a class that does not occur."""
+        """Computes IoU and accuracy in percent, float64 [K]; NaN for a class without pixels."""
         union = self.true + self.predicted - self.hits
         nan = np.full(len(self.true), np.nan)
         true = self.true > 0
@@ -122,7 +122,7 @@ class MeanIoU:
         }
 
     def compute(self) -> dict[str, float]:
-        """`semantic/mIoU`, `fwIoU` (weighted by true pixels), `mACC` and `pACC`, in percent."""
+        """Computes `semantic/mIoU`, `fwIoU` (by true pixels), `mACC` and `pACC`, in percent."""
         table = self.per_class()
         iou, accuracy = table["semantic/IoU"], table["semantic/ACC"]
         true, pixels = self.true, self.true.sum()

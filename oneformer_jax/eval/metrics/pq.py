@@ -120,7 +120,7 @@ class PanopticQuality:
         self.images += other.images
 
     def state(self) -> dict[str, np.ndarray]:
-        """The state as arrays of fixed size: four of [K], a scalar, and the class kinds [K]."""
+        """Packs the state in arrays of fixed size: four of [K], a scalar, and class kinds [K]."""
         return {
             "is_thing": self.is_thing,
             "iou_sum": self.iou_sum,
@@ -139,7 +139,7 @@ class PanopticQuality:
         return metric
 
     def per_class(self) -> dict[str, np.ndarray]:
-        """PQ, SQ and RQ in percent, and their counts, float64 [K]; NaN: class unseen."""
+        """Returns PQ, SQ and RQ in percent, and their counts, float64 [K]; NaN: class unseen."""
         weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
         seen = weight > 0
         nan = np.full(len(weight), np.nan)
@@ -161,7 +161,7 @@ class PanopticQuality:
         return {"": seen, "_things": seen & self.is_thing, "_stuff": seen & ~self.is_thing}
 
     def compute(self) -> dict[str, float]:
-        """`panoptic/PQ`, `SQ`, `RQ`, each also with `_things` and `_stuff`, in percent."""
+        """Returns `panoptic/PQ`, `SQ`, `RQ`, each also with `_things` and `_stuff`, in percent."""
         table = self.per_class()
         return {
             f"panoptic/{name}{suffix}": mean(table[f"panoptic/{name}"][members])

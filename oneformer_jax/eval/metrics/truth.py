@@ -94,7 +94,7 @@ def runs(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def segment_map(record: Record, truth: Segments) -> np.ndarray:
-    """int32 [H, W]: the dense numbers of a record's segments, see `segment_numbers`."""
+    """Returns int32 [H, W]: the dense numbers of a record's segments, see `segment_numbers`."""
     panoptic = record["panoptic"]
     ids, _, lengths = runs(panoptic, panoptic)
     numbers = segment_numbers(ids, truth.ids, truth.where)
@@ -104,7 +104,7 @@ def segment_map(record: Record, truth: Segments) -> np.ndarray:
 def count_pairs(
     rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, shape: tuple[int, int]
 ) -> np.ndarray:
-    """int64 table of `shape`: the sum of `weights` for each pair of a row and a column."""
+    """Returns int64 table of `shape`: the sum of `weights` for each pair of a row and a column."""
     codes = rows.astype(np.int64) * shape[1] + columns
     # bincount adds in float64, which is exact for any image.
     counts = np.bincount(codes, weights, minlength=shape[0] * shape[1])
@@ -151,5 +151,5 @@ def check_new_images(ours: Set[str], theirs: Set[str]) -> None:
 
 
 def mean(values: np.ndarray) -> float:
-    """Mean of an array; NaN if it is empty."""
+    """Returns the mean of an array; NaN if it is empty."""
     return float(values.mean()) if values.size else float("nan")

@@ -177,7 +177,7 @@ def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) ->
 
 
 def shade(color: Sequence[int], number: int) -> tuple[int, int, int]:
-    """Colour of the `number`-th instance of a class: `color` first, then shades around it."""
+    """Picks the colour of the `number`-th instance of a class: `color`, then shades around it."""
     red, green, blue = color
     shades = _shades((int(red), int(green), int(blue)))
     return shades[number % len(shades)]

@@ -68,7 +68,7 @@ __all__ = [
 
 
 def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
-    """The config of a backbone by name.
+    """Returns the config of a backbone by name.
 
     Args:
       name: a published size ("swin_tiny", "swin_large", "convnext_large", "convnext_xlarge",
@@ -100,7 +100,7 @@ def build_backbone(
     rngs: ParamKeys,
     execution: Execution = Execution(),
 ) -> Swin | ConvNeXt | DiNAT | InternImage | ResNet:
-    """The module of a config.
+    """Returns the module of a config.
 
     Args:
       config: see `backbone_config`.
@@ -112,12 +112,12 @@ def build_backbone(
 
 
 def to_dict(config: BackboneConfig) -> dict[str, Any]:
-    """Plain values for JSON: the fields and "kind"; `from_dict` is the inverse."""
+    """Returns plain values for JSON: the fields and "kind"; `from_dict` is the inverse."""
     return {"kind": kind_of(config), **dataclasses.asdict(config)}
 
 
 def from_dict(fields: dict[str, Any]) -> BackboneConfig:
-    """The config that `to_dict` wrote; ValueError for what is unknown, missing or absurd."""
+    """Reads what `to_dict` wrote; ValueError for what is unknown, missing or absurd."""
     if not isinstance(fields, Mapping):
         raise ValueError(f"backbone is {shown(fields)}; it must be fields with values")
     fields = dict(fields)
@@ -128,7 +128,7 @@ def from_dict(fields: dict[str, Any]) -> BackboneConfig:
 
 
 def kind_of(config: BackboneConfig) -> str:
-    """The family that a config belongs to: "swin", "resnet"..."""
+    """Returns the family that a config belongs to: "swin", "resnet"..."""
     for kind, (config_class, _) in _KINDS.items():
         if isinstance(config, config_class):
             return kind

@@ -21,7 +21,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 def stages(rule: Rule) -> Tuple:
-    """The rule of a field with a value for each of the four stages."""
+    """Returns the rule of a field with a value for each of the four stages."""
     return Tuple(rule, 4, 4)
 
 
@@ -60,12 +60,12 @@ class StagedConfig:
         rules.require(f"{type(self).__name__}: ", vars(self), self.RULES)
 
     def require(self, ok: bool, field: str, rule: str) -> None:
-        """ValueError that names the field and the rule, unless `ok`."""
+        """Raises a ValueError that names the field and the rule, unless `ok`."""
         if not ok:
             rules.refuse(f"{type(self).__name__}: ", vars(self), {field: rule})
 
     def require_divisible(self, parts: str) -> None:
-        """ValueError unless each stage's channels divide into the heads or groups of `parts`."""
+        """Raises a ValueError unless each stage's channels divide into its heads or groups."""
         heads = getattr(self, parts)
         ok = all(c % n == 0 for c, n in zip(self.channels, heads, strict=True))
         self.require(ok, "embed_dim", f"divide, doubled at each stage, by {parts} {heads}")
@@ -136,7 +136,7 @@ class WideningBackbone(nnx.Module):
         return tuple(outputs)
 
     def output(self, stage: int, x: jax.Array) -> jax.Array:
-        """The map that a stage hands out, [B, h, w, C], from the one it hands on."""
+        """Returns the map that a stage hands out, [B, h, w, C], from the one it hands on."""
         return x
 
 
@@ -155,7 +155,7 @@ class NormalizedBackbone(WideningBackbone):
 
 
 def check_image(image: jax.Array) -> None:
-    """ValueError unless `image` is [B, H, W, 3]."""
+    """Raises a ValueError unless `image` is [B, H, W, 3]."""
     if image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(f"a backbone's image must be [B, H, W, 3], got shape {image.shape}")
 
@@ -163,7 +163,7 @@ def check_image(image: jax.Array) -> None:
 def linear(
     inputs: int, outputs: int, *, use_bias: bool = True, rngs: ParamKeys, dtype
 ) -> nnx.Linear:
-    """A linear layer of a transformer: `linear_init` and zero bias."""
+    """Returns a linear layer of a transformer: `linear_init` and zero bias."""
     return nnx.Linear(
         inputs, outputs, use_bias=use_bias, dtype=dtype, kernel_init=linear_init, rngs=rngs
     )
@@ -192,7 +192,7 @@ def torch_conv(
     rngs: ParamKeys,
     dtype,
 ) -> nnx.Conv:
-    """A square convolution with PyTorch's default initialisation of kernel and bias."""
+    """Returns a square convolution with PyTorch's default initialisation of kernel and bias."""
     bound = (size * size * inputs // groups) ** -0.5
     return nnx.Conv(
         inputs,
@@ -210,12 +210,12 @@ def torch_conv(
 
 
 def halving_conv(inputs: int, outputs: int, **options: Any) -> nnx.Conv:
-    """3 x 3 with stride 2 and padding 1: sides n become ceil(n / 2). Options of `torch_conv`."""
+    """Makes a 3 x 3 `torch_conv` of stride 2 and padding 1: sides n become ceil(n / 2)."""
     return torch_conv(inputs, outputs, 3, strides=2, padding=1, **options)
 
 
 def drop_path_rates(config: Any) -> list[tuple[float, ...]]:
-    """For each stage the stochastic depth of its blocks: linear from 0 to `drop_path_rate`."""
+    """Lists the blocks' stochastic depths by stage: linear from 0 to `drop_path_rate`."""
     rates = np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist()
     ends = np.cumsum(config.depths)
     return [tuple(rates[e - n : e]) for e, n in zip(ends, config.depths, strict=True)]

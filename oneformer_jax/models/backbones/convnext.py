@@ -59,12 +59,12 @@ class ConvNeXtConfig(StagedConfig):
 
     @classmethod
     def large(cls, **overrides) -> ConvNeXtConfig:
-        """ConvNeXt-L."""
+        """Returns the config of ConvNeXt-L."""
         return cls(**(dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)) | overrides))
 
     @classmethod
     def xlarge(cls, **overrides) -> ConvNeXtConfig:
-        """ConvNeXt-XL."""
+        """Returns the config of ConvNeXt-XL."""
         return cls(**(dict(depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048)) | overrides))
 
     @property

@@ -104,7 +104,7 @@ class DinatConfig(WideningConfig):
 
     @classmethod
     def large(cls, **overrides) -> DinatConfig:
-        """DiNAT-L with 11 x 11 neighbours."""
+        """Returns DiNAT-L with 11 x 11 neighbours."""
         fields = dict(
             embed_dim=192,
             depths=(3, 4, 18, 5),
@@ -116,12 +116,12 @@ class DinatConfig(WideningConfig):
 
     @classmethod
     def large_wide(cls, **overrides) -> DinatConfig:
-        """DiNAT-L with 11 x 11 neighbours and the wider dilations for images of 1280 pixels."""
+        """Returns DiNAT-L with 11 x 11 neighbours and wider dilations, for 1280 pixels."""
         return cls.large(**({"dilations": DILATIONS["wide"]} | overrides))
 
     @classmethod
     def large_7x7(cls, **overrides) -> DinatConfig:
-        """DiNAT-L with 7 x 7 neighbours."""
+        """Returns DiNAT-L with 7 x 7 neighbours."""
         return cls.large(**({"kernel_size": 7, "dilations": DILATIONS["7x7"]} | overrides))
 
 

@@ -90,7 +90,7 @@ class InternImageConfig(WideningConfig):
 
     @classmethod
     def huge(cls, **overrides) -> InternImageConfig:
-        """InternImage-H."""
+        """Returns the config of InternImage-H."""
         fields = dict(
             embed_dim=320,
             depths=(6, 6, 32, 6),

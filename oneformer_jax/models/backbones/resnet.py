@@ -49,12 +49,12 @@ class ResNetConfig(StagedConfig):
 
     @classmethod
     def r50(cls, **overrides) -> ResNetConfig:
-        """ResNet-50."""
+        """Returns the config of ResNet-50."""
         return cls(**({"depths": (3, 4, 6, 3)} | overrides))
 
     @classmethod
     def r101(cls, **overrides) -> ResNetConfig:
-        """ResNet-101."""
+        """Returns the config of ResNet-101."""
         return cls(**({"depths": (3, 4, 23, 3)} | overrides))
 
     @property

@@ -72,13 +72,13 @@ class SwinConfig(WideningConfig):
 
     @classmethod
     def tiny(cls, **overrides) -> SwinConfig:
-        """Swin-T."""
+        """Returns the config of Swin-T."""
         fields = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7)
         return cls(**(fields | overrides))
 
     @classmethod
     def large(cls, **overrides) -> SwinConfig:
-        """Swin-L with windows of 12, as pre-trained at 384 pixels."""
+        """Returns Swin-L with windows of 12, as pre-trained at 384 pixels."""
         fields = dict(
             embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12
         )
@@ -230,14 +230,14 @@ class PatchMerging(nnx.Module):
 
 
 def partition_windows(x: jax.Array, size: int) -> jax.Array:
-    """[B, H, W, C] with H and W multiples of `size` to [B, G, size * size, C], by rows."""
+    """Cuts [B, H, W, C], H and W multiples of `size`, into [B, G, size * size, C], by rows."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // size, size, width // size, size, channels)
     return x.swapaxes(2, 3).reshape(batch, -1, size * size, channels)
 
 
 def merge_windows(x: jax.Array, size: int, shape: tuple[int, int]) -> jax.Array:
-    """The inverse of `partition_windows` for a map of `shape`."""
+    """Returns the inverse of `partition_windows` for a map of `shape`."""
     height, width = shape
     batch, _, _, channels = x.shape
     x = x.reshape(batch, height // size, width // size, size, size, channels)
@@ -245,7 +245,7 @@ def merge_windows(x: jax.Array, size: int, shape: tuple[int, int]) -> jax.Array:
 
 
 def relative_position_index(size: int) -> np.ndarray:
-    """int32 [S, S]: row of the bias table for query i and key j of a window of edge `size`."""
+    """Finds the row of the bias table for query i and key j of a window: int32 [S, S]."""
     row, column = np.divmod(np.arange(size * size, dtype=np.int32), size)
     down = row[:, None] - row[None, :] + size - 1
     right = column[:, None] - column[None, :] + size - 1
@@ -253,7 +253,7 @@ def relative_position_index(size: int) -> np.ndarray:
 
 
 def shift_regions(height: int, width: int, size: int) -> np.ndarray:
-    """Region of each token in the windows of a shifted map: int32 [G, S].
+    """Returns the region of each token in the windows of a shifted map: int32 [G, S].
 
     Rolling the padded map brings tokens of opposite borders into one window; only tokens of the
     same region may attend to each other.

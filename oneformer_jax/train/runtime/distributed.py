@@ -130,7 +130,7 @@ def _whole(value: str | int) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """First name in a SLURM list: "node007" of "node[007-012,20],other3"."""
+    """Returns first name in a SLURM list: "node007" of "node[007-012,20],other3"."""
     match = re.match(r"([^,\[]+)(?:\[([^\],\-]+))?", nodes)
     return match[1] + (match[2] or "") if match else ""
 
