@@ -61,12 +61,14 @@ def sum_over_slots(
     def each_chunk(body: Callable, carry: Any, used: jax.Array, parts: list[jax.Array]) -> Any:
         """Calls `carry = body(carry, n, start, parts)` for the chunks in use of all predictions."""
 
+        rounds = used if count > 1 else 1  # a number that is known is better for a compiler
+
         def step(i: jax.Array, carry: Any) -> Any:
-            n, start = i // used, i % used * chunk
+            n, start = i // rounds, i % rounds * chunk
             slices = [lax.dynamic_slice_in_dim(x, start, chunk, 1) for x in parts]
             return body(carry, n, start, slices)
 
-        return lax.fori_loop(0, num_predictions * used, step, carry)
+        return lax.fori_loop(0, num_predictions * rounds, step, carry)
 
     def empty(like: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.zeros((num_predictions, batch, count * chunk, *like.shape[2:]), like.dtype)
