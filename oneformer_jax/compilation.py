@@ -8,7 +8,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -91,13 +91,18 @@ def release_memory() -> None:
         libc.malloc_trim(0)
 
 
-@contextlib.contextmanager
-def _announced(name: str) -> Iterator[None]:
+def _announced(name: str) -> contextlib.AbstractContextManager:
     """Logs what is compiled once it takes long."""
-    text = "Compiling %s, which can take minutes the first time; %s ..."
     kept = jax.config.jax_compilation_cache_dir
     place = f"it is kept in {kept}" if kept else "it is not kept (no compilation cache)"
-    timer = threading.Timer(QUIET_SECONDS, logging.info, [text, name, place])
+    text = f"Compiling {name}, which can take minutes the first time; {place} ..."
+    return said_after(QUIET_SECONDS, logging.info, text)
+
+
+@contextlib.contextmanager
+def said_after(seconds: float, log: Callable[..., Any], message: str) -> Iterator[None]:
+    """Logs a message if what happens in the context has not ended after so many seconds."""
+    timer = threading.Timer(seconds, log, ["%s", message])
     timer.daemon = True
     timer.start()
     try:

@@ -58,7 +58,7 @@ def convolve(
 ) -> jax.Array:
     """Convolves [B, H, W, C] for `nnx.Conv`; a 1 x 1 kernel is a product.
 
-    On a processor the product is faster, and its gradient several times as fast.
+    On a processor the product is faster, and above all its gradient.
     """
     groups = feature_group_count
     if kernel.shape[:2] != (1, 1) or groups != 1 or any(map(any, padding)):
@@ -76,8 +76,8 @@ def convolve(
 def gelu(x: jax.Array) -> jax.Array:
     """Computes the exact GELU, x Φ(x) (arXiv 1606.08415), in float32 inside.
 
-    The backward pass needs `x` alone: automatic differentiation would keep three arrays, and the
-    erfc of `jax.nn.gelu` costs a processor twice the time of erf.
+    The backward pass needs `x` alone: automatic differentiation would keep more arrays, and the
+    erfc of `jax.nn.gelu` takes a processor longer than erf.
     """
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)

@@ -20,7 +20,7 @@ def arrays(seed=0):
 
 
 def dropped(key, chunk):
-    """What dropout makes of the weights: the factors of all chunks."""
+    """Draws the factors that dropout gives the weights of all chunks."""
     parts = [
         jax.random.bernoulli(jax.random.fold_in(key, i), 1 - RATE, (B, N, Q, chunk))
         for i in range(-(-S // chunk))

@@ -24,7 +24,7 @@ draw_points = jax.jit(points.draw_points, static_argnames=("purpose", "batch", "
 
 
 class Drawn:
-    """What ours has drawn in a step, handed to the reference in the order of use.
+    """Hands what ours has drawn in a step to the reference, in the order of use.
 
     Attributes:
       masks: of dropout and drop path, in the order of the layers.

@@ -11,9 +11,8 @@ import dataclasses
 import json
 import re
 import socket
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -192,17 +191,10 @@ def compile_everywhere(function: Any, *arguments: Any, name: str) -> None:
     wait(key=f"oneformer_jax: {name} compiled", timeout_ms=1000 * _COMPILATION_SECONDS)
 
 
-@contextlib.contextmanager
-def _warning_before(timeout: float, text: str) -> Iterator[None]:
+def _warning_before(timeout: float, text: str) -> contextlib.AbstractContextManager:
     """Logs `text` shortly before JAX gives up, as it then aborts the process."""
     message = f"{text}; in 2 s JAX ends this process. Did all start with the same command?"
-    timer = threading.Timer(max(timeout - 2, 0.1), logging.error, [message])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return compilation.said_after(max(timeout - 2, 0.1), logging.error, message)
 
 
 # ------------------------------------------------------------------ the roll
