@@ -320,7 +320,7 @@ def _decode_image(header: _Header, data: bytes) -> np.ndarray:
             "convert it to 8 or 16 bits, grey or RGB"
         )
     if deep:
-        pixels = _eight_bits(_deep_samples(header, data))
+        pixels = eight_bits(_deep_samples(header, data))
         pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB) if pixels.ndim == 2 else pixels
         return _turned(pixels, header.turn)
     if header.kind == "JPEG":
@@ -371,7 +371,7 @@ def _rgb_order(samples: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(samples, code)
 
 
-def _eight_bits(samples: np.ndarray) -> np.ndarray:
+def eight_bits(samples: np.ndarray) -> np.ndarray:
     """Scales 16 bits to 8 by the smallest 2^n - 1 (n from 8 to 16) not below the maximum."""
     top = (1 << max(8, int(samples.max()).bit_length())) - 1
     _say_once(

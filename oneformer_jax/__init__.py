@@ -44,6 +44,7 @@ def load(
     config: OneFormerConfig | str | None = None,
     *,
     metadata: Metadata | str | None = None,
+    checkpoint: str | int = "auto",
     execution: Execution | None = None,
     mesh: Mesh | None = None,
     **overrides: Any,
@@ -56,18 +57,21 @@ def load(
     the user's folder of caches, so that the next process starts fast.
 
     Args:
-      path: a workdir (its newest checkpoint is taken) or a folder `workdir/checkpoints/<step>`; an
-        official `.pth`; a folder of `transformers` (config.json, model.safetensors).
+      path: a workdir or a folder `workdir/checkpoints/<step>`; an official `.pth`; a folder of
+        `transformers` (config.json, model.safetensors).
       config: not for workdirs: the architecture, or the name of a published model such as
         "ade20k:dinat_large,res=1280", where the tensors alone do not tell.
       metadata: not for workdirs: the classes, or the name of a dataset.
+      checkpoint: of a workdir: a step, "latest", "best" (by the run's `eval.best_metric`), or
+        "auto": the best if there are scores, else the latest.
       execution: how the model is run. None is `Execution()`, but a workdir's model is run in the
         dtype of its training.
       mesh: devices to run on, see `Segmenter`.
-      **overrides: `short_edge`, `max_size`, `tta` (a dict, see `TtaConfig.from_settings`) and
-        fields of `PostprocessConfig` (such as `object_mask_threshold`) that replace the run's or
-        the published ones; not for workdirs, fields of `OneFormerConfig` that tensors do not show
-        (such as `num_heads`, or `backbone={"dilations": ...}`).
+      **overrides: `short_edge`, `max_size`, `tta` (a dict, see `TtaConfig.from_settings`),
+        `bucket_multiple`, `max_buckets`, `batch_size` and fields of `PostprocessConfig` (such as
+        `object_mask_threshold`) that replace the run's or the published ones; not for workdirs,
+        fields of `OneFormerConfig` that tensors do not show (such as `num_heads`, or
+        `backbone={"dilations": ...}`).
 
     Raises:
       ValueError: no trained model at `path`, a damaged one or one that does not fit, an unknown
@@ -80,7 +84,7 @@ def load(
     from oneformer_jax.models import functional
     from oneformer_jax.models.execution import Execution
     from oneformer_jax.models.oneformer import OneFormerConfig
-    from oneformer_jax.train import checkpoint
+    from oneformer_jax.train.checkpoint import load_for_inference
     from oneformer_jax.weights import convert, files
 
     compilation.keep_programs()
@@ -88,7 +92,7 @@ def load(
         if config is not None or metadata is not None:
             given = "config" if config is not None else "metadata"
             raise ValueError(f"{path} is a workdir, which holds its own {given}; leave it out")
-        trained = checkpoint.load_for_inference(path)
+        trained = load_for_inference(path, checkpoint=checkpoint)
         dtype = trained.settings["model"].get("dtype", Execution.dtype)
         return Segmenter.from_settings(
             OneFormerConfig.from_dict(trained.model),

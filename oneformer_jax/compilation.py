@@ -31,22 +31,26 @@ def keep_programs(folder: str = "") -> None:
         jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-def compile_now(function: Any, *arguments: Any, name: str) -> None:
+def compile_now(function: Any, *arguments: Any, name: str) -> Any:
     """Compiles a jitted function for arguments like these; a later call with such does not.
 
     Args:
       function: a result of `jax.jit`.
       arguments: arrays; nothing is donated here.
       name: the program's, for the log, such as "the training step".
+
+    Returns:
+      The compiled program, a `jax.stages.Compiled`.
     """
     start = time.perf_counter()
     with _announced(name):
-        function.lower(*arguments).compile()
+        compiled = function.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     if seconds > QUIET_SECONDS:
         logging.info("Compiled %s in %.0f s.", name, seconds)
     if seconds > 1:
         release_memory()
+    return compiled
 
 
 class Program:
@@ -63,14 +67,28 @@ class Program:
         self.jitted = function
         self._name = name
         self._looks_at = looks_at
-        self._known: set[Any] = set()
+        self._known: dict[Any, Any] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
+        self.compile(*arguments)
+        return self.jitted(*arguments)
+
+    def compile(self, *arguments: Any) -> Any:
+        """Compiles for arguments like these, arrays or `jax.ShapeDtypeStruct`, if it is new.
+
+        Any thread may call it; another that needs the same program waits for it.
+
+        Returns:
+          The compiled program, a `jax.stages.Compiled`.
+        """
         shapes = tuple(x.shape for x in jax.tree.leaves(arguments[self._looks_at]))
         if shapes not in self._known:
-            compile_now(self.jitted, *arguments, name=f"{self._name} for {_text(shapes[0])}")
-            self._known.add(shapes)
-        return self.jitted(*arguments)
+            with self._lock:
+                if shapes not in self._known:
+                    name = f"{self._name} for {_text(shapes[0])}"
+                    self._known[shapes] = compile_now(self.jitted, *arguments, name=name)
+        return self._known[shapes]
 
     def __len__(self) -> int:
         """Counts the kinds of arguments so far."""

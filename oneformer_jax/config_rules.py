@@ -197,6 +197,7 @@ RULES: dict[str, Rule] = {
     "eval.object_mask_threshold": _PROBABILITY,
     "eval.overlap_threshold": _PROBABILITY,
     "eval.topk": Integer(1, 1_000_000),
+    "eval.instance_max_iou": _PROBABILITY,
     "eval.best_metric": Word(tuple(f"{t}/{name}" for t in TASKS for name in METRICS[t])),
     "eval.token_table": Flag(),
     "mesh.data": Integer(1, 1_000_000, other=-1, note=" (-1: all that are left)"),

@@ -165,6 +165,7 @@ ACCEPTED = {
     "eval.tta.max_size": ZERO,
     "eval.object_mask_threshold": ZERO,
     "eval.overlap_threshold": ZERO,
+    "eval.instance_max_iou": ZERO,
     "mesh.topology": ("",),
 }
 PATHS = {"init.backbone", "init.checkpoint", "eval.instance_json", "compilation_cache"}

@@ -15,8 +15,8 @@ RULES = {
     "main": ("app", "absl"),
     "": ("types models train eval weights input_pipeline.datasets", "jax"),  # the public API
     "app": (
-        "app train compile eval weights types input_pipeline input_pipeline.datasets configs"
-        " configs.common",
+        "app train compile eval weights types input_pipeline input_pipeline.datasets"
+        " input_pipeline.eval_loader configs configs.common",
         "absl jax ml_collections",
     ),
     "compile": ("compile train models types kernels.chips", "absl jax ml_collections numpy"),
@@ -27,8 +27,9 @@ RULES = {
     ),
     "weights": ("weights models types", "flax jax msgspec numpy safetensors"),
     "eval": (
-        "eval models types input_pipeline.images input_pipeline.resize input_pipeline.annotations",
-        "absl cv2 flax jax numpy PIL pycocotools scipy",
+        "eval models types input_pipeline.images input_pipeline.resize input_pipeline.annotations"
+        " input_pipeline.eval_loader",
+        "absl cv2 flax jax numpy PIL pycocotools scipy supervision",
     ),
     "eval.evaluate": ("eval models types", "absl jax ml_collections numpy"),
     "models": ("models types kernels", "flax jax numpy scipy"),
@@ -45,13 +46,18 @@ RULES = {
     "input_pipeline.images": ("files", "cv2 numpy PIL"),
     # The size of an image at the test, the same in evaluation and prediction.
     "input_pipeline.resize": ("", "cv2 numpy PIL"),
+    # Batches of one padded size, the same in evaluation and in the prediction of a folder.
+    "input_pipeline.eval_loader": (
+        "input_pipeline input_pipeline.resize input_pipeline.images",
+        "absl grain numpy",
+    ),
     # Annotation files: the truth of training and of evaluation.
     "input_pipeline.annotations": ("input_pipeline.annotations", "msgspec numpy pycocotools"),
     # Tables only: the public API may read the classes of a dataset in them.
     "input_pipeline.datasets": ("", "numpy"),
     "input_pipeline": (
         "input_pipeline input_pipeline.datasets input_pipeline.images input_pipeline.resize"
-        " input_pipeline.annotations",
+        " input_pipeline.annotations input_pipeline.eval_loader",
         "absl array_record cv2 etils grain importlib_resources instant_clip_tokenizer msgspec numpy"
         " PIL pycocotools tensorflow_datasets",
     ),

@@ -19,6 +19,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
@@ -33,6 +34,24 @@ from oneformer_jax.files import did_you_mean, first_few, nearest
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"  # those that are shipped
 COMMON = os.path.join("configs", "common.py")  # every key of a config
 TASKS = ("panoptic", "instance", "semantic", "all")
+# Other programs' names of keys, in any group.
+SYNONYMS = {
+    "amp": "model.dtype",
+    "crop": "data.crop_size",
+    "epochs": "train.steps",
+    "image_size": "data.crop_size",
+    "img_size": "data.crop_size",
+    "imgsz": "data.crop_size",
+    "iterations": "train.steps",
+    "learning_rate": "optim.lr",
+    "max_iter": "train.steps",
+    "num_epochs": "train.steps",
+    "num_workers": "data.workers",
+    "precision": "model.dtype",
+    "pretrained": "init.checkpoint",
+    "wd": "optim.weight_decay",
+    "weights": "init.checkpoint",
+}
 FORMATS = ("workdir", "official", "hugging_face")
 OFFICIAL = ("coco", "ade20k", "cityscapes", "mapillary")
 
@@ -45,13 +64,32 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
 )
-_MODES = ("train", "eval", "predict", "convert", "prepare", "inspect", "compile", "replay")
+_MODES = {
+    "train": "train --config in --workdir, with evaluations and pictures; the default",
+    "eval": "evaluate a checkpoint of --workdir",
+    "predict": "segment --image with the model of --workdir or --weights",
+    "convert": "turn --source into --output: weights of one program into those of another",
+    "prepare": "write the files of --dataset in --source as records",
+    "inspect": "count, check and draw the training data of --config",
+    "compile": "compile a run for accelerators that are not here, and tell whether it fits",
+    "replay": "run a recorded step of bad numbers again",
+}
 WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay")  # modes that read the config
-_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
-_CHECKPOINT = flags.DEFINE_integer(
-    "checkpoint", None, "eval, predict, replay: the step; the newest when not given.", 0
+_MODE = flags.DEFINE_enum("mode", "train", tuple(_MODES), "What to do.")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", None, "predict: a workdir, an official .pth or a Hugging Face folder."
+)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "eval, predict: a step, latest or best; replay: a recorded step. When not given: the latest, "
+    "but predict takes the best where there are scores.",
 )
 _IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
+_THRESHOLD = flags.DEFINE_float(
+    "threshold", None, "predict: keep segments whose score is above this.", 0.0, 1.0
+)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "predict: segment again what is done.")
 _TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three.")
 _MAX_PIXELS = flags.DEFINE_integer(
     "max_pixels", None, "predict: largest image that is read; other modes: data.max_pixels.", 1
@@ -110,10 +148,10 @@ def fail(message: str, code: int) -> NoReturn:
 # ------------------------------------------------------------------------ the command line
 
 
-def config_argument(argv: Sequence[str]) -> str | None:
-    """Returns value of --config in `argv`, or None."""
-    for argument, following in zip(argv, [*argv[1:], None], strict=True):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+def argument(argv: Sequence[str], flag: str = "config") -> str | None:
+    """Returns the value of a flag in `argv`, or None."""
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if match := re.fullmatch(rf"--?{flag}(?:=(.*))?", word, re.DOTALL):
             return match[1] if match[1] is not None else following
     return None
 
@@ -128,7 +166,7 @@ def with_config_file(argv: Sequence[str]) -> list[str]:
 
     A mistake ends the program with one line and code 2.
     """
-    given = config_argument(argv)
+    given = argument(argv)
     if given is None or pathlib.Path(given.split(":")[0]).is_file():
         return list(argv)
     name, colon, variant = given.partition(":")
@@ -172,6 +210,7 @@ def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
         renamed = config_rules.RENAMED.get(override)
         if renamed is None and re.sub(r"\[.*", "", override) in keys:
             continue
+        renamed = renamed or SYNONYMS.get(override.rsplit(".", 1)[-1])
         last = override.rsplit(".", 1)[-1]
         near = [renamed] if renamed else [k for k in keys if k.rsplit(".", 1)[-1] == last]
         if not renamed:
@@ -200,13 +239,35 @@ def wrong_values(config: ConfigDict, path: str, overrides: Sequence[str]) -> str
     return first_few(lines, 10, "\n")
 
 
+def help_text() -> str:
+    """Returns what --help shows: modes and flags, a line or two for each."""
+    lines = [__doc__.strip(), "", "Modes:"]
+    lines += [f"  {name:<9}{text}" for name, text in _MODES.items()]
+    lines += ["", "Flags:"]
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        default = "" if flag.default in (None, False) else f" (default: {flag.default_as_str})"
+        lines += textwrap.wrap(
+            f"--{flag.name}: {flag.help}{default}",
+            98,
+            initial_indent="  ",
+            subsequent_indent="      ",
+        )
+    return "\n".join(lines)
+
+
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses absl flags and the config; a mistake ends the program with one line and code 2."""
     if "--version" in argv:
         print(f"oneformer-jax {oneformer_jax.__version__}")
         sys.exit(0)
+    if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
+        print(help_text())
+        sys.exit(0)
+    if argument(argv, "mode") == "predict" and argument(argv) is None and overridden_keys(argv):
+        # They act on the settings of the weights: the config only tells their types.
+        argv = [argv[0], f"--config={CONFIGS / 'custom.py'}", *argv[1:]]
     argv = with_config_file(argv)
-    path = config_argument(argv)
+    path = argument(argv)
     overrides = overridden_keys(argv)
     if overrides and path is None:
         fail(f"--config.{overrides[0]} overrides a config, but there is no --config=FILE", 2)
@@ -257,6 +318,26 @@ def require_flags(**values: object) -> None:
             fail(f"--mode={_MODE.value} needs --{name}=...", 2)
 
 
+def prediction_paths() -> tuple[str, str]:
+    """Returns the weights to predict with, and where the results go."""
+    if bool(_WORKDIR.value) == bool(_WEIGHTS.value):
+        fail("--mode=predict needs --workdir=... or --weights=..., and not both", 2)
+    weights = _WEIGHTS.value or _WORKDIR.value
+    if _OUTPUT.value:
+        return weights, _OUTPUT.value
+    if _WEIGHTS.value or os.path.isfile(weights):
+        fail("--mode=predict with other weights than a run's needs --output=FOLDER", 2)
+    return weights, os.path.join(weights, "predictions")
+
+
+def value_of(config: ConfigDict, key: str) -> object:
+    """Returns the value of a dotted key."""
+    value: object = config
+    for part in key.split("."):
+        value = value[part]  # type: ignore[index]
+    return value
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         fail(f"{argv[1]!r} is not a flag; flags begin with --", 2)
@@ -267,9 +348,11 @@ def main(argv: Sequence[str]) -> None:
         require_flags(dataset=_DATASET.value, source=_SOURCE.value)
     elif mode in ("inspect", "compile"):
         require_flags(config=config)
+    elif mode == "predict":
+        require_flags(image=_IMAGE.value)
+        weights, output = prediction_paths()
     else:
-        require_flags(workdir=_WORKDIR.value)
-        require_flags(**({"image": _IMAGE.value} if mode == "predict" else {"config": config}))
+        require_flags(workdir=_WORKDIR.value, config=config)
     try:
         if mode == "prepare":  # without JAX
             return modes.prepare(
@@ -282,16 +365,29 @@ def main(argv: Sequence[str]) -> None:
             options = {"try_others": _SUGGEST.value, "quick": _QUICK.value}
             sys.exit(0 if modes.compile_programs(config, **options) else DOES_NOT_FIT)
         elif mode == "replay":
-            modes.replay(config, _WORKDIR.value, _CHECKPOINT.value)
+            step = _CHECKPOINT.value
+            if step is not None and not step.isdecimal():
+                fail(f"--checkpoint={step}: replay takes the number of a recorded step", 2)
+            modes.replay(config, _WORKDIR.value, None if step is None else int(step))
         elif mode == "eval":
-            modes.evaluate(config, _WORKDIR.value, _CHECKPOINT.value)
+            modes.evaluate(config, _WORKDIR.value, _CHECKPOINT.value or "latest")
         elif mode == "convert":
             modes.convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value)
         elif mode == "inspect":
             modes.inspect_data(config, _OUTPUT.value, limit=_LIMIT.value)
         else:
-            where = (_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
-            modes.predict(*where, _MAX_PIXELS.value)
+            keys = [re.sub(r"\[.*", "", key) for key in overridden_keys(sys.argv)]
+            modes.predict(
+                weights,
+                _IMAGE.value,
+                _TASK.value,
+                output,
+                which=_CHECKPOINT.value or "auto",
+                threshold=_THRESHOLD.value,
+                overwrite=_OVERWRITE.value,
+                max_pixels=_MAX_PIXELS.value,
+                settings={key: value_of(config, key) for key in keys},
+            )
     except KeyboardInterrupt:
         saved = "finished file" if mode == "prepare" else "checkpoint"
         fail(f"stopped; the same command goes on from the last {saved}", 130)
@@ -303,5 +399,4 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Runs the program: `main.py` and the installed command `oneformer-jax`."""
-    sys.modules["__main__"].__doc__ = __doc__  # what absl shows for --help
     app.run(main, flags_parser=parse_flags)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -41,40 +42,88 @@ def train(config: ConfigDict, workdir: str) -> None:
     )
 
 
-def evaluate(config: ConfigDict, workdir: str, step: int | None = None) -> None:
+def evaluate(config: ConfigDict, workdir: str, which: str | int = "latest") -> None:
     """Evaluates a checkpoint of `workdir`: see `oneformer_jax.train.loop.evaluate_workdir`."""
-    from oneformer_jax.train import loop
+    from oneformer_jax.train import checkpoint, loop
 
+    checkpoint.find_checkpoint(workdir, which)  # before the data, which takes longer
     source, info = data.open_split(config, config.dataset.eval_split)
     loop.evaluate_workdir(
         config,
         workdir,
         metadata=data.metadata_of(info),
         eval_batches=data.eval_batches(config, source),
-        checkpoint_step=step,
+        which=which,
     )
 
 
-def predict(
-    workdir: str,
-    image: str,
-    task: str = "all",
-    output: str | None = None,
-    step: int | None = None,
-    max_pixels: int | None = None,
-) -> None:
-    """Segments an image or a folder of images: see `oneformer_jax.eval.predict.predict_files`."""
-    import oneformer_jax
-    from oneformer_jax.eval import predict
-    from oneformer_jax.train.checkpoint import CHECKPOINT_FOLDER
+# Groups and keys of a config that act in prediction.
+PREDICTION_KEYS = ("eval.", "kernels.", "model.dtype", "model.scan_layers")
 
-    output = output or os.path.join(workdir, "predictions")
-    path = workdir if step is None else os.path.join(workdir, CHECKPOINT_FOLDER, str(step))
+
+def predict(
+    weights: str,
+    image: str,
+    task: str,
+    output: str,
+    *,
+    which: str | int = "auto",
+    threshold: float | None = None,
+    overwrite: bool = False,
+    max_pixels: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Segments an image or a folder of images: see `oneformer_jax.eval.folder.predict_files`.
+
+    Args:
+      weights: what `oneformer_jax.load` takes.
+      image, task, output, threshold, overwrite, max_pixels: see `predict_files`.
+      which: see `oneformer_jax.load`.
+      settings: overridden keys of a config, by their dotted names, and their values.
+
+    Raises:
+      ValueError: a key that does not act in prediction, or the errors of loading and predicting.
+    """
+    import oneformer_jax
+    from oneformer_jax.eval import folder
+
+    chosen = _prediction_settings(settings or {}, weights)
     limit = {} if max_pixels is None else {"max_pixels": max_pixels}
-    written = predict.predict_files(oneformer_jax.load(path), image, output, task, **limit)
-    print(f"{len(written)} files are in {output}:")
-    for file in written:
-        print(f"  {file}")
+    found = folder.find_images(image, output)
+    segmenter = oneformer_jax.load(weights, checkpoint=which, **chosen)
+    options = dict(threshold=threshold, overwrite=overwrite)
+    report = folder.predict_files(segmenter, found, output, task, **limit, **options)
+    skipped = f", {report.skipped} were done already" if report.skipped else ""
+    print(f"{report.segmented} of {len(found)} images segmented{skipped}; results: {output}")
+
+
+def _prediction_settings(settings: Mapping[str, Any], weights: str) -> dict[str, Any]:
+    """Turns overridden keys into arguments of `oneformer_jax.load`."""
+    from oneformer_jax.train import settings as run_settings
+    from oneformer_jax.weights import files
+
+    found: dict[str, Any] = {}
+    how: dict[str, Any] = {}
+    for key, value in settings.items():
+        group, _, name = key.partition(".")
+        if key in ("eval.tta.enabled", "eval.limit", "eval.tasks", "eval.protocol"):
+            raise ValueError(f"--config.{key} is for evaluation; it does nothing in prediction")
+        if group == "eval" and name.startswith("tta."):
+            found.setdefault("tta", {})[name.removeprefix("tta.")] = value
+        elif group == "eval":
+            found[name] = value
+        elif group == "kernels" or key in ("model.dtype", "model.scan_layers"):
+            how[key] = value
+        else:
+            raise ValueError(
+                f"--config.{key} does nothing in prediction, which takes the model and its "
+                f"settings from the weights; these keys act: {', '.join(PREDICTION_KEYS)}"
+            )
+    if how:
+        found["execution"] = run_settings.execution_of(
+            None if files.is_foreign(weights) else weights, how
+        )
+    return found
 
 
 def convert(source: str, output: str, form: str = "workdir", model: str | None = None) -> None:
@@ -165,6 +214,7 @@ def replay(config: ConfigDict, workdir: str, step: int | None = None) -> None:
     from oneformer_jax.input_pipeline import tokenizer
     from oneformer_jax.train import replay
 
+    replay.find_record(workdir, step)  # before the data, which takes longer
     _, info = data.open_split(config, config.dataset.train_split)
     texts = tokenizer.text_table(info.class_names, config.data.text_template)
     settings = dict(metadata=data.metadata_of(info), text_table=texts)

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from pycocotools import mask as coco_mask
 
 from oneformer_jax import config_rules
-from oneformer_jax.eval.segmentation import Segmentation
+from oneformer_jax.eval.segmentation import Instances, Segmentation
 from oneformer_jax.eval.strips import canvas_size, mask_strips, placement, this_host
 from oneformer_jax.rules import Flag, Number, require
 from oneformer_jax.types import Metadata, task_id
@@ -53,6 +54,8 @@ class PostprocessConfig:
       things_only_instances: instance; drop stuff, after the top-k as the official code does.
       instance_score_threshold: instance; drop pairs whose class probability is not above this. The
         evaluation uses 0; the official demo uses its object mask threshold.
+      instance_max_iou: instance; drop an instance whose mask overlaps one of a higher score, of any
+        class, with a larger intersection over union. 1 (official) drops none.
       ade_instance_remap: instance; number the classes by their position among the things, as the
         official ADE20K instance annotations do. The result's `metadata` is then that of the things.
     """
@@ -62,6 +65,7 @@ class PostprocessConfig:
     topk: int = 150
     things_only_instances: bool = True
     instance_score_threshold: float = 0.0
+    instance_max_iou: float = 1.0
     ade_instance_remap: bool = False
 
     def __post_init__(self) -> None:
@@ -308,9 +312,23 @@ def _instance(
     bits = tables["bits"][queries, : size[0]]
     masks = np.unpackbits(bits, axis=-1, count=int(size[1])).view(bool)
     scores = (tables["scores"][keep] * tables["quality"][queries]).astype(np.float32)
-    return Segmentation(
-        "instance", metadata, masks=masks, scores=scores, labels=labels, image=image
-    )
+    found = Instances(masks, scores, labels)
+    if config.instance_max_iou < 1:
+        found = _without_duplicates(found, config.instance_max_iou)
+    return Segmentation("instance", metadata, instances=found, image=image)
+
+
+def _without_duplicates(found: Instances, max_iou: float) -> Instances:
+    """Keeps the instances that overlap no kept one of a higher score by more than `max_iou`."""
+    order = np.argsort(-found.scores, kind="stable")
+    encoded = [coco_mask.encode(np.asfortranarray(found.masks[i], np.uint8)) for i in order]
+    overlaps = np.reshape(coco_mask.iou(encoded, encoded, [0] * len(encoded)), (len(order),) * 2)
+    kept: list[int] = []
+    for i in range(len(order)):
+        if not (overlaps[i, kept] > max_iou).any():
+            kept.append(i)
+    chosen = np.sort(order[kept])
+    return Instances(*(values[chosen] for values in found))
 
 
 def things_metadata(metadata: Metadata) -> Metadata:

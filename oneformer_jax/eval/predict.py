@@ -1,4 +1,4 @@
-"""Segments single images: arrays through `Segmenter`, files through `predict_files`.
+"""Segments images with a trained model: `Segmenter`.
 
 As in the official evaluation, PIL's antialiased bilinear filter resizes the shorter side to the
 test size on uint8; then the image is normalised, and padded with zeros on the right and below to a
@@ -7,31 +7,25 @@ multiple of 32. There are no sliding windows.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import hashlib
-import os
-import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from oneformer_jax import files
-from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
+from oneformer_jax import config_rules, files
+from oneformer_jax.eval.inputs import as_image
+from oneformer_jax.eval.postprocess import PostprocessConfig, segment_images
 from oneformer_jax.eval.predictor import Predictor
-from oneformer_jax.eval.segmentation import Segmentation
+from oneformer_jax.eval.segmentation import Instances, Segmentation
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
-from oneformer_jax.eval.write import source_of, write_prediction
-from oneformer_jax.input_pipeline import images
-from oneformer_jax.input_pipeline.images import ImageError
 from oneformer_jax.input_pipeline.resize import resize_for_test
 from oneformer_jax.models import functional
 from oneformer_jax.models.execution import Execution
@@ -40,8 +34,6 @@ from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id
 
 # Deepest stride of the model: inputs are padded to multiples of it.
 STRIDE = 32
-# Of a folder: images that are read ahead, and results that wait to be written.
-AHEAD = 2
 
 
 @jax.tree_util.register_dataclass
@@ -62,11 +54,19 @@ class Outputs:
     aux_mask_logits: jax.Array
 
 
+class Records(Protocol):
+    """Records of images, as the sources of `input_pipeline` give them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
 class Segmenter:
     """A trained model, ready for images.
 
         segmentation = segmenter(image, task="panoptic")
         by_task = segmenter(image, task="all")  # the image is encoded once
+        several = segmenter(["a.jpg", "b.png"], threshold=0.5)
 
     The first image of a new padded size takes longer: it compiles two programs, and a few per task
     for the results.
@@ -82,6 +82,9 @@ class Segmenter:
         postprocess: PostprocessConfig | None = None,
         test_size: tuple[int, int] = (800, 1333),
         tta: TtaConfig | None = None,
+        bucket_multiple: int = STRIDE,
+        max_buckets: int = 0,
+        batch_size: int = 1,
         execution: Execution = Execution(),
         mesh: Mesh | None = None,
     ):
@@ -95,13 +98,19 @@ class Segmenter:
           postprocess: thresholds; None takes the defaults.
           test_size: shorter side of resized images, and the limit of the longer side, in pixels.
           tta: views of the test-time augmentation; None takes the official ones of `test_size`.
+          bucket_multiple: images are padded to multiples of this multiple of 32, the official one.
+            Larger ones need fewer programs, but the model sees the padding.
+          max_buckets: of several images, the most padded sizes; 0 is no limit. Rare sizes join
+            larger ones.
+          batch_size: of several images, the most that run together, each then up to rounding as it
+            does alone; rounded up to a multiple of the mesh's devices.
           execution: how the model is run.
           mesh: devices that hold the parameters. Arrays not yet on devices are copied to each.
             `raw` shares a batch among the devices; all compute the same single image. None is the
             default device.
 
         Raises:
-          ValueError: parameters of another model, metadata of other classes, a bad test size.
+          ValueError: parameters of another model, metadata of other classes, a bad setting.
         """
         short, long = test_size
         if not 0 < short <= long:
@@ -111,6 +120,15 @@ class Segmenter:
                 f"the model has {config.num_classes} classes, but {metadata.dataset} has "
                 f"{metadata.num_classes}: model and metadata do not belong together"
             )
+        config_rules.require(
+            {
+                "eval.bucket_multiple": bucket_multiple,
+                "eval.max_buckets": max_buckets,
+                "eval.batch_size": batch_size,
+            }
+        )
+        self.bucket_multiple, self.max_buckets = bucket_multiple, max_buckets
+        self.batch_size = batch_size
         self.config = config
         self.metadata = metadata
         self.postprocess = postprocess or PostprocessConfig()
@@ -164,15 +182,17 @@ class Segmenter:
 
         Args:
           config, params, stats, metadata, execution, mesh: see `Segmenter`.
-          settings: `short_edge`, `max_size`, `tta` and fields of `PostprocessConfig`; others are
-            ignored.
+          settings: `short_edge`, `max_size`, `tta`, `bucket_multiple`, `max_buckets`,
+            `batch_size` (on a CPU only as an override) and fields of `PostprocessConfig`; others
+            are ignored.
           **overrides: settings by the same names.
 
         Raises:
           ValueError: an override with another name.
         """
         fields = [f.name for f in dataclasses.fields(PostprocessConfig)]
-        known = ["short_edge", "max_size", "tta", *fields]
+        plain = ["bucket_multiple", "max_buckets", "batch_size"]
+        known = ["short_edge", "max_size", "tta", *plain, *fields]
         for name in overrides:
             if name in (f.name for f in dataclasses.fields(Execution)):
                 raise ValueError(
@@ -180,7 +200,10 @@ class Segmenter:
                 )
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}; use some of {', '.join(known)}")
-        settings = {name: settings[name] for name in known if name in settings} | overrides
+        settings = {name: settings[name] for name in known if name in settings}
+        if jax.default_backend() == "cpu":  # batches take memory there, and save no time
+            settings.pop("batch_size", None)
+        settings |= overrides
         short_edge = settings.get("short_edge", 800)
         return cls(
             config,
@@ -190,66 +213,185 @@ class Segmenter:
             postprocess=PostprocessConfig(**{n: settings[n] for n in fields if n in settings}),
             test_size=(short_edge, settings.get("max_size", 1333)),
             tta=TtaConfig.from_settings(settings.get("tta", {}), short_edge),
+            **{name: settings[name] for name in plain if name in settings},
             execution=execution,
             mesh=mesh,
         )
 
     def __call__(
-        self, image: np.ndarray, task: str | Sequence[str] = "panoptic", *, tta: bool = False
-    ) -> Segmentation | dict[str, Segmentation]:
-        """Segments one image.
+        self,
+        image: Any,
+        task: str | Sequence[str] = "panoptic",
+        *,
+        threshold: float | None = None,
+        tta: bool = False,
+    ) -> Segmentation | dict[str, Segmentation] | list[Any]:
+        """Segments one image, or a list of images.
 
         Args:
-          image: uint8 [H, W, 3], RGB.
+          image: a path, a PIL image of any mode, an array (uint8 or uint16, bool, floats from 0 to
+            1; grey, RGB or RGBA), see `inputs.as_image`; or a list or tuple of these, of any sizes.
           task: one of `TASKS`, several of them, or "all". The image is encoded once, and the
             results equal those of single calls.
+          threshold: keep segments whose score is above this; for the panoptic task it replaces
+            `object_mask_threshold`. The semantic task has no scores. None leaves the settings.
           tta: semantic task only: average over the views of the test-time augmentation; the
             official ones have 17 times the pixels.
 
         Returns:
-          The segmentation at the size of `image`, which it keeps; for several tasks, or "all", a
-          dict of them by task.
+          The segmentation at the size of the image; for several tasks, or "all", a dict of them by
+          task; for a list of images, a list of these. Instances are in order of falling score.
 
         Raises:
-          ValueError: unknown task, none, `tta` for another task than semantic, or another kind of
-            array.
+          ImageError: a file that cannot be read.
+          ValueError: unknown task, none, `tta` for another task than semantic, a threshold for the
+            semantic task alone, or another kind of image.
         """
         tasks = tasks_of(task)
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(
-                f"image is {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3] in RGB"
-            )
+        postprocess = self._with_threshold(threshold, tasks)
         if tta and tasks != ("semantic",):
             raise ValueError(f"tta is for the semantic task only, not for {task!r}")
+        found: list[dict[str, Segmentation]]
+        if not isinstance(image, (list, tuple)):
+            found = [self._segment_one(as_image(image), tasks, postprocess, threshold, tta)]
+        elif tta:
+            each = (as_image(one) for one in image)
+            found = [self._segment_one(one, tasks, postprocess, threshold, tta) for one in each]
+        else:
+            source = [
+                {"image": as_image(one), "file_name": f"image {i}"} for i, one in enumerate(image)
+            ]
+            by_position = dict(self.segment_source(source, tasks, threshold=threshold))
+            found = [by_position[i] for i in range(len(source))]
+        if isinstance(task, str) and task != "all":
+            results: list[Any] = [one[task] for one in found]
+        else:
+            results = list(found)
+        return results if isinstance(image, (list, tuple)) else results[0]
+
+    def segment_source(
+        self,
+        source: Records,
+        tasks: Sequence[str],
+        *,
+        threshold: float | None = None,
+        broken: dict[int, str] | None = None,
+    ) -> Iterator[tuple[int, dict[str, Segmentation]]]:
+        """Segments records in batches of one padded size, as the evaluation does.
+
+        The next images are read, and the programs of the next padded size are compiled, beside the
+        model.
+
+        Args:
+          source: records with `image` uint8 [H, W, 3] and `file_name`, and perhaps a method
+            `image_size(i)`, else each is read once beforehand: see `input_pipeline.eval_loader`.
+          tasks: some of `TASKS`.
+          threshold: see `__call__`.
+          broken: receives position -> error of the records that raise RecordError; None raises it.
+
+        Yields:
+          Position in `source`, and the results by task.
+        """
+        from oneformer_jax.input_pipeline import eval_loader
+
+        if not len(source):
+            return
+        postprocess = self._with_threshold(threshold, tasks)
+        devices = 1 if self.mesh is None else self.mesh.size
+        batch_size = -(-min(self.batch_size, len(source)) // devices) * devices
+        settings = eval_loader.EvalLoaderConfig(
+            batch_size=batch_size,
+            short_edge=self.test_size[0],
+            max_size=self.test_size[1],
+            bucket_multiple=self.bucket_multiple,
+            max_buckets=self.max_buckets,
+            skip_broken=broken is not None,
+        )
+        batches = eval_loader.eval_loader(source, settings)
+        broken = {} if broken is None else broken
+        broken |= batches.broken
+        upcoming = iter(batches.buckets)
+        with futures.ThreadPoolExecutor(1, "compiler") as compiler:
+            next(upcoming, None)
+            size = None
+            for batch in batches:
+                shape = batch["image"].shape
+                if shape != size:
+                    size = shape
+                    following = next(upcoming, None)
+                    if following is not None:
+                        compiler.submit(self._predictor.compile, (len(batch["image"]), *following))
+                yield from self._segment_batch(batch, tasks, postprocess, threshold)
+                broken |= batches.broken
+
+    def _segment_batch(
+        self,
+        batch: Mapping[str, Any],
+        tasks: Sequence[str],
+        postprocess: PostprocessConfig,
+        threshold: float | None,
+    ) -> Iterator[tuple[int, dict[str, Segmentation]]]:
+        features = self._predictor.encode(batch)
+        images = [None if record is None else record["image"] for record in batch["records"]]
+        streams = [
+            segment_images(
+                *self._predictor.decode(features, task),
+                batch["image_size"],
+                batch["original_size"],
+                batch["image"].shape[1:3],
+                task=task,
+                config=postprocess,
+                metadata=self.metadata,
+                images=images,
+            )
+            for task in tasks
+        ]
+        for index, valid, *found in zip(batch["index"], batch["valid"], *streams, strict=True):
+            if valid:
+                results = (_ranked(one, threshold) for one in found)
+                yield int(index), dict(zip(tasks, results, strict=True))
+
+    def _with_threshold(self, threshold: float | None, tasks: Sequence[str]) -> PostprocessConfig:
+        if threshold is None:
+            return self.postprocess
+        if tuple(tasks) == ("semantic",):
+            raise ValueError(
+                "threshold: the semantic task gives each pixel its best class, without scores"
+            )
+        return dataclasses.replace(self.postprocess, object_mask_threshold=threshold)
+
+    def _segment_one(
+        self,
+        image: np.ndarray,
+        tasks: Sequence[str],
+        postprocess: PostprocessConfig,
+        threshold: float | None,
+        tta: bool,
+    ) -> dict[str, Segmentation]:
         resized = resize_for_test(image, *self.test_size)
         if tta:
-            found = {"semantic": self._averaged(image, resized)}
-        else:
-            view = _padded(resized)
-            features = self._encode(view)
-            found = {one: self._segment(image, view, features, one) for one in tasks}
-        return found[task] if isinstance(task, str) and task != "all" else found
-
-    def _segment(
-        self, image: np.ndarray, view: Mapping[str, Any], features: Features, task: str
-    ) -> Segmentation:
-        (segmentation,) = segment_batch(
-            *self._decode(features, task),
-            view["image_size"],
-            np.array([image.shape[:2]]),
-            view["image"].shape[1:3],
-            task=task,
-            config=self.postprocess,
-            metadata=self.metadata,
-            images=[image],
-        )
-        return segmentation
+            return {"semantic": self._averaged(image, resized)}
+        view = self._padded(resized)
+        features = self._encode(view)
+        found = {}
+        for task in tasks:
+            (segmentation,) = segment_images(
+                *self._decode(features, task),
+                view["image_size"],
+                np.array([image.shape[:2]]),
+                view["image"].shape[1:3],
+                task=task,
+                config=postprocess,
+                metadata=self.metadata,
+                images=[image],
+            )
+            found[task] = _ranked(segmentation, threshold)
+        return found
 
     def _averaged(self, image: np.ndarray, resized: np.ndarray) -> Segmentation:
         """Segments `image` semantically from the views of `resized`."""
         views = (
-            _padded(resize_for_test(resized, edge, self.tta.max_size))
+            self._padded(resize_for_test(resized, edge, self.tta.max_size))
             for edge in self.tta.short_edges
         )
         scores = SemanticScores(np.array([image.shape[:2]]), self.metadata)
@@ -258,6 +400,26 @@ class Segmenter:
             scores.add(*logits, view["image_size"], view["image"].shape[1:3], flip=flip)
         (segmentation,) = scores.result([image])
         return segmentation
+
+    def _padded(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        """Makes a batch of one image, padded with zeros: `image` and `image_size`."""
+        size, multiple = image.shape[:2], self.bucket_multiple
+        padded = np.zeros((1, *(-(-side // multiple) * multiple for side in size), 3), np.uint8)
+        padded[0, : size[0], : size[1]] = image
+        return {"image": padded, "image_size": np.array([size], np.int32)}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that a result depends on but the image: parameters, classes, settings."""
+        digest = hashlib.sha256()
+        settings = (
+            self.config, self.metadata, self.postprocess, self.test_size, self.tta,
+            self.bucket_multiple, self.max_buckets, self.execution.dtype,
+        )  # fmt: skip
+        digest.update(repr(settings).encode())
+        for leaf in jax.tree.leaves((self._params, self._stats)):
+            digest.update(np.ascontiguousarray(leaf).data)
+        return digest.hexdigest()
 
     def _encode(self, view: Mapping[str, Any]) -> Features:
         """Encodes a batch of one image, with a copy of the features on each device."""
@@ -329,12 +491,15 @@ def tasks_of(task: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tasks))
 
 
-def _padded(image: np.ndarray) -> dict[str, np.ndarray]:
-    """Makes a batch of one image, padded with zeros: `image` uint8 [1, H, W, 3], `image_size`."""
-    size = image.shape[:2]
-    padded = np.zeros((1, *(-(-side // STRIDE) * STRIDE for side in size), 3), np.uint8)
-    padded[0, : size[0], : size[1]] = image
-    return {"image": padded, "image_size": np.array([size], np.int32)}
+def _ranked(found: Segmentation, threshold: float | None) -> Segmentation:
+    """Sorts instances by falling score, and leaves out those that are not above the threshold."""
+    if found.task != "instance":
+        return found
+    order = np.argsort(-found.instances.scores, kind="stable")
+    if threshold is not None:
+        order = order[found.instances.scores[order] > threshold]
+    chosen = Instances(*(values[order] for values in found.instances))
+    return dataclasses.replace(found, instances=chosen)
 
 
 def _matching(values: Any, expected: Any, path: str = "") -> Any:
@@ -355,132 +520,3 @@ def _matching(values: Any, expected: Any, path: str = "") -> Any:
         name: _matching(values[name], inner, f"{path}/{name}".lstrip("/"))
         for name, inner in expected.items()
     }
-
-
-def read_image(path: str | os.PathLike[str], max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
-    """Reads an image file as uint8 [H, W, 3], RGB, upright, as in training (see `images`).
-
-    Raises:
-      ImageError: no such file, another format, damaged, or more than `max_pixels`.
-    """
-    if not os.path.exists(path):
-        raise ImageError(f"{path}: there is no such image file")
-    return images.decode_image(images.read_file(path), str(path), max_pixels=max_pixels)
-
-
-def predict_files(
-    segmenter: Callable[[np.ndarray, Sequence[str]], dict[str, Segmentation]],
-    path: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
-    task: str = "all",
-    max_pixels: int = images.MAX_PIXELS,
-) -> list[pathlib.Path]:
-    """Segments an image file, or those directly in a folder, and writes the results.
-
-    Reading the next images and writing the last results go on beside the model.
-
-    Args:
-      segmenter: a `Segmenter`.
-      path: an image file, or a folder for its visible files with `images.ENDINGS`.
-      out_dir: folder of the results, made as needed; see `write_prediction`.
-      task: one of `TASKS`, or "all".
-      max_pixels: limit of the pixels of an image.
-
-    Returns:
-      The files written.
-
-    Raises:
-      ImageError: images that cannot be read, each named, after all others are done.
-      ValueError: unknown task, a folder without images, or results that would land among them.
-    """
-    tasks = tasks_of(task)
-    path, out_dir = pathlib.Path(path), pathlib.Path(out_dir)
-    if not path.exists():
-        raise ImageError(f"{path}: there is no such image file or folder")
-    found = [path]
-    if path.is_dir():
-        if out_dir.resolve() == path.resolve():
-            raise ValueError(f"the results would mix with the images in {path}; use another folder")
-        found = [path / name for name in images.list_images(path)]
-        if not found:
-            raise ValueError(f"{path} has no images (files with {', '.join(images.ENDINGS)})")
-    files.remove_leftovers(out_dir)
-    names = _result_names(found, out_dir)
-    broken: list[str] = []
-    writing: collections.deque[futures.Future] = collections.deque()
-
-    def write(
-        name: str, file: pathlib.Path, results: dict[str, Segmentation]
-    ) -> list[pathlib.Path]:
-        return [
-            path
-            for segmentation in results.values()
-            for path in write_prediction(out_dir, name, segmentation, source=file.name)
-        ]
-
-    written: list[pathlib.Path] = []
-    with (
-        futures.ThreadPoolExecutor(1, "reader") as reader,
-        futures.ThreadPoolExecutor(1, "writer") as writer,
-    ):
-        reading = _started_ahead(reader, lambda file: read_image(file, max_pixels), found)
-        for number, (file, name, image) in enumerate(zip(found, names, reading, strict=True), 1):
-            try:
-                results = segmenter(image.result(), tasks)
-            except ImageError as error:
-                logging.error("%s", error)
-                broken.append(str(error))
-                continue
-            writing.append(writer.submit(write, name, file, results))
-            while len(writing) > AHEAD:
-                written += writing.popleft().result()
-            logging.info("[%d/%d] %s: %s", number, len(found), file, ", ".join(tasks))
-        for files_of_image in writing:
-            written += files_of_image.result()
-    if len(broken) == len(found) == 1:
-        raise ImageError(broken[0])
-    if broken:
-        listing = "\n  ".join(broken)
-        raise ImageError(
-            f"{len(broken)} of {len(found)} images could not be read, the others are done and in "
-            f"{out_dir}:\n  {listing}"
-        )
-    return written
-
-
-def _started_ahead(
-    pool: futures.Executor, function: Callable[[Any], Any], items: Sequence[Any]
-) -> Iterator[futures.Future]:
-    """Yields the future of each item, in order; those of the next `AHEAD` are started by then."""
-    started: collections.deque[futures.Future] = collections.deque()
-    for item in items:
-        started.append(pool.submit(function, item))
-        if len(started) > AHEAD:
-            yield started.popleft()
-    yield from started
-
-
-def _result_names(found: Sequence[pathlib.Path], out_dir: pathlib.Path) -> list[str]:
-    """Names the results of files, distinctly even if case does not count.
-
-    A name is the file's stem. If another file's results in the folder have it, of this run or an
-    earlier one, it is the file's name with "_" for ".", then with a digest.
-    """
-    stems = collections.Counter(file.stem.casefold() for file in found)
-    names: list[str] = []
-    taken: set[str] = set()
-    for file in found:
-        whole = file.name.replace(".", "_")
-        name = next(
-            (
-                name
-                for name in (file.stem, whole)
-                if stems[name.casefold()] == (name == file.stem)
-                and name.casefold() not in taken
-                and source_of(out_dir, name) in (file.name, None)
-            ),
-            f"{whole}_{hashlib.sha256(file.name.encode()).hexdigest()[:8]}",
-        )
-        names.append(name)
-        taken.add(name.casefold())
-    return names

@@ -60,9 +60,22 @@ class Predictor:
                 f"a batch of {size} images is not divisible by the {self.mesh.size} devices of the "
                 "mesh; fill it up"
             )
-        split = P() if self.mesh is None else P(self.mesh.axis_names)
-        arrays = (self._put(batch[name], split) for name in ("image", "image_size"))
-        return self.programs.encode(*self._state, *arrays)
+        return self.programs.encode(*self._state, *self._put_batch(batch))
+
+    def compile(self, shape: tuple[int, int, int]) -> None:
+        """Compiles the programs for batches of so many images, of this height and width."""
+        batch = {
+            "image": np.zeros((*shape, 3), np.uint8),
+            "image_size": np.tile(np.array(shape[1:], np.int32), (shape[0], 1)),
+        }
+        program = self.programs.encode.compile(*self._state, *self._put_batch(batch))
+        features = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=None if self.mesh is None else x.sharding
+            ),
+            program.out_info,
+        )
+        self.programs.decode.compile(*self._state, features, self._tokens[TASKS[0]])
 
     def decode(self, features: Features, task: str) -> tuple[jax.Array, jax.Array]:
         """Decodes for a task: class logits float32 [B, Q, K+1], mask logits float32 [B, Q, h, w].
@@ -70,6 +83,10 @@ class Predictor:
         Every device keeps those of its own images. ValueError for an unknown task.
         """
         return self.programs.decode(*self._state, features, self._tokens[TASKS[task_id(task)]])
+
+    def _put_batch(self, batch: Mapping[str, Any]) -> list[jax.Array]:
+        split = P() if self.mesh is None else P(self.mesh.axis_names)
+        return [self._put(batch[name], split) for name in ("image", "image_size")]
 
     def _put(self, array: np.ndarray, spec: P) -> jax.Array:
         if self.mesh is None:

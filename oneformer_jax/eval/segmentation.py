@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
+import os
+import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from oneformer_jax import files
 from oneformer_jax.types import VOID, Metadata, task_id
 
 # None in the segmentations of the other tasks: whoever reads a field knows the task.
 Array = np.ndarray | Any
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+class Instances(NamedTuple):
+    """The instances of one image, highest class probability first; masks may overlap.
+
+    Attributes:
+      masks: bool [N, H, W].
+      scores: float32 [N], class probability times mean mask probability.
+      labels: int32 [N] class ids.
+    """
+
+    masks: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
     """One image's result at its original size; the fields of the other two tasks are None.
+
+    `masks`, `labels`, `names`, `scores`, `areas` and `boxes` describe the segments of every task in
+    one order: of a panoptic result by falling score, of a semantic one by falling area, of
+    instances as they are in `instances` (a `Segmenter` sorts them by falling score).
 
     Attributes:
       task: "panoptic", "instance" or "semantic".
@@ -26,9 +50,7 @@ class Segmentation:
         (contiguous class id), isthing (bool), score (class probability; the highest of merged
         stuff), area (pixels).
       class_map: semantic, int32 [H, W] class ids (`types.VOID` only in ground truth).
-      masks: instance, bool [N, H, W], highest class probability first; masks may overlap.
-      scores: instance, float32 [N], class probability times mean mask probability.
-      labels: instance, int32 [N] class ids.
+      instances: instance, their masks, scores and labels.
       image: uint8 [H, W, 3] RGB, or None if it was not kept.
     """
 
@@ -37,17 +59,149 @@ class Segmentation:
     segments: Array = None
     segments_info: list[dict[str, Any]] | Any = None
     class_map: Array = None
-    masks: Array = None
-    scores: Array = None
-    labels: Array = None
+    instances: Instances | Any = None
     image: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        found = {"panoptic": self.segments, "semantic": self.class_map, "instance": self.masks}
-        height, width = found[self.task].shape[-2:]
+        maps = {"panoptic": self.segments, "semantic": self.class_map}
+        found = self.instances.masks if self.task == "instance" else maps[self.task]
+        height, width = found.shape[-2:]
         return int(height), int(width)
+
+    @functools.cached_property
+    def _ranked_infos(self) -> list[dict[str, Any]]:
+        return sorted(self.segments_info, key=lambda info: -info["score"])
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """Class ids of the segments, int32 [N]."""
+        if self.task == "instance":
+            return self.instances.labels
+        if self.task == "panoptic":
+            return np.array([info["category_id"] for info in self._ranked_infos], np.int32)
+        inside = self.class_map[(self.class_map >= 0) & (self.class_map != VOID)]
+        counts = np.bincount(inside, minlength=self.metadata.num_classes)
+        return np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].astype(np.int32)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the segments' classes."""
+        return [self.metadata.class_names[label] for label in self.labels]
+
+    @functools.cached_property
+    def scores(self) -> np.ndarray | None:
+        """Scores of the segments, float32 [N]; None for the semantic task, which has none."""
+        if self.task == "instance":
+            return self.instances.scores
+        if self.task == "panoptic":
+            return np.array([info["score"] for info in self._ranked_infos], np.float32)
+        return None
+
+    @functools.cached_property
+    def masks(self) -> np.ndarray:
+        """Masks of the segments, bool [N, H, W]."""
+        if self.task == "instance":
+            return self.instances.masks
+        if self.task == "panoptic":
+            ids, values = [info["id"] for info in self._ranked_infos], self.segments
+        else:
+            ids, values = self.labels.tolist(), self.class_map
+        masks = np.zeros((len(ids), *self.size), bool)
+        for mask, one in zip(masks, ids, strict=True):
+            np.equal(values, one, out=mask)
+        return masks
+
+    @functools.cached_property
+    def areas(self) -> np.ndarray:
+        """Pixels of the segments, int64 [N]."""
+        return np.array([np.count_nonzero(mask) for mask in self.masks], np.int64)
+
+    @functools.cached_property
+    def boxes(self) -> np.ndarray:
+        """Bounding boxes of the segments, int32 [N, 4].
+
+        Left, top, right and bottom in pixels, the last two beyond the box; zeros without pixels.
+        """
+        return np.array([bounding_box(mask) for mask in self.masks], np.int32).reshape(-1, 4)
+
+    def __len__(self) -> int:
+        """Number of segments."""
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        scores = [None] * len(self) if self.scores is None else self.scores
+        texts = (
+            name if score is None else f"{name} {score:.2f}"
+            for name, score in zip(self.names, scores, strict=True)
+        )
+        listing = files.first_few(texts) or "no segments"
+        return f"Segmentation({self.task}, {height} x {width}: {listing})"
+
+    def _repr_png_(self) -> bytes | None:
+        """The overlay, which notebooks show; None without an image."""
+        if self.image is None:
+            return None
+        buffer = io.BytesIO()
+        Image.fromarray(self.overlay(min_size=480)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
+        """Lists the segments in COCO's result format, masks run-length encoded.
+
+        Each dict has `image_id`, `category_id` (the dataset's own), `segmentation`, `bbox` (left,
+        top, width, height), `area` and, but for the semantic task, `score`. `json.dump` takes them.
+        """
+        from pycocotools import mask as coco_mask
+
+        found = []
+        for number, (mask, label) in enumerate(zip(self.masks, self.labels, strict=True)):
+            encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            left, top, right, bottom = bounding_box(mask)
+            entry = {
+                "image_id": image_id,
+                "category_id": self.metadata.category_ids[label],
+                "segmentation": {
+                    "size": encoded["size"],
+                    "counts": encoded["counts"].decode("ascii"),
+                },
+                "bbox": [left, top, right - left, bottom - top],
+                "area": int(self.areas[number]),
+            }
+            if self.scores is not None:
+                entry["score"] = round(float(self.scores[number]), 6)
+            found.append(entry)
+        return found
+
+    def to_supervision(self) -> Any:
+        """Returns the segments as `supervision.Detections`; class names are in its `data`.
+
+        Raises:
+          ValueError: the package is not installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise ValueError(
+                'to_supervision() needs a package: pip install "oneformer-jax[supervision]"'
+            ) from None
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32),
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels,
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
+
+    def save(
+        self, folder: str | os.PathLike[str], name: str = "image", **options: Any
+    ) -> list[pathlib.Path]:
+        """Writes overlay, maps and COCO's JSON into `folder`: see `write.write_prediction`."""
+        from oneformer_jax.eval import write
+
+        return write.write_prediction(folder, name, self, **options)
 
     def overlay(self, image: np.ndarray | None = None, **options: Any) -> np.ndarray:
         """Draws the result over `image` (default: the segmented image), uint8 [H, W, 3].
@@ -99,7 +253,17 @@ class Segmentation:
             np.equal(panoptic, s["id"], out=mask)
         return cls(
             **common,
-            masks=masks,
-            scores=np.ones(len(things), np.float32),
-            labels=np.array([s["category"] for s in things], np.int32),
+            instances=Instances(
+                masks,
+                np.ones(len(things), np.float32),
+                np.array([s["category"] for s in things], np.int32),
+            ),
         )
+
+
+def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the mask's pixels, the last two beyond; zeros without any."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return 0, 0, 0, 0
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -6,24 +6,32 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, PngImagePlugin
-from pycocotools import mask as coco_mask
+from scipy import ndimage
 
 from oneformer_jax import files
-from oneformer_jax.eval.segmentation import Segmentation
+from oneformer_jax.eval.pictures.overlay import Drawable
 from oneformer_jax.types import TASKS
+
+
+class Writable(Drawable, Protocol):
+    """The part of `segmentation.Segmentation` that is written; see there."""
+
+    def overlay(self, image: np.ndarray | None = None, **options: Any) -> np.ndarray: ...
+    def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]: ...
 
 
 def write_prediction(
     out_dir: str | os.PathLike[str],
     name: str,
-    segmentation: Segmentation,
+    segmentation: Writable,
     *,
     source: str | None = None,
+    made_by: str | None = None,
     overlay_size: int = 480,
 ) -> list[pathlib.Path]:
     """Writes one image's result; a failure leaves the old file.
@@ -43,6 +51,7 @@ def write_prediction(
       name: start of the file names; also the image id, as a number if it consists of digits.
       segmentation: a result with its image.
       source: name of the image file, stored in the overlay: see `source_of`.
+      made_by: fingerprint of what the result is made of, stored there too: see `is_done`.
       overlay_size: pixels.
 
     Returns:
@@ -66,32 +75,47 @@ def write_prediction(
     elif task == "semantic":
         pictures[f"{name}_semantic.png"] = _dataset_ids(segmentation)
     else:
-        texts[f"{name}_instance.json"] = list(_coco_instances(segmentation, image_id))
-    for file, pixels in pictures.items():
-        write_png(out_dir / file, pixels, source if pixels is overlay else None)
+        texts[f"{name}_instance.json"] = segmentation.to_coco(image_id)
     for file, content in texts.items():
         files.write_atomically(out_dir / file, json.dumps(content, allow_nan=False))
+    for file, pixels in reversed(pictures.items()):  # the overlay last: it tells what is done
+        known = {"Source": source, "Made-By": made_by} if pixels is overlay else {}
+        write_png(out_dir / file, pixels, **{k: v for k, v in known.items() if v is not None})
     return [out_dir / file for file in (*pictures, *texts)]
 
 
-def write_png(path: str | os.PathLike[str], image: np.ndarray, source: str | None = None) -> None:
-    """Writes uint8 [H, W, 3] RGB, or grey [H, W] of 8 or 16 bits, as a PNG with text `source`."""
+def write_png(path: str | os.PathLike[str], image: np.ndarray, **texts: str) -> None:
+    """Writes uint8 [H, W, 3] RGB, or grey [H, W] of 8 or 16 bits, as a PNG with named texts."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:
-        texts = PngImagePlugin.PngInfo()
-        if source is not None:
-            texts.add_itxt("Source", source)
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=texts)
+        info = PngImagePlugin.PngInfo()
+        for key, text in texts.items():
+            info.add_itxt(key, text)
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
 
 
 def source_of(out_dir: pathlib.Path, name: str) -> str | None:
     """Returns the name of the image file whose results in `out_dir` begin with `name`, or None."""
-    for task in TASKS:
-        path = out_dir / f"{name}_{task}_overlay.png"
-        with contextlib.suppress(Exception), PngImagePlugin.PngImageFile(path) as picture:
-            return picture.info.get("Source")  # missing in a file that is not ours
-    return None
+    texts = (_texts(out_dir / f"{name}_{task}_overlay.png") for task in TASKS)
+    return next((found["Source"] for found in texts if "Source" in found), None)
+
+
+def is_done(out_dir: pathlib.Path, name: str, tasks: Iterable[str], made_by: str) -> bool:
+    """Tells whether all results of these tasks are in `out_dir` and have this fingerprint."""
+    others = {"panoptic": (".png", ".json"), "instance": (".json",), "semantic": (".png",)}
+    return all(
+        _texts(out_dir / f"{name}_{task}_overlay.png").get("Made-By") == made_by
+        and all((out_dir / f"{name}_{task}{ending}").is_file() for ending in others[task])
+        for task in tasks
+    )
+
+
+def _texts(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the texts of a PNG; none of a file that is missing or another program's."""
+    with contextlib.suppress(Exception), PngImagePlugin.PngImageFile(path) as picture:
+        return {str(key): value for key, value in picture.info.items()}
+    return {}
 
 
 def encode_ids(segments: np.ndarray) -> np.ndarray:
@@ -99,11 +123,10 @@ def encode_ids(segments: np.ndarray) -> np.ndarray:
     return np.stack([segments >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
 
 
-def _coco_panoptic(
-    segmentation: Segmentation, file_name: str, image_id: int | str
-) -> dict[str, Any]:
+def _coco_panoptic(segmentation: Writable, file_name: str, image_id: int | str) -> dict[str, Any]:
     metadata = segmentation.metadata
     height, width = segmentation.size
+    boxes = _boxes_of_ids(segmentation.segments)
     infos = [
         {
             "id": info["id"],
@@ -111,7 +134,7 @@ def _coco_panoptic(
             "isthing": int(info["isthing"]),
             "iscrowd": 0,
             "area": info["area"],
-            "bbox": _bounding_box(segmentation.segments == info["id"]),
+            "bbox": boxes[info["id"]],
             "score": round(info["score"], 6),
         }
         for info in segmentation.segments_info
@@ -133,30 +156,22 @@ def _coco_panoptic(
     }
 
 
-def _coco_instances(segmentation: Segmentation, image_id: int | str) -> Iterator[dict[str, Any]]:
-    for mask, label, score in zip(
-        segmentation.masks, segmentation.labels, segmentation.scores, strict=True
-    ):
-        encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-        yield {
-            "image_id": image_id,
-            "category_id": segmentation.metadata.category_ids[label],
-            "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")},
-            "bbox": _bounding_box(mask),
-            "score": round(float(score), 6),
-        }
+def _boxes_of_ids(segments: np.ndarray) -> dict[int, list[int]]:
+    """Segment id -> [left, top, width, height], in one pass over the map."""
+    found = {}
+    for id, box in enumerate(ndimage.find_objects(segments), 1):
+        if box is not None:
+            rows, columns = box
+            found[id] = [
+                columns.start,
+                rows.start,
+                columns.stop - columns.start,
+                rows.stop - rows.start,
+            ]
+    return found
 
 
-def _bounding_box(mask: np.ndarray) -> list[int]:
-    """[left, top, width, height] of the mask's pixels; zeros if it has none."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return [0, 0, 0, 0]
-    left, top = int(columns[0]), int(rows[0])
-    return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
-
-
-def _dataset_ids(segmentation: Segmentation) -> np.ndarray:
+def _dataset_ids(segmentation: Writable) -> np.ndarray:
     """The class map with the data set's own ids: uint8 or uint16 [H, W], or its `encode_ids`."""
     metadata = segmentation.metadata
     ids = np.array(metadata.category_ids)

@@ -20,7 +20,7 @@ import math
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -334,34 +334,37 @@ class Trained(NamedTuple):
     step: int
 
 
-def load_for_inference(path: str | os.PathLike[str], *, use_ema: bool = True) -> Trained:
+def load_for_inference(
+    path: str | os.PathLike[str], *, checkpoint: str | int = "latest", use_ema: bool = True
+) -> Trained:
     """Reads a model for inference, without the optimizer's state.
 
     Args:
-      path: a workdir (for its last checkpoint) or workdir/checkpoints/<step>.
+      path: a workdir or workdir/checkpoints/<step>.
+      checkpoint: of a workdir: see `find_checkpoint`.
       use_ema: take the averaged parameters if the run kept them.
 
     Raises:
       CheckpointError: `path` is neither, or the checkpoint is damaged.
     """
-    workdir, checkpoint = _find_checkpoint(folders.locate(path))
+    workdir, folder = find_checkpoint(path, checkpoint)
     model = descriptions.read_model(workdir)
     settings = descriptions.read_config(workdir)
     metadata = descriptions.read_metadata(workdir)
-    store = checkpoint / "state"
-    reading.check_seal(checkpoint)
-    with reading.reporting_damage(checkpoint):
+    store = folder / "state"
+    reading.check_seal(folder)
+    with reading.reporting_damage(folder):
         tree = stores.describe(store)
     source = "ema" if use_ema and "ema" in tree else "params"
     if not {source, "stats"} <= tree.keys():
-        raise CheckpointError(f"{checkpoint} holds {sorted(tree)}; expected params and stats")
+        raise CheckpointError(f"{folder} holds {sorted(tree)}; expected params and stats")
     wanted = {part: tree[part] for part in (source, "stats")}
-    with reading.reporting_damage(checkpoint):
+    with reading.reporting_damage(folder):
         stores.check_sizes(store, wanted)
         stores.check_chunks(store, wanted)
         arrays = stores.read(store, wanted)
     params, stats = _integer_keys(arrays[source]), _integer_keys(arrays["stats"])
-    return Trained(model, params, stats, metadata, settings, int(checkpoint.name))
+    return Trained(model, params, stats, metadata, settings, int(folder.name))
 
 
 def write_converted(workdir: str | os.PathLike[str], trained: Trained) -> None:
@@ -382,8 +385,20 @@ def write_converted(workdir: str | os.PathLike[str], trained: Trained) -> None:
         checkpoints.save(trained.step, state, {"step": trained.step})
 
 
-def _find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """(workdir, checkpoint folder) of a path given by the user."""
+def find_checkpoint(
+    path: str | os.PathLike[str], checkpoint: str | int = "latest"
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Finds a checkpoint, and returns its workdir and its folder; no array is read.
+
+    Args:
+      path: a workdir, or workdir/checkpoints/<step>, which leaves no choice.
+      checkpoint: a step, "latest", "best" (by the run's `eval.best_metric`), or "auto": the best
+        if there are scores, else the latest.
+
+    Raises:
+      CheckpointError: `path` is neither, or has no such checkpoint.
+    """
+    path = folders.locate(path)
     expected = (
         f"expected a workdir ({descriptions.MODEL_FILE} and {CHECKPOINT_FOLDER}/<step>) or one of "
         f"its {CHECKPOINT_FOLDER}/<step>"
@@ -401,7 +416,34 @@ def _find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     steps = folders.finished_steps(folder) if folder.exists() else []
     if not steps:
         raise CheckpointError(f"{path} holds no finished checkpoint yet; {expected}")
+    if str(checkpoint) in map(str, steps):
+        return path, folder / str(checkpoint)
+    if checkpoint in ("best", "auto"):
+        best = _best(path, steps)
+        if best is None and checkpoint == "best":
+            raise CheckpointError(
+                f"no checkpoint of {path} has scores yet, so none is the best; take the latest, or "
+                "evaluate the run"
+            )
+        return path, folder / str(steps[-1] if best is None else best)
+    if checkpoint != "latest":
+        raise CheckpointError(
+            f"{path} has no checkpoint {checkpoint}; there are {', '.join(map(str, steps))}, and "
+            "the words latest and best"
+        )
     return path, folder / str(steps[-1])
+
+
+def _best(workdir: pathlib.Path, steps: Sequence[int]) -> int | None:
+    """The step with the highest score by the run's metric, the later of equal ones, if any."""
+    metric = descriptions.read_config(workdir)["eval"].get("best_metric")
+    found = []
+    for step in steps:
+        with contextlib.suppress(seals.SealError):  # unreadable scores do not compete
+            scores = seals.read_scores(workdir / CHECKPOINT_FOLDER / str(step)) or {}
+            if metric in scores:
+                found.append((scores[metric], step))
+    return max(found)[1] if found else None
 
 
 def _integer_keys(tree: Any) -> Any:

@@ -325,6 +325,7 @@ def postprocess_config(config: ConfigDict) -> PostprocessConfig:
         object_mask_threshold=config.eval.object_mask_threshold,
         overlap_threshold=config.eval.overlap_threshold,
         topk=config.eval.topk,
+        instance_max_iou=config.eval.instance_max_iou,
     )
 
 

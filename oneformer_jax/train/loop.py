@@ -276,10 +276,12 @@ def evaluate_workdir(
     *,
     metadata: Metadata,
     eval_batches: Batches,
-    checkpoint_step: int | None = None,
+    which: str | int = "latest",
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float | None]:
-    """Evaluates a checkpoint of `workdir` (None: the newest) and writes its results and pictures.
+    """Evaluates a checkpoint of `workdir` and writes its results and pictures.
+
+    `which` one it is: see `checkpoint.find_checkpoint`.
 
     Raises:
       CheckpointError: the workdir has no such checkpoint, or other classes than `metadata`.
@@ -288,10 +290,8 @@ def evaluate_workdir(
     config = settings.checked(config)
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     observe.quiet_libraries()
-    workdir = path = os.fspath(folders.locate(workdir))
-    if checkpoint_step is not None:
-        path = os.path.join(workdir, folders.CHECKPOINT_FOLDER, str(checkpoint_step))
-    trained = checkpoint.load_for_inference(path)
+    workdir = os.fspath(folders.locate(workdir))
+    trained = checkpoint.load_for_inference(workdir, checkpoint=which)
     if differing := differing_classes(trained.metadata, metadata):
         raise checkpoint.CheckpointError(
             f"{workdir} was trained on the classes of {trained.metadata.dataset}, which are not "

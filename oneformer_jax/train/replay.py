@@ -139,7 +139,7 @@ def replay(
     """
     config = settings.checked(config)
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    folder = _recorded(workdir, step)
+    folder = find_record(workdir, step)
     report = descriptions.read_json(folder / "report.json", expected="a recorded step")
     path = folder / f"batch.{jax.process_index()}.npz"
     if not path.exists():
@@ -167,7 +167,12 @@ def replay(
     return "\n".join(lines)
 
 
-def _recorded(workdir: str, step: int | None) -> pathlib.Path:
+def find_record(workdir: str, step: int | None = None) -> pathlib.Path:
+    """Finds the folder of a recorded step, of the last one for None.
+
+    Raises:
+      CheckpointError: nothing was recorded, or not that step.
+    """
     parent = folders.locate(workdir) / FOLDER
     steps = []
     if parent.exists():

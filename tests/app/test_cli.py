@@ -1,6 +1,7 @@
 """The command line: its errors, and what each mode hands to the library."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import grain  # noqa: F401 - its flags must exist before flagsaver looks
 import jax
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from oneformer_jax.app import cli, data, modes
 from oneformer_jax.compile import compile
 from oneformer_jax.configs import custom, synthetic
 from oneformer_jax.models import functional
+from oneformer_jax.models.execution import Kernels
 from oneformer_jax.train import checkpoint, descriptions, sharding
 from oneformer_jax.train import state as states
 from tests import tiny
@@ -47,6 +50,11 @@ def run(*arguments, cwd=ROOT, **environment):
     [
         ("optm.lr", "--config.optim.lr"),
         ("optim.leraning_rate", ""),
+        ("learning_rate", "--config.optim.lr"),
+        ("solver.learning_rate", "--config.optim.lr"),
+        ("img_size", "--config.data.crop_size"),
+        ("epochs", "--config.train.steps"),
+        ("wd", "--config.optim.weight_decay"),
         ("optim.weigth_decay", "--config.optim.weight_decay"),
         ("lr", "--config.optim.lr"),
         ("model.optim.lr", "--config.optim.lr"),
@@ -77,9 +85,9 @@ def test_known_keys_pass():
 def test_overrides_are_found_among_the_arguments():
     argv = ["main.py", "--config", "a.py:b", "--config.optim.lr=1", "-config.seed", "3"]
     argv += ["--noconfig.model.remat", "--configuration=c.py", "--workdir=--config=d.py"]
-    assert cli.config_argument(argv) == "a.py:b"
-    assert cli.config_argument(["main.py", "--config=x.py"]) == "x.py"
-    assert cli.config_argument(["main.py", "--mode=eval"]) is None
+    assert cli.argument(argv) == "a.py:b"
+    assert cli.argument(["main.py", "--config=x.py"]) == "x.py"
+    assert cli.argument(["main.py", "--mode=eval"]) is None
     assert cli.overridden_keys(argv) == ["optim.lr", "seed", "model.remat"]
 
 
@@ -106,6 +114,20 @@ def test_overrides_are_found_among_the_arguments():
         ),
         (("--mode=eval", "--workdir=w"), 2, ("--mode=eval needs --config",)),
         (("--mode=predict", "--workdir=w"), 2, ("--mode=predict needs --image",)),
+        (("--mode=predict", "--image=x"), 2, ("needs --workdir=... or --weights=...",)),
+        (("--mode=predict", "--image=x", "--workdir=w", "--weights=v"), 2, ("not both",)),
+        (("--mode=predict", "--image=x", "--weights=v"), 2, ("needs --output=FOLDER",)),
+        (("--mode=predict", "--image=x", "--workdir=main.py"), 2, ("needs --output=FOLDER",)),
+        (
+            ("--mode=predict", "--image=main.py", "--workdir=w", "--config.optim.lr=1"),
+            1,
+            ("--config.optim.lr does nothing in prediction", "eval., kernels."),
+        ),
+        (
+            ("--mode=predict", "--image=main.py", "--workdir=w", "--config.eval.shortedge=1"),
+            2,
+            ("no key 'eval.shortedge'", "eval.short_edge"),
+        ),
         (("--mode=prepare", "--dataset=coco"), 2, ("--mode=prepare needs --source",)),
         (("--mode=prepare", "--dataset=coc"), 2, ("coc", "coco|ade20k|cityscapes|mapillary")),
         (("--mode=inspect",), 2, ("--mode=inspect needs --config",)),
@@ -135,8 +157,21 @@ def test_the_program_itself_reports_and_exits(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+def test_help_lists_every_mode_and_flag_and_is_no_error(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.parse_flags(["main.py", "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    for name in cli._MODES:
+        assert f"\n  {name} " in shown
+    for flag in ("config", "workdir", "weights", "threshold", "version", "debug"):
+        assert f"\n  --{flag}: " in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    assert "absl" not in shown
+
+
 def test_an_error_of_the_library_is_short_unless_debugged(tmp_path):
-    arguments = ("--mode=predict", f"--workdir={tmp_path / 'none'}", "--image=x.jpg")
+    arguments = ("--mode=predict", f"--workdir={tmp_path / 'none'}", "--image=docs/images")
     result = run(*arguments)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
@@ -281,16 +316,25 @@ def test_evaluation_batches_are_sampled_and_have_views(config):
 def test_eval_gets_the_validation_split(config, monkeypatch):
     from oneformer_jax.train import loop
 
-    def evaluate_workdir(given, workdir, *, metadata, eval_batches, checkpoint_step):
-        assert (given, workdir, checkpoint_step) == (config, "run", 7)
+    def evaluate_workdir(given, workdir, *, metadata, eval_batches, which):
+        assert (given, workdir, which) == (config, "run", 7)
         assert metadata.dataset == "synthetic"
         assert sum(int(b["valid"].sum()) for b in eval_batches(0)) == 3
         calls.append("eval")
 
     calls = []
     monkeypatch.setattr(loop, "evaluate_workdir", evaluate_workdir)
-    modes.evaluate(config, "run", step=7)
-    assert calls == ["eval"]
+    monkeypatch.setattr(checkpoint, "find_checkpoint", lambda *_: calls.append("find"))
+    modes.evaluate(config, "run", 7)
+    assert calls == ["find", "eval"]
+
+
+def test_eval_and_replay_find_what_is_missing_before_they_open_data(tmp_path, monkeypatch, config):
+    monkeypatch.setattr(data, "open_split", lambda *_: pytest.fail("data was opened"))
+    with pytest.raises(ValueError, match="does not exist; expected a workdir"):
+        modes.evaluate(config, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="holds no recorded step"):
+        modes.replay(config, str(tmp_path))
 
 
 def test_inspect_draws_and_counts(config, tmp_path, capsys):
@@ -392,28 +436,86 @@ def image_file(tmp_path):
 
 
 def test_predict_writes_every_task(workdir, image_file, tmp_path, capsys):
-    modes.predict(str(workdir), str(image_file), "all", str(tmp_path / "out"), step=3)
+    run = functools.partial(
+        modes.predict, str(workdir), str(image_file), "all", str(tmp_path / "out"), which=3
+    )
+    run()
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {f"picture_{task}_overlay.png" for task in oneformer_jax.TASKS} <= names
     assert len(json.loads((tmp_path / "out" / "picture_panoptic.json").read_text())) > 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in names)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"1 of 1 images segmented; results: {tmp_path / 'out'}"
+    run()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("0 of 1 images segmented, 1 were done already")
 
 
 def test_predict_has_a_limit_of_pixels(workdir, image_file, tmp_path):
     with pytest.raises(ValueError, match=r"40 x 60 pixels .*data\.max_pixels, 2,399.*--max_pixels"):
-        modes.predict(str(workdir), str(image_file), max_pixels=2399)
+        modes.predict(str(workdir), str(image_file), "all", str(tmp_path / "o"), max_pixels=2399)
 
 
-def test_predict_without_that_checkpoint(workdir, image_file):
-    with pytest.raises(ValueError, match="checkpoints/4 does not exist"):
-        modes.predict(str(workdir), str(image_file), step=4)
+def test_predict_without_that_checkpoint(workdir, image_file, tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint 4; there are 3, 5, and the words latest"):
+        modes.predict(str(workdir), str(image_file), "all", str(tmp_path / "o"), which="4")
+    with pytest.raises(ValueError, match=r"no checkpoint of .* has scores yet"):
+        modes.predict(str(workdir), str(image_file), "all", str(tmp_path / "o"), which="best")
 
 
-def test_predict_without_the_image(workdir, tmp_path):
+def test_predict_takes_the_best_checkpoint_where_scores_exist(workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    with checkpoint.Checkpoints(copy, keep=5, best_metric="panoptic/PQ") as checkpoints:
+        checkpoints.record(3, {"panoptic/PQ": 50.0})
+    found = {
+        which: checkpoint.find_checkpoint(copy, which)[1].name
+        for which in ("auto", "best", "latest", "5", 3)
+    }
+    assert found == {"auto": "3", "best": "3", "latest": "5", "5": "5", 3: "3"}
+    assert checkpoint.find_checkpoint(workdir, "auto")[1].name == "5"  # without scores
+    assert checkpoint.find_checkpoint(copy / "checkpoints" / "5", "best")[1].name == "5"
+
+
+def test_predict_without_the_image_does_not_load_the_model(tmp_path):
     missing = tmp_path / "nowhere.jpg"
     with pytest.raises(ValueError, match=f"{missing}: there is no such image"):
-        modes.predict(str(workdir), str(missing))
+        modes.predict(str(tmp_path / "no model"), str(missing), "all", str(tmp_path / "o"))
+
+
+def test_settings_of_a_config_act_in_prediction(workdir, image_file, tmp_path, monkeypatch):
+    from oneformer_jax.eval import folder
+
+    seen = []
+
+    def spy(segmenter, *_, **options):
+        seen.append((segmenter, options))
+        return folder.Report((), 1, 0)
+
+    monkeypatch.setattr(folder, "predict_files", spy)
+    run = functools.partial(modes.predict, str(workdir), str(image_file), "all", str(tmp_path))
+    run(
+        threshold=0.25,
+        settings={
+            "eval.short_edge": 32,
+            "eval.object_mask_threshold": 0.125,
+            "eval.bucket_multiple": 64,
+            "eval.batch_size": 3,
+            "eval.tta.flip": False,
+            "kernels.deform_attn": "xla",
+            "model.dtype": "bfloat16",
+        },
+    )
+    ((segmenter, options),) = seen
+    assert segmenter.test_size == (32, 64) and segmenter.postprocess.object_mask_threshold == 0.125
+    assert (segmenter.bucket_multiple, segmenter.batch_size) == (64, 3)
+    assert not segmenter.tta.flip and options["threshold"] == 0.25
+    assert segmenter.execution == oneformer_jax.Execution(
+        dtype="bfloat16", kernels=Kernels(deform_attn="xla")
+    )
+    for key in ("model.num_queries", "optim.lr", "data.batch_size", "eval.limit"):
+        with pytest.raises(ValueError, match=rf"--config\.{key} "):
+            run(settings={key: 1})
+    with pytest.raises(ValueError, match=r"eval\.bucket_multiple is 48"):
+        run(settings={"eval.bucket_multiple": 48})
 
 
 # ------------------------------------------------------------------ the public package

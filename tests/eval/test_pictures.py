@@ -44,9 +44,7 @@ def test_instances_leave_the_rest_alone_and_weak_ones_out():
     weak = Segmentation(
         "instance",
         METADATA,
-        masks=truth.masks,
-        labels=truth.labels,
-        scores=np.array([0.9, 0.3], np.float32),
+        instances=truth.instances._replace(scores=np.array([0.9, 0.3], np.float32)),
         image=truth.image,
     )
     changed = (weak.overlay() != 100).any(-1)

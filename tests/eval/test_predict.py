@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from oneformer_jax import compilation
 from oneformer_jax.eval import predict
 from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.eval.segmentation import Segmentation
@@ -85,9 +86,12 @@ def test_segmenter_prepares_the_image_as_the_official_evaluation_does(monkeypatc
     def spy(class_logits, mask_logits, image_size, original_size, padded_size, **rest):
         seen.update(image_size=image_size, original_size=original_size, padded_size=padded_size)
         seen.update(class_logits=class_logits, mask_logits=mask_logits)
-        return [None]
+        return segment_images(
+            class_logits, mask_logits, image_size, original_size, padded_size, **rest
+        )
 
-    monkeypatch.setattr(predict, "segment_batch", spy)
+    segment_images = predict.segment_images
+    monkeypatch.setattr(predict, "segment_images", spy)
     segmenter()(picture(), task)
     assert seen["image_size"].tolist() == [[64, 93]]
     assert seen["original_size"].tolist() == [[48, 70]]
@@ -241,9 +245,11 @@ def test_wrong_calls_are_refused():
             segmenter()(picture(), task=task)
     with pytest.raises(ValueError, match="no task is given; use some of panoptic"):
         segmenter()(picture(), task=())
-    for image in (picture() / 255, picture()[..., 0], picture()[..., :2], picture()[:0]):
-        with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\]"):
-            segmenter()(image)
+    for threshold in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="object_mask_threshold"):
+            segmenter()(picture(), threshold=threshold)
+    with pytest.raises(ValueError, match="threshold: the semantic task"):
+        segmenter()(picture(), "semantic", threshold=0.5)
     tokens = TASK_TOKENS[:1]
     with pytest.raises(ValueError, match="multiples of 32"):
         segmenter().raw(jnp.zeros((1, 60, 64, 3)), tokens)
@@ -264,6 +270,8 @@ def test_parameters_of_another_model_are_refused():
         predict.Segmenter(dataclasses.replace(CONFIG, num_classes=6), params, stats, METADATA)
     with pytest.raises(ValueError, match="test_size"):
         predict.Segmenter(CONFIG, params, stats, METADATA, test_size=(100, 90))
+    with pytest.raises(ValueError, match=r"eval\.bucket_multiple is 48"):
+        predict.Segmenter(CONFIG, params, stats, METADATA, bucket_multiple=48)
 
 
 def test_settings_of_a_run_and_overrides():
@@ -301,4 +309,106 @@ def test_prediction_and_evaluation_show_the_model_the_same_pixels(monkeypatch, s
             np.testing.assert_array_equal(view[name], shown[name])
 
 
-# --- files ---
+# --- several images ---
+
+
+SIZES = ((48, 70), (70, 48), (48, 71), (100, 200), (48, 70))
+
+
+def test_a_list_of_images_of_any_sizes_gives_what_single_calls_give():
+    images = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
+    together = segmenter()(images, "all")
+    for image, found in zip(images, together, strict=True):
+        alone = segmenter()(image, "all")
+        assert list(found) == list(alone)
+        for task in TASKS:
+            assert_same(found[task], alone[task])
+            assert found[task].image is image
+    assert segmenter()([], "all") == []
+    (one,) = segmenter()((images[0],), "semantic")
+    assert_same(one, together[0]["semantic"])
+
+
+def test_batches_and_buckets_act_as_in_the_evaluation(monkeypatch):
+    images = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
+    options = dict(postprocess=LENIENT, test_size=SIZE)
+    seen = []
+
+    def watch(model):
+        encode = model._predictor.encode
+        monkeypatch.setattr(
+            model._predictor,
+            "encode",
+            lambda batch: seen.append(batch["image"].shape[:3]) or encode(batch),
+        )
+        return model
+
+    batched = watch(predict.Segmenter(CONFIG, *state(), METADATA, batch_size=2, **options))
+    found = batched(images, "semantic")
+    # 96 x 64 has one image, so its second row is empty.
+    assert seen == [(2, 64, 96), (2, 64, 96), (2, 96, 64)]
+    alone = segmenter()(images, "semantic")
+    for one, other in zip(found, alone, strict=True):
+        assert (one.class_map != other.class_map).mean() < 0.01
+
+    seen.clear()
+    wide = watch(predict.Segmenter(CONFIG, *state(), METADATA, max_buckets=1, **options))
+    wide(images, "semantic")
+    assert seen == [(1, 96, 96)] * 5
+    seen.clear()
+    coarse = watch(predict.Segmenter(CONFIG, *state(), METADATA, bucket_multiple=96, **options))
+    coarse(images, "semantic")
+    coarse(images[0], "semantic")
+    assert seen == [(1, 96, 96)] * 6
+
+
+def test_the_programs_of_the_next_size_are_compiled_ahead_and_only_once(monkeypatch):
+    model = predict.Segmenter(CONFIG, *state(), METADATA, postprocess=LENIENT, test_size=SIZE)
+    compiled, calls = [], []
+    compile_ahead = model._predictor.compile
+    monkeypatch.setattr(
+        model._predictor, "compile", lambda shape: calls.append(shape) or compile_ahead(shape)
+    )
+    monkeypatch.setattr(compilation, "compile_now", counting(compilation.compile_now, compiled))
+    model([picture(48, 70), picture(70, 48)], "semantic")
+    assert len(calls) == 1 and calls[0][0] == 1  # of the second size; the first compiled itself
+    assert len(compiled) == 4 == len(set(compiled))
+    programs = model._predictor.programs
+    assert [program.jitted._cache_size() for program in programs] == [2, 2]
+
+
+def counting(function, names):
+    def counted(*arguments, name):
+        names.append(name)
+        return function(*arguments, name=name)
+
+    return counted
+
+
+def test_a_list_on_a_mesh_fills_the_devices():
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    model = predict.Segmenter(
+        CONFIG, *state(), METADATA, postprocess=LENIENT, test_size=SIZE, mesh=mesh
+    )
+    images = [picture(48, 70, seed) for seed in range(3)]
+    for one, other in zip(model(images, "semantic"), segmenter()(images, "semantic"), strict=True):
+        assert (one.class_map != other.class_map).mean() < 0.01
+
+
+# --- thresholds ---
+
+
+def test_a_threshold_keeps_what_is_above_it():
+    everything = segmenter()(picture(), "all")
+    scores = everything["instance"].scores
+    assert len(scores) > 1 and (np.diff(scores) <= 0).all()
+    threshold = float(np.sort(scores)[len(scores) // 2])
+    kept = segmenter()(picture(), "instance", threshold=threshold)
+    assert 0 < len(kept) < len(scores) and (kept.scores > threshold).all()
+    (score,) = everything["panoptic"].scores
+    assert len(segmenter()(picture(), threshold=float(score) - 0.01)) == 1
+    assert len(segmenter()(picture(), threshold=float(score) + 0.01)) == 0
+    many = segmenter()(picture(), "all", threshold=0.0)
+    assert_same(many["semantic"], everything["semantic"])
+    none = segmenter()(picture(), "instance", threshold=1.0)
+    assert len(none) == 0 and none.masks.shape == (0, 48, 70) and none.boxes.shape == (0, 4)

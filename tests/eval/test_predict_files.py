@@ -7,22 +7,36 @@ import pathlib
 import re
 import threading
 import time
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from oneformer_jax.eval import predict, write
-from oneformer_jax.eval.segmentation import Segmentation
+from oneformer_jax.eval import folder as folders
+from oneformer_jax.eval import inputs, predict, write
+from oneformer_jax.eval.segmentation import Instances, Segmentation
+from oneformer_jax.input_pipeline.images import ImageError
 from tests.eval.tiny_segmenter import (
+    CONFIG,
+    LENIENT,
     METADATA,
+    SIZE,
+    Fake,
     fake,
     picture,
     segmenter,
+    state,
 )
 
-# --- arrays ---
+
+def predict_files(model, path, out, *rest, **options):
+    """Writes the results of an image file or a folder; returns the files."""
+    found = folders.find_images(path, out)
+    return list(folders.predict_files(model, found, out, *rest, **options).written)
 
 
 def test_panoptic_files_are_in_coco_format(tmp_path):
@@ -73,9 +87,7 @@ def test_instance_file_is_a_coco_result(tmp_path):
     result = Segmentation(
         "instance",
         METADATA,
-        masks=masks,
-        scores=np.array([0.75, 0.125], np.float32),
-        labels=np.array([2, 0], np.int32),
+        instances=Instances(masks, np.array([0.75, 0.125], np.float32), np.array([2, 0], np.int32)),
         image=picture(30, 20),
     )
     path = write.write_prediction(tmp_path, "dog", result)[1]
@@ -106,12 +118,12 @@ def test_images_are_read_upright_and_in_rgb(tmp_path):
     exif[0x0112] = 6  # turn clockwise by 90 degrees to show
     image.save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(
-        predict.read_image(tmp_path / "turned.png"), np.rot90(pixels, k=-1)
+        inputs.read_image(tmp_path / "turned.png"), np.rot90(pixels, k=-1)
     )
     image.convert("RGBA").save(tmp_path / "alpha.png")
-    np.testing.assert_array_equal(predict.read_image(tmp_path / "alpha.png"), pixels)
+    np.testing.assert_array_equal(inputs.read_image(tmp_path / "alpha.png"), pixels)
     image.convert("L").save(tmp_path / "grey.png")
-    assert predict.read_image(tmp_path / "grey.png").shape == (20, 30, 3)
+    assert inputs.read_image(tmp_path / "grey.png").shape == (20, 30, 3)
 
 
 def broken_images(folder):
@@ -136,12 +148,12 @@ def broken_images(folder):
 
 def test_broken_images_are_named(tmp_path):
     for name, words in broken_images(tmp_path).items():
-        with pytest.raises(predict.ImageError, match=rf"{name}: .*{words}"):
-            predict.read_image(tmp_path / name)
-        with pytest.raises(predict.ImageError, match=rf"{name}: .*{words}"):
-            predict.predict_files(fake, tmp_path / name, tmp_path / "out")
-    for call in (predict.read_image, lambda p: predict.predict_files(fake, p, tmp_path / "out")):
-        with pytest.raises(predict.ImageError, match=r"gone\.jpg: there is no such"):
+        with pytest.raises(ImageError, match=rf"{name}: .*{words}"):
+            inputs.read_image(tmp_path / name)
+        with pytest.raises(ImageError, match=rf"{name}: .*{words}"):
+            predict_files(Fake(), tmp_path / name, tmp_path / "out")
+    for call in (inputs.read_image, lambda p: predict_files(Fake(), p, tmp_path / "out")):
+        with pytest.raises(ImageError, match=r"gone\.jpg: there is no such"):
             call(tmp_path / "gone.jpg")
 
 
@@ -151,11 +163,72 @@ def test_a_folder_with_broken_images_is_done_for_the_rest(tmp_path):
     names = broken_images(folder)
     Image.fromarray(picture()).save(folder / "fine.JPG", format="JPEG")
     (folder / "notes.txt").write_text("not to be read")
-    with pytest.raises(predict.ImageError, match="5 of 6 images") as caught:
-        predict.predict_files(fake, folder, out, "semantic")
-    for name in names:
-        assert name in str(caught.value)
+    with pytest.raises(ImageError, match=rf"5 of 6 images cannot be read.*others are in {out}"):
+        predict_files(Fake(), folder, out, "semantic")
     assert {p.name for p in out.iterdir()} == {"fine_semantic_overlay.png", "fine_semantic.png"}
+    # With a model, too; each broken file is named once.
+    with mock.patch.object(logging, "warning") as said, pytest.raises(ImageError, match="5 of 6"):
+        predict_files(segmenter(), folder, tmp_path / "real", "semantic")
+    lines = [call.args[0] % call.args[1:] for call in said.call_args_list]
+    for name, words in names.items():
+        (line,) = [line for line in lines if name in line]
+        assert words in line
+
+
+def test_what_is_done_is_skipped(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in "ab":
+        Image.fromarray(picture()).save(folder / f"{name}.png")
+
+    def run(model=None, task="all", **options):
+        model = model or Fake()
+        report = folders.predict_files(
+            model, folders.find_images(folder, out), out, task, **options
+        )
+        assert report.segmented + report.skipped == 2
+        return sorted(pathlib.Path(name).stem for name in model.seen)
+
+    assert run() == ["a", "b"] and run() == []
+    assert run(overwrite=True) == ["a", "b"]
+    assert run(task="semantic") == []  # a part of all
+    (out / "a_panoptic.json").unlink()
+    assert run(task="semantic") == [] and run() == ["a"]
+    Image.fromarray(picture(seed=1)).save(folder / "b.png")  # another image of that name
+    os.utime(folder / "b.png", (1, 1))
+    assert run() == ["b"]
+    (out / "a_semantic_overlay.png").write_bytes(b"not a picture")
+    assert run() == ["a"]
+    assert run(threshold=0.5) == ["a", "b"] and run(threshold=0.5) == []
+    other = Fake()
+    other.fingerprint = "another model"
+    assert run(other) == ["a", "b"]
+
+
+def test_the_fingerprint_follows_parameters_and_settings():
+    model = segmenter()
+    same = predict.Segmenter(CONFIG, *state(), METADATA, postprocess=LENIENT, test_size=SIZE)
+    assert same.fingerprint == model.fingerprint
+    params, stats = state()
+    changed = jax.tree.map(lambda x: x, params)
+    changed["task_mlp"] = jax.tree.map(lambda x: x + 1e-6, params["task_mlp"])
+    others = [
+        predict.Segmenter(CONFIG, changed, stats, METADATA, postprocess=LENIENT, test_size=SIZE),
+        predict.Segmenter(CONFIG, *state(), METADATA, postprocess=LENIENT, test_size=(64, 97)),
+        predict.Segmenter(CONFIG, *state(), METADATA, test_size=SIZE),
+    ]
+    assert len({model.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_progress_is_logged_with_the_time_left(monkeypatch):
+    seconds = iter([0.0, 5.0, 20.0, 40.0])
+    monkeypatch.setattr(folders.time, "monotonic", lambda: next(seconds))
+    log = folders._progress(100)
+    with mock.patch.object(logging, "info") as said:
+        for done in (1, 10, 100):
+            log(done)
+    (call,) = said.call_args_list
+    assert call.args[0] % call.args[1:] == "10 of 100 images, 0.5 images/s, 3 min 0 s left"
 
 
 def test_a_folder_of_images_for_all_tasks(tmp_path):
@@ -163,7 +236,7 @@ def test_a_folder_of_images_for_all_tasks(tmp_path):
     folder.mkdir()
     for name in ("a.png", "a.jpg", "b.png"):
         Image.fromarray(picture()).save(folder / name)
-    written = predict.predict_files(fake, folder, out)
+    written = predict_files(Fake(), folder, out)
     assert len(written) == 3 * 7
     assert all(p.is_file() for p in written) and sorted(out.iterdir()) == sorted(written)
     assert {p.name.split("_panoptic")[0] for p in written if "panoptic" in p.name} == {
@@ -171,19 +244,13 @@ def test_a_folder_of_images_for_all_tasks(tmp_path):
     }  # fmt: skip
 
 
-def test_the_next_images_are_read_and_the_last_results_written_beside_the_model(
-    tmp_path, monkeypatch
-):
+def test_the_last_results_are_written_beside_the_model(tmp_path, monkeypatch):
     folder = tmp_path / "in"
     folder.mkdir()
     for name in "abcde":
         Image.fromarray(picture()).save(folder / f"{name}.png")
-    read, written = threading.Semaphore(0), threading.Semaphore(0)
-    read_image, write_prediction = predict.read_image, predict.write_prediction
-
-    def counted_read(path, *rest):
-        read.release()
-        return read_image(path, *rest)
+    written = threading.Semaphore(0)
+    write_prediction = folders.write_prediction
 
     def counted_write(*arguments, **options):
         found = write_prediction(*arguments, **options)
@@ -194,15 +261,12 @@ def test_the_next_images_are_read_and_the_last_results_written_beside_the_model(
 
     def model(image, tasks):
         calls.append(tasks)
-        if len(calls) == 1:  # while it works on the first image, two more are read
-            assert all(read.acquire(timeout=10) for _ in range(3))
         if len(calls) == 2:  # while it works on the second, the first one's results are written
             assert written.acquire(timeout=10)
         return fake(image, tasks)
 
-    monkeypatch.setattr(predict, "read_image", counted_read)
-    monkeypatch.setattr(predict, "write_prediction", counted_write)
-    predict.predict_files(model, folder, tmp_path / "out", "semantic")
+    monkeypatch.setattr(folders, "write_prediction", counted_write)
+    predict_files(Fake(model), folder, tmp_path / "out", "semantic")
     assert len(calls) == 5 and len(results(tmp_path / "out")) == 5
 
 
@@ -213,9 +277,9 @@ def test_results_that_cannot_be_written_end_the_run(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(predict, "write_prediction", full)
+    monkeypatch.setattr(folders, "write_prediction", full)
     with pytest.raises(OSError, match="no space left"):
-        predict.predict_files(fake, tmp_path, tmp_path / "out", "semantic")
+        predict_files(Fake(), tmp_path, tmp_path / "out", "semantic")
 
 
 def results(folder):
@@ -237,7 +301,7 @@ def test_every_image_has_results_of_its_own(tmp_path, names, expected):
     folder.mkdir()
     for name in names:
         Image.fromarray(picture()).save(folder / name)
-    written = predict.predict_files(fake, folder, out, "semantic")
+    written = predict_files(Fake(), folder, out, "semantic")
     assert len({p.name.casefold() for p in written}) == 2 * len(names)
     found = results(out)
     assert len(found) == len(expected)
@@ -249,7 +313,7 @@ def test_a_later_run_overwrites_its_own_results_only(tmp_path):
     out = tmp_path / "out"
     for name in ("a.png", "a.jpg", "a.png"):
         Image.fromarray(picture()).save(tmp_path / name)
-        predict.predict_files(fake, tmp_path / name, out, "semantic")
+        predict_files(Fake(), tmp_path / name, out, "semantic")
     assert results(out) == {"a", "a_jpg"}
 
 
@@ -259,7 +323,7 @@ def test_hidden_files_and_those_of_macos_are_no_images(tmp_path):
     (tmp_path / ".b.jpg").write_bytes(b"")
     (tmp_path / "Thumbs.db").write_bytes(b"")
     (tmp_path / "folder.jpg").mkdir()
-    predict.predict_files(fake, tmp_path, tmp_path / "out", "semantic")
+    predict_files(Fake(), tmp_path, tmp_path / "out", "semantic")
     assert results(tmp_path / "out") == {"a"}
 
 
@@ -272,15 +336,15 @@ def test_what_a_killed_prediction_left_is_removed(tmp_path):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 3600,) * 2)
     os.utime(other, (time.time() - 3600,) * 2)
-    predict.predict_files(fake, tmp_path / "a.png", out, "semantic")
+    predict_files(Fake(), tmp_path / "a.png", out, "semantic")
     assert not old.exists() and young.exists() and other.exists()
 
 
 def test_too_many_pixels_are_refused_by_the_setting(tmp_path):
     Image.fromarray(picture(20, 30)).save(tmp_path / "a.png")
-    assert predict.read_image(tmp_path / "a.png", max_pixels=600).shape == (20, 30, 3)
-    with pytest.raises(predict.ImageError, match=r"20 x 30 pixels .*data\.max_pixels, 599"):
-        predict.predict_files(fake, tmp_path / "a.png", tmp_path / "out", max_pixels=599)
+    assert inputs.read_image(tmp_path / "a.png", max_pixels=600).shape == (20, 30, 3)
+    with pytest.raises(ImageError, match=r"20 x 30 pixels .*data\.max_pixels, 599"):
+        predict_files(Fake(), tmp_path / "a.png", tmp_path / "out", max_pixels=599)
 
 
 def test_semantic_ids_above_16_bits_are_exact(tmp_path):
@@ -300,17 +364,17 @@ def test_semantic_ids_above_16_bits_are_exact(tmp_path):
 
 def test_wrong_folders_and_tasks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no images"):
-        predict.predict_files(fake, tmp_path, tmp_path / "out")
+        predict_files(Fake(), tmp_path, tmp_path / "out")
     Image.fromarray(picture()).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="another folder"):
-        predict.predict_files(fake, tmp_path, tmp_path)
+        predict_files(Fake(), tmp_path, tmp_path)
     with pytest.raises(ValueError, match="unknown task 'everything'"):
-        predict.predict_files(fake, tmp_path, tmp_path / "out", "everything")
+        predict_files(Fake(), tmp_path, tmp_path / "out", "everything")
 
 
 def test_a_real_segmenter_writes_files(tmp_path):
     Image.fromarray(picture()).save(tmp_path / "a.png")
-    written = predict.predict_files(segmenter(), tmp_path / "a.png", tmp_path / "out")
+    written = predict_files(segmenter(), tmp_path / "a.png", tmp_path / "out")
     assert len(written) == 7
     size = Image.open(tmp_path / "out" / "a_panoptic.png").size
     assert size == (70, 48)

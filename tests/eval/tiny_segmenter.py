@@ -7,6 +7,7 @@ import numpy as np
 from oneformer_jax.eval import predict
 from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.eval.segmentation import Segmentation
+from oneformer_jax.input_pipeline.records import RecordError
 from tests import tiny
 
 METADATA = tiny.metadata()
@@ -38,3 +39,23 @@ def fake(image, tasks):
     segments = [dict(id=1, category=3), dict(id=2, category=1)]
     record = dict(image=image, panoptic=panoptic, segments=segments)
     return {task: Segmentation.from_record(record, METADATA, task) for task in tasks}
+
+
+class Fake:
+    """A Segmenter for `predict_files` that gives the results of `fake`."""
+
+    fingerprint = "fake"
+
+    def __init__(self, segment=fake):
+        self.segment = segment
+        self.seen = []
+
+    def segment_source(self, source, tasks, *, threshold=None, broken=None):
+        for index in range(len(source)):
+            try:
+                record = source[index]
+            except RecordError as error:
+                broken[index] = str(error)
+                continue
+            self.seen.append(record["file_name"])
+            yield index, self.segment(record["image"], tasks)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from oneformer_jax.eval import predict
+from oneformer_jax.eval import inputs
 from oneformer_jax.input_pipeline import images, records, sources
 from tests.input_pipeline import image_files
 from tests.input_pipeline.image_files import (
@@ -133,7 +133,7 @@ def all_readings(folder, ending, data):
         (folder / part).mkdir()
     path = folder / "images" / f"a{ending}"
     path.write_bytes(data)
-    pixels = predict.read_image(path)
+    pixels = inputs.read_image(path)
     Image.fromarray(np.zeros(pixels.shape[:2], np.uint8)).save(folder / "labels" / "a.png")
     (folder / "classes.txt").write_text("0 ground\n")
     options = {"train_images": "images", "train_labels": "labels"}
@@ -350,7 +350,7 @@ def test_what_is_no_image_is_named_and_starts_no_program(
     path = tmp_path / f"a{ending}"
     path.write_bytes(data)
     for call in (
-        lambda: predict.read_image(path),
+        lambda: inputs.read_image(path),
         lambda: records.decode_image(data, str(path)),
         lambda: records.read_image_size(data, str(path)),
         lambda: records.decode_labels(data, str(path)),
@@ -365,7 +365,7 @@ def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     for path in (tmp_path / "a.jpg", "/dev/zero"):
         with pytest.raises(images.ImageError, match="not a regular file"):
-            predict.read_image(path)
+            inputs.read_image(path)
 
 
 BOMBS = {

@@ -1,0 +1,235 @@
+"""Segments image files and folders of them, and writes the results: `predict_files`."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, Protocol
+
+from absl import logging
+
+from oneformer_jax import files
+from oneformer_jax.eval.inputs import read_image
+from oneformer_jax.eval.predict import Records, tasks_of
+from oneformer_jax.eval.segmentation import Segmentation
+from oneformer_jax.eval.write import is_done, source_of, write_prediction
+from oneformer_jax.input_pipeline import images
+from oneformer_jax.input_pipeline.eval_loader import RecordError
+from oneformer_jax.input_pipeline.images import ImageError
+
+# Results that may wait to be written.
+_WAITING = 2
+# Seconds between two lines about the progress.
+_EVERY = 10.0
+
+
+class Model(Protocol):
+    """The part of a `predict.Segmenter` that is used here; see there."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    def segment_source(
+        self,
+        source: Records,
+        tasks: Sequence[str],
+        *,
+        threshold: float | None = None,
+        broken: dict[int, str] | None = None,
+    ) -> Iterator[tuple[int, dict[str, Segmentation]]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The outcome of `predict_files`.
+
+    Attributes:
+      written: files written, those of an image together.
+      segmented: number of images segmented.
+      skipped: number of images whose results were there.
+    """
+
+    written: tuple[pathlib.Path, ...]
+    segmented: int
+    skipped: int
+
+
+class _Files:
+    """Image files as the records of an evaluation."""
+
+    def __init__(self, paths: Sequence[pathlib.Path], max_pixels: int):
+        self._paths, self._max_pixels = paths, max_pixels
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        path = str(self._paths[index])
+        try:
+            return {"image": read_image(path, self._max_pixels), "file_name": path}
+        except ImageError as error:
+            raise RecordError(str(error)) from error
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        path = str(self._paths[index])
+        data = images.read_file(path, RecordError)
+        return images.read_size(data, path, max_pixels=self._max_pixels, error=RecordError)
+
+
+def find_images(
+    path: str | os.PathLike[str], out_dir: str | os.PathLike[str]
+) -> list[pathlib.Path]:
+    """Lists an image file, or those directly in a folder: visible files with `images.ENDINGS`.
+
+    Raises:
+      ImageError: there is no such file or folder.
+      ValueError: a folder without images, or the results in `out_dir` would land among them.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise ImageError(f"{path}: there is no such image file or folder")
+    if not path.is_dir():
+        return [path]
+    if pathlib.Path(out_dir).resolve() == path.resolve():
+        raise ValueError(f"the results would mix with the images in {path}; use another folder")
+    found = [path / name for name in images.list_images(path)]
+    if not found:
+        raise ValueError(f"{path} has no images (files with {', '.join(images.ENDINGS)})")
+    return found
+
+
+def predict_files(
+    segmenter: Model,
+    found: Sequence[pathlib.Path],
+    out_dir: str | os.PathLike[str],
+    task: str | Sequence[str] = "all",
+    max_pixels: int = images.MAX_PIXELS,
+    *,
+    threshold: float | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Segments image files and writes the results.
+
+    Images of one padded size follow each other, in batches. Reading the next images and writing
+    the last results go on beside the model. An image whose results of the same model, settings and
+    image file are in `out_dir` is skipped.
+
+    Args:
+      segmenter: a `Segmenter`.
+      found: the files, see `find_images`.
+      out_dir: folder of the results, made as needed; see `write_prediction`.
+      task: one of `TASKS`, several, or "all".
+      max_pixels: limit of the pixels of an image.
+      threshold: see `Segmenter.__call__`.
+      overwrite: segment every image again.
+
+    Raises:
+      ImageError: images cannot be read; of several, after all others are done, and the log names
+        each.
+      ValueError: unknown task.
+    """
+    tasks = tasks_of(task)
+    out_dir = pathlib.Path(out_dir)
+    files.remove_leftovers(out_dir)
+    named = list(zip(found, _result_names(found, out_dir), strict=True))
+    made_by = {file: _fingerprint(segmenter, file, threshold) for file in found}
+    waiting = [
+        (file, name)
+        for file, name in named
+        if overwrite or not is_done(out_dir, name, tasks, made_by[file])
+    ]
+    if len(found) == len(waiting) == 1:
+        read_image(found[0], max_pixels)  # raises its own error
+    broken: dict[int, str] = {}
+    writing: collections.deque[futures.Future] = collections.deque()
+
+    def write(index: int, results: dict[str, Segmentation]) -> list[pathlib.Path]:
+        file, name = waiting[index]
+        return [
+            written_path
+            for segmentation in results.values()
+            for written_path in write_prediction(
+                out_dir, name, segmentation, source=file.name, made_by=made_by[file]
+            )
+        ]
+
+    written: list[pathlib.Path] = []
+    source = _Files([file for file, _ in waiting], max_pixels)
+    progress = _progress(len(waiting))
+    segmented = 0
+    with futures.ThreadPoolExecutor(1, "writer") as writer:
+        stream = segmenter.segment_source(source, tasks, threshold=threshold, broken=broken)
+        for segmented, (index, results) in enumerate(stream, 1):
+            writing.append(writer.submit(write, index, results))
+            while len(writing) > _WAITING:
+                written += writing.popleft().result()
+            progress(segmented + len(broken))
+        for files_of_image in writing:
+            written += files_of_image.result()
+    if broken:
+        raise ImageError(
+            f"{len(broken)} of {len(found)} images cannot be read, see above; the results of the "
+            f"others are in {out_dir}"
+        )
+    return Report(tuple(written), segmented, len(found) - len(waiting))
+
+
+def _fingerprint(segmenter: Model, file: pathlib.Path, threshold: float | None) -> str:
+    """Identifies what results are made of: the model, its settings, and the image file."""
+    stat = file.stat()
+    text = f"{segmenter.fingerprint} {threshold} {stat.st_size} {stat.st_mtime_ns}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _progress(total: int) -> Callable[[int], None]:
+    """Makes a function of the images done, which logs speed and remaining time now and then."""
+    start = last = time.monotonic()
+
+    def log(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _EVERY or done == total:
+            return
+        last = now
+        rate = done / (now - start)
+        left = (total - done) / rate
+        logging.info("%d of %d images, %.1f images/s, %s left", done, total, rate, _duration(left))
+
+    return log
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _result_names(found: Sequence[pathlib.Path], out_dir: pathlib.Path) -> list[str]:
+    """Names the results of files, distinctly even if case does not count.
+
+    A name is the file's stem. If another file's results in the folder have it, of this run or an
+    earlier one, it is the file's name with "_" for ".", then with a digest.
+    """
+    stems = collections.Counter(file.stem.casefold() for file in found)
+    names: list[str] = []
+    taken: set[str] = set()
+    for file in found:
+        whole = file.name.replace(".", "_")
+        name = next(
+            (
+                name
+                for name in (file.stem, whole)
+                if stems[name.casefold()] == (name == file.stem)
+                and name.casefold() not in taken
+                and source_of(out_dir, name) in (file.name, None)
+            ),
+            f"{whole}_{hashlib.sha256(file.name.encode()).hexdigest()[:8]}",
+        )
+        names.append(name)
+        taken.add(name.casefold())
+    return names
