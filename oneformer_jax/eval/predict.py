@@ -20,10 +20,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from oneformer_jax import config_rules, files
+from oneformer_jax import config_rules
 from oneformer_jax.eval.inputs import as_image
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_images
-from oneformer_jax.eval.predictor import Predictor
+from oneformer_jax.eval.predictor import Predictor, matching
 from oneformer_jax.eval.segmentation import Instances, Segmentation
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.input_pipeline.resize import resize_for_test
@@ -140,7 +140,7 @@ class Segmenter:
 
         graph, *expected = functional.abstract(config, execution, training=False)
         self._params, self._stats = (
-            self._on_devices(_matching(values, shapes))
+            self._on_devices(matching(values, shapes))
             for values, shapes in zip((params, stats), expected, strict=True)
         )
         programs = functional.programs(graph, self.mesh)
@@ -500,23 +500,3 @@ def _ranked(found: Segmentation, threshold: float | None) -> Segmentation:
         order = order[found.instances.scores[order] > threshold]
     chosen = Instances(*(values[order] for values in found.instances))
     return dataclasses.replace(found, instances=chosen)
-
-
-def _matching(values: Any, expected: Any, path: str = "") -> Any:
-    """Takes the part of the nested dict `values` that `expected` has, and checks its shapes."""
-    if not isinstance(expected, Mapping):
-        if np.shape(values) != expected.shape:
-            raise ValueError(
-                f"parameter {path} has shape {np.shape(values)}, but the model expects "
-                f"{expected.shape}: these are parameters of another model"
-            )
-        return values
-    missing = set(expected) - set(values if isinstance(values, Mapping) else ())
-    if missing:
-        listed = (f"{path}/{name}".lstrip("/") for name in sorted(missing, key=str))
-        names = files.first_few(listed, 3)
-        raise ValueError(f"the model expects parameters {names}: these are of another model")
-    return {
-        name: _matching(values[name], inner, f"{path}/{name}".lstrip("/"))
-        for name, inner in expected.items()
-    }

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from oneformer_jax import files
 from oneformer_jax.models.functional import Programs
 from oneformer_jax.types import TASK_TOKENS, TASKS, Features, task_id
 
@@ -95,3 +96,27 @@ class Predictor:
         # With several processes JAX counts this as implicit; here it is meant.
         with jax.transfer_guard("allow"):
             return jax.make_array_from_process_local_data(sharding, np.asarray(array))
+
+
+def matching(values: Any, expected: Any, path: str = "") -> Any:
+    """Takes the part of the nested dict `values` that `expected` has.
+
+    Raises:
+      ValueError: a parameter is missing or has another shape; `path` begins its name.
+    """
+    if not isinstance(expected, Mapping):
+        if np.shape(values) != expected.shape:
+            raise ValueError(
+                f"parameter {path} has shape {np.shape(values)}, but the model expects "
+                f"{expected.shape}: these are parameters of another model"
+            )
+        return values
+    missing = set(expected) - set(values if isinstance(values, Mapping) else ())
+    if missing:
+        listed = (f"{path}/{name}".lstrip("/") for name in sorted(missing, key=str))
+        names = files.first_few(listed, 3)
+        raise ValueError(f"the model expects parameters {names}: these are of another model")
+    return {
+        name: matching(values[name], inner, f"{path}/{name}".lstrip("/"))
+        for name, inner in expected.items()
+    }
