@@ -78,7 +78,17 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
         "resident_bytes": peak_bytes(),
         "program_bytes": peer.memory(),
         "images_per_second": size.batch / statistics.median(walls),
+        **({"flops": peer.flops(name), "peak_flops": peak()} if request["peer"] == "ours" else {}),
     }
+
+
+def peak() -> float:
+    """The peak rate of jax's device, in FLOP/s; 0 if it is not in the table of chips."""
+    import jax
+
+    from oneformer_jax.kernels import chips
+
+    return chips.peak_flops(jax.devices()[0]) or 0.0
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
@@ -135,9 +145,12 @@ def compare(peer: str, size: str, folder: str, scratch: str) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Formats the medians as Markdown; ratios are ours over the peer's, below 1 where we win."""
+    """Formats the medians as Markdown; ratios are ours over the peer's, below 1 where we win.
+
+    The rates of all peers are of the FLOPs that our program has for the same work.
+    """
     head = ["size", "work", "peer", "wall", "processor", "images/s", "first result", "resident"]
-    head += ["program", "ours / peer: wall", "processor", "resident"]
+    head += ["program", "GFLOP/s", "of the peak", "ours / peer: wall", "processor", "resident"]
     lines = [head, ["---"] * len(head)]
     ours = {(r["size"], r["work"]): r for r in results if r["peer"] == "ours" and "error" not in r}
     for r in results:
@@ -147,6 +160,7 @@ def table(results: list[dict[str, Any]]) -> str:
         base = ours.get((r["size"], r["work"]))
         names = ("wall_seconds", "processor_seconds", "resident_bytes")
         ratios = [f"{base[n] / r[n]:.2f}" if base and base is not r else "" for n in names]
+        rate = base["flops"] / r["wall_seconds"] if base else 0
         lines.append(
             [
                 *(r["size"], r["work"], r["peer"]),
@@ -156,6 +170,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['first_seconds']:.1f} s",
                 f"{r['resident_bytes'] / 1e9:.2f} GB",
                 f"{r['program_bytes'] / 1e9:.2f} GB" if r["program_bytes"] else "",
+                f"{rate / 1e9:.0f}" if rate else "",
+                f"{rate / base['peak_flops']:.0%}" if base and base["peak_flops"] else "",
                 *ratios,
             ]
         )
