@@ -226,6 +226,11 @@ class EvalLoader:
         """Number of batches, equal on all processes."""
         return len(self._steps)
 
+    @property
+    def images(self) -> int:
+        """Number of records in one pass of this process, broken ones included."""
+        return sum(len(step.indices) for step in self._steps)
+
     def __iter__(self) -> Iterator[Batch]:
         batches = (
             grain.MapDataset.source(self._steps)

@@ -7,16 +7,14 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Protocol
-
-from absl import logging
 
 from oneformer_jax import files
 from oneformer_jax.eval.inputs import read_image
 from oneformer_jax.eval.predict import Records, tasks_of
+from oneformer_jax.eval.progress import progress_log
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.write import is_done, source_of, write_prediction
 from oneformer_jax.input_pipeline import images
@@ -25,8 +23,6 @@ from oneformer_jax.input_pipeline.images import ImageError
 
 # Results that may wait to be written.
 _WAITING = 2
-# Seconds between two lines about the progress.
-_EVERY = 10.0
 
 
 class Model(Protocol):
@@ -160,7 +156,7 @@ def predict_files(
 
     written: list[pathlib.Path] = []
     source = _Files([file for file, _ in waiting], max_pixels)
-    progress = _progress(len(waiting))
+    progress = progress_log(len(waiting))
     segmented = 0
     with futures.ThreadPoolExecutor(1, "writer") as writer:
         stream = segmenter.segment_source(source, tasks, threshold=threshold, broken=broken)
@@ -184,29 +180,6 @@ def _fingerprint(segmenter: Model, file: pathlib.Path, threshold: float | None) 
     stat = file.stat()
     text = f"{segmenter.fingerprint} {threshold} {stat.st_size} {stat.st_mtime_ns}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    """Makes a function of the images done, which logs speed and remaining time now and then."""
-    start = last = time.monotonic()
-
-    def log(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < _EVERY or done == total:
-            return
-        last = now
-        rate = done / (now - start)
-        left = (total - done) / rate
-        logging.info("%d of %d images, %.1f images/s, %s left", done, total, rate, _duration(left))
-
-    return log
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 def _result_names(found: Sequence[pathlib.Path], out_dir: pathlib.Path) -> list[str]:

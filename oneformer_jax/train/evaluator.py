@@ -24,6 +24,7 @@ from oneformer_jax.eval.evaluate import (
 from oneformer_jax.eval.pictures import sheets
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
 from oneformer_jax.eval.predictor import Predictor
+from oneformer_jax.eval.progress import progress_log
 from oneformer_jax.eval.protocol import Protocol, choose_protocol
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.write import write_png
@@ -112,7 +113,7 @@ class Evaluator:
             outputs=self._tasks,
             protocol=self._protocol,
             tta=self._tta,
-            progress=_progress_log(),
+            progress=_progress(batches),
         )
         scores = {name: value for name, value in result.metrics.items() if value is not None}
         writer.write_scalars(step, scores)
@@ -167,13 +168,14 @@ class Evaluator:
     ) -> dict[str, dict[str, float | None]]:
         """Computes and stores every metric under every task token (the paper's token table)."""
         logging.info("Evaluating every output under each of the task tokens")
+        batches = eval_batches(0)
         results = evaluate_tokens(
             self._predictor(state),
-            eval_batches(0),
+            batches,
             metadata=self._metadata,
             postprocess=self._postprocess,
             protocol=self._protocol,
-            progress=_progress_log(),
+            progress=_progress(batches),
         )
         table = {
             token: {name: result.metrics.get(name) for name in TOKEN_COLUMNS}
@@ -306,17 +308,10 @@ def tta_config(config: ConfigDict) -> tta.TtaConfig | None:
     return tta.TtaConfig.from_settings(config.eval.tta, config.eval.short_edge)
 
 
-def _progress_log(every: float = 30.0) -> Callable[[int, float], None]:
-    """Makes a function (images, seconds since the start) that logs both once in `every` seconds."""
-    last = 0.0
-
-    def log(images: int, seconds: float) -> None:
-        nonlocal last
-        if seconds - last >= every:
-            last = seconds
-            logging.info("... %d images, %.1f images/s", images, images / seconds)
-
-    return log
+def _progress(batches: Iterable[Any]) -> Callable[[int, float], None]:
+    """Makes a function (images, seconds) that logs how far one pass over `batches` is."""
+    log = progress_log(getattr(batches, "images", None))
+    return lambda images, seconds: log(images)
 
 
 def postprocess_config(config: ConfigDict) -> PostprocessConfig:

@@ -220,17 +220,6 @@ def test_the_fingerprint_follows_parameters_and_settings():
     assert len({model.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
-def test_progress_is_logged_with_the_time_left(monkeypatch):
-    seconds = iter([0.0, 5.0, 20.0, 40.0])
-    monkeypatch.setattr(folders.time, "monotonic", lambda: next(seconds))
-    log = folders._progress(100)
-    with mock.patch.object(logging, "info") as said:
-        for done in (1, 10, 100):
-            log(done)
-    (call,) = said.call_args_list
-    assert call.args[0] % call.args[1:] == "10 of 100 images, 0.5 images/s, 3 min 0 s left"
-
-
 def test_a_folder_of_images_for_all_tasks(tmp_path):
     folder, out = tmp_path / "in", tmp_path / "deep" / "out"
     folder.mkdir()

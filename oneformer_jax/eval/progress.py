@@ -1,0 +1,45 @@
+"""Logs how far something with many images is, and how long the rest takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from absl import logging
+
+
+def progress_log(total: int | None, what: str = "images") -> Callable[[int], None]:
+    """Makes a function of the number done, which logs it with rate and remaining time.
+
+    The first line comes after 10 s, later ones every 30 s; none at the end.
+
+    Args:
+      total: how many there are; None if that is not known.
+      what: their name.
+    """
+    start = time.monotonic()
+    due = start + 10.0
+
+    def log(done: int) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now < due or done == total or not done:
+            return
+        due = now + 30.0
+        rate = done / (now - start)
+        if total is None:
+            logging.info("%d %s, %.1f a second", done, what, rate)
+        else:
+            left = duration((total - done) / rate)
+            logging.info("%d of %d %s, %.1f a second, %s left", done, total, what, rate, left)
+
+    return log
+
+
+def duration(seconds: float) -> str:
+    """Formats a time: "45 s", "3 min 5 s" or "2 h 3 min"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
