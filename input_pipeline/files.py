@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -78,6 +77,8 @@ def writing(folder: Path, failure: type[Exception] = OSError) -> Iterator[None]:
 @contextlib.contextmanager
 def exclusive(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Lets one process at a time prepare below `folder`; others call `waiting`, then wait."""
+    import fcntl  # not on Windows, where prediction must work
+
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".prepare.lock", "w") as lock:
         try:

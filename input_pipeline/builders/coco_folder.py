@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from oneformer_jax.input_pipeline.annotations import faults
 from oneformer_jax.input_pipeline.annotations.faults import Fault
 from oneformer_jax.input_pipeline.builders import schema
+from oneformer_jax.input_pipeline.builders.local import LocalBuilder
 from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
 from oneformer_jax.input_pipeline.datasets import DatasetInfo
 from oneformer_jax.input_pipeline.files import sha256
@@ -64,7 +65,7 @@ class CocoFolderConfig(tfds.core.BuilderConfig):
             raise ValueError(f"coco_folder dataset {self.name!r} needs splits and a class table")
 
 
-class CocoFolder(tfds.core.GeneratorBasedBuilder):
+class CocoFolder(LocalBuilder):
     """A folder of images, a folder of panoptic PNGs and a COCO-panoptic JSON per split.
 
     Prepare it with `input_pipeline.sources.prepare`. The stored metadata are the class table, the

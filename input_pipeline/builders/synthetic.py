@@ -10,6 +10,7 @@ import cv2
 import tensorflow_datasets as tfds
 
 from oneformer_jax.input_pipeline.builders import scenes, schema
+from oneformer_jax.input_pipeline.builders.local import LocalBuilder
 from oneformer_jax.input_pipeline.records import SegmentTable, encode_panoptic
 
 _JPEG = [
@@ -50,7 +51,7 @@ class SyntheticConfig(tfds.core.BuilderConfig):
         self.description = f"Rendered panoptic scenes of {self.size} x {self.size} pixels."
 
 
-class SyntheticPanoptic(tfds.core.GeneratorBasedBuilder):
+class SyntheticPanoptic(LocalBuilder):
     """Rendered panoptic scenes: 7 thing and 6 stuff classes, occlusion, crowds, void pixels.
 
     Needs `config=SyntheticConfig(...)`; prepare it with `input_pipeline.sources.prepare`.

@@ -164,6 +164,14 @@ def _builder(folder, **kwargs):
     return SyntheticPanoptic(config=config, data_dir=folder)
 
 
+def test_nobody_is_told_of_a_download(tmp_path, capsys):
+    options = {"size": 32, "train_examples": 1, "validation_examples": 1}
+    sources.open_source("synthetic", data_dir=tmp_path, split="train", options=options)
+    shown = capsys.readouterr().out
+    assert "ownload" not in shown
+    assert f"Writing the records of synthetic_panoptic to {tmp_path}" in shown
+
+
 def test_interrupted_preparation_does_not_count(tmp_path, monkeypatch):
     render = scenes.render_scene
 
