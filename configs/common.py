@@ -190,6 +190,7 @@ def get_base() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 368_750
+    c.train.epochs = 0.0  # passes over the training images, in place of steps; 0: steps count
     c.train.log_every = 50
     c.train.eval_every = 5_000
     c.train.checkpoint_every = 5_000

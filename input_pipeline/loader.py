@@ -274,6 +274,29 @@ def _with_things(source: Source, count: int) -> np.ndarray:
     return np.flatnonzero([source.has_things(i) for i in range(count)])
 
 
+def training_images(source: Source, require_things: bool) -> np.ndarray:
+    """Returns the positions in `source` that an epoch has, int [N].
+
+    Args:
+      source: the records.
+      require_things: leave out images without a thing that is no crowd.
+
+    Raises:
+      ValueError: there is none, or the source cannot tell.
+    """
+    count = len(source)
+    require(
+        count > 0,
+        "the training dataset is empty; check dataset.data_dir and dataset.train_split",
+    )
+    kept = _with_things(source, count) if require_things else np.arange(count)
+    require(
+        len(kept) > 0,
+        f"none of the {count} training images has a non-crowd thing; set data.require_things=False",
+    )
+    return kept
+
+
 def train_loader(
     source: Source,
     config: LoaderConfig,
@@ -306,16 +329,7 @@ def train_loader(
     """
     check_processes(process_index, process_count)
     require(start_step >= 0, f"start_step is {start_step}; it must be >= 0")
-    count = len(source)
-    require(
-        count > 0,
-        "the training dataset is empty; check dataset.data_dir and dataset.train_split",
-    )
-    kept = _with_things(source, count) if config.require_things else np.arange(count)
-    require(
-        len(kept) > 0,
-        f"none of the {count} training images has a non-crowd thing; set data.require_things=False",
-    )
+    kept = training_images(source, config.require_things)
     load = _LoadTrainBatch(source, kept, config, info, process_index)
     batches = (
         grain.MapDataset.range(len(kept))

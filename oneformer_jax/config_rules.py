@@ -171,6 +171,7 @@ RULES: dict[str, Rule] = {
     "optim.accumulate": Integer(1, 65_536),
     "optim.ema_decay": Number(0, 1, below=True, note=" (0 is off)"),
     "train.steps": Integer(1, _STEPS),
+    "train.epochs": Number(0, 1_000_000, note=" (0: train.steps counts)"),
     "train.log_every": Integer(1, _SELDOM),
     "train.eval_every": _INTERVAL,
     "train.checkpoint_every": _INTERVAL,

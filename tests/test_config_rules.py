@@ -159,6 +159,7 @@ ACCEPTED = {
     "train.keep_best": ("0", "1000000000"),
     "train.pictures": ZERO,
     "train.profile_start": ZERO,
+    "train.epochs": ZERO,
     "eval.max_buckets": ("0", "1000000000"),
     "eval.limit": ("0", "1000000000"),
     "eval.tta.short_edges": ("()", "{}"),  # the official sizes

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
@@ -40,6 +41,22 @@ def process() -> tuple[int, int]:
     import jax
 
     return jax.process_index(), jax.process_count()
+
+
+def with_steps(config: ConfigDict, source) -> ConfigDict:
+    """Returns the config with `train.steps` for `train.epochs` passes over the training images."""
+    if not config.train.epochs:
+        return config
+    from oneformer_jax.input_pipeline import loader
+
+    images = len(loader.training_images(source, config.data.require_things))
+    config = config.copy_and_resolve_references()
+    config.train.steps = max(1, round(config.train.epochs * images / config.data.batch_size))
+    logging.info(
+        "train.epochs=%g of %d images in batches of %d are %d steps",
+        *(config.train.epochs, images, config.data.batch_size, config.train.steps),
+    )
+    return config
 
 
 def train_loader_config(config: ConfigDict):

@@ -23,6 +23,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     from oneformer_jax.train import loop
 
     source, info = data.open_split(config, config.dataset.train_split)
+    config = data.with_steps(config, source)
     if data.process()[0] == 0:
         for remark in statistics.remarks(source, info):
             logging.warning("%s", remark)

@@ -46,7 +46,7 @@ def run(*arguments, cwd=ROOT, **environment):
         ("learning_rate", "--config.optim.lr"),
         ("solver.learning_rate", "--config.optim.lr"),
         ("img_size", "--config.data.crop_size"),
-        ("epochs", "--config.train.steps"),
+        ("num_epochs", "--config.train.epochs"),
         ("wd", "--config.optim.weight_decay"),
         ("optim.weigth_decay", "--config.optim.weight_decay"),
         ("lr", "--config.optim.lr"),
@@ -259,6 +259,19 @@ def test_one_task_alone_can_be_trained(config, only_task, expected):
         config.data.only_task = only_task
     settings = data.train_loader_config(config)
     assert (settings.semantic_prob, settings.instance_prob) == expected
+
+
+def test_epochs_become_steps(config):
+    source, _ = data.open_split(config, "train")
+    assert data.with_steps(config, source) is config
+    with config.unlocked():
+        config.train.epochs = 5.0
+    changed = data.with_steps(config, source)
+    assert changed.train.steps == 15  # five times six images in batches of two
+    assert config.train.steps != 15
+    with config.unlocked():
+        config.train.epochs = 0.01
+    assert data.with_steps(config, source).train.steps == 1
 
 
 def test_the_text_template_reaches_the_table_and_the_loader(config, monkeypatch):
