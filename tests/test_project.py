@@ -13,7 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
-    *("oneformer_jax", "configs", "input_pipeline", "kernels", "tests", "docs"),
+    *("oneformer_jax", "configs", "input_pipeline", "kernels", "tests", "docs", "examples"),
     *("main.py", "requirements.txt", "README.md", "Makefile", "pyproject.toml", "LICENSE"),
     *(".ci", ".gitignore"),
 }
