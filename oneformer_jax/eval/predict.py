@@ -34,7 +34,7 @@ from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.images import ImageError
 from oneformer_jax.input_pipeline.resize import resize_for_test
 from oneformer_jax.models import functional
-from oneformer_jax.models.execution import Execution
+from oneformer_jax.models.execution import Execution, chooser
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id
 
@@ -125,7 +125,8 @@ class Segmenter:
             self._on_devices(_matching(values, shapes))
             for values, shapes in zip((params, stats), expected, strict=True)
         )
-        programs = functional.programs(graph, self.mesh)
+        choose_kernels = chooser(execution.kernels, self.mesh, log=logging.info)
+        programs = functional.programs(graph, self.mesh, prepare=choose_kernels)
         self._predictor = Predictor(programs, self._params, self._stats, self.mesh)
 
         # Parameters are arguments, as constants would be compiled into the program.
