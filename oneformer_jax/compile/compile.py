@@ -24,6 +24,7 @@ from oneformer_jax.compile import hlo, topologies
 from oneformer_jax.compile.topologies import Topology
 from oneformer_jax.kernels import chips
 from oneformer_jax.models import functional
+from oneformer_jax.models.execution import kernels_noted
 from oneformer_jax.train import settings, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.flops import count_flops
@@ -60,6 +61,7 @@ class Report:
       buffers: the largest arrays; empty if it does not fit.
       seconds: time of tracing and compiling, beside other programs.
       quick: compiled with the least effort: the program of a run may need more or less memory.
+      kernels: what runs where the config says "auto", as "point_sampling xla".
     """
 
     name: str
@@ -74,6 +76,7 @@ class Report:
     buffers: tuple[hlo.Buffer, ...]
     seconds: float
     quick: bool = False
+    kernels: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------ compiling
@@ -255,7 +258,9 @@ def _trace(
     Other arrays take `resident` bytes of every device.
     """
     start = time.perf_counter()
-    traced = function.trace(*arguments)
+    with kernels_noted() as noted:
+        traced = function.trace(*arguments)
+    kernels = tuple(sorted(noted))
     flops = count_flops(traced.jaxpr)
     lowered = traced.lower()
     tracing = time.perf_counter() - start
@@ -274,7 +279,8 @@ def _trace(
             # The compiler names either all of the program's memory or only its temporaries.
             need = max(need, (limit or 0) + 1)
             spent = tracing + time.perf_counter() - start
-            return Report(name, False, memory, need, limit, flops, images, {}, (), (), spent, quick)
+            known = (name, False, memory, need, limit, flops, images)
+            return Report(*known, {}, (), (), spent, quick, kernels)
         stats = compiled.memory_analysis()
         program = hlo.Program(compiled.as_text(), len(topology.devices))
         peak = _program_memory(stats, topology)
@@ -297,6 +303,7 @@ def _trace(
             buffers=tuple(program.largest_buffers(LARGEST)),
             seconds=tracing + time.perf_counter() - start,
             quick=quick,
+            kernels=kernels,
         )
 
     return compile_it
@@ -328,6 +335,12 @@ def describe(config: ConfigDict, topology: Topology, reports: list[Report]) -> s
     lines = [f"{topology.name}: {mesh.size} devices ({topology.kind}), mesh {axes}{each}"]
     for report in reports:
         lines += ["", *_describe_one(report, topology)]
+    if kernels := sorted({kernel for report in reports for kernel in report.kernels}):
+        lines += [
+            "",
+            f"kernels: {', '.join(kernels)}. This is the static preference: a run asks its device at "
+            "the first start",
+        ]
     lines += [
         "",
         "programs: 1 training step; 1 encoding and 1 decoding step for each padded size of the "

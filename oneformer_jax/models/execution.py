@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from oneformer_jax import compilation, config_rules
-from oneformer_jax.kernels import calibrate, dispatch
+from oneformer_jax.kernels import calibrate, choice, dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,18 @@ class Execution:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as a dtype."""
         return jnp.dtype(self.dtype)
+
+
+@contextlib.contextmanager
+def kernels_noted() -> Iterator[set[str]]:
+    """Gives a set that holds, after the context, what runs in the "auto" calls traced in it.
+
+    An element is an operation and its implementation, as "point_sampling xla".
+    """
+    found: set[str] = set()
+    with choice.noting() as notes:
+        yield found
+    found |= {f"{call.operation} {chosen}" for call, chosen in notes.chosen.items()}
 
 
 def loops_pay(scan: bool | Literal["auto"]) -> bool:
