@@ -18,7 +18,6 @@ import json
 import os
 import pathlib
 import signal
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -153,13 +152,14 @@ class Store:
             return
         marker = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}.trying")
         record = {"call": key, "candidate": candidate}
-        with open(marker, "x", encoding="utf-8") as file, _ended_by_sigterm():
+        with open(marker, "x", encoding="utf-8") as file, _withdrawing():
             fcntl.flock(file, fcntl.LOCK_EX)
             _MARKERS.add(marker)
 
             def write(fault: str) -> None:
                 file.seek(0)
                 json.dump(record | {"fault": fault}, file)
+                file.truncate()
                 file.flush()
 
             write("ended the process of an earlier start")
@@ -217,14 +217,20 @@ class Store:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Lets SIGTERM, where nobody handles it, end the process as an exception does."""
+def _withdrawing() -> Iterator[None]:
+    """Withdraws the markers when SIGTERM, which nobody else handles, ends the process."""
     plain = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     )
+
+    def end(number: int, _: object) -> None:
+        withdraw()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
     if plain:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
