@@ -76,14 +76,14 @@ class Program:
         self.jitted = function
         self._name = name
         self._looks_at = looks_at
-        self._prepare = prepare
+        self.prepare = prepare
         self._known: set[Any] = set()
 
     def __call__(self, *arguments: Any) -> Any:
         shapes = tuple(x.shape for x in jax.tree.leaves(arguments[self._looks_at]))
         if shapes not in self._known:
-            if self._prepare is not None:
-                self._prepare(self.jitted, *arguments)
+            if self.prepare is not None:
+                self.prepare(self.jitted, *arguments)
             compile_now(self.jitted, *arguments, name=f"{self._name} for {_text(shapes[0])}")
             self._known.add(shapes)
         return self.jitted(*arguments)

@@ -10,7 +10,21 @@ nothing; a candidate that ended or hung the process is left out from then on.
     python -m oneformer_jax.kernels.calibrate --config=coco:swin_large   # prints the table alone
 """
 
-from oneformer_jax.kernels.calibrate.chooser import LIMIT_SECONDS, Chooser, as_text, try_calls
-from oneformer_jax.kernels.calibrate.store import withdraw
+from oneformer_jax.kernels.calibrate.chooser import (
+    Chooser,
+    as_text,
+    known_rows,
+    open_store,
+    try_calls,
+)
+from oneformer_jax.kernels.calibrate.store import environment_of, withdraw
 
-__all__ = ["LIMIT_SECONDS", "Chooser", "as_text", "try_calls", "withdraw"]
+__all__ = [
+    "Chooser",
+    "as_text",
+    "environment_of",
+    "known_rows",
+    "open_store",
+    "try_calls",
+    "withdraw",
+]

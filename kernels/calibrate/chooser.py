@@ -40,10 +40,12 @@ def fastest(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> str:
     return min(right, key=lambda name: outcomes[name].milliseconds, default=names[0])
 
 
-def rows_of(
-    call: Call, gradients: bool, outcomes: Mapping[str, Outcome], names: Sequence[str]
-) -> list[Row]:
-    """Returns the lines of the table for a call."""
+def known_rows(call: Call, gradients: bool, store: Store) -> list[Row]:
+    """Returns the lines of the table for a call; none if there is but one candidate."""
+    names = candidates(call)
+    if len(names) == 1:
+        return []
+    outcomes = store.outcomes.get(call.key(gradients), {})
     chosen = fastest(outcomes, names)
     late = f"not tried: the {LIMIT_SECONDS:.0f} s were over; the next start goes on"
     rows = []
@@ -57,6 +59,11 @@ def rows_of(
         row |= {"milliseconds": outcome.milliseconds, "error": outcome.error, "verdict": verdict}
         rows.append(row)
     return rows
+
+
+def open_store(folder: str | os.PathLike[str], log: Callable[[str], Any]) -> Store:
+    """Returns what is known in a folder of devices like this process's."""
+    return Store(folder, environment_of(jax.local_devices()[0]), log)
 
 
 def as_text(rows: Sequence[Row]) -> str:
@@ -178,8 +185,7 @@ class Chooser:
     @property
     def _store(self) -> Store:
         if self._folder not in _STORES:
-            environment = environment_of(jax.local_devices()[0])
-            _STORES[self._folder] = Store(self._folder, environment, self._log)
+            _STORES[self._folder] = open_store(self._folder, self._log)
         return _STORES[self._folder]
 
     def _traced(self, program: Any, arguments: Sequence[Any]) -> choice.Notes:
@@ -227,12 +233,7 @@ class Chooser:
 
     def _tell(self, calls: Mapping[Call, int], measured: bool) -> None:
         """Logs and reports the table of a program."""
-        rows: list[Row] = []
-        for call in calls:
-            names = candidates(call)
-            if len(names) > 1:
-                known = self._store.outcomes.get(call.key(self._gradients), {})
-                rows += rows_of(call, self._gradients, known, names)
+        rows = [row for call in calls for row in known_rows(call, self._gradients, self._store)]
         if not rows:
             return
         if measured:

@@ -45,8 +45,19 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
 )
-_MODES = ("train", "eval", "predict", "convert", "prepare", "inspect", "compile", "replay")
-WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay")  # modes that read the config
+_MODES = (
+    "train",
+    "eval",
+    "predict",
+    "convert",
+    "prepare",
+    "inspect",
+    "compile",
+    "replay",
+    "calibrate",
+)
+# Modes that read the config.
+WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay", "calibrate")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _CHECKPOINT = flags.DEFINE_integer(
     "checkpoint", None, "eval, predict, replay: the step; the newest when not given.", 0
@@ -265,7 +276,7 @@ def main(argv: Sequence[str]) -> None:
         require_flags(source=_SOURCE.value, output=_OUTPUT.value)
     elif mode == "prepare":
         require_flags(dataset=_DATASET.value, source=_SOURCE.value)
-    elif mode in ("inspect", "compile"):
+    elif mode in ("inspect", "compile", "calibrate"):
         require_flags(config=config)
     else:
         require_flags(workdir=_WORKDIR.value)
@@ -281,6 +292,8 @@ def main(argv: Sequence[str]) -> None:
         elif mode == "compile":
             options = {"try_others": _SUGGEST.value, "quick": _QUICK.value}
             sys.exit(0 if modes.compile_programs(config, **options) else DOES_NOT_FIT)
+        elif mode == "calibrate":
+            modes.calibrate(config)
         elif mode == "replay":
             modes.replay(config, _WORKDIR.value, _CHECKPOINT.value)
         elif mode == "eval":

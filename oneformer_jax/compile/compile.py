@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -28,7 +27,6 @@ from oneformer_jax.models.execution import kernels_noted
 from oneformer_jax.train import settings, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.flops import count_flops
-from oneformer_jax.types import TASK_TOKENS
 
 GIB = 2**30
 LARGEST = 8  # buffers listed for each program
@@ -147,7 +145,7 @@ def _trace_prediction(
         functional.abstract(training.model, training.execution, training=False).graph, mesh
     )
     params = functional.inference_params(state.get("ema", state["params"]))
-    image, image_size, task_tokens = abstract_eval_batch(config, mesh)
+    image, image_size, task_tokens = states.abstract_eval_batch(config, mesh)
     features = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=image.sharding),
         jax.eval_shape(programs.encode.jitted, params, state["stats"], image, image_size),
@@ -209,21 +207,6 @@ def _give_back(libc: ctypes.CDLL) -> None:
 
 def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:
     return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)
-
-
-def abstract_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
-    """Makes the abstract (image, image_size, task tokens) of a batch at the largest padded size."""
-    size = sharding.round_up(config.eval.batch_size, mesh.size)
-    height, width = (
-        sharding.round_up(side, config.eval.bucket_multiple)
-        for side in (config.eval.short_edge, config.eval.max_size)
-    )
-    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    return (
-        jax.ShapeDtypeStruct((size, height, width, 3), jnp.uint8, sharding=split),
-        jax.ShapeDtypeStruct((size, 2), jnp.int32, sharding=split),
-        jax.ShapeDtypeStruct(TASK_TOKENS.shape[1:], jnp.int32, sharding=whole),
-    )
 
 
 def num_eval_sizes(config: ConfigDict) -> int:
@@ -338,8 +321,8 @@ def describe(config: ConfigDict, topology: Topology, reports: list[Report]) -> s
     if kernels := sorted({kernel for report in reports for kernel in report.kernels}):
         lines += [
             "",
-            f"kernels: {', '.join(kernels)}. This is the static preference: a run asks its device at "
-            "the first start",
+            f"kernels: {', '.join(kernels)}. This is the static preference: a run asks its device "
+            "at the first start",
         ]
     lines += [
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -10,10 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
-from oneformer_jax.models import execution
-from oneformer_jax.train import descriptions
+from oneformer_jax.kernels.calibrate import as_text
+from oneformer_jax.models import execution, functional
+from oneformer_jax.train import descriptions, settings, sharding
+from oneformer_jax.train import state as states
 from oneformer_jax.train.runtime.distributed import wait_for_all
 
 FILE = "kernels.json"
@@ -43,6 +48,45 @@ def chooser(
         report=functools.partial(report, pathlib.Path(workdir) / FILE),
         wait=lambda: wait_for_all(f"kernels, {next(_NUMBER)}"),
     )
+
+
+def table(config: ConfigDict, num_classes: int, text_table: np.ndarray) -> str:
+    """Measures the kernels of a config on this machine's device; returns their table.
+
+    The calls are those of the training step, and of prediction at the largest padded size.
+
+    Args:
+      config: see `configs/common.py`.
+      num_classes: of the dataset.
+      text_table: int32 [K+3, T], the distinct texts.
+    """
+    config = settings.checked(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    sharding.check_batches(config.data.batch_size, config.optim.accumulate, mesh)
+    rows: list[Mapping[str, Any]] = []
+    training = states.make_training(config, num_classes, text_table, mesh)
+
+    def choose(program: Any, *arguments: Any, gradients: bool = False) -> None:
+        calibrate = execution.chooser(
+            dataclasses.replace(training.execution.kernels, calibrate=True),
+            mesh,
+            gradients=gradients,
+            log=logging.debug,
+            report=lambda _, found: rows.extend(found),
+        )
+        calibrate(program, *arguments)
+
+    batch, key = states.abstract_batch(config, mesh), states.abstract_key(mesh)
+    choose(training.step, training.state, batch, key, gradients=True)
+    graph = functional.abstract(training.model, training.execution, training=False).graph
+    programs = functional.programs(graph, mesh)
+    model = (functional.inference_params(training.state["params"]), training.state["stats"])
+    *images, tokens = states.abstract_eval_batch(config, mesh)
+    choose(programs.encode.jitted, *model, *images)
+    features = jax.eval_shape(programs.encode.jitted, *model, *images)
+    choose(programs.decode.jitted, *model, features, tokens)
+    kind = jax.local_devices()[0].device_kind
+    return as_text(rows) if rows else f"{kind}: nothing to choose, plain JAX (xla) runs everywhere"
 
 
 def report(
