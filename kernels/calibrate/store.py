@@ -87,7 +87,12 @@ _MARKERS: set[pathlib.Path] = set()
 def withdraw() -> None:
     """Removes this process's markers: it ends now for a reason that is no candidate's."""
     for path in tuple(_MARKERS):
-        path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(marker: pathlib.Path) -> None:
+    marker.unlink(missing_ok=True)
+    _MARKERS.discard(marker)
 
 
 class Store:
@@ -147,27 +152,27 @@ class Store:
         Yields a function that adds to the marker how the process ends. What ends it in Python, and
         SIGTERM, convicts nobody.
         """
-        if not self._usable:
-            yield lambda fault: None
-            return
         marker = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}.trying")
-        record = {"call": key, "candidate": candidate}
-        with open(marker, "x", encoding="utf-8") as file, _withdrawing():
-            fcntl.flock(file, fcntl.LOCK_EX)
-            _MARKERS.add(marker)
+        with contextlib.ExitStack() as stack:
 
             def write(fault: str) -> None:
-                file.seek(0)
-                json.dump(record | {"fault": fault}, file)
-                file.truncate()
-                file.flush()
+                if self._usable:
+                    file.seek(0)
+                    json.dump({"call": key, "candidate": candidate, "fault": fault}, file)
+                    file.truncate()
+                    file.flush()
 
-            write("ended the process of an earlier start")
-            try:
-                yield write
-            finally:
-                marker.unlink(missing_ok=True)
-                _MARKERS.discard(marker)
+            if self._usable:
+                try:
+                    _MARKERS.add(marker)
+                    stack.callback(_remove, marker)
+                    file = stack.enter_context(open(marker, "x", encoding="utf-8"))
+                    fcntl.flock(file, fcntl.LOCK_EX)  # not every file system has locks
+                    write("ended the process of an earlier start")
+                except OSError as error:
+                    self._give_up(error)
+            stack.enter_context(_withdrawing())
+            yield write
 
     def _read(self) -> Outcomes:
         """Reads the file; {} if there is none, or it is damaged, which is said."""

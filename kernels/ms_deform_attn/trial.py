@@ -31,7 +31,7 @@ class MsDeformAttn(Trial):
         capability = dispatch.compute_capability_of(device)
         if "pallas_gpu" in kernels and pallas_gpu.backend_for(capability) == "mosaic":
             kernels.append("pallas_gpu/triton")
-        return [first, *(f"xla/{form}" for form in forms), *kernels]
+        return [first, *kernels, *(f"xla/{form}" for form in forms)]
 
     def function(self, call: Call, candidate: str) -> Callable[..., jax.Array]:
         shapes = dict(call.static)["spatial_shapes"]

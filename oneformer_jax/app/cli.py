@@ -7,6 +7,7 @@
   python main.py --mode=prepare --dataset=coco --source=DIR
   python main.py --config=configs/synthetic.py --mode=inspect
   python main.py --config=configs/synthetic.py --config.mesh.topology=v5e:4x4 --mode=compile
+  python main.py --config=configs/synthetic.py --mode=calibrate
 
 --config takes a file, configs/coco.py:swin_large, or the name of one that is shipped,
 coco:swin_large. Any value is overridden with --config.KEY=VALUE, as in --config.optim.lr=3e-4.

@@ -251,6 +251,18 @@ def test_a_folder_that_cannot_be_written_costs_only_the_memory(tmp_path, tried):
     assert tried == ["xla", "right"]
 
 
+def test_a_file_system_without_locks_costs_only_the_memory(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(store.fcntl, "flock", refuse)
+    lines = []
+    times = {"xla": 3.0, "right": 1.0}
+    assert run(tmp_path, ("xla", "right"), times=times, log=lines.append)[0] == "right"
+    assert "cannot be written (No locks available)" in lines[0] and len(lines) == 2
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------ what ends a process
 
 
@@ -278,6 +290,7 @@ def test_what_ends_or_hangs_a_process_is_left_out_at_the_next_start(
     assert not list(tmp_path.glob("*.trying"))
 
 
+@pytest.mark.slow
 def test_a_signal_from_outside_convicts_nobody(tmp_path, tried):
     process = child(tmp_path, "xla", "is told to end")
     assert process.communicate(timeout=120) and process.returncode == -15

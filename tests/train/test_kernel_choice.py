@@ -146,6 +146,7 @@ def test_a_damaged_table_is_made_afresh(tmp_path, damage):
     assert json.loads(path.read_text()) == {"environment": ENVIRONMENT, "table": [row("one")]}
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_of_a_config(measuring, monkeypatch):
     tried = []
 
