@@ -133,8 +133,8 @@ def get_base() -> ConfigDict:
     # Layers that repeat are loops, each compiled once: True, False, or "auto", on accelerators.
     c.model.scan_layers = FieldReference("auto", field_type=object)
 
-    # Implementations of the operations that have several; "auto" is the fastest by a recorded
-    # benchmark on the device (docs/kernels.md).
+    # Implementations of the operations that have several; "auto" is the fastest that is right on
+    # the device itself, which the first start finds out (docs/kernels.md).
     c.kernels = ConfigDict()
     c.kernels.deform_attn = "auto"  # deformable attention: or "xla", "pallas_tpu", "pallas_gpu"
     c.kernels.neighborhood = "auto"  # DiNAT's attention: or "xla", "pallas_tpu"
@@ -142,6 +142,8 @@ def get_base() -> ConfigDict:
     # Matching: "scipy" in a callback to the host, or, on the device, "auto", "xla", "pallas_tpu",
     # "pallas_gpu".
     c.kernels.assignment = "scipy"
+    # False: "auto" takes the Pallas kernels on TPUs and plain JAX elsewhere, and nothing is tried.
+    c.kernels.calibrate = True
 
     # What training starts from instead of random parameters; at most one of the two.
     c.init = ConfigDict()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +13,6 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
 OLDEST_CAPABILITY = 8.0  # Ampere: the oldest that Pallas:Triton compiles for
-
-
-def choose(
-    operation: str, implementation: str, implementations: Sequence[str], fastest: Mapping[str, str]
-) -> str:
-    """Chooses what runs: the named implementation, or for "auto" the fastest of the platform.
-
-    Args:
-      operation: name for the error.
-      implementation: one of `implementations`, or "auto".
-      implementations: names of all.
-      fastest: platform -> the fastest by a recorded benchmark; "xla" on other platforms.
-
-    Raises:
-      ValueError: another name.
-    """
-    if implementation == "auto":
-        return fastest.get(platform(), "xla")
-    if implementation not in implementations:
-        raise ValueError(
-            f"{operation}: unknown implementation {implementation!r}; "
-            f"use one of {', '.join(implementations)}, or auto for the fastest"
-        )
-    return implementation
 
 
 def platform() -> str:
@@ -63,6 +40,17 @@ def load(package: str, implementation: str, function: str) -> Callable[..., jax.
     return getattr(module, function)
 
 
+def free_axes(mesh: Mesh | None) -> tuple[Any, tuple[str, ...], int]:
+    """Finds the axes of a mesh that are not manual yet; returns the mesh, them and their devices.
+
+    None is the mesh that is set with `jax.set_mesh`, if any.
+    """
+    ambient = jax.sharding.get_abstract_mesh()
+    found = ambient if mesh is None else mesh
+    axes = tuple(name for name in found.axis_names if name not in ambient.manual_axes)
+    return found, axes, math.prod(found.shape[name] for name in axes)
+
+
 def split_batch(
     operation: str,
     argument: str,
@@ -87,11 +75,8 @@ def split_batch(
     Raises:
       ValueError: the mesh does not divide the batch.
     """
-    ambient = jax.sharding.get_abstract_mesh()
-    manual = set(ambient.manual_axes)
-    mesh = ambient if mesh is None else mesh
-    axes = tuple(name for name in mesh.axis_names if name not in manual)
-    count = math.prod(mesh.shape[name] for name in axes)
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    mesh, axes, count = free_axes(mesh)
     if count == 1:
         return call
     if batch % count:

@@ -26,9 +26,14 @@ def keep_programs(folder: str = "") -> None:
         `oneformer_jax` in the user's folder of caches.
     """
     if folder or not jax.config.jax_compilation_cache_dir:
-        default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "oneformer_jax"
-        path = pathlib.Path(folder or default).expanduser()
+        path = pathlib.Path(folder).expanduser() if folder else user_folder()
         jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def user_folder() -> pathlib.Path:
+    """Returns this program's place in the user's folder of caches."""
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return caches.expanduser() / "oneformer_jax"
 
 
 def compile_now(function: Any, *arguments: Any, name: str) -> Any:
@@ -56,17 +61,26 @@ def compile_now(function: Any, *arguments: Any, name: str) -> Any:
 class Program:
     """A jitted function that compiles itself with word of it for each new kind of arguments."""
 
-    def __init__(self, function: Any, name: str, *, looks_at: slice = slice(None)):
+    def __init__(
+        self,
+        function: Any,
+        name: str,
+        *,
+        looks_at: slice = slice(None),
+        prepare: Callable[..., Any] | None = None,
+    ):
         """Wraps a function.
 
         Args:
           function: a result of `jax.jit`.
           name: what the log calls it.
           looks_at: the arguments whose shapes vary from call to call.
+          prepare: called with the function and its arguments before it is compiled for them.
         """
         self.jitted = function
         self._name = name
         self._looks_at = looks_at
+        self.prepare = prepare
         self._known: dict[Any, Any] = {}
         self._lock = threading.Lock()
 
@@ -86,6 +100,8 @@ class Program:
         if shapes not in self._known:
             with self._lock:
                 if shapes not in self._known:
+                    if self.prepare is not None:
+                        self.prepare(self.jitted, *arguments)
                     name = f"{self._name} for {_text(shapes[0])}"
                     self._known[shapes] = compile_now(self.jitted, *arguments, name=name)
         return self._known[shapes]

@@ -140,6 +140,7 @@ RULES: dict[str, Rule] = {
     "kernels.neighborhood": Word(("auto", "xla", "pallas_tpu")),
     "kernels.points": Word(("auto", "xla", "pallas_tpu")),
     "kernels.assignment": Word(("scipy", "auto", "xla", "pallas_tpu", "pallas_gpu")),
+    "kernels.calibrate": Flag(),
     "init.backbone": _FILE,
     "init.checkpoint": _FILE,
     "loss.class_weight": _WEIGHT,

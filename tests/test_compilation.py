@@ -62,6 +62,16 @@ def test_a_program_compiles_once_for_each_shape(monkeypatch):
     assert len(program) == 2
 
 
+def test_a_program_is_prepared_before_it_is_compiled():
+    told = []
+    jitted = jax.jit(lambda x: 2 * x)
+    program = compilation.Program(jitted, "the double", prepare=lambda *x: told.append(x))
+    array = jnp.ones(3)
+    for _ in range(2):
+        assert float(program(array)[0]) == 2
+    assert len(told) == 1 and told[0][0] is jitted and told[0][1] is array
+
+
 def test_what_was_compiled_beforehand_is_not_compiled_again():
     traced = []
 

@@ -100,6 +100,8 @@ def check_module(module, arguments):
     if spec.submodule_search_locations is not None:
         spec = importlib.util.find_spec(f"{module}.__main__")
     source = spec.loader.get_source(spec.name)
+    if "cli.run()" in source:  # the program, in a mode
+        return check_main(["--mode=calibrate", *arguments])
     if "main(*sys.argv[1:])" in source:
         inspect.signature(importlib.import_module(spec.name).main).bind(*arguments)
         return

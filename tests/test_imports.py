@@ -21,7 +21,7 @@ RULES = {
     ),
     "compile": ("compile train models types kernels.chips", "absl jax ml_collections numpy"),
     "train": (
-        "train eval eval.evaluate models types weights kernels.chips",
+        "train eval eval.evaluate models types weights kernels.chips kernels.calibrate",
         "absl clu etils flax jax ml_collections msgspec numpy optax orbax PIL tensorboard"
         " tensorstore",
     ),
@@ -32,7 +32,7 @@ RULES = {
         "absl cv2 flax jax numpy PIL pycocotools scipy supervision",
     ),
     "eval.evaluate": ("eval models types", "absl jax ml_collections numpy"),
-    "models": ("models types kernels", "flax jax numpy scipy"),
+    "models": ("models types kernels kernels.calibrate", "flax jax numpy scipy"),
     "types": ("", "jax numpy"),
     "catalogue": ("", ""),
     "compilation": ("", "absl jax"),
@@ -41,6 +41,8 @@ RULES = {
     "config_rules": ("files rules", ""),
     "kernels": ("kernels kernels.chips", "jax numpy"),
     "kernels.chips": ("", ""),
+    "kernels.calibrate": ("kernels kernels.calibrate kernels.chips", "jax numpy"),
+    "kernels.calibrate.__main__": ("app", ""),  # the command reads a config of the program
     "kernels.assignment.bench": ("kernels kernels.chips", "jax numpy scipy"),  # SciPy is the rival
     # How an image file becomes an array, the same in training, evaluation and prediction.
     "input_pipeline.images": ("files", "cv2 numpy PIL"),

@@ -10,13 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels import choice, dispatch
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
-
-# The fastest implementation by a recorded benchmark (docs/kernels.md), by platform. No kernel has
-# been timed on its device yet, so everything runs on XLA until `bench` says better.
-FASTEST_MEASURED = {"cpu": "xla"}
 
 # Costs beyond are taken as this: sums of them along a path stay finite.
 COST_LIMIT = 1e30
@@ -47,9 +43,9 @@ def linear_sum_assignment(
       cost: float32 [B, Q, M]. NaN counts as 1e30, and what is beyond +-1e30 as that; columns that
         are not valid may hold anything.
       valid: bool [B, M].
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or "auto", the
-        fastest that a recorded benchmark supports on this device, else "xla". A named
-        implementation is never replaced by another one.
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or "auto",
+        what the device has shown to be right and fastest, or else a static preference (see
+        `oneformer_jax.kernels.choice`). A named implementation is never replaced by another one.
       mesh: the mesh over all of whose axes the problems are split. Each device then solves its own,
         without communication. Under a sharded `jit` the kernels need the mesh, here or set by
         `jax.set_mesh`; "xla" too, or else its problems may be gathered on every device. Axes that
@@ -63,10 +59,10 @@ def linear_sum_assignment(
         batch that the mesh does not divide.
       NotImplementedError: the named implementation does not take this case; says which limit.
     """
-    implementation = dispatch.choose(
-        "linear_sum_assignment", implementation, IMPLEMENTATIONS, FASTEST_MEASURED
-    )
     _check(cost, valid)
+    implementation = choice.choose(
+        "assignment", implementation, IMPLEMENTATIONS, (cost, valid), mesh=mesh
+    )
     if 0 in cost.shape:
         return jnp.full(valid.shape, -1, jnp.int32)
     run = dispatch.merge_mapped_axes(functools.partial(solve, load(implementation)))

@@ -15,6 +15,7 @@ import pathlib
 import sys
 from typing import Any
 
+from oneformer_jax.kernels import choice
 from oneformer_jax.kernels.bench import gpu, operation, records, tpu
 
 
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("operation", choices=operation.OPERATIONS)
+    parser.add_argument("operation", choices=choice.OPERATIONS)
     parser.add_argument("--target", choices=[*tpu.TARGETS, *gpu.TARGETS])
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="may hold *; default: all")
     parser.add_argument("--implementations", nargs="+", metavar="NAME")

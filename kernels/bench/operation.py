@@ -16,7 +16,6 @@ from oneformer_jax.kernels.bench import gpu, records, tpu
 Case = TypeVar("Case")
 Array = jax.Array | jax.ShapeDtypeStruct
 
-OPERATIONS = ("ms_deform_attn", "neighborhood_attention", "point_sampling", "assignment")
 PASSES = ("forward", "backward")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -127,7 +126,7 @@ class Operation(Generic[Case]):
 
 
 def load(name: str) -> Operation:
-    """Returns the operation of one of `OPERATIONS`."""
+    """Returns the operation of one of `choice.OPERATIONS`."""
     return importlib.import_module(f"oneformer_jax.kernels.{name}.bench").OPERATION
 
 

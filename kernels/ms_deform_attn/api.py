@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels import choice, dispatch
 from oneformer_jax.kernels.ms_deform_attn.dense import ms_deform_attn_dense
 from oneformer_jax.kernels.ms_deform_attn.reference import (
     SpatialShapes,
@@ -25,28 +26,39 @@ DENSE_MAX_ROW_BYTES = 4096
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
-# The fastest implementation by a recorded benchmark (docs/kernels.md), by platform. No kernel has
-# been timed on its device yet, so everything runs on XLA until `bench` says better.
-FASTEST_MEASURED = {"cpu": "xla"}
+
+# The forms of "xla", of which `xla_form` takes one.
+XLA_FORMS = {
+    "dense": ms_deform_attn_dense,
+    "chunks": ms_deform_attn_chunks,
+    "gather": ms_deform_attn_gather,
+}
 
 
-def xla(value, spatial_shapes, sampling_locations, attention_weights):
-    """Runs plain JAX: matrix products for small maps, else gathers in the platform's best form."""
-    row_bytes = 4 * sum(h * w for h, w in spatial_shapes)
-    if row_bytes <= DENSE_MAX_ROW_BYTES:
-        run = ms_deform_attn_dense
-    elif dispatch.platform() == "cpu":
-        run = ms_deform_attn_chunks
-    else:
-        run = ms_deform_attn_gather
-    return run(value, spatial_shapes, sampling_locations, attention_weights)
+def xla_form(spatial_shapes: SpatialShapes) -> str:
+    """Chooses matrix products for small maps, else gathers in the platform's best form."""
+    if fits_dense(spatial_shapes):
+        return "dense"
+    return "chunks" if dispatch.platform() == "cpu" else "gather"
+
+
+def fits_dense(spatial_shapes: SpatialShapes) -> bool:
+    """Tells whether maps are small enough for the dense form."""
+    return 4 * sum(h * w for h, w in spatial_shapes) <= DENSE_MAX_ROW_BYTES
 
 
 def load(implementation: str) -> Callable[..., jax.Array]:
-    """Returns the function of an implementation."""
-    if implementation == "xla":
-        return xla
-    return dispatch.load("ms_deform_attn", implementation, "ms_deform_attn")
+    """Returns the function of an implementation, or of one of its forms, as "xla/gather"."""
+    name, _, form = implementation.partition("/")
+    if name == "xla":
+        return XLA_FORMS[form] if form else _xla
+    run = dispatch.load("ms_deform_attn", name, "ms_deform_attn")
+    return functools.partial(run, backend=form) if form else run
+
+
+def _xla(value, spatial_shapes, sampling_locations, attention_weights):
+    run = XLA_FORMS[xla_form(spatial_shapes)]
+    return run(value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def ms_deform_attn(
@@ -74,9 +86,9 @@ def ms_deform_attn(
       sampling_locations: float32 [B, Q, N, L, P, 2], (x, y) over the map of its level: 0 is the
         left or upper edge, 1 the right or lower edge.
       attention_weights: float32 or bfloat16 [B, Q, N, L, P].
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or "auto", the
-        fastest that a recorded benchmark supports on this device, else "xla". A named
-        implementation is never replaced by another one.
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or "auto",
+        what the device has shown to be right and fastest, or else a static preference (see
+        `oneformer_jax.kernels.choice`). A named implementation is never replaced by another one.
       mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
         images, without communication. The compiler splits "xla" by itself, but not the kernels:
         under a sharded `jit` they need the mesh, here or set by `jax.set_mesh`. Axes that are
@@ -90,18 +102,19 @@ def ms_deform_attn(
         batch that the mesh does not divide.
       NotImplementedError: the named implementation does not take this case; says which limit.
     """
-    implementation = dispatch.choose(
-        "ms_deform_attn", implementation, IMPLEMENTATIONS, FASTEST_MEASURED
-    )
     shapes = _check(value, spatial_shapes, sampling_locations, attention_weights)
+    arrays = (value, sampling_locations, attention_weights)
+    implementation = choice.choose(
+        "ms_deform_attn", implementation, IMPLEMENTATIONS, arrays, mesh=mesh, spatial_shapes=shapes
+    )
     run = load(implementation)
 
     def call(value, locations, weights):
         return run(value, shapes, locations, weights)
 
-    if mesh is not None or implementation != "xla":
+    if mesh is not None or not implementation.startswith("xla"):
         call = dispatch.split_batch("ms_deform_attn", "value", call, 3, mesh, value.shape[0])
-    return call(value, sampling_locations, attention_weights)
+    return call(*arrays)
 
 
 def _check(value, spatial_shapes, sampling_locations, attention_weights) -> SpatialShapes:

@@ -8,14 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels import choice, dispatch
 from oneformer_jax.kernels.neighborhood_attention import reference
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
-
-# The fastest implementation by a recorded benchmark (docs/kernels.md), by platform. The kernel has
-# not been timed on a TPU yet, so everything runs on XLA until `bench` says better.
-FASTEST_MEASURED = {"cpu": "xla"}
 
 
 def load(implementation: str) -> Callable[..., jax.Array]:
@@ -56,9 +52,9 @@ def neighborhood_attention(
         the dilation.
       kernel_size: edge of the neighbourhood, odd.
       dilation: distance between neighbours.
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", or "auto", the fastest that a
-        recorded benchmark supports on this device, else "xla". A named implementation is never
-        replaced by another one.
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", or "auto",
+        what the device has shown to be right and fastest, or else a static preference (see
+        `oneformer_jax.kernels.choice`). A named implementation is never replaced by another one.
       mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
         images; only the gradient of `rpb` is added up. The compiler splits "xla" by itself, but not
         the kernel: under a sharded `jit` it needs the mesh, here or set by `jax.set_mesh`. Axes
@@ -72,10 +68,17 @@ def neighborhood_attention(
         neighbourhood (pad it), an unknown implementation, or a batch that the mesh does not divide.
       NotImplementedError: the named implementation does not take this case; says which limit.
     """
-    implementation = dispatch.choose(
-        "neighborhood_attention", implementation, IMPLEMENTATIONS, FASTEST_MEASURED
-    )
     _check(query, key, value, rpb, kernel_size, dilation)
+    implementation = choice.choose(
+        "neighborhood_attention",
+        implementation,
+        IMPLEMENTATIONS,
+        (query, key, value, rpb),
+        shared=1,
+        mesh=mesh,
+        kernel_size=kernel_size,
+        dilation=dilation,
+    )
     run = load(implementation)
 
     def call(*arrays):

@@ -9,13 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels import choice, dispatch
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
-
-# The fastest implementation by a recorded benchmark (docs/kernels.md), by platform. The kernel has
-# not been timed on a TPU yet, so everything runs on XLA until `bench` says better.
-FASTEST_MEASURED = {"cpu": "xla"}
 
 
 def load(implementation: str):
@@ -42,9 +38,9 @@ def sample_features(
       features: float32 or bfloat16 [B, h, w, D].
       points: float32 [B, P, 2], (x, y) over the map: 0 is the left or upper edge, 1 the right or
         lower edge.
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", or "auto", the fastest that a
-        recorded benchmark supports on this device, else "xla". A named implementation is never
-        replaced by another one.
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", or "auto",
+        what the device has shown to be right and fastest, or else a static preference (see
+        `oneformer_jax.kernels.choice`). A named implementation is never replaced by another one.
       mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
         images, without communication. The compiler splits "xla" by itself, but not the kernels:
         under a sharded `jit` they need the mesh, here or set by `jax.set_mesh`. Axes that are
@@ -58,24 +54,25 @@ def sample_features(
         batch that the mesh does not divide.
       NotImplementedError: the named implementation does not take this case; says which limit.
     """
-    implementation = dispatch.choose(
-        "sample_features", implementation, IMPLEMENTATIONS, FASTEST_MEASURED
-    )
     _check(features, points)
-    call = functools.partial(_sample, implementation)
+    implementation = choice.choose(
+        "point_sampling", implementation, IMPLEMENTATIONS, (features, points), mesh=mesh
+    )
+    call = functools.partial(sample, implementation)
     if mesh is not None or implementation != "xla":
         call = dispatch.split_batch("sample_features", "features", call, 2, mesh, features.shape[0])
     return call(features, points)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sample(implementation: str, features, points):
+def sample(implementation: str, features, points):
+    """Returns `sample_features` of checked arguments by an implementation."""
     return load(implementation).forward(features, points)
 
 
 def _sample_forward(implementation, features, points):
     # The empty slice tells the backward pass the shape and dtype without keeping the features.
-    return _sample(implementation, features, points), (points, features[..., :0])
+    return sample(implementation, features, points), (points, features[..., :0])
 
 
 def _sample_backward(implementation, residuals, gradient):
@@ -84,7 +81,7 @@ def _sample_backward(implementation, residuals, gradient):
     return load(implementation).backward(points, gradient, like), jnp.zeros_like(points)
 
 
-_sample.defvjp(_sample_forward, _sample_backward)
+sample.defvjp(_sample_forward, _sample_backward)
 
 
 def _check(features, points) -> None:

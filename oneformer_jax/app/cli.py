@@ -7,6 +7,7 @@
   python main.py --mode=prepare --dataset=coco --source=DIR
   python main.py --config=configs/synthetic.py --mode=inspect
   python main.py --config=configs/synthetic.py --config.mesh.topology=v5e:4x4 --mode=compile
+  python main.py --config=configs/synthetic.py --mode=calibrate
 
 --config takes a file, configs/coco.py:swin_large, or the name of one that is shipped,
 coco:swin_large. Any value is overridden with --config.KEY=VALUE, as in --config.optim.lr=3e-4.
@@ -72,8 +73,10 @@ _MODES = {
     "inspect": "count, check and draw the training data of --config",
     "compile": "compile a run for accelerators that are not here, and tell whether it fits",
     "replay": "run a recorded step of bad numbers again",
+    "calibrate": "measure the kernels of --config on the device that is here",
 }
-WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay")  # modes that read the config
+# Modes that read the config.
+WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay", "calibrate")
 _MODE = flags.DEFINE_enum("mode", "train", tuple(_MODES), "What to do.")
 _WEIGHTS = flags.DEFINE_string(
     "weights", None, "predict: a workdir, an official .pth or a Hugging Face folder."
@@ -345,7 +348,7 @@ def main(argv: Sequence[str]) -> None:
         require_flags(source=_SOURCE.value, output=_OUTPUT.value)
     elif mode == "prepare":
         require_flags(dataset=_DATASET.value, source=_SOURCE.value)
-    elif mode in ("inspect", "compile"):
+    elif mode in ("inspect", "compile", "calibrate"):
         require_flags(config=config)
     elif mode == "predict":
         require_flags(image=_IMAGE.value)
@@ -363,6 +366,8 @@ def main(argv: Sequence[str]) -> None:
         elif mode == "compile":
             options = {"try_others": _SUGGEST.value, "quick": _QUICK.value}
             sys.exit(0 if modes.compile_programs(config, **options) else DOES_NOT_FIT)
+        elif mode == "calibrate":
+            modes.calibrate(config)
         elif mode == "replay":
             step = _CHECKPOINT.value
             if step is not None and not step.isdecimal():

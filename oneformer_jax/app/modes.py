@@ -228,17 +228,30 @@ def compile_programs(config: ConfigDict, **options: bool) -> bool:
     Needs no dataset where the classes are known by its name.
     """
     from oneformer_jax.compile import compile, topologies
-    from oneformer_jax.input_pipeline import datasets, tokenizer
 
     compile.spare_the_host()
+    return compile.run(
+        config,
+        **_classes(config),
+        topology=topologies.open_topology(config.mesh.topology, config.mesh.slices),
+        **options,
+    )
+
+
+def calibrate(config: ConfigDict) -> None:
+    """Prints which kernels are right and fastest here: see `train.kernel_choice.table`."""
+    from oneformer_jax.train import kernel_choice
+
+    print(kernel_choice.table(config, **_classes(config)))
+
+
+def _classes(config: ConfigDict) -> dict[str, Any]:
+    """Returns the number of classes and the texts, without a dataset where its name tells them."""
+    from oneformer_jax.input_pipeline import datasets, tokenizer
+
     try:
         info = datasets.dataset_info(config.dataset.name)
     except ValueError:
         info = data.open_split(config, config.dataset.train_split)[1]
-    return compile.run(
-        config,
-        num_classes=len(info.class_names),
-        text_table=tokenizer.text_table(info.class_names, config.data.text_template),
-        topology=topologies.open_topology(config.mesh.topology, config.mesh.slices),
-        **options,
-    )
+    texts = tokenizer.text_table(info.class_names, config.data.text_template)
+    return {"num_classes": len(info.class_names), "text_table": texts}

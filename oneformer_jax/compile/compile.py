@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,10 +23,10 @@ from oneformer_jax.compile import hlo, topologies
 from oneformer_jax.compile.topologies import Topology
 from oneformer_jax.kernels import chips
 from oneformer_jax.models import functional
+from oneformer_jax.models.execution import kernels_noted
 from oneformer_jax.train import settings, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.flops import count_flops
-from oneformer_jax.types import TASK_TOKENS
 
 GIB = 2**30
 LARGEST = 8  # buffers listed for each program
@@ -60,6 +59,7 @@ class Report:
       buffers: the largest arrays; empty if it does not fit.
       seconds: time of tracing and compiling, beside other programs.
       quick: compiled with the least effort: the program of a run may need more or less memory.
+      kernels: what runs where the config says "auto", as "point_sampling xla".
     """
 
     name: str
@@ -74,6 +74,7 @@ class Report:
     buffers: tuple[hlo.Buffer, ...]
     seconds: float
     quick: bool = False
+    kernels: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------ compiling
@@ -144,7 +145,7 @@ def _trace_prediction(
         functional.abstract(training.model, training.execution, training=False).graph, mesh
     )
     params = functional.inference_params(state.get("ema", state["params"]))
-    image, image_size, task_tokens = abstract_eval_batch(config, mesh)
+    image, image_size, task_tokens = states.abstract_eval_batch(config, mesh)
     features = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=image.sharding),
         jax.eval_shape(programs.encode.jitted, params, state["stats"], image, image_size),
@@ -208,21 +209,6 @@ def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:
     return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)
 
 
-def abstract_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
-    """Makes the abstract (image, image_size, task tokens) of a batch at the largest padded size."""
-    size = sharding.round_up(config.eval.batch_size, mesh.size)
-    height, width = (
-        sharding.round_up(side, config.eval.bucket_multiple)
-        for side in (config.eval.short_edge, config.eval.max_size)
-    )
-    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    return (
-        jax.ShapeDtypeStruct((size, height, width, 3), jnp.uint8, sharding=split),
-        jax.ShapeDtypeStruct((size, 2), jnp.int32, sharding=split),
-        jax.ShapeDtypeStruct(TASK_TOKENS.shape[1:], jnp.int32, sharding=whole),
-    )
-
-
 def num_eval_sizes(config: ConfigDict) -> int:
     """Bounds the padded sizes for images of any shape: two compiled programs each."""
     # One side is at short_edge and the other anywhere up to max_size, or one is at max_size and the
@@ -255,7 +241,9 @@ def _trace(
     Other arrays take `resident` bytes of every device.
     """
     start = time.perf_counter()
-    traced = function.trace(*arguments)
+    with kernels_noted() as noted:
+        traced = function.trace(*arguments)
+    kernels = tuple(sorted(noted))
     flops = count_flops(traced.jaxpr)
     lowered = traced.lower()
     tracing = time.perf_counter() - start
@@ -274,7 +262,8 @@ def _trace(
             # The compiler names either all of the program's memory or only its temporaries.
             need = max(need, (limit or 0) + 1)
             spent = tracing + time.perf_counter() - start
-            return Report(name, False, memory, need, limit, flops, images, {}, (), (), spent, quick)
+            known = (name, False, memory, need, limit, flops, images)
+            return Report(*known, {}, (), (), spent, quick, kernels)
         stats = compiled.memory_analysis()
         program = hlo.Program(compiled.as_text(), len(topology.devices))
         peak = _program_memory(stats, topology)
@@ -297,6 +286,7 @@ def _trace(
             buffers=tuple(program.largest_buffers(LARGEST)),
             seconds=tracing + time.perf_counter() - start,
             quick=quick,
+            kernels=kernels,
         )
 
     return compile_it
@@ -328,6 +318,12 @@ def describe(config: ConfigDict, topology: Topology, reports: list[Report]) -> s
     lines = [f"{topology.name}: {mesh.size} devices ({topology.kind}), mesh {axes}{each}"]
     for report in reports:
         lines += ["", *_describe_one(report, topology)]
+    if kernels := sorted({kernel for report in reports for kernel in report.kernels}):
+        lines += [
+            "",
+            f"kernels: {', '.join(kernels)}. This is the static preference: a run asks its device "
+            "at the first start",
+        ]
     lines += [
         "",
         "programs: 1 training step; 1 encoding and 1 decoding step for each padded size of the "

@@ -28,7 +28,7 @@ from oneformer_jax.eval.segmentation import Instances, Segmentation
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.input_pipeline.resize import resize_for_test
 from oneformer_jax.models import functional
-from oneformer_jax.models.execution import Execution
+from oneformer_jax.models.execution import Execution, chooser
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id
 
@@ -143,7 +143,8 @@ class Segmenter:
             self._on_devices(matching(values, shapes))
             for values, shapes in zip((params, stats), expected, strict=True)
         )
-        programs = functional.programs(graph, self.mesh)
+        choose_kernels = chooser(execution.kernels, self.mesh, log=logging.info)
+        programs = functional.programs(graph, self.mesh, prepare=choose_kernels)
         self._predictor = Predictor(programs, self._params, self._stats, self.mesh)
 
         # Parameters are arguments, as constants would be compiled into the program.

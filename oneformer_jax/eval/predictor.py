@@ -64,7 +64,13 @@ class Predictor:
         return self.programs.encode(*self._state, *self._put_batch(batch))
 
     def compile(self, shape: tuple[int, int, int]) -> None:
-        """Compiles the programs for batches of so many images, of this height and width."""
+        """Compiles the programs for batches of so many images, of this height and width.
+
+        Another thread may do it while the model runs; but what must be measured before it is
+        compiled (`Program.prepare`) waits for its turn.
+        """
+        if self.programs.encode.prepare is not None and jax.default_backend() != "cpu":
+            return
         batch = {
             "image": np.zeros((*shape, 3), np.uint8),
             "image_size": np.tile(np.array(shape[1:], np.int32), (shape[0], 1)),

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from oneformer_jax import config_rules
-from oneformer_jax.kernels import dispatch
+from oneformer_jax import compilation, config_rules
+from oneformer_jax.kernels import calibrate, choice, dispatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
     """Implementation of each operation that has several.
 
-    "auto" is the fastest that a recorded benchmark supports on the device. A named implementation
-    is never replaced by another one.
+    "auto" is what the device has shown to be right and fastest, or else a static preference (see
+    `oneformer_jax.kernels.choice`). A named implementation is never replaced by another one.
 
     Attributes:
       deform_attn: of deformable attention (pixel decoder, InternImage), see
@@ -25,12 +28,15 @@ class Kernels:
       points: of reading features at points (losses), see `oneformer_jax.kernels.point_sampling`.
       assignment: of matching queries and targets: "scipy", a callback to the host, or one of
         `oneformer_jax.kernels.assignment`, on the device.
+      calibrate: whether an accelerator is asked for the fastest before a program is compiled, see
+        `chooser`.
     """
 
     deform_attn: str = "auto"
     neighborhood: str = "auto"
     points: str = "auto"
     assignment: str = "scipy"
+    calibrate: bool = True
 
     def __post_init__(self) -> None:
         config_rules.require_fields("kernels", self)
@@ -63,6 +69,37 @@ class Execution:
         return jnp.dtype(self.dtype)
 
 
+@contextlib.contextmanager
+def kernels_noted() -> Iterator[set[str]]:
+    """Gives a set that holds, after the context, what runs in the "auto" calls traced in it.
+
+    An element is an operation and its implementation, as "point_sampling xla".
+    """
+    found: set[str] = set()
+    with choice.noting() as notes:
+        yield found
+    found |= {f"{call.operation} {chosen}" for call, chosen in notes.chosen.items()}
+
+
 def loops_pay(scan: bool | Literal["auto"]) -> bool:
     """Resolves `Execution.scan_layers` for the platform that is traced for."""
     return dispatch.platform() != "cpu" if scan == "auto" else scan
+
+
+def chooser(
+    kernels: Kernels, mesh: Mesh | None = None, **options: Any
+) -> Callable[..., None] | None:
+    """Makes the function that chooses a program's "auto" kernels before it is compiled.
+
+    Args:
+      kernels: the implementations; None is returned if they are not to be calibrated.
+      mesh: the devices that the programs run on; if they are of several processes, all of these
+        must call the function.
+      **options: of `oneformer_jax.kernels.calibrate.Chooser`.
+    """
+    if not kernels.calibrate:
+        return None
+    everywhere = mesh is not None and len({d.process_index for d in mesh.devices.flat}) > 1
+    return calibrate.Chooser(
+        compilation.user_folder() / "kernels", everywhere=everywhere, **options
+    )

@@ -8,7 +8,7 @@ only `decode`: what `encode` makes of an image serves every task.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -147,13 +147,19 @@ class Programs(NamedTuple):
     decode: Program
 
 
-def programs(graph: nnx.GraphDef, mesh: Mesh | None = None) -> Programs:
+def programs(
+    graph: nnx.GraphDef,
+    mesh: Mesh | None = None,
+    *,
+    prepare: Callable[..., Any] | None = None,
+) -> Programs:
     """Returns the programs of prediction with a model.
 
     Args:
       graph: of `abstract(config, training=False)`.
       mesh: devices over all of whose axes the batch is split; each keeps the results of its own
         images. None is the default device.
+      prepare: see `execution.chooser`.
     """
     kept = {} if mesh is None else {"out_shardings": NamedSharding(mesh, P(mesh.axis_names))}
 
@@ -173,8 +179,8 @@ def programs(graph: nnx.GraphDef, mesh: Mesh | None = None) -> Programs:
         predictions = decode(graph, whole(params), stats, features, tokens, mesh=mesh)
         return predictions.class_logits[-1], predictions.mask_logits()
 
-    varying = slice(2, 3)  # the images, the features
+    how: dict[str, Any] = dict(looks_at=slice(2, 3), prepare=prepare)  # at the images, features
     return Programs(
-        Program(jax.jit(encode_images, **kept), "the encoding of images", looks_at=varying),
-        Program(jax.jit(decode_task, **kept), "the prediction from features", looks_at=varying),
+        Program(jax.jit(encode_images, **kept), "the encoding of images", **how),
+        Program(jax.jit(decode_task, **kept), "the prediction from features", **how),
     )

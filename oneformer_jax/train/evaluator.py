@@ -30,7 +30,7 @@ from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.write import write_png
 from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import descriptions, settings
+from oneformer_jax.train import descriptions, kernel_choice, settings
 from oneformer_jax.train.runtime import folders
 from oneformer_jax.train.tensorboard import metric_writers
 from oneformer_jax.types import TASKS, Metadata
@@ -75,7 +75,9 @@ class Evaluator:
         )
         execution = settings.execution(config)
         graph = functional.abstract(model, execution, training=False).graph
-        self._programs = functional.programs(graph, mesh)
+        self._programs = functional.programs(
+            graph, mesh, prepare=kernel_choice.chooser(execution.kernels, mesh, workdir)
+        )
         self._last: EvalResult | None = None
 
     def run(

@@ -16,12 +16,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from oneformer_jax.kernels import chips
+from oneformer_jax.kernels import calibrate, chips
 from oneformer_jax.models import backbones, matcher
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import (
     checkpoint,
     descriptions,
+    kernel_choice,
     observe,
     optim,
     settings,
@@ -102,7 +103,10 @@ def train(
             )
         )
 
-        saved = checkpoints.wait_until_finished
+        def saved() -> None:
+            calibrate.withdraw()  # what ends the run is no kernel's fault
+            checkpoints.wait_until_finished()
+
         preemption.rest(saved)
 
         # ---- Is anything left to do? ------------------------------------------------------------
@@ -146,9 +150,14 @@ def train(
             peak_flops=rate and rate * mesh.size,
             started=started,
         )
+        abstract = (training.state, states.abstract_batch(config, mesh), states.abstract_key(mesh))
+        choose_kernels = kernel_choice.chooser(
+            training.execution.kernels, mesh, workdir, gradients=True
+        )
+        if choose_kernels is not None and first_step < steps:
+            choose_kernels(training.step, *abstract)
         if rate:
-            batch = states.abstract_batch(config, mesh)
-            traced = training.step.trace(training.state, batch, states.abstract_key(mesh))
+            traced = training.step.trace(*abstract)
             chrono.set_step_flops(count_flops(traced.jaxpr))
         stack.callback(profiler.close)
         run_key = sharding.put_key(run_key, mesh)

@@ -102,6 +102,21 @@ def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
     return sharding.with_shardings(arrays, dict.fromkeys(arrays, sharding.batch_sharding(mesh)))
 
 
+def abstract_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+    """Makes the abstract (image, image_size, task tokens) of a batch at the largest padded size."""
+    size = sharding.round_up(config.eval.batch_size, mesh.size)
+    height, width = (
+        sharding.round_up(side, config.eval.bucket_multiple)
+        for side in (config.eval.short_edge, config.eval.max_size)
+    )
+    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    return (
+        jax.ShapeDtypeStruct((size, height, width, 3), jnp.uint8, sharding=split),
+        jax.ShapeDtypeStruct((size, 2), jnp.int32, sharding=split),
+        jax.ShapeDtypeStruct(TASK_TOKENS.shape[1:], jnp.int32, sharding=whole),
+    )
+
+
 def abstract_key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
     """Returns the run's PRNG key, as the training step takes it."""
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -162,6 +162,7 @@ def test_the_report_of_all_steps(reports, here):
         "FLOP",
         "all-reduce",
         "fsdp 4",
+        "kernels: ms_deform_attn xla, point_sampling xla. This is the static preference",
     ):
         assert part in text
     assert "at most 21" in text  # one side 160 and the other to 352, or 352 and to 160, by 32

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from oneformer_jax.kernels import choice
 from oneformer_jax.kernels.assignment import bench as assignment_bench
 from oneformer_jax.kernels.assignment.shapes import Case
 from oneformer_jax.kernels.bench import cli, gpu, operation, records, tpu
@@ -15,7 +16,7 @@ from oneformer_jax.kernels.ms_deform_attn import shapes as ms_shapes
 from oneformer_jax.kernels.neighborhood_attention import shapes as na_shapes
 from oneformer_jax.kernels.point_sampling import shapes as point_shapes
 
-OPERATIONS = {name: operation.load(name) for name in operation.OPERATIONS}
+OPERATIONS = {name: operation.load(name) for name in choice.OPERATIONS}
 SMALL = {
     "ms_deform_attn": ms_shapes.CallShape("test", (32, 64), heads=1, head_dim=4, points=1),
     "neighborhood_attention": na_shapes.CallShape(6, 7, heads=1, kernel_size=3, dilation=1),

@@ -313,10 +313,8 @@ class TestChoice:
 
     def chosen(self, monkeypatch, shape: CallShape, implementation):
         calls = []
-        for name in ("gather", "dense", "chunks"):
-            monkeypatch.setattr(
-                api, f"ms_deform_attn_{name}", lambda *_, name=name: calls.append(name)
-            )
+        for name in api.XLA_FORMS:
+            monkeypatch.setitem(api.XLA_FORMS, name, lambda *_, name=name: calls.append(name))
         sizes = shape.shapes(batch=1)
         ms_deform_attn(
             jax.ShapeDtypeStruct(sizes["value"], jnp.float32),

@@ -185,10 +185,14 @@ def compile_everywhere(function: Any, *arguments: Any, name: str) -> None:
       name: name of the program, unique in a run.
     """
     compilation.compile_now(function, *arguments, name=name)
-    if jax.process_count() == 1:
-        return
-    wait = multihost.get_barrier_sync_fn()
-    wait(key=f"oneformer_jax: {name} compiled", timeout_ms=1000 * _COMPILATION_SECONDS)
+    wait_for_all(f"{name} compiled")
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until all processes have called this, for hours if need be; `what` is unique."""
+    if jax.process_count() > 1:
+        wait = multihost.get_barrier_sync_fn()
+        wait(key=f"oneformer_jax: {what}", timeout_ms=1000 * _COMPILATION_SECONDS)
 
 
 def _warning_before(timeout: float, text: str) -> contextlib.AbstractContextManager:
