@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from pycocotools import mask as coco_mask
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.types import TASKS
 
@@ -51,8 +52,8 @@ def write_prediction(
     Raises:
       ValueError: class ids that no picture can hold.
     """
-    out_dir = pathlib.Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir = remote.path_of(out_dir)
+    files.make_folder(out_dir)
     task = segmentation.task
     image_id = int(name) if name.isascii() and name.isdigit() else name
     overlay = segmentation.overlay(min_size=overlay_size)
@@ -76,20 +77,25 @@ def write_prediction(
 
 def write_png(path: str | os.PathLike[str], image: np.ndarray, source: str | None = None) -> None:
     """Writes uint8 [H, W, 3] RGB, or grey [H, W] of 8 or 16 bits, as a PNG with text `source`."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as temporary:
-        texts = PngImagePlugin.PngInfo()
-        if source is not None:
-            texts.add_itxt("Source", source)
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=texts)
+    path = remote.path_of(path)
+    files.make_folder(path.parent)
+    texts = PngImagePlugin.PngInfo()
+    if source is not None:
+        texts.add_itxt("Source", source)
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG", pnginfo=texts)
+    files.write_atomically(path, content.getvalue())
 
 
 def source_of(out_dir: pathlib.Path, name: str) -> str | None:
     """Returns the name of the image file whose results in `out_dir` begin with `name`, or None."""
     for task in TASKS:
         path = out_dir / f"{name}_{task}_overlay.png"
-        with contextlib.suppress(Exception), PngImagePlugin.PngImageFile(path) as picture:
+        with (
+            contextlib.suppress(Exception),
+            path.open("rb") as file,
+            PngImagePlugin.PngImageFile(file) as picture,
+        ):
             return picture.info.get("Source")  # missing in a file that is not ours
     return None
 

@@ -30,12 +30,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from oneformer_jax import config_rules, files
+from oneformer_jax import config_rules, files, remote
 from oneformer_jax.train import descriptions, reading, seals, stores
 from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.reading import DamagedCheckpoint
 from oneformer_jax.train.runtime import folders
-from oneformer_jax.train.runtime.folders import CHECKPOINT_FOLDER, UNVERIFIED
+from oneformer_jax.train.runtime.folders import CHECKPOINT_FOLDER
 from oneformer_jax.train.runtime.workdir import is_full
 from oneformer_jax.types import Metadata
 
@@ -73,10 +73,12 @@ class Checkpoints:
         config_rules.require({"train.keep": keep, "train.keep_best": keep_best})
         self.directory = folders.locate(workdir) / CHECKPOINT_FOLDER
         if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.directory)
             folders.sweep(self.directory)
             folders.sweep_files(self.directory.parent)
-            for folder in self.directory.parent.glob("eval/*/"):
+            for folder in (
+                () if remote.is_remote(workdir) else self.directory.parent.glob("eval/*/")
+            ):
                 folders.sweep_files(folder, older_than=60)
         _wait_for_all("the checkpoint folder is ready")
         self._best_metric = best_metric
@@ -133,8 +135,9 @@ class Checkpoints:
                 "remove the later checkpoints, or use another --workdir"
             )
         with self._reporting_failure(), jax.transfer_guard("allow"):  # those of Orbax
+            written = folders.begin(self.directory, step)
             self._checkpointer.save(
-                folders.literal(self.directory / f"{step}{UNVERIFIED}"),
+                folders.literal(written),
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(dict(position))
                 ),
@@ -144,18 +147,19 @@ class Checkpoints:
         self._steps = self._staying()
         removed = [old for old in before if old not in self._steps]
         described = reading.describe(state)
-        self._finishing = _InBackground(lambda: self._finish(step, described, removed))
+        self._finishing = _InBackground(lambda: self._finish(step, written, described, removed))
         return True
 
-    def _finish(self, step: int, described: Mapping[str, str], removed: list[int]) -> None:
+    def _finish(
+        self, step: int, written: pathlib.Path, described: Mapping[str, str], removed: list[int]
+    ) -> None:
         """Waits for the save, reads it back, names it, and removes the old ones."""
         key = f"oneformer_jax: save {next(_saves)} is finished"
         try:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
-                written = self.directory / f"{step}{UNVERIFIED}"
                 reading.seal(written, described)
-                folders.rename(written, str(step))
+                folders.commit(written, step)
                 for old in removed:
                     folders.remove(self.directory / str(old))
         finally:
@@ -344,7 +348,9 @@ def load_for_inference(path: str | os.PathLike[str], *, use_ema: bool = True) ->
     Raises:
       CheckpointError: `path` is neither, or the checkpoint is damaged.
     """
-    workdir, checkpoint = _find_checkpoint(folders.locate(path))
+    found = folders.locate(path)
+    remote.check(found)
+    workdir, checkpoint = _find_checkpoint(found)
     model = descriptions.read_model(workdir)
     settings = descriptions.read_config(workdir)
     metadata = descriptions.read_metadata(workdir)
@@ -373,6 +379,7 @@ def write_converted(workdir: str | os.PathLike[str], trained: Trained) -> None:
       CheckpointError: `workdir` exists and is not empty.
     """
     workdir = folders.locate(workdir)
+    remote.check(workdir, writing=True)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise CheckpointError(f"{workdir} exists and is not an empty folder; use another")
     settings = json.dumps(trained.settings)

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import tensorstore as ts
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 
 TREE_FILE = "_METADATA"
 _TYPES = {
@@ -119,7 +119,7 @@ Tree = dict[str, Any]  # nested by names; leaves are jax.ShapeDtypeStruct or arr
 
 
 def _open(store: pathlib.Path) -> ts.KvStore:
-    spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{store}/"}}
+    spec = {"driver": "ocdbt", "base": remote.tensorstore_spec(store)}
     # One cache for all arrays, or each would read the index again.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 100 << 20}})
     return ts.KvStore.open(spec, context=context).result()
@@ -187,7 +187,10 @@ def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 def check_sizes(store: pathlib.Path, tree: Tree) -> None:
     """Raises StoreError if the arrays of `tree` are far too large for their files."""
     claimed = sum(math.prod(x.shape) * x.dtype.itemsize for _, x in leaves(tree))
-    there = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    if remote.is_remote(store):
+        there = sum(remote.sizes(store).values())
+    else:
+        there = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     if claimed > max(_SMALL, _MAX_RATIO * there):
         raise StoreError(f"{store} says arrays of {claimed:,} bytes, but its files have {there:,}")
 
