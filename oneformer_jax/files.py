@@ -153,8 +153,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
     The content is on the disk before it gets its name: after a power cut `path` is old or new,
     never half. A block that raises leaves `path` as it was and no temporary file. The folder of
-    `path` must exist.
+    `path` must exist, and it is none of a bucket.
     """
+    remote.require_local(path, "this output")
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

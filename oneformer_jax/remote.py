@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import logging
 import os
 import pathlib
 import re
@@ -33,7 +34,7 @@ class RemoteError(OSError):
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Tells whether `path` is a URL and not a path of this machine."""
-    return "://" in os.fspath(path)
+    return re.match(r"[A-Za-z][\w+.-]*://", os.fspath(path)) is not None
 
 
 def path_of(text: str | os.PathLike[str]) -> pathlib.Path:
@@ -65,6 +66,12 @@ def path_of(text: str | os.PathLike[str]) -> pathlib.Path:
     return epath.Path(text)
 
 
+def require_local(path: str | os.PathLike[str], what: str) -> None:
+    """Raises a RemoteError for a URL; `what` names the path, as in "--output of this mode"."""
+    if is_remote(path):
+        raise RemoteError(f"{what} cannot be in a bucket ({path}); use a folder, and copy it there")
+
+
 @functools.cache
 def _prepare_libraries() -> None:
     """Sets what the libraries read when they are first used."""
@@ -72,6 +79,8 @@ def _prepare_libraries() -> None:
     os.environ.setdefault("EPATH_USE_TF", "false")
     # Asks for the kind of each bucket, with a right that a job need not have.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # It tells of each file that it opens.
+    logging.getLogger("gcsfs").setLevel(logging.WARNING)
     import fsspec.config
 
     for name in ("gcs", "gs", "s3"):  # others write there, too
@@ -98,10 +107,10 @@ def reporting(path: str | os.PathLike[str]) -> Iterator[None]:
     except RemoteError:
         raise
     except Exception as error:
-        raise RemoteError(f"{os.fspath(path)}: {_explain(path, error)}") from error
+        raise RemoteError(f"{os.fspath(path)}: {explain(path, error)}") from error
 
 
-def _explain(path: str | os.PathLike[str], error: Exception) -> str:
+def explain(path: str | os.PathLike[str], error: Exception) -> str:
     """Says what is wrong and the way out, from the many types and texts of the libraries."""
     scheme = os.fspath(path).partition("://")[0]
     login = {

@@ -24,7 +24,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.segmentation import Segmentation
@@ -363,7 +363,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = images.MAX_PIXELS
     Raises:
       ImageError: no such file, another format, damaged, or more than `max_pixels`.
     """
-    if not os.path.exists(path):
+    if not remote.is_remote(path) and not os.path.exists(path):
         raise ImageError(f"{path}: there is no such image file")
     return images.decode_image(images.read_file(path), str(path), max_pixels=max_pixels)
 
@@ -394,7 +394,9 @@ def predict_files(
       ValueError: unknown task, a folder without images, or results that would land among them.
     """
     tasks = tasks_of(task)
-    path, out_dir = pathlib.Path(path), pathlib.Path(out_dir)
+    path, out_dir = remote.path_of(path), remote.path_of(out_dir)
+    remote.check(path)
+    remote.check(out_dir, writing=True)
     if not path.exists():
         raise ImageError(f"{path}: there is no such image file or folder")
     found = [path]
@@ -467,6 +469,8 @@ def _result_names(found: Sequence[pathlib.Path], out_dir: pathlib.Path) -> list[
     earlier one, it is the file's name with "_" for ".", then with a digest.
     """
     stems = collections.Counter(file.stem.casefold() for file in found)
+    # A look for each name of a bucket takes minutes, most often for nothing.
+    fresh = remote.is_remote(out_dir) and not remote.names(out_dir)
     names: list[str] = []
     taken: set[str] = set()
     for file in found:
@@ -477,7 +481,7 @@ def _result_names(found: Sequence[pathlib.Path], out_dir: pathlib.Path) -> list[
                 for name in (file.stem, whole)
                 if stems[name.casefold()] == (name == file.stem)
                 and name.casefold() not in taken
-                and source_of(out_dir, name) in (file.name, None)
+                and (fresh or source_of(out_dir, name) in (file.name, None))
             ),
             f"{whole}_{hashlib.sha256(file.name.encode()).hexdigest()[:8]}",
         )

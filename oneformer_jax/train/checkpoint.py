@@ -183,10 +183,14 @@ class Checkpoints:
         except Exception as error:
             if jax.process_index() == 0:  # half-written files take room, too
                 folders.remove_unfinished(self.directory)
-            good = folders.finished_steps(self.directory)
+            good = self._steps[:-1]
+            with contextlib.suppress(OSError):  # a bucket may be out of reach
+                good = folders.finished_steps(self.directory)
             self._steps = good
             last = f"the last good one is step {good[-1]}" if good else "there is none yet"
             why, hint = reading.reason(error), "see to that folder"
+            if remote.is_remote(self.directory):
+                why, hint = remote.explain(self.directory, error), "see to that bucket"
             if is_full(error):
                 why, hint = "the disk is full", "free some space"
             raise CheckpointError(

@@ -139,7 +139,8 @@ def begin(directory: pathlib.Path, step: int) -> pathlib.Path:
         return _marker(folder)
     if jax.process_index() == 0:
         files.write_atomically(_marker(folder), "")
-        remote.remove(folder)  # an interrupted save that could not be removed
+        with remote.reporting(folder):
+            remote.remove(folder)  # an interrupted save that could not be removed
     return folder
 
 
