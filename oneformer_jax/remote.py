@@ -24,7 +24,9 @@ from typing import Any
 # Scheme -> module of fsspec's file system, extra of this package.
 _SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 # Patterns and escapes would mean other objects to the libraries.
-_URL = re.compile(r"(?P<scheme>\w+)://(?P<bucket>[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?P<key>/.*)?")
+_URL = re.compile(
+    r"(?P<scheme>\w+)://(?P<bucket>[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?P<key>/(?s:.*))?"
+)
 _KEY = re.compile(r"[\w.,=+@~ /-]*")
 
 

@@ -129,8 +129,7 @@ class Server:
     def __init__(self, *bucket_names: str, port: int = 0):
         self.storage = _Storage(use_memory_fs=True)
         for name in bucket_names:
-            buckets.create_bucket(name, self.storage)
-            self.storage.buckets[name]["softDeletePolicy"] = {"retentionDurationSeconds": 0}
+            self.make_bucket(name)
         self.lock = threading.Lock()
         self.refused: dict[str, int] = {}
         self.is_away = False
@@ -149,6 +148,10 @@ class Server:
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "anybody",  # or TensorStore asks the metadata server
         }
+
+    def make_bucket(self, name: str) -> None:
+        buckets.create_bucket(name, self.storage)
+        self.storage.buckets[name]["softDeletePolicy"] = {"retentionDurationSeconds": 0}
 
     def objects(self, bucket: str, prefix: str = "") -> list[str]:
         """Names of the objects in a bucket."""

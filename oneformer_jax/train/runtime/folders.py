@@ -158,7 +158,8 @@ def sweep(directory: pathlib.Path) -> None:
         if _LEFT_OVER.match(path.name):
             logging.warning("Removing %s, left by an interrupted save.", path)
             _remove_left_over(path)
-        elif is_step(path.name) and not is_complete(path):
+    for path in _paths_in(directory):  # without what a marker in a bucket took with it
+        if is_step(path.name) and not is_complete(path):
             name = f"{path.name}.incomplete"
             logging.warning("Checkpoint %s is incomplete; renamed to %s.", path, name)
             rename(path, name)

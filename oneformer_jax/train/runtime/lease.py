@@ -26,7 +26,7 @@ EXPIRES = 60.0  # seconds without one after which the owner is taken for dead
 _POLL = 1.0
 
 
-class Held(Exception):
+class Held(remote.RemoteError):
     """Another run has the lock; `text` is what it wrote there."""
 
     def __init__(self, text: str):
