@@ -81,8 +81,9 @@ def _prepare_libraries() -> None:
     os.environ.setdefault("EPATH_USE_TF", "false")
     # Asks for the kind of each bucket, with a right that a job need not have.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    # It tells of each file that it opens, and shows the traceback of an error that it raises.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    # They tell of each file that they open, and show the traceback of an error that they raise.
+    for name in ("gcsfs", "fsspec"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     import fsspec.config
 
     for name in ("gcs", "gs", "s3"):  # others write there, too

@@ -19,7 +19,7 @@ from tests import tiny
 from tests.eval.tiny_segmenter import fake, picture
 from tests.input_pipeline import prepared_scenes
 from tests.train import eval_scenes
-from tests.train.runs import Batches, make_config
+from tests.train.runs import STEPS, Batches, make_config
 from tests.train.test_observe import read_events
 from tests.train.test_replay import STATE, metrics, run_replay, toy, watch  # noqa: F401
 
@@ -55,6 +55,20 @@ def leaves(workdir):
     return tiny.leaves([found.params, found.stats])
 
 
+def test_a_run_in_a_bucket_that_stops_leaves_checkpoint_and_logs(
+    tmp_path, server, bucket, url, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    settings = {"train__eval_every": 0, "train__pictures": 0, "train__steps": STEPS}
+    with pytest.raises(ValueError, match="ended"):
+        train(url, Batches({4: lambda batch: None}), **settings)
+    assert load_for_inference(url).step == 2
+    assert [line["step"] for line in lines(url)] == [1, 2, 3]
+    assert server.objects(bucket, "runs/one/LOCK") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_that_of_a_folder_and_goes_on_after_a_stop(
     tmp_path, server, bucket, url, monkeypatch
 ):
