@@ -1,11 +1,14 @@
 """Runs in a bucket that are stopped, as processes of their own, and a server that goes away."""
 
+import json
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,6 +16,7 @@ from oneformer_jax import remote
 from oneformer_jax.train.checkpoint import load_for_inference
 from oneformer_jax.train.runtime import folders
 from oneformer_jax.train.runtime.preemption import EXIT_CODE
+from tests.buckets import saving_job
 from tests.eval.tiny_segmenter import picture
 from tests.train.runtime import test_distributed
 from tests.train.stress_kill import ROOT, Job, assert_same_logs, assert_same_weights, stress
@@ -33,6 +37,41 @@ def make_job(server, bucket):
             return any(n.startswith(prefix) and n.endswith(folders.UNVERIFIED) for n in names)
 
     return BucketJob
+
+
+def test_sigkill_of_a_run_that_only_saves(server, bucket, url):
+    """Of small arrays, without a program to compile: many kills, most of them in a save."""
+    steps, rng, in_save, kills = 400, random.Random(5), 0, 0
+    command = [sys.executable, "-m", "tests.buckets.saving_job", url, str(steps)]
+    while True:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        if kills < 20:
+            time.sleep(rng.uniform(0, 1.5))
+            process.kill()
+        process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            break
+        kills += 1
+        in_save += any(name.endswith(folders.UNVERIFIED) for name in server.objects(bucket))
+    print(f"{kills} kills, {in_save} in a save or removal")
+    assert process.returncode == 0
+    assert in_save >= 5 and kills >= 10
+    expected = saving_job.first_state()
+    for step in range(1, steps + 1):
+        expected = saving_job.after(expected, step)
+    found = load_for_inference(url)
+    assert found.step == steps
+    np.testing.assert_array_equal(found.params["big"], expected["params"]["big"])
+    for name, value in expected["stats"].items():
+        np.testing.assert_array_equal(found.stats[name], value)
+    logged = (remote.path_of(url) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == list(range(1, steps + 1))
+    names = {name.split("/")[3] for name in server.objects(bucket, "runs/one/checkpoints/")}
+    assert names == {str(steps - saving_job.EVERY), str(steps)}
+    assert server.objects(bucket, "runs/one/LOCK") == []
 
 
 def test_sigkill_costs_nothing_but_time(bucket, make_job):
