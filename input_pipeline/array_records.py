@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from oneformer_jax import remote
 from oneformer_jax.input_pipeline import images, prepared
 from oneformer_jax.input_pipeline.records import (
     RecordError,
@@ -95,7 +96,7 @@ class RecordFiles:
             path = self._paths[file]
             try:
                 # Opening a pipe would wait for its writer.
-                if not stat.S_ISREG(os.stat(path).st_mode):
+                if not remote.is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
                     raise RecordError(f"{path} is not a regular file; {_WAY_OUT}")
                 reader = ArrayRecordReader(
                     path, options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15

@@ -40,7 +40,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 
 MAX_PIXELS = 1 << 28  # default limit of the pixels of an image: 16,384 x 16,384
 FILE_LIMIT = 1 << 31  # bytes of the largest file that is read
@@ -128,14 +128,14 @@ def list_images(folder: str | os.PathLike[str]) -> list[str]:
 
     Hidden files are left out, including the `._NAME` that macOS puts beside NAME.
     """
+    if remote.is_remote(folder):
+        return sorted(filter(_is_image, remote.names(remote.path_of(folder))))
     with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".")
-            and entry.name.lower().endswith(ENDINGS)
-            and entry.is_file()
-        )
+        return sorted(entry.name for entry in entries if _is_image(entry.name) and entry.is_file())
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(ENDINGS)
 
 
 def walk_images(folder: str | os.PathLike[str]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import msgspec
 import numpy as np
 
+from oneformer_jax import remote
 from oneformer_jax.files import JSON_LIMIT, FileError, first_few, read_json
 from oneformer_jax.input_pipeline.datasets import DatasetInfo
 
@@ -131,6 +132,9 @@ class Split:
 
     def missing(self) -> list[str]:
         """Returns the names of its missing files."""
+        if self.paths and remote.is_remote(self.paths[0]):
+            there = set(remote.names(remote.path_of(self.paths[0]).parent))
+            return [name for path in self.paths if (name := path.rpartition("/")[2]) not in there]
         return [os.path.basename(path) for path in self.paths if not os.path.isfile(path)]
 
 
@@ -165,7 +169,7 @@ def folder_of(
 
     Asking a builder would make TFDS read the folder unchecked.
     """
-    return Path(data_dir, builder.name, *config, str(builder.VERSION))
+    return remote.path_of(data_dir).joinpath(builder.name, *config, str(builder.VERSION))
 
 
 def read(folder: str | os.PathLike[str]) -> Prepared:
@@ -176,11 +180,14 @@ def read(folder: str | os.PathLike[str]) -> Prepared:
       FileError: a file of the description is missing, damaged, too large, or disagrees with
         another; or another project wrote the dataset. The message names the file.
     """
-    folder = Path(folder)
+    folder = remote.path_of(folder)
+    remote.check(folder)
     if not (folder / DESCRIPTION).exists():
+        way_out = "call oneformer_jax.input_pipeline.sources.prepare first"
+        if remote.is_remote(folder):
+            way_out = "prepare it in a folder of this machine, and copy it there"
         raise FileNotFoundError(
-            f"no prepared dataset in {folder} (a prepared one has {DESCRIPTION}); call "
-            "oneformer_jax.input_pipeline.sources.prepare first"
+            f"no prepared dataset in {folder} (a prepared one has {DESCRIPTION}); {way_out}"
         )
     description = _read(folder / DESCRIPTION, _Description, JSON_LIMIT)
     dense, semantic = _form(folder)
@@ -215,7 +222,7 @@ def read(folder: str | os.PathLike[str]) -> Prepared:
 
 def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the whole metadata.json, unknown keys included; `read` checks it."""
-    path = Path(folder, METADATA)
+    path = remote.path_of(folder) / METADATA
     return _read(path, dict[str, Any], _METADATA_LIMIT)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from oneformer_jax import remote
 from oneformer_jax.files import did_you_mean
 from oneformer_jax.input_pipeline import datasets, images, prepared
 from oneformer_jax.input_pipeline.annotations.faults import check_annotations
@@ -193,7 +194,7 @@ def open_source(
 
     Args:
       name: a key of OPTIONS.
-      data_dir: local or mounted folder of the prepared files.
+      data_dir: folder of the prepared files; gs://BUCKET/FOLDER if they are prepared already.
       split: "train" or "validation".
       options: see above.
       for_inspection: leave out annotations with faults, whatever skip_broken is, and log nothing;
@@ -218,7 +219,8 @@ def open_source(
     options = {**OPTIONS[name], **options}
     if for_inspection and (name == "coco_instances" or not options.get("prepare", True)):
         options["skip_broken"] = True
-    data_dir = Path(data_dir).expanduser()
+    data_dir = remote.path_of(data_dir).expanduser()
+    _check_bucket(name, data_dir, options)
     if name == "synthetic":
         source = _open_synthetic(data_dir, split, options)
     elif name == "coco_folder":
@@ -237,6 +239,22 @@ def open_source(
     return source, source.info
 
 
+def _check_bucket(name: str, data_dir: Path, options: Mapping) -> None:
+    """Raises ValueError for what cannot be read from a bucket: everything but prepared records."""
+    root = options.get("root") or data_dir
+    as_it_is = name in ("coco_instances", "semantic_folder") or not options.get("prepare", True)
+    if as_it_is and remote.is_remote(root):
+        raise ValueError(
+            f"{name} reads its own files, which cannot be in a bucket ({root}); give it a folder, "
+            "such as a mounted bucket"
+        )
+    if not as_it_is and os.fspath(data_dir).startswith("s3:"):
+        raise ValueError(
+            f"dataset.data_dir={data_dir}: ArrayRecord reads gs:// only; use that, or a folder, "
+            "such as a mounted bucket"
+        )
+
+
 def _nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     return f"{did_you_mean(word, known)}; known are {', '.join(known)}"
@@ -247,7 +265,7 @@ def _open_synthetic(data_dir: str | os.PathLike, split: str, options: dict) -> T
 
     config = SyntheticConfig(**options)
     folder = prepared.folder_of(SyntheticPanoptic, data_dir, config.name)
-    if not is_prepared(folder):
+    if not remote.is_remote(folder) and not is_prepared(folder):
         prepare(SyntheticPanoptic(config=config, data_dir=data_dir))
     return TfdsSource(folder, split)
 
@@ -256,7 +274,11 @@ def _open_official(name: str, data_dir: Path, split: str, options: dict) -> Tfds
     from oneformer_jax.input_pipeline.builders.preparation import builder_class
 
     builder = builder_class(name)
-    command = f"python main.py --mode=prepare --dataset={name} --source=DIR --data_dir={data_dir}"
+    command = f"python main.py --mode=prepare --dataset={name} --source=DIR --data_dir="
+    command += (
+        f"FOLDER\nand copy FOLDER to {data_dir}" if remote.is_remote(data_dir) else str(data_dir)
+    )
+    remote.check(data_dir)
     folder = prepared.folder_of(builder, data_dir)
     if not (folder / "dataset_info.json").is_file():
         raise FileNotFoundError(
@@ -302,7 +324,7 @@ def _open_coco_folder(
     name, table = options["name"] or root.resolve().name, options["table"]
     if options["prepare"]:
         done = prepared.folder_of(CocoFolder, data_dir, name)
-        if not is_prepared(done):
+        if not remote.is_remote(done) and not is_prepared(done):
             config = CocoFolderConfig(
                 name=name,
                 splits=folders,

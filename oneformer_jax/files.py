@@ -1,6 +1,8 @@
 """Files of every room: bounded reading, JSON by a schema, atomic writing, lists of names in words.
 
-A leaf: it imports nothing of this package, so every room may use it, also the loader's workers.
+A URL of a bucket (see `remote`) names a file like a path does.
+
+A leaf: every room may use it, also the loader's workers.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
+
+from oneformer_jax import remote
 
 T = TypeVar("T")
 # Names that `replacing` gives.
@@ -40,6 +44,9 @@ def open_regular(path: str | os.PathLike[str], *, error: type[Exception] = FileE
     Raises:
       error: it is missing, not a regular file, or cannot be read; the message names it.
     """
+    if remote.is_remote(path):
+        with _reading_remotely(path, error):
+            return remote.path_of(path).open("rb")
     try:
         # Without O_NONBLOCK the opening of a pipe would wait for its writer.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -53,6 +60,18 @@ def open_regular(path: str | os.PathLike[str], *, error: type[Exception] = FileE
     return open(handle, "rb")
 
 
+@contextlib.contextmanager
+def _reading_remotely(path: str | os.PathLike[str], error: type[Exception]) -> Iterator[None]:
+    """Turns the errors of reading an object into `error`."""
+    try:
+        with remote.reporting(path):
+            yield
+    except remote.RemoteError as cause:
+        if isinstance(cause.__cause__, FileNotFoundError):
+            raise error(f"{path} is missing") from None
+        raise error(str(cause)) from cause
+
+
 def read_bytes(
     path: str | os.PathLike[str], *, limit: int, error: type[Exception] = FileError
 ) -> bytes:
@@ -63,6 +82,10 @@ def read_bytes(
     Raises:
       error: it is missing, not a regular file, cannot be read, or is larger; the message names it.
     """
+    if remote.is_remote(path):
+        with _reading_remotely(path, error):
+            data = remote.read(remote.path_of(path), limit)
+        return _within(limit, data, path, error)
     with open_regular(path, error=error) as file:
         try:
             # No more than its size: Python sets aside all of the memory that is asked for.
@@ -72,6 +95,10 @@ def read_bytes(
                 data += file.read(limit + 1 - size)
         except OSError as cause:
             raise error(f"{path} cannot be read ({cause.strerror})") from cause
+    return _within(limit, data, path, error)
+
+
+def _within(limit: int, data: bytes, path: str | os.PathLike[str], error: type[Exception]) -> bytes:
     if len(data) > limit:
         raise error(f"{path} has more than {limit:,} bytes, the most that such a file may have")
     return data
@@ -126,8 +153,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
     The content is on the disk before it gets its name: after a power cut `path` is old or new,
     never half. A block that raises leaves `path` as it was and no temporary file. The folder of
-    `path` must exist.
+    `path` must exist, and it is none of a bucket.
     """
+    remote.require_local(path, "this output")
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -147,9 +175,11 @@ def remove_leftovers(folder: str | os.PathLike[str], older_than: float = 60.0) -
     """Removes what `replacing` left directly in `folder` when its process was killed.
 
     Younger files, by `older_than` seconds, may belong to a process that writes just now. A folder
-    that is missing has none. Returns the paths of the removed files.
+    that is missing, or in a bucket, has none. Returns the paths of the removed files.
     """
-    removed = []
+    removed: list[str] = []
+    if remote.is_remote(folder):
+        return removed
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
@@ -162,8 +192,18 @@ def remove_leftovers(folder: str | os.PathLike[str], older_than: float = 60.0) -
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file (text as UTF-8) with all of its content, or not at all: see `replacing`."""
+    content = content.encode() if isinstance(content, str) else content
+    if remote.is_remote(path):
+        with remote.reporting(path):
+            return remote.write(remote.path_of(path), content)
     with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Makes a folder and those above it, if they are missing; a bucket needs none."""
+    if not remote.is_remote(path):
+        os.makedirs(path, exist_ok=True)
 
 
 def first_few(items: Iterable[Any], shown: int = 5, separator: str = ", ") -> str:

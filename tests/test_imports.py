@@ -36,7 +36,8 @@ RULES = {
     "types": ("", "jax numpy"),
     "catalogue": ("", ""),
     "compilation": ("", "absl jax"),
-    "files": ("", "msgspec"),
+    "files": ("remote", "msgspec"),
+    "remote": ("", "etils fsspec"),
     "rules": ("files", ""),
     "config_rules": ("files rules", ""),
     "kernels": ("kernels kernels.chips", "jax numpy"),
@@ -69,7 +70,7 @@ RULES = {
 }
 
 # Rooms that import nothing but each other, and that every other room but kernels may import.
-LEAVES = {"catalogue", "compilation", "files", "rules", "config_rules"}
+LEAVES = {"catalogue", "compilation", "files", "remote", "rules", "config_rules"}
 
 PACKAGE = "oneformer_jax"
 FOLDERS = (PACKAGE, "configs", "input_pipeline", "kernels")

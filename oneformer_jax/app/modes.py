@@ -14,6 +14,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+from oneformer_jax import remote
 from oneformer_jax.app import data
 
 
@@ -133,6 +134,8 @@ def convert(source: str, output: str, form: str = "workdir", model: str | None =
     from oneformer_jax.train import checkpoint
     from oneformer_jax.weights import convert, files
 
+    if form != "workdir":
+        remote.require_local(output, f"--output with --format={form}")
     if files.is_foreign(source):
         found = convert.read_model(source, config=model)
         print(found.summary())
@@ -171,6 +174,8 @@ def prepare(
     """Writes a downloaded dataset as records: see `input_pipeline.builders.preparation`."""
     from oneformer_jax.input_pipeline.builders import preparation
 
+    remote.require_local(source, "--source of --mode=prepare")
+    remote.require_local(data_dir, "--data_dir of --mode=prepare")
     preparation.prepare(
         dataset,
         source,
@@ -187,6 +192,7 @@ def inspect_data(config: ConfigDict, output: str | None = None, count=12, limit=
     from oneformer_jax.input_pipeline import loader, statistics, tokenizer
 
     output = output or os.path.join("runs", "inspection")
+    remote.require_local(output, "--output of --mode=inspect")
     with statistics.listing_faults(output) as listing:
         source, info = data.open_split(config, config.dataset.train_split, for_inspection=True)
         found = statistics.collect(source, info, limit)

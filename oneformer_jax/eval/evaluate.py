@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import os
-import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_images
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.protocol import Metric, Protocol
@@ -406,7 +405,7 @@ def format_results(result: EvalResult, metadata: Metadata) -> str:
 
 def write_results(path: str | os.PathLike[str], result: EvalResult) -> None:
     """Writes a result as JSON, from one process; a failure leaves the old file."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = remote.path_of(path)
+    files.make_folder(path.parent)
     text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n"
     files.write_atomically(path, text)

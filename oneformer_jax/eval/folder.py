@@ -7,11 +7,11 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 from oneformer_jax.eval.inputs import read_image
 from oneformer_jax.eval.predict import Records, tasks_of
 from oneformer_jax.eval.progress import progress_log
@@ -20,6 +20,7 @@ from oneformer_jax.eval.write import is_done, source_of, write_prediction
 from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.eval_loader import RecordError
 from oneformer_jax.input_pipeline.images import ImageError
+from oneformer_jax.types import TASKS
 
 # Results that may wait to be written.
 _WAITING = 2
@@ -86,12 +87,14 @@ def find_images(
       ImageError: there is no such file or folder.
       ValueError: a folder without images, or the results in `out_dir` would land among them.
     """
-    path = pathlib.Path(path)
+    path, out_dir = remote.path_of(path), remote.path_of(out_dir)
+    remote.check(path)
+    remote.check(out_dir, writing=True)
     if not path.exists():
         raise ImageError(f"{path}: there is no such image file or folder")
     if not path.is_dir():
         return [path]
-    if pathlib.Path(out_dir).resolve() == path.resolve():
+    if out_dir.resolve() == path.resolve():
         raise ValueError(f"the results would mix with the images in {path}; use another folder")
     found = [path / name for name in images.list_images(path)]
     if not found:
@@ -130,14 +133,19 @@ def predict_files(
       ValueError: unknown task.
     """
     tasks = tasks_of(task)
-    out_dir = pathlib.Path(out_dir)
+    out_dir = remote.path_of(out_dir)
     files.remove_leftovers(out_dir)
-    named = list(zip(found, _result_names(found, out_dir), strict=True))
+    # One look at a folder, and not one for each name, which in a bucket takes minutes.
+    present = {name.casefold() for name in remote.names(out_dir)}
+    names = _result_names(found, out_dir, present)
+    named = list(zip(found, names, strict=True))
     made_by = {file: _fingerprint(segmenter, file, threshold) for file in found}
     waiting = [
         (file, name)
         for file, name in named
-        if overwrite or not is_done(out_dir, name, tasks, made_by[file])
+        if overwrite
+        or not _has_results(name, present)
+        or not is_done(out_dir, name, tasks, made_by[file])
     ]
     if len(found) == len(waiting) == 1:
         read_image(found[0], max_pixels)  # raises its own error
@@ -177,12 +185,22 @@ def predict_files(
 
 def _fingerprint(segmenter: Model, file: pathlib.Path, threshold: float | None) -> str:
     """Identifies what results are made of: the model, its settings, and the image file."""
-    stat = file.stat()
-    text = f"{segmenter.fingerprint} {threshold} {stat.st_size} {stat.st_mtime_ns}"
+    found = file.stat()
+    if remote.is_remote(file):
+        version = f"{found.length} {found.mtime}"
+    else:
+        version = f"{found.st_size} {found.st_mtime_ns}"
+    text = f"{segmenter.fingerprint} {threshold} {version}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _result_names(found: Sequence[pathlib.Path], out_dir: pathlib.Path) -> list[str]:
+def _has_results(name: str, present: Collection[str]) -> bool:
+    return any(f"{name}_{task}_overlay.png".casefold() in present for task in TASKS)
+
+
+def _result_names(
+    found: Sequence[pathlib.Path], out_dir: pathlib.Path, present: Collection[str]
+) -> list[str]:
     """Names the results of files, distinctly even if case does not count.
 
     A name is the file's stem. If another file's results in the folder have it, of this run or an
@@ -199,7 +217,9 @@ def _result_names(found: Sequence[pathlib.Path], out_dir: pathlib.Path) -> list[
                 for name in (file.stem, whole)
                 if stems[name.casefold()] == (name == file.stem)
                 and name.casefold() not in taken
-                and source_of(out_dir, name) in (file.name, None)
+                and (
+                    not _has_results(name, present) or source_of(out_dir, name) in (file.name, None)
+                )
             ),
             f"{whole}_{hashlib.sha256(file.name.encode()).hexdigest()[:8]}",
         )

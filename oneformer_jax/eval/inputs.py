@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from oneformer_jax import remote
 from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.images import ImageError
 
@@ -20,7 +21,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = images.MAX_PIXELS
     Raises:
       ImageError: no such file, another format, damaged, or more than `max_pixels`.
     """
-    if not os.path.exists(path):
+    if not remote.is_remote(path) and not os.path.exists(path):
         raise ImageError(f"{path}: there is no such image file")
     return images.decode_image(images.read_file(path), str(path), max_pixels=max_pixels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from scipy import ndimage
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 from oneformer_jax.eval.pictures.overlay import Drawable
 from oneformer_jax.types import TASKS
 
@@ -60,8 +61,8 @@ def write_prediction(
     Raises:
       ValueError: class ids that no picture can hold.
     """
-    out_dir = pathlib.Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir = remote.path_of(out_dir)
+    files.make_folder(out_dir)
     task = segmentation.task
     image_id = int(name) if name.isascii() and name.isdigit() else name
     overlay = segmentation.overlay(min_size=overlay_size)
@@ -86,13 +87,14 @@ def write_prediction(
 
 def write_png(path: str | os.PathLike[str], image: np.ndarray, **texts: str) -> None:
     """Writes uint8 [H, W, 3] RGB, or grey [H, W] of 8 or 16 bits, as a PNG with named texts."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as temporary:
-        info = PngImagePlugin.PngInfo()
-        for key, text in texts.items():
-            info.add_itxt(key, text)
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
+    path = remote.path_of(path)
+    files.make_folder(path.parent)
+    info = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        info.add_itxt(key, text)
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG", pnginfo=info)
+    files.write_atomically(path, content.getvalue())
 
 
 def source_of(out_dir: pathlib.Path, name: str) -> str | None:
@@ -106,14 +108,18 @@ def is_done(out_dir: pathlib.Path, name: str, tasks: Iterable[str], made_by: str
     others = {"panoptic": (".png", ".json"), "instance": (".json",), "semantic": (".png",)}
     return all(
         _texts(out_dir / f"{name}_{task}_overlay.png").get("Made-By") == made_by
-        and all((out_dir / f"{name}_{task}{ending}").is_file() for ending in others[task])
+        and all((out_dir / f"{name}_{task}{ending}").exists() for ending in others[task])
         for task in tasks
     )
 
 
 def _texts(path: pathlib.Path) -> dict[str, Any]:
     """Returns the texts of a PNG; none of a file that is missing or another program's."""
-    with contextlib.suppress(Exception), PngImagePlugin.PngImageFile(path) as picture:
+    with (
+        contextlib.suppress(Exception),
+        path.open("rb") as file,
+        PngImagePlugin.PngImageFile(file) as picture,
+    ):
         return {str(key): value for key, value in picture.info.items()}
     return {}
 

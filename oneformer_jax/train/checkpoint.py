@@ -30,12 +30,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from oneformer_jax import config_rules, files
+from oneformer_jax import config_rules, files, remote
 from oneformer_jax.train import descriptions, reading, seals, stores
 from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.reading import DamagedCheckpoint
 from oneformer_jax.train.runtime import folders
-from oneformer_jax.train.runtime.folders import CHECKPOINT_FOLDER, UNVERIFIED
+from oneformer_jax.train.runtime.folders import CHECKPOINT_FOLDER
 from oneformer_jax.train.runtime.workdir import is_full
 from oneformer_jax.types import Metadata
 
@@ -73,10 +73,12 @@ class Checkpoints:
         config_rules.require({"train.keep": keep, "train.keep_best": keep_best})
         self.directory = folders.locate(workdir) / CHECKPOINT_FOLDER
         if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.directory)
             folders.sweep(self.directory)
             folders.sweep_files(self.directory.parent)
-            for folder in self.directory.parent.glob("eval/*/"):
+            for folder in (
+                () if remote.is_remote(workdir) else self.directory.parent.glob("eval/*/")
+            ):
                 folders.sweep_files(folder, older_than=60)
         _wait_for_all("the checkpoint folder is ready")
         self._best_metric = best_metric
@@ -133,8 +135,9 @@ class Checkpoints:
                 "remove the later checkpoints, or use another --workdir"
             )
         with self._reporting_failure(), jax.transfer_guard("allow"):  # those of Orbax
+            written = folders.begin(self.directory, step)
             self._checkpointer.save(
-                folders.literal(self.directory / f"{step}{UNVERIFIED}"),
+                folders.literal(written),
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(dict(position))
                 ),
@@ -144,18 +147,19 @@ class Checkpoints:
         self._steps = self._staying()
         removed = [old for old in before if old not in self._steps]
         described = reading.describe(state)
-        self._finishing = _InBackground(lambda: self._finish(step, described, removed))
+        self._finishing = _InBackground(lambda: self._finish(step, written, described, removed))
         return True
 
-    def _finish(self, step: int, described: Mapping[str, str], removed: list[int]) -> None:
+    def _finish(
+        self, step: int, written: pathlib.Path, described: Mapping[str, str], removed: list[int]
+    ) -> None:
         """Waits for the save, reads it back, names it, and removes the old ones."""
         key = f"oneformer_jax: save {next(_saves)} is finished"
         try:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
-                written = self.directory / f"{step}{UNVERIFIED}"
                 reading.seal(written, described)
-                folders.rename(written, str(step))
+                folders.commit(written, step)
                 for old in removed:
                     folders.remove(self.directory / str(old))
         finally:
@@ -179,10 +183,14 @@ class Checkpoints:
         except Exception as error:
             if jax.process_index() == 0:  # half-written files take room, too
                 folders.remove_unfinished(self.directory)
-            good = folders.finished_steps(self.directory)
+            good = self._steps[:-1]
+            with contextlib.suppress(OSError):  # a bucket may be out of reach
+                good = folders.finished_steps(self.directory)
             self._steps = good
             last = f"the last good one is step {good[-1]}" if good else "there is none yet"
             why, hint = reading.reason(error), "see to that folder"
+            if remote.is_remote(self.directory):
+                why, hint = remote.explain(self.directory, error), "see to that bucket"
             if is_full(error):
                 why, hint = "the disk is full", "free some space"
             raise CheckpointError(
@@ -376,6 +384,7 @@ def write_converted(workdir: str | os.PathLike[str], trained: Trained) -> None:
       CheckpointError: `workdir` exists and is not empty.
     """
     workdir = folders.locate(workdir)
+    remote.check(workdir, writing=True)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise CheckpointError(f"{workdir} exists and is not an empty folder; use another")
     settings = json.dumps(trained.settings)
@@ -399,6 +408,7 @@ def find_checkpoint(
       CheckpointError: `path` is neither, or has no such checkpoint.
     """
     path = folders.locate(path)
+    remote.check(path)
     expected = (
         f"expected a workdir ({descriptions.MODEL_FILE} and {CHECKPOINT_FOLDER}/<step>) or one of "
         f"its {CHECKPOINT_FOLDER}/<step>"

@@ -164,7 +164,7 @@ def claim_workdir(
                 "--workdir, or the settings of that one"
             )
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+        files.make_folder(workdir)
         for name, ours in described.items():
             if not (workdir / name).exists():
                 write_json(workdir / name, ours)

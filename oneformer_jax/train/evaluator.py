@@ -12,7 +12,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from oneformer_jax import config_rules
+from oneformer_jax import config_rules, remote
 from oneformer_jax.eval import postprocess, tta
 from oneformer_jax.eval.evaluate import (
     EvalResult,
@@ -62,7 +62,7 @@ class Evaluator:
         mesh: jax.sharding.Mesh,
     ):
         self._config = config
-        self._workdir = pathlib.Path(workdir)
+        self._workdir = remote.path_of(workdir)
         self._metadata = metadata
         self._mesh = mesh
         self._postprocess = postprocess_config(config)

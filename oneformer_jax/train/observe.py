@@ -10,7 +10,9 @@ import contextlib
 import logging as stdlib_logging
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,13 +21,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from oneformer_jax import config_rules
+from oneformer_jax import config_rules, remote
 from oneformer_jax.files import first_few
 from oneformer_jax.train.tensorboard import JsonLinesWriter, SummaryWriter, metric_writers
 
 METRICS_FILE = "metrics.jsonl"
 FLOP_UTILISATION = "time/flop_utilisation"  # only if the devices' peak rate is known
 PROFILE_FILE = "PROFILE"
+_LOOK_EVERY = 15.0  # seconds between looks for that file in a bucket
 
 # All names of `Chrono.scalars`; see its docstring.
 TIME_METRICS = (
@@ -454,8 +457,9 @@ class ProfileTrigger:
           steps: number of steps in a profile.
         """
         config_rules.require({"train.profile_start": start, "train.profile_steps": steps})
-        self._workdir = os.fspath(workdir)
-        self._file = os.path.join(self._workdir, PROFILE_FILE)
+        self._workdir = self._traces = os.fspath(workdir)
+        self._file = remote.path_of(workdir) / PROFILE_FILE
+        self._looked = -_LOOK_EVERY
         self._start = start
         self._steps = steps
         self._last: int | None = None  # last step of the current profile
@@ -465,14 +469,27 @@ class ProfileTrigger:
         """Starts a profile if one is due; to call before each step."""
         if not self._first_host or self._last is not None:
             return
-        asked = os.path.exists(self._file)
+        asked = self._is_asked()
         if not asked and (step != self._start or self._start == 0):
             return
         if asked:
-            os.remove(self._file)
+            self._file.unlink()
         self._last = step + self._steps - 1
         logging.info("Profiling steps %d to %d into %s", step, self._last, self._workdir)
-        jax.profiler.start_trace(self._workdir)
+        if remote.is_remote(self._workdir):  # the profiler writes to this machine only
+            self._traces = tempfile.mkdtemp()
+        jax.profiler.start_trace(self._traces)
+
+    def _is_asked(self) -> bool:
+        """Looks for the file; in a bucket not at every step, and a request may fail."""
+        if not remote.is_remote(self._workdir):
+            return self._file.exists()
+        if time.monotonic() - self._looked < _LOOK_EVERY:
+            return False
+        self._looked = time.monotonic()
+        with contextlib.suppress(Exception):
+            return self._file.exists()
+        return False
 
     def after(self, step: int, results: Any = None) -> None:
         """Ends the profile after its last step, whose `results` it waits for."""
@@ -485,4 +502,7 @@ class ProfileTrigger:
         if self._last is not None:
             self._last = None
             jax.profiler.stop_trace()
+            if remote.is_remote(self._workdir):
+                remote.upload(self._traces, self._workdir)
+                shutil.rmtree(self._traces)
             logging.info("Profile written to %s/plugins/profile", self._workdir)

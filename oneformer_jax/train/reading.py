@@ -145,7 +145,12 @@ def read_state(path: str | os.PathLike[str], target: Mapping[str, Any]) -> dict[
     _check_same_tree(path, saved, wanted)
     with reporting_damage(path):
         arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-        state = ocp.PyTreeCheckpointer().restore(
+        # Its default would want Orbax's own mark of the end, which a copy into a bucket lacks.
+        checkpointer = ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(),
+            temporary_path_class=ocp.path.atomicity.AtomicRenameTemporaryPath,
+        )
+        state = checkpointer.restore(
             folders.literal(path / "state"),
             args=ocp.args.PyTreeRestore(wanted, restore_args=arguments),
         )

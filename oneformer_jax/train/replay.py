@@ -8,6 +8,7 @@ workdir/nonfinite/<step>/
 
 from __future__ import annotations
 
+import io
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from ml_collections import ConfigDict
 
-from oneformer_jax import config_rules
+from oneformer_jax import config_rules, files, remote
 from oneformer_jax.files import first_few
 from oneformer_jax.train import descriptions, observe, reading, settings, sharding, stores
 from oneformer_jax.train import state as states
@@ -100,9 +101,10 @@ def write(
 ) -> pathlib.Path:
     """Writes what a replay of the step needs; every process must call it. Returns the folder."""
     folder = folders.locate(workdir) / FOLDER / str(error.step)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"batch.{jax.process_index()}.npz").open("wb") as file:
-        np.savez(file, **{name: np.asarray(value) for name, value in batch.items()})
+    files.make_folder(folder)
+    content = io.BytesIO()
+    np.savez(content, **{name: np.asarray(value) for name, value in batch.items()})
+    files.write_atomically(folder / f"batch.{jax.process_index()}.npz", content.getvalue())
     if jax.process_index() == 0:
         terms = {name: repr(value) for name, value in error.terms.items()}
         report = dict(step=error.step, terms=terms, records=error.records, images=error.images)
@@ -173,6 +175,7 @@ def find_record(workdir: str, step: int | None = None) -> pathlib.Path:
     Raises:
       CheckpointError: nothing was recorded, or not that step.
     """
+    remote.check(workdir)
     parent = folders.locate(workdir) / FOLDER
     steps = []
     if parent.exists():

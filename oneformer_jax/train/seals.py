@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 
 SEAL_FILE = "SHA256SUMS"
 SCORES_FILE = "scores.json"
@@ -38,6 +38,8 @@ def _list(folder: pathlib.Path) -> list[str]:
       SealError: one is a pipe, a device or a link to a folder; reading it might never end.
     """
     names = []
+    if remote.is_remote(folder):
+        return sorted(remote.sizes(folder).keys() - {SEAL_FILE, SCORES_FILE})
     for place, folders, found in os.walk(folder):
         for name in (*folders, *found):
             path = pathlib.Path(place, name)
@@ -51,7 +53,7 @@ def _list(folder: pathlib.Path) -> list[str]:
 
 
 def _digest(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -13,10 +13,12 @@ compressors, formats). A size is used only after the bytes on the disk allow for
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import itertools
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import jax
@@ -25,7 +27,7 @@ import msgspec
 import numpy as np
 import tensorstore as ts
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 
 TREE_FILE = "_METADATA"
 _TYPES = {
@@ -41,6 +43,8 @@ _ZARRAY_LIMIT = 1 << 16  # bytes
 # Weights hardly shrink when compressed: a store above this ratio of its size on the disk, and above
 # this size, is a bomb.
 _MAX_RATIO, _SMALL = 64, 1 << 30
+_AHEAD, _AHEAD_BYTES = 128, 256 << 20  # reads that are under way together
+_THREADS = 16
 _ZSTD_MAGIC, _ZSTD_BLOCK = b"\x28\xb5\x2f\xfd", 128 << 10
 
 
@@ -119,7 +123,13 @@ Tree = dict[str, Any]  # nested by names; leaves are jax.ShapeDtypeStruct or arr
 
 
 def _open(store: pathlib.Path) -> ts.KvStore:
-    spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{store}/"}}
+    spec = {"driver": "ocdbt", "base": remote.tensorstore_spec(store)}
+    if remote.is_remote(store):  # small neighbours come with one request
+        spec |= {
+            "experimental_read_coalescing_threshold_bytes": 1 << 20,
+            "experimental_read_coalescing_merged_bytes": 64 << 20,
+            "experimental_read_coalescing_interval": "5ms",
+        }
     # One cache for all arrays, or each would read the index again.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 100 << 20}})
     return ts.KvStore.open(spec, context=context).result()
@@ -187,7 +197,10 @@ def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 def check_sizes(store: pathlib.Path, tree: Tree) -> None:
     """Raises StoreError if the arrays of `tree` are far too large for their files."""
     claimed = sum(math.prod(x.shape) * x.dtype.itemsize for _, x in leaves(tree))
-    there = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    if remote.is_remote(store):
+        there = sum(remote.sizes(store).values())
+    else:
+        there = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     if claimed > max(_SMALL, _MAX_RATIO * there):
         raise StoreError(f"{store} says arrays of {claimed:,} bytes, but its files have {there:,}")
 
@@ -204,21 +217,49 @@ def check_chunks(store: pathlib.Path, tree: Tree, part: int = 0, parts: int = 1)
       StoreError: names the array.
     """
     keys = _open(store)
-    for path, leaf in list(leaves(tree))[part::parts]:
-        where = f"{store}: {_name(path)}"
-        array = _zarray(keys.read(f"{_name(path)}/.zarray").result(), f"{where}/.zarray")
-        if (tuple(array.shape), _TYPES[array.dtype]) != (leaf.shape, leaf.dtype):
-            raise StoreError(f"{where} has changed since it was described")
-        size = math.prod(array.chunks) * leaf.dtype.itemsize
-        grid = [range(-(-n // c)) for n, c in zip(array.shape, array.chunks, strict=True)]
-        for position in itertools.product(*grid):
-            key = ".".join(map(str, position)) or "0"
-            read = keys.read(f"{_name(path)}/{key}").result()
-            if read.state != "value":
-                raise StoreError(f"{where} lacks its chunk {key}")
-            reason = _wrong_size(read.value, size, array.compressor is not None)
-            if reason:
-                raise StoreError(f"{where}, chunk {key}, {reason}")
+    mine = dict(list(leaves(tree))[part::parts])
+
+    def chunks() -> Iterator[tuple[Any, int, Any]]:
+        described = ((path, 0, (keys.read, f"{_name(path)}/.zarray")) for path in mine)
+        for path, read in _read_ahead(described):
+            where, leaf = f"{store}: {_name(path)}", mine[path]
+            array = _zarray(read, f"{where}/.zarray")
+            if (tuple(array.shape), _TYPES[array.dtype]) != (leaf.shape, leaf.dtype):
+                raise StoreError(f"{where} has changed since it was described")
+            size = math.prod(array.chunks) * leaf.dtype.itemsize
+            grid = [range(-(-n // c)) for n, c in zip(array.shape, array.chunks, strict=True)]
+            for position in itertools.product(*grid):
+                key = ".".join(map(str, position)) or "0"
+                name = (where, key, size, array.compressor is not None)
+                yield name, size, (keys.read, f"{_name(path)}/{key}")
+
+    for (where, key, size, compressed), read in _read_ahead(chunks()):
+        if read.state != "value":
+            raise StoreError(f"{where} lacks its chunk {key}")
+        reason = _wrong_size(read.value, size, compressed)
+        if reason:
+            raise StoreError(f"{where}, chunk {key}, {reason}")
+
+
+def _read_ahead(reads: Iterable[tuple[Any, int, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Yields (name, result) of reads in order, while later ones are under way.
+
+    A bucket is far away: one read after the other would take minutes.
+
+    Args:
+      reads: name, size in bytes, (function that starts the read, its arguments).
+    """
+    started: collections.deque[tuple[Any, int, Any]] = collections.deque()
+    under_way = 0
+    for name, size, (start, *arguments) in reads:
+        while started and (under_way + size > _AHEAD_BYTES or len(started) >= _AHEAD):
+            first, first_size, future = started.popleft()
+            under_way -= first_size
+            yield first, future.result()
+        started.append((name, size, start(*arguments)))
+        under_way += size
+    for name, _, future in started:
+        yield name, future.result()
 
 
 def _wrong_size(chunk: bytes, size: int, compressed: bool) -> str:
@@ -259,28 +300,35 @@ def _frame_sizes(chunk: bytes) -> tuple[int, int]:
     return (stated if whole else -1), most
 
 
-def _array(keys: ts.KvStore, path: tuple[str, ...]) -> ts.TensorStore:
+def _arrays(store: pathlib.Path, tree: Tree) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Yields the arrays of `tree` with their paths."""
+    keys = _open(store)
     spec = {"driver": "zarr", "recheck_cached_data": "open"}
-    return ts.open(spec, kvstore=keys / f"{_name(path)}/", open=True).result()
+
+    def array(path: tuple[str, ...]) -> np.ndarray:
+        found = ts.open(spec, kvstore=keys / f"{_name(path)}/", open=True)
+        return found.result().read().result()
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        yield from _read_ahead(
+            (path, math.prod(leaf.shape) * leaf.dtype.itemsize, (pool.submit, array, path))
+            for path, leaf in leaves(tree)
+        )
 
 
 def unpack(store: pathlib.Path, tree: Tree) -> None:
-    """Unpacks the arrays of `tree`, one after another; raises TensorStore's error if one fails."""
-    keys = _open(store)
-    for path, _ in leaves(tree):
-        _array(keys, path).read().result()
+    """Unpacks the arrays of `tree`; raises TensorStore's error if one fails."""
+    for _ in _arrays(store, tree):
+        pass
 
 
 def read(store: pathlib.Path, tree: Tree) -> Tree:
     """Reads the arrays of `tree` (from `describe`, or a part of it) as NumPy arrays."""
-    keys = _open(store)
-    reading = {path: _array(keys, path).read() for path, _ in leaves(tree)}
+    found = dict(_arrays(store, tree))
 
     def gather(tree: Tree, path: tuple[str, ...] = ()) -> Tree:
         return {
-            key: gather(value, (*path, key))
-            if isinstance(value, Mapping)
-            else reading[*path, key].result()
+            key: gather(value, (*path, key)) if isinstance(value, Mapping) else found[*path, key]
             for key, value in tree.items()
         }
 

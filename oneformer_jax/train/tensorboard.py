@@ -30,9 +30,10 @@ from tensorboard.plugins.text import summary_v2 as text_summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 
 _CLU_BACK_END = "clu.metric_writers.summary_writer"
+_LARGE = 1 << 20  # bytes of an event file in a bucket, which is written anew at each flush
 _file_number = itertools.count()  # numbers the event files of one process and second
 
 
@@ -54,25 +55,33 @@ metric_writers, _stand_in = _import_clu()
 class SummaryWriter(metric_writers.MetricWriter):
     """Writes TensorBoard event files; every call is on disk when it returns.
 
+    In a bucket it is there after `flush`, and a file that is large is followed by another one: an
+    object cannot be appended to.
+
     Args:
       logdir: folder of the event files; made if missing.
       resume_step: TensorBoard is told to forget later steps in earlier files of `logdir`.
     """
 
     def __init__(self, logdir: str | os.PathLike, resume_step: int | None = None):
-        os.makedirs(logdir, exist_ok=True)
-        name = (
-            f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-            f".{next(_file_number)}"
-        )
-        self._file = open(os.path.join(logdir, name), "wb")  # noqa: SIM115 - closed by close()
-        self._records = RecordWriter(self._file)
-        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        files.make_folder(logdir)
+        self._logdir = logdir
+        self._begin_file()
         if resume_step is not None:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._write(
                 event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start)
             )
+
+    def _begin_file(self) -> None:
+        name = (
+            f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+            f".{next(_file_number)}"
+        )
+        path = os.path.join(self._logdir, name)
+        self._file = _open(path, "wb")
+        self._records = RecordWriter(self._file)
+        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def _write(self, event: event_pb2.Event) -> None:
         self._records.write(event.SerializeToString())
@@ -136,7 +145,10 @@ class SummaryWriter(metric_writers.MetricWriter):
         self._write_summary(0, hparams_summary.hparams_pb(plain))
 
     def flush(self):
-        self._file.flush()
+        _flush(self._file)
+        if remote.is_remote(self._logdir) and len(self._file) > _LARGE:
+            self._file.close()
+            self._begin_file()
 
     def close(self):
         self._file.close()
@@ -170,18 +182,18 @@ class JsonLinesWriter(metric_writers.MetricWriter):
     """
 
     def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        files.make_folder(os.path.dirname(path) or ".")
         self._written: set[tuple[int, frozenset[str]]] = set()  # step and names of lines kept
-        if resume_step is not None and os.path.exists(path):
+        if resume_step is not None and remote.path_of(path).exists():
             self._written = _keep_lines(path, resume_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = _open(path, "ab")
 
     def write_scalars(self, step, scalars):
         values = {name: _number(value) for name, value in scalars.items()}
         if (int(step), frozenset(values)) in self._written:
             return
         line = json.dumps({"step": int(step), "time": round(time.time(), 3), **values})
-        self._file.write(line + "\n")
+        self._file.write(f"{line}\n".encode())
         self._file.flush()
 
     def write_summaries(self, step, values, metadata=None):
@@ -206,10 +218,24 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         del hparams
 
     def flush(self):
-        self._file.flush()
+        _flush(self._file)
 
     def close(self):
         self._file.close()
+
+
+def _open(path: str | os.PathLike, mode: str) -> Any:
+    """Opens a file to write, "wb" or "ab"; the writer closes it."""
+    if remote.is_remote(path):
+        return remote.Growing(path, append=mode == "ab")
+    return open(path, mode)
+
+
+def _flush(file: Any) -> None:
+    """Brings all that was written to the disk, or into the bucket."""
+    file.flush()
+    if isinstance(file, remote.Growing):
+        file.store()
 
 
 def _number(value: Any) -> float | int | None:
@@ -225,7 +251,7 @@ def _keep_lines(path: str | os.PathLike, last_step: int) -> set[tuple[int, froze
     Returns the names in each line of that step.
     """
     kept, of_last = [], set()
-    with open(path, encoding="utf-8") as file:
+    with remote.path_of(path).open(encoding="utf-8") as file:
         for line in file:
             try:
                 values = json.loads(line)

@@ -28,15 +28,10 @@ from tests.eval.tiny_segmenter import (
     Fake,
     fake,
     picture,
+    predict_files,
     segmenter,
     state,
 )
-
-
-def predict_files(model, path, out, *rest, **options):
-    """Writes the results of an image file or a folder; returns the files."""
-    found = folders.find_images(path, out)
-    return list(folders.predict_files(model, found, out, *rest, **options).written)
 
 
 def test_panoptic_files_are_in_coco_format(tmp_path):
@@ -101,11 +96,11 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_text("old")
 
-    def fails(self, stream, **options):
-        pathlib.Path(stream).write_bytes(b"half")
+    def fails(self, data):
+        self.write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(Image.Image, "save", fails)
+    monkeypatch.setattr(pathlib.Path, "write_bytes", fails)
     with pytest.raises(OSError, match="disk full"):
         write.write_png(path, picture())
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -1,10 +1,12 @@
 """A tiny segmenter and what it gives, for the tests of prediction."""
 
 import functools
+import io
 
 import numpy as np
+from PIL import Image
 
-from oneformer_jax.eval import predict
+from oneformer_jax.eval import folder, predict
 from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.input_pipeline.records import RecordError
@@ -59,3 +61,18 @@ class Fake:
                 continue
             self.seen.append(record["file_name"])
             yield index, self.segment(record["image"], tasks)
+
+
+def predict_files(model, path, out, *rest, **options):
+    """Writes the results of an image file or a folder; returns the files."""
+    found = folder.find_images(path, out)
+    return list(folder.predict_files(model, found, out, *rest, **options).written)
+
+
+def assert_same_result(one, other):
+    """Two files of results have the same content; an overlay also tells of what it was made."""
+    if not one.name.endswith("_overlay.png"):
+        assert one.read_bytes() == other.read_bytes()
+        return
+    pictures = [np.asarray(Image.open(io.BytesIO(path.read_bytes()))) for path in (one, other)]
+    np.testing.assert_array_equal(*pictures)

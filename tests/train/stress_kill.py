@@ -42,7 +42,7 @@ class Job:
 
     def __init__(self, workdir, *overrides):
         command = [sys.executable, "-m", "tests.train.job", str(workdir), *SETTINGS, *overrides]
-        self.checkpoints = pathlib.Path(workdir) / CHECKPOINT_FOLDER
+        self.checkpoints = folders.locate(workdir) / CHECKPOINT_FOLDER
         self.output: list[str] = []
         self.start = 0.0  # seconds until the second step, that is with compiling the first
         self._began = time.monotonic()
@@ -83,6 +83,12 @@ class Job:
         except FileNotFoundError:
             return False
 
+    def finished_steps(self) -> list[int]:
+        try:
+            return folders.finished_steps(self.checkpoints)
+        except FileNotFoundError:
+            return []
+
     def is_evaluating(self) -> bool:
         """Whether the last thing that it said is that it evaluates."""
         return "Evaluating step" in "".join(self.output[-1:])
@@ -114,7 +120,7 @@ def assert_same_logs(workdir, expected) -> None:
     """The same values, and each step once; what the clock says may differ."""
     found, wanted = (
         [{name: v for name, v in line.items() if not name.startswith("time")} for line in lines]
-        for lines in (read_lines(pathlib.Path(workdir)), read_lines(pathlib.Path(expected)))
+        for lines in (read_lines(workdir), read_lines(expected))
     )
     assert found == wanted
 
@@ -156,25 +162,25 @@ def kill(job: Job, moment: str, rng: random.Random, start: float) -> str:
     return "training" if job.steps > 1 else "starting"  # the first one has to be compiled
 
 
-def stress(folder, kills: int, seed: int) -> dict[str, int]:
+def stress(folder, kills: int, seed: int, make_job=Job) -> dict[str, int]:
     """How many kills came where; AssertionError if weights or logs differ."""
-    rng, folder = random.Random(seed), pathlib.Path(folder)
+    rng, folder = random.Random(seed), folders.locate(folder)
     length = f"train.steps={STEPS_PER_KILL * kills}"
     began = time.monotonic()
-    undisturbed = Job(folder / "undisturbed", length)
+    undisturbed = make_job(folder / "undisturbed", length)
     assert undisturbed.finish() == 0, undisturbed.output
     print(f"undisturbed: {undisturbed.steps} steps, {time.monotonic() - began:.0f} s", flush=True)
 
     moments = itertools.cycle(("saving", "starting", "saving", "training", "evaluating"))
     where, start, done = collections.Counter(), 10.0, 0
     for number, moment in zip(range(1, kills + 1), moments, strict=False):
-        job = Job(folder / "killed", length)
+        job = make_job(folder / "killed", length)
         place = kill(job, moment, rng, start)
         start = job.start or start
         where[place] += 1
-        done = max([done, *folders.finished_steps(job.checkpoints)])
+        done = max([done, *job.finished_steps()])
         print(f"kill {number}: {place}, after {job.steps} steps; step {done} is saved", flush=True)
-    last = Job(folder / "killed", length)
+    last = make_job(folder / "killed", length)
     assert last.finish() == 0, last.output
     assert last.said(f"Resuming from step {done} ")(), last.output
     assert_same_weights(folder / "killed", folder / "undisturbed")

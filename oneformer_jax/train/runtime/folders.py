@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import pathlib
@@ -9,10 +10,11 @@ import re
 import shutil
 from collections.abc import Iterator
 
+import jax
 from absl import logging
 from etils import epath
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 
 CHECKPOINT_FOLDER = "checkpoints"
 # Orbax writes into a folder with this in its name and renames it when all files are complete.
@@ -36,14 +38,17 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
     """Gives the absolute path of a working directory or of a folder in it; "~" is expanded.
 
     Raises:
-      FolderError: a URL, or a path that TensorStore or Orbax misreads.
+      FolderError: a path that TensorStore or Orbax misreads, or a bucket that Orbax cannot use.
+      RemoteError: a URL that `remote.path_of` refuses.
     """
     text = os.fspath(path)
-    if "://" in text:
-        raise FolderError(
-            f"workdir {text} is a URL; use a folder that all hosts see, such as a network file "
-            "system or a mounted bucket"
-        )
+    if remote.is_remote(text):
+        if not text.startswith("gs://"):
+            raise FolderError(
+                f"workdir {text} cannot hold checkpoints: Orbax writes them to gs:// only; use "
+                "that, or a folder that all hosts see, such as a mounted bucket"
+            )
+        return remote.path_of(text)
     found = pathlib.Path(os.path.abspath(os.path.expanduser(text)))
     reason = _not_carried(found)
     if reason:
@@ -87,8 +92,8 @@ class _LiteralPath(type(epath.Path("/"))):
 
 
 def literal(path: pathlib.Path) -> epath.Path:
-    """Gives the path in the form for Orbax, see `_LiteralPath`."""
-    return _LiteralPath(path)
+    """Gives the path in the form for Orbax, see `_LiteralPath`; a URL has no patterns."""
+    return path if remote.is_remote(path) else _LiteralPath(path)
 
 
 def is_step(name: str) -> bool:
@@ -98,25 +103,67 @@ def is_step(name: str) -> bool:
 
 def is_complete(folder: pathlib.Path) -> bool:
     """Tells whether this is the folder of a complete checkpoint."""
-    return is_step(folder.name) and all((folder / part).exists() for part in PARTS)
+    if not is_step(folder.name):
+        return False
+    if remote.is_remote(folder):
+        return {*PARTS} <= {*remote.names(folder)} and not _marker(folder).exists()
+    return all((folder / part).exists() for part in PARTS)
 
 
 def finished_steps(directory: pathlib.Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending."""
-    return sorted(int(folder.name) for folder in directory.iterdir() if is_complete(folder))
+    return sorted(int(path.name) for path in _paths_in(directory) if is_complete(path))
+
+
+def _paths_in(directory: pathlib.Path) -> list[pathlib.Path]:
+    if remote.is_remote(directory):
+        return [directory / name for name in remote.names(directory)]
+    return list(directory.iterdir())
+
+
+# ------------------------------------------------------------------ saving and removing
+
+# A folder of this machine is written under another name and renamed. A bucket cannot rename: there
+# an object beside the folder, "<step>.unverified", says that the folder is no checkpoint (yet, or
+# any more).
+
+
+def _marker(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(folder.name + UNVERIFIED)
+
+
+def begin(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Names the folder to write the checkpoint of `step` into, which nobody takes for one yet."""
+    folder = directory / str(step)
+    if not remote.is_remote(folder):
+        return _marker(folder)
+    if jax.process_index() == 0:
+        files.write_atomically(_marker(folder), "")
+        with remote.reporting(folder):
+            remote.remove(folder)  # an interrupted save that could not be removed
+    return folder
+
+
+def commit(written: pathlib.Path, step: int) -> None:
+    """Makes what was written after `begin` the checkpoint of `step`."""
+    if remote.is_remote(written):
+        remote.remove(_marker(written))
+    else:
+        rename(written, str(step))
 
 
 def sweep(directory: pathlib.Path) -> None:
     """Removes the remains of an interrupted save, copy or removal."""
-    for path in directory.iterdir():
+    for path in _paths_in(directory):
         if _LEFT_OVER.match(path.name):
             logging.warning("Removing %s, left by an interrupted save.", path)
-            shutil.rmtree(path)
-        elif is_step(path.name) and not is_complete(path):
+            _remove_left_over(path)
+    for path in _paths_in(directory):  # without what a marker in a bucket took with it
+        if is_step(path.name) and not is_complete(path):
             name = f"{path.name}.incomplete"
             logging.warning("Checkpoint %s is incomplete; renamed to %s.", path, name)
             rename(path, name)
-        elif path.is_dir():
+        elif not remote.is_remote(path) and path.is_dir():
             sweep_files(path)
 
 
@@ -134,13 +181,19 @@ def sweep_files(folder: pathlib.Path, older_than: float = 0.0) -> None:
 def rename(folder: pathlib.Path, name: str) -> None:
     """Renames `folder`, replacing a folder of that name."""
     aside = folder.parent / name
+    if remote.is_remote(folder):
+        remote.remove(aside)
+        return remote.move(folder, aside)
     if aside.exists():
         shutil.rmtree(aside)
     folder.rename(aside)
 
 
 def remove(folder: pathlib.Path) -> None:
-    """Removes a checkpoint, after renaming it: a half-removed one is no checkpoint."""
+    """Removes a checkpoint, after renaming or marking it: a half-removed one is no checkpoint."""
+    if remote.is_remote(folder):
+        files.write_atomically(_marker(folder), "")
+        return _remove_left_over(_marker(folder))
     gone = folder.with_name(folder.name + DELETED)
     folder.rename(gone)
     shutil.rmtree(gone)
@@ -148,6 +201,16 @@ def remove(folder: pathlib.Path) -> None:
 
 def remove_unfinished(directory: pathlib.Path) -> None:
     """Removes the files of a failed save, which also frees their space."""
-    for path in directory.iterdir():
-        if UNVERIFIED in path.name:
-            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the next start removes the rest
+        for path in _paths_in(directory):
+            if UNVERIFIED in path.name:
+                _remove_left_over(path, ignore_errors=True)
+
+
+def _remove_left_over(path: pathlib.Path, ignore_errors: bool = False) -> None:
+    """Removes a folder that is no checkpoint; of a marker in a bucket its folder first."""
+    if not remote.is_remote(path):
+        return shutil.rmtree(path, ignore_errors)
+    if path.name.endswith(UNVERIFIED):
+        remote.remove(path.with_name(path.name.removesuffix(UNVERIFIED)))
+    remote.remove(path)

@@ -111,7 +111,7 @@ class Preemption:
                     threading.Thread(target=self._end_rest, daemon=True).start()
                 elif number == signal.SIGINT:
                     logging.warning("%s again: ending at once", name)
-                    _exit(INTERRUPTED)
+                    end_process(INTERRUPTED)
 
     def _end_rest(self) -> None:
         with self._lock:
@@ -126,7 +126,7 @@ class Preemption:
         except Exception as error:
             logging.error("The current save failed, the checkpoint before it is intact: %s", error)
             code = 1
-        _exit(code)
+        end_process(code)
 
     def rest(self, finish: Callable[[], None]) -> None:
         """Begins a rest, when nothing can be lost: a signal calls `finish` and ends the run."""
@@ -168,7 +168,7 @@ class Preemption:
         return stop
 
 
-def _exit(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     """Ends the process, and its loader processes, from any thread."""
     for child in multiprocessing.active_children():
         child.terminate()

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import shutil
 import socket
 import time
@@ -16,8 +17,8 @@ from typing import Any
 import jax
 from absl import logging
 
-from oneformer_jax import files
-from oneformer_jax.train.runtime import folders
+from oneformer_jax import files, remote
+from oneformer_jax.train.runtime import folders, lease, preemption
 from oneformer_jax.types import Metadata
 
 LOCK_FILE = "LOCK"
@@ -31,15 +32,19 @@ class WorkdirError(ValueError):
 def hold(workdir: str | os.PathLike) -> Iterator[None]:
     """Makes the folder and keeps other training runs out of it; the first process does it for all.
 
-    The lock is the kernel's, so it ends with the process.
+    The lock is the kernel's, so it ends with the process; that of a bucket is a `lease.Lease`.
 
     Raises:
       WorkdirError: another run holds it, or it cannot be written.
-      FolderError: see `folders.locate`.
+      FolderError, RemoteError: see `folders.locate` and `remote.check`.
     """
     folder = folders.locate(workdir)
     if jax.process_index() != 0:
         yield
+        return
+    if remote.is_remote(folder):
+        with _holding_in_bucket(folder):
+            yield
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,10 +58,7 @@ def hold(workdir: str | os.PathLike) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise WorkdirError(
-                f"workdir {folder} is in use by another run ({_owner(file.read())}); wait for it, "
-                "stop it, or use another --workdir"
-            ) from None
+            raise _in_use(folder, file.read()) from None
         except OSError as error:  # a file system without locks
             logging.warning(
                 "%s cannot be locked (%s): make sure that no second run uses it", folder, error
@@ -69,6 +71,35 @@ def hold(workdir: str | os.PathLike) -> Iterator[None]:
         file.truncate(0)
 
 
+@contextlib.contextmanager
+def _holding_in_bucket(folder: pathlib.Path) -> Iterator[None]:
+    remote.check(folder, writing=True)
+
+    def lost() -> None:
+        logging.error(
+            "Another run has taken over workdir %s, since this one showed no sign of life for more "
+            "than %.0f s: ending at once",
+            *(folder, lease.EXPIRES),
+        )
+        preemption.end_process(1)
+
+    try:
+        held = lease.Lease(folder, LOCK_FILE, lost)
+    except lease.Held as error:
+        raise _in_use(folder, error.text) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _in_use(folder: pathlib.Path, text: str) -> WorkdirError:
+    return WorkdirError(
+        f"workdir {folder} is in use by another run ({_owner(text)}); wait for it, stop it, or use "
+        "another --workdir"
+    )
+
+
 def _owner(text: str) -> str:
     try:
         found = json.loads(text)
@@ -79,7 +110,12 @@ def _owner(text: str) -> str:
 
 
 def check_room(workdir: str | os.PathLike, state: Any) -> None:
-    """Raises WorkdirError without room for one checkpoint of `state` (arrays or their shapes)."""
+    """Raises WorkdirError without room for one checkpoint of `state` (arrays or their shapes).
+
+    A bucket has no limit.
+    """
+    if remote.is_remote(workdir):
+        return
     need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(folders.locate(workdir)).free
     if free < need:
