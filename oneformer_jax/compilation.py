@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from absl import logging
 
+from oneformer_jax import files
+
 # A compilation that takes longer is announced, and its time is told.
 QUIET_SECONDS = 5.0
 
@@ -26,8 +28,7 @@ def keep_programs(folder: str = "") -> None:
         `oneformer_jax` in the user's folder of caches.
     """
     if folder or not jax.config.jax_compilation_cache_dir:
-        default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "oneformer_jax"
-        path = pathlib.Path(folder or default).expanduser()
+        path = pathlib.Path(folder or files.user_cache()).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(path))
 
 

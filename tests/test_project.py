@@ -32,6 +32,8 @@ MODULE_OF = {
     "pillow": "PIL",
     "tensorflow-datasets": "tensorflow_datasets",
 }
+# Of an extra: imported where it is used, and one line names the extra when it is missing.
+OPTIONAL = {"huggingface_hub"}
 # Declared although nothing here imports it: TFDS needs it to find the builders of a package.
 FOR_OTHERS = {"importlib_resources"}
 
@@ -112,8 +114,21 @@ def test_development_tools_have_both_bounds():
 
 def test_every_imported_package_is_declared():
     found = imported_packages()
-    missing = {name: where for name, where in found.items() if name not in declared_modules()}
+    declared = declared_modules() | OPTIONAL
+    missing = {name: where for name, where in found.items() if name not in declared}
     assert not missing, f"imported but not in requirements.txt: {missing}"
+
+
+def test_every_optional_package_is_of_an_extra_and_imported_in_functions_only():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = [line for extra, lines in extras.items() if extra != "dev" for line in lines]
+    assert {re.split(r"[<>=\[]", line)[0] for line in lines} >= OPTIONAL
+    for path in python_files(*CODE):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                text = ast.unparse(node)
+                assert not any(name in text for name in OPTIONAL), f"{path}: {text}"
 
 
 def test_every_declared_package_is_used():

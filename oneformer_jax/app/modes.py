@@ -21,6 +21,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     from oneformer_jax.input_pipeline import loader, statistics, tokenizer
     from oneformer_jax.train import loop
 
+    config = data.with_architecture(config, workdir)
     source, info = data.open_split(config, config.dataset.train_split)
     if data.process()[0] == 0:
         for remark in statistics.remarks(source, info):
@@ -77,25 +78,39 @@ def predict(
         print(f"  {file}")
 
 
-def convert(source: str, output: str, form: str = "workdir", model: str | None = None) -> None:
-    """Converts weights between this program's workdirs and the files of other programs."""
-    import oneformer_jax
-    from oneformer_jax.train import checkpoint
-    from oneformer_jax.weights import convert, files
+def convert(
+    source: str,
+    output: str,
+    form: str = "workdir",
+    model: str | None = None,
+    push: str | None = None,
+    license: str = "",
+) -> None:
+    """Converts weights between this program's workdirs and the files of other programs.
 
-    if files.is_foreign(source):
-        found = convert.read_model(source, config=model)
+    With `push`, a name on the Hugging Face hub, the written folder goes there, too.
+    """
+    import oneformer_jax
+    from oneformer_jax.app import publish
+    from oneformer_jax.train import checkpoint
+    from oneformer_jax.weights import convert, fetch, files
+
+    if push:
+        publish.check(push, form)
+    path = fetch.local_path(source)
+    if files.is_foreign(path):
+        found = convert.read_model(path, config=model)
         print(found.summary())
         trained = checkpoint.Trained(
             found.config.to_dict(),
             found.params,
             found.stats,
-            oneformer_jax.classes_of(found, source),
+            oneformer_jax.classes_of(found, path),
             {"eval": found.settings},
             step=0,
         )
     else:
-        trained = checkpoint.load_for_inference(source)
+        trained = checkpoint.load_for_inference(path)
     if form == "workdir":
         checkpoint.write_converted(output, trained)
     else:
@@ -108,7 +123,9 @@ def convert(source: str, output: str, form: str = "workdir", model: str | None =
             metadata=trained.metadata,
             settings=trained.settings["eval"],
         )
-    print(f"{source} is converted to {output}")
+    print(f"{fetch.shown(source)} is converted to {output}")
+    if push:
+        print(publish.push(output, push, trained, path, license))
 
 
 def prepare(
@@ -165,6 +182,7 @@ def replay(config: ConfigDict, workdir: str, step: int | None = None) -> None:
     from oneformer_jax.input_pipeline import tokenizer
     from oneformer_jax.train import replay
 
+    config = data.with_architecture(config, workdir)
     _, info = data.open_split(config, config.dataset.train_split)
     texts = tokenizer.text_table(info.class_names, config.data.text_template)
     settings = dict(metadata=data.metadata_of(info), text_table=texts)
@@ -180,6 +198,7 @@ def compile_programs(config: ConfigDict, **options: bool) -> bool:
     from oneformer_jax.input_pipeline import datasets, tokenizer
 
     compile.spare_the_host()
+    config = data.with_architecture(config)
     try:
         info = datasets.dataset_info(config.dataset.name)
     except ValueError:
