@@ -29,6 +29,7 @@ _MAY_DIFFER = (
     *("num_queries", "num_context", "queries", "query_loss"),
     *("encoder_layers", "query_init_layers", "decoder_layers"),
     *("text_width", "text_layers", "text_heads", "text_causal"),
+    "backbone.dilations",
 )
 
 
@@ -73,11 +74,11 @@ def take_architecture(
         else:
             mine = shown(config.model[key])
             conflicts[key] = f"model.{key} is {mine}, the checkpoint has {shown(value)}"
-    if found := _backbone_conflict(ours, theirs):
+    if found := _backbone_conflicts(ours.backbone, theirs.backbone):
         if config.model.backbone.to_dict() == base.model.backbone.to_dict():
             taken |= _named_backbone(theirs.backbone)
         else:
-            conflicts["backbone"] = found
+            conflicts |= found
     where = fetch.shown(name)
     hard = [text for key, text in conflicts.items() if key not in _MAY_DIFFER]
     if hard and not begun:
@@ -116,16 +117,18 @@ def _text_fields() -> list[str]:
     return [key for key in _MAY_DIFFER if key.startswith("text_")]
 
 
-def _backbone_conflict(ours: OneFormerConfig, theirs: OneFormerConfig) -> str:
-    """Names the differences of two backbones, or "" if their arrays are the same."""
-    mine, there = (_shaping(model.backbone) for model in (ours, theirs))
+def _backbone_conflicts(ours: Any, theirs: Any) -> dict[str, str]:
+    """Names the fields in which two backbones differ, with both values."""
+    mine, there = _shaping(ours), _shaping(theirs)
     if mine["kind"] != there["kind"]:
-        return f"model.backbone is a {mine['kind']}, the checkpoint has a {there['kind']}"
-    return "; ".join(
-        f"model.backbone has {key}={shown(mine[key])}, the checkpoint {key}={shown(value)}"
+        text = f"model.backbone is a {mine['kind']}, the checkpoint has a {there['kind']}"
+        return {"backbone": text}
+    return {
+        f"backbone.{key}": f"model.backbone has {key}={shown(mine[key])}, the checkpoint has "
+        f"{shown(value)}"
         for key, value in there.items()
         if mine[key] != value
-    )
+    }
 
 
 def _shaping(backbone: Any) -> dict[str, Any]:

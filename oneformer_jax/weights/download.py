@@ -1,5 +1,6 @@
 """Files from the web and from buckets, kept in the user's folder of caches.
 
+cache/weights/<digest of the address>.lock
 cache/weights/<digest of the address>/
   NAME              the file, whole
   NAME.json         its `_Record`
@@ -102,10 +103,15 @@ def offline() -> bool:
 
 def shown(address: str) -> str:
     """Returns an address without user, password, query and fragment, which may be secret."""
-    parts = urllib.parse.urlsplit(address)
-    host = parts.netloc.rpartition("@")[2]
-    more = "?..." if parts.query else ""
-    return f"{parts.scheme}://{host}{parts.path}{more}"
+    scheme, _, rest = address.partition("://")
+    host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
+    more = "?..." if "?" in rest.partition("#")[0] else ""
+    return plain(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{more}")
+
+
+def plain(text: str) -> str:
+    """Returns a text in one line of at most 300 characters."""
+    return text if text.isprintable() and len(text) <= 300 else repr(text[:300])
 
 
 def from_web(address: str) -> pathlib.Path:
@@ -115,7 +121,10 @@ def from_web(address: str) -> pathlib.Path:
       FileError: an address that is not safe or not there, no network, or other content.
     """
     where = shown(address)
-    parts = urllib.parse.urlsplit(address)
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError as error:
+        raise FileError(f"{where} is no web address: {error}") from None
     if "@" in parts.netloc:
         raise FileError(
             f"{where}: an address with a password ends up in logs; leave it out, and put it into "
@@ -169,7 +178,7 @@ def _kept(address: str, remote: _Remote, pinned: str) -> pathlib.Path:
     target = files.user_cache() / "weights" / digest / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(target.parent / "LOCK"):
+        with filelock.FileLock(target.parent.with_suffix(".lock")):
             return _current(target, remote, pinned)
     except OSError as error:
         reason = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"fails ({error})"
@@ -217,11 +226,11 @@ def _fetch(
         logging.info("%s: the server tells no versions; the file of the cache is used", target)
         return target
     part = target.with_name(f"{target.name}.part")
-    failures, before = 0, -1
+    failures = before = 0
     while True:
         start, tag = _begun(part)
-        failures = 0 if start > before >= 0 else failures
-        before = start
+        failures = 0 if start > before else failures  # a new byte came
+        before = max(start, before)
         if kept is not None and not pinned and not start:
             start, tag = -1, kept.tag
         try:
@@ -290,6 +299,8 @@ def _receive(part: pathlib.Path, stream: _Stream, address: str, pinned: str) -> 
                         f"{address} sends more than {stream.size or MOST_BYTES:,} bytes"
                     )
         size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it gets its name
     if stream.size is not None and size < stream.size:
         raise _Passing(f"the connection broke after {size:,} of {stream.size:,} bytes")
     for wanted, who in ((pinned, "#sha256= of the address"), (stream.sha256, "the server")):
@@ -373,7 +384,9 @@ def _open_web(session: _Session, address: str, start: int, tag: str) -> Iterator
         raise _Passing("there was no answer in time") from None
     except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
         raise _Passing("there was no connection, or it broke") from None
-    except requests.RequestException as error:  # its text may have the whole address
+    except FileError:
+        raise
+    except (requests.RequestException, ValueError) as error:  # its text may have the whole address
         raise FileError(f"{where} cannot be fetched ({type(error).__name__})") from None
 
 

@@ -44,14 +44,17 @@ def local_path(name: str | os.PathLike[str]) -> pathlib.Path:
 
         if scheme in ("http", "https"):
             return download.from_web(text)
-        if scheme in ("gs", "gcs", "s3"):
+        if scheme in ("gs", "gcs", "s3") and "::" not in text:  # which fsspec reads as a chain
             return download.from_bucket(text)
         raise FileError(f"{download.shown(text)} is of no known kind; accepted are {FORMS}")
     match = _HUB_NAME.fullmatch(text)
     owner = text.split("/")[0]
     here = owner in (".", "..", "~") or (os.path.isdir(owner) and not found)
     if match is None or here or text.endswith(_ENDINGS):
-        raise FileError(f"{text} does not exist{_similar(path)}; accepted are {FORMS}")
+        hint = f" (hf://{match[0]} is that of the hub)" if match and here else ""
+        from oneformer_jax.weights.download import plain
+
+        raise FileError(f"{plain(text)} does not exist{_similar(path)}{hint}; accepted are {FORMS}")
     from oneformer_jax.weights import hub
 
     try:

@@ -4,14 +4,17 @@ import base64
 import hashlib
 import logging
 import os
+import pathlib
 import re
 import threading
 from typing import ClassVar
 
 import fsspec
+import hypothesis.strategies
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
+from hypothesis import given
 
 import oneformer_jax
 from oneformer_jax.files import FileError
@@ -81,7 +84,8 @@ def test_names_of_the_hub(name, expected, tmp_path, monkeypatch):
     [
         *("nowhere", "", "a/b/c", "/no/where", "./a/b", "../a", "runs/synthetik", "a/b.pth"),
         *("a b/c", "a/b@", "a/b@x y", "x" * 5000, "a\0b", "a/\n", "@v1", "ftp://host/file"),
-        *("file:///etc/passwd", "memory://x", "hf://a", "hf://a/b/c", "://", "C:\\weights"),
+        *("file:///etc/passwd", "memory://x", "gs://a::file:///etc/passwd", "C:\\weights"),
+        *("hf://a", "hf://a/b/c", "://", "a/b\n", "x\ny"),
     ],
 )
 def test_any_other_text_is_one_line_with_all_forms(name, tmp_path, monkeypatch):
@@ -90,10 +94,32 @@ def test_any_other_text_is_one_line_with_all_forms(name, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(FileError) as caught:
         fetch.local_path(name)
+    assert "\n" not in str(caught.value)
     for form in ("workdir", ".pth", "Hugging Face folder", "OWNER/NAME@REVISION", "https://", "gs"):
         assert form in str(caught.value)
-    if name == "runs/synthetik":
+    if name.startswith("runs/"):
+        assert "(hf://runs/synthetik is that of the hub)" in str(caught.value)
         assert "did you mean 'synthetic'" in str(caught.value)
+
+
+@given(
+    hypothesis.strategies.sampled_from(["https://", "http://", "gs://", "hf://", ""]),
+    hypothesis.strategies.text(),
+)
+def test_any_text_at_all_is_a_path_or_one_line(scheme, text):
+    def refused(*_, **__):
+        raise download.requests.ConnectionError("secret")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download.requests.Session, "send", refused)
+        patch.setattr(download, "from_bucket", lambda address: pathlib.Path(address))
+        patch.setattr(download, "pause", lambda _: None)
+        patch.setattr(hub, "fetch", lambda *given: pathlib.Path(given[0]))
+        try:
+            assert isinstance(fetch.local_path(scheme + text), pathlib.Path)
+        except FileError as error:
+            assert "secret" not in str(error)
+            assert "\n" not in str(error) and len(str(error)) < 1500
 
 
 def test_the_public_load_names_all_forms(tmp_path):
@@ -119,7 +145,7 @@ def test_a_file_of_the_web_is_kept_and_asked_for_again_only_if_it_changed(server
     assert gets(server)[1]["If-None-Match"] == '"one"'
     server.web["/web/model.pth"] = File(b"new", '"two"')
     assert fetch.local_path(url).read_bytes() == b"new"
-    assert sorted(os.listdir(path.parent)) == ["LOCK", "model.pth", "model.pth.json"]
+    assert sorted(os.listdir(path.parent)) == ["model.pth", "model.pth.json"]
 
 
 def test_a_broken_connection_goes_on_where_it_broke(server):
@@ -189,8 +215,8 @@ def test_another_checksum_is_refused_and_nothing_is_kept(server, header, value):
     url = serve(server, headers={header: value} if header else {})
     url += "" if header else f"#sha256={'0' * 64}"
     one_line(lambda: fetch.local_path(url), f"has SHA-256 {SHA}", "0" * 64, "not kept")
-    folder = next(download.files.user_cache().rglob("LOCK")).parent
-    assert not any(name.name in ("model.pth", "model.pth.part") for name in folder.iterdir())
+    kept = [path.name for path in download.files.user_cache().rglob("*")]
+    assert "model.pth" not in kept and "model.pth.part" not in kept
 
 
 def test_a_checksum_of_a_redirect_counts(server):

@@ -12,11 +12,14 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
+from ml_collections import ConfigDict
 
 import oneformer_jax
 from oneformer_jax.app import modes
+from oneformer_jax.configs import common
 from oneformer_jax.files import FileError
-from oneformer_jax.train import checkpoint
+from oneformer_jax.models import functional
+from oneformer_jax.train import checkpoint, start
 from oneformer_jax.weights import convert, fetch, files, hub
 from tests import tiny
 from tests.weights.hub_server import Model
@@ -269,6 +272,24 @@ def test_conversion_takes_a_name(published, tmp_path, capsys):
     modes.convert(NAME, str(tmp_path / "run"))
     assert f"{NAME} is converted to" in capsys.readouterr().out
     assert checkpoint.load_for_inference(tmp_path / "run").metadata == tiny.metadata()
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "backbone"])
+def test_a_run_starts_from_a_name(published, model, key):
+    config, _ = model
+    trees = functional.abstract(config, training=True)[1:]
+    init = ConfigDict({"checkpoint": "", "backbone": ""} | {key: NAME})
+    found = start.read_start(init, *trees, "resnet")
+    name = "backbone.stem.conv1.kernel"
+    assert found.arrays[name]().shape == dict(convert.leaves(trees))[name].shape
+
+
+def test_a_run_takes_the_architecture_of_a_name(published, model):
+    config = common.get_base()
+    config.init.checkpoint = NAME
+    taken = start.take_architecture(config, common.get_base())
+    assert taken.model.hidden_dim == model[0].hidden_dim
+    assert taken.model.num_queries == model[0].num_queries
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from oneformer_jax import config_rules
+from oneformer_jax import catalogue, config_rules
 from oneformer_jax.app import data, modes
 from oneformer_jax.configs import common
 from oneformer_jax.models import backbones
@@ -115,12 +115,48 @@ def test_a_contradiction_is_an_error_with_both_values(tmp_path, key, value, ther
         assert f"init.checkpoint={path}" in message and "\n" not in message
 
 
+def recipe(name: str) -> ConfigDict:
+    """The config of a published model."""
+    found = common.get_published(catalogue.named(name))
+    found.init.checkpoint = "x"
+    return found
+
+
+def test_the_recipe_of_a_published_model_is_its_architecture(monkeypatch, caplog):
+    for row in catalogue.MODELS:
+        model = OneFormerConfig.published(row.name)
+        monkeypatch.setattr(start, "_architecture", lambda *_, model=model: (model, True))
+        with caplog.at_level(logging.INFO, logger="absl"):
+            assert take(recipe(row.name)) == dataclasses.replace(model, num_classes=1), row.name
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("run", "pretrained"),
+    [
+        ("ade20k:dinat_large,res=1280,pretrain=coco", "coco:dinat_large"),
+        ("ade20k:internimage_huge,head=1024,pretrain=coco", "coco:internimage_huge,head=1024"),
+        *(
+            (
+                f"cityscapes:convnext_{size},pretrain=mapillary",
+                f"mapillary:convnext_{size},for=cityscapes",
+            )
+            for size in ("large", "xlarge")
+        ),
+    ],
+)
+def test_the_recipes_that_begin_with_another_model_do(monkeypatch, run, pretrained):
+    model = OneFormerConfig.published(pretrained)
+    monkeypatch.setattr(start, "_architecture", lambda *_: (model, True))
+    assert take(recipe(run)) == dataclasses.replace(OneFormerConfig.published(run), num_classes=1)
+
+
 def test_another_backbone_is_a_contradiction(tmp_path):
     path = write(tmp_path, random_tensors(make("swin", **SIZES)[0]))
     given = config(path)
     with given.unlocked():
         given.model.backbone.name = "swin_tiny"
-    with pytest.raises(ValueError, match=r"model\.backbone has embed_dim=96, the checkpoint .*=8"):
+    with pytest.raises(ValueError, match=r"model\.backbone has embed_dim=96, the checkpoint has 8"):
         take(given)
     given.model.backbone.name = "convnext_large"
     with pytest.raises(ValueError, match="is a convnext, the checkpoint has a swin"):
