@@ -147,8 +147,10 @@ def get_base() -> ConfigDict:
 
     # What training starts from instead of random parameters; at most one of the two.
     c.init = ConfigDict()
-    c.init.backbone = ""  # file of a pre-trained backbone
-    c.init.checkpoint = ""  # file of a whole model; what differs in shape (classes) starts afresh
+    # Each a path, a model of the Hugging Face hub or an address, see docs/weights.md.
+    c.init.backbone = ""  # a pre-trained backbone
+    # A whole model: defaults of c.model give way to its architecture; other classes start afresh.
+    c.init.checkpoint = ""
 
     c.loss = ConfigDict()
     c.loss.class_weight = 2.0

@@ -1,7 +1,7 @@
 """OneFormer in JAX: one model for panoptic, instance and semantic segmentation.
 
     import oneformer_jax
-    segmenter = oneformer_jax.load("runs/synthetic")  # or an official .pth, or a HF folder
+    segmenter = oneformer_jax.load("runs/synthetic")  # or a .pth, a folder or a name of the HF hub
     segmentation = segmenter(image, task="panoptic")  # image: uint8 [H, W, 3], RGB
     segmentation.overlay()
     segmenter(image, task="all")  # {"panoptic": ..., "instance": ..., "semantic": ...}
@@ -49,7 +49,7 @@ def load(
     mesh: Mesh | None = None,
     **overrides: Any,
 ) -> Segmenter:
-    """Loads a `Segmenter` from a trained workdir, an official checkpoint or a Hugging Face folder.
+    """Loads a `Segmenter` from a trained workdir, an official checkpoint or a Hugging Face model.
 
     Of other programs' files, the architecture is recognised from the tensors, the classes from
     their number, and thresholds, test size and dilations from the published model that has the same
@@ -58,7 +58,8 @@ def load(
 
     Args:
       path: a workdir or a folder `workdir/checkpoints/<step>`; an official `.pth`; a folder of
-        `transformers` (config.json, model.safetensors).
+        `transformers` (config.json, model.safetensors), or its name on the hub; an address of a
+        file (https, gs, s3): see `weights.fetch.local_path`.
       config: not for workdirs: the architecture, or the name of a published model such as
         "ade20k:dinat_large,res=1280", where the tensors alone do not tell.
       metadata: not for workdirs: the classes, or the name of a dataset.
@@ -85,9 +86,10 @@ def load(
     from oneformer_jax.models.execution import Execution
     from oneformer_jax.models.oneformer import OneFormerConfig
     from oneformer_jax.train.checkpoint import load_for_inference
-    from oneformer_jax.weights import convert, files
+    from oneformer_jax.weights import convert, fetch, files
 
     compilation.keep_programs()
+    path = fetch.local_path(path)
     if not files.is_foreign(path):
         if config is not None or metadata is not None:
             given = "config" if config is not None else "metadata"

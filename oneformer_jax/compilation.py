@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from absl import logging
 
+from oneformer_jax import files
+
 # A compilation that takes longer is announced, and its time is told.
 QUIET_SECONDS = 5.0
 
@@ -26,14 +28,8 @@ def keep_programs(folder: str = "") -> None:
         `oneformer_jax` in the user's folder of caches.
     """
     if folder or not jax.config.jax_compilation_cache_dir:
-        path = pathlib.Path(folder).expanduser() if folder else user_folder()
+        path = pathlib.Path(folder).expanduser() if folder else files.user_cache()
         jax.config.update("jax_compilation_cache_dir", str(path))
-
-
-def user_folder() -> pathlib.Path:
-    """Returns this program's place in the user's folder of caches."""
-    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return caches.expanduser() / "oneformer_jax"
 
 
 def compile_now(function: Any, *arguments: Any, name: str) -> Any:

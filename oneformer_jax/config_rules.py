@@ -73,6 +73,11 @@ _STEPS = 100_000_000
 _SELDOM = 1_000_000_000  # more than any run has: never
 _INTERVAL = Integer(0, _SELDOM, note=" (0: at the end only)")
 _FILE = Line("the path of a file", empty=True)
+_WEIGHTS = Matching(
+    "a path, a name of the hub, or an address without a password (~/.netrc is read)",
+    empty=True,
+    test=lambda text: re.match(r"\w+://[^/]*@", text) is None,
+)
 
 RULES: dict[str, Rule] = {
     "seed": Integer(0, 2**32 - 1),
@@ -141,8 +146,8 @@ RULES: dict[str, Rule] = {
     "kernels.points": Word(("auto", "xla", "pallas_tpu")),
     "kernels.assignment": Word(("scipy", "auto", "xla", "pallas_tpu", "pallas_gpu")),
     "kernels.calibrate": Flag(),
-    "init.backbone": _FILE,
-    "init.checkpoint": _FILE,
+    "init.backbone": _WEIGHTS,
+    "init.checkpoint": _WEIGHTS,
     "loss.class_weight": _WEIGHT,
     "loss.mask_weight": _WEIGHT,
     "loss.dice_weight": _WEIGHT,

@@ -206,6 +206,12 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         os.makedirs(path, exist_ok=True)
 
 
+def user_cache() -> pathlib.Path:
+    """Gives this program's folder among the user's caches; it need not exist yet."""
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return caches.expanduser() / "oneformer_jax"
+
+
 def first_few(items: Iterable[Any], shown: int = 5, separator: str = ", ") -> str:
     """Lists the first items and how many more there are: "a, b and 3 more"."""
     texts = [str(item) for item in items]

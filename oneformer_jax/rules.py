@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -235,10 +236,14 @@ class Fields(Rule):
 
 
 def shown(value: Any) -> str:
-    """Returns the value in a message: its repr, cut where it is long."""
+    """Returns the value in a message: its repr, cut where it is long.
+
+    Of an address, what may be secret is left out: a password, and what follows a "?".
+    """
     if isinstance(value, int) and value.bit_length() > 1000:  # too many digits for repr
         return f"an integer of {value.bit_length():,} bits"
-    text = repr(value)
+    text = re.sub(r"://[^/@\s]*@", "://...@", repr(value))
+    text = re.sub(r"(://[^\s?'\"]*\?)[^\s'\"]*", r"\1...", text)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 

@@ -236,6 +236,16 @@ def test_a_wrong_value_is_told_with_the_way_out(overrides, message, capsys):
     assert found.count("\n") == 1
 
 
+@pytest.mark.parametrize("key", ["init.checkpoint", "init.backbone"])
+@pytest.mark.parametrize("value", ["https://me:SECRET@host/a.pth", "https://host/a.pth?key=SECRET"])
+def test_what_is_secret_in_an_address_is_not_told(key, value, capsys):
+    both = {"init.checkpoint": "x", "init.backbone": "y"} | {key: value}
+    found = refusal(capsys, CONFIG, *(f"--config.{name}={one}" for name, one in both.items()))
+    assert "SECRET" not in found
+    if "@" in value:
+        assert f"--config.{key}='https://...@host/a.pth'" in found and "~/.netrc" in found
+
+
 def test_all_wrong_values_are_told_together(capsys):
     wrong = ("optim.lr=nan", "optim.b1=2", "seed=-1", "train.steps=0")
     lines = refusal(capsys, CONFIG, *(f"--config.{o}" for o in wrong)).splitlines()

@@ -25,7 +25,10 @@ RULES = {
         "absl clu etils flax jax ml_collections msgspec numpy optax orbax PIL tensorboard"
         " tensorstore",
     ),
-    "weights": ("weights models types", "flax jax msgspec numpy safetensors"),
+    "weights": (
+        "weights models types",
+        "absl filelock flax fsspec huggingface_hub jax msgspec numpy requests safetensors tqdm",
+    ),
     "eval": (
         "eval models types input_pipeline.images input_pipeline.resize input_pipeline.annotations"
         " input_pipeline.eval_loader",

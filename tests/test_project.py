@@ -55,11 +55,11 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
 
-def declared_modules() -> set[str]:
+def declared_modules(extras: bool = True) -> set[str]:
     """Modules of requirements.txt, and of the extras that the code imports where it uses them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = project["optional-dependencies"].items()
-    lines = [line for extra, tools in extras if extra not in FOR_DEVELOPERS for line in tools]
+    found = project["optional-dependencies"].items() if extras else ()
+    lines = [line for extra, tools in found if extra not in FOR_DEVELOPERS for line in tools]
     names = [parse(line)[0] for line in (*requirement_lines(), *lines)]
     return {MODULE_OF.get(name, name) for name in names}
 
@@ -120,6 +120,16 @@ def test_every_imported_package_is_declared():
     found = imported_packages()
     missing = {name: where for name, where in found.items() if name not in declared_modules()}
     assert not missing, f"imported but not in requirements.txt or an extra: {missing}"
+
+
+def test_packages_of_extras_are_imported_in_functions_only():
+    optional = declared_modules() - declared_modules(extras=False)
+    assert {"gcsfs", "huggingface_hub", "supervision"} <= optional
+    for path in python_files(*CODE):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                text = ast.unparse(node)
+                assert not any(name in text for name in optional - {"jax"}), f"{path}: {text}"
 
 
 def test_every_declared_package_is_used():

@@ -105,12 +105,18 @@ _OUTPUT = flags.DEFINE_string(
 _SOURCE = flags.DEFINE_string(
     "source",
     None,
-    "convert: an official .pth, a Hugging Face folder or a workdir. prepare: the folder of a "
-    "dataset's own files.",
+    "convert: a workdir, an official .pth, a Hugging Face folder, OWNER/NAME@REVISION of the hub, "
+    "or an address (https, gs, s3). prepare: the folder of a dataset's own files.",
 )
 _FORMAT = flags.DEFINE_enum("format", "workdir", FORMATS, "convert: what the output is to be.")
 _MODEL = flags.DEFINE_string(
     "model", None, "convert: the published model, where tensors do not tell, as coco:swin_large."
+)
+_PUSH = flags.DEFINE_string(
+    "push", None, "convert to hugging_face: the model on the hub, OWNER/NAME, where it goes."
+)
+_LICENSE = flags.DEFINE_string(
+    "license", "", "push: licence of the weights on their card, as apache-2.0."
 )
 _DATASET = flags.DEFINE_enum("dataset", None, OFFICIAL, "prepare: the dataset.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare: where the prepared files go.")
@@ -376,7 +382,8 @@ def main(argv: Sequence[str]) -> None:
         elif mode == "eval":
             modes.evaluate(config, _WORKDIR.value, _CHECKPOINT.value or "latest")
         elif mode == "convert":
-            modes.convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value)
+            published = (_PUSH.value, _LICENSE.value)
+            modes.convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value, *published)
         elif mode == "inspect":
             modes.inspect_data(config, _OUTPUT.value, limit=_LIMIT.value)
         else:

@@ -12,6 +12,14 @@ from ml_collections import ConfigDict
 from oneformer_jax import config_rules
 
 
+def with_architecture(config: ConfigDict, workdir: str | None = None) -> ConfigDict:
+    """Takes the architecture of `init.checkpoint`: see `train.start.take_architecture`."""
+    from oneformer_jax.configs import common
+    from oneformer_jax.train import start
+
+    return start.take_architecture(config, common.get_base(), workdir)
+
+
 def open_split(config: ConfigDict, split: str, **how: bool):
     """Returns source and table of one split of the config's dataset; prepares it if need be."""
     from oneformer_jax.input_pipeline import sources

@@ -23,6 +23,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     from oneformer_jax.input_pipeline import loader, statistics, tokenizer
     from oneformer_jax.train import loop
 
+    config = data.with_architecture(config, workdir)
     source, info = data.open_split(config, config.dataset.train_split)
     config = data.with_steps(config, source)
     if data.process()[0] == 0:
@@ -88,22 +89,27 @@ def predict(
     """
     import oneformer_jax
     from oneformer_jax.eval import folder
+    from oneformer_jax.train import settings as run_settings
+    from oneformer_jax.weights import fetch, files
 
-    chosen = _prediction_settings(settings or {}, weights)
     limit = {} if max_pixels is None else {"max_pixels": max_pixels}
     found = folder.find_images(image, output)
-    segmenter = oneformer_jax.load(weights, checkpoint=which, **chosen)
+    chosen, how = _prediction_settings(settings or {})
+    path = fetch.local_path(weights)
+    if how:
+        workdir = None if files.is_foreign(path) else os.fspath(path)
+        chosen["execution"] = run_settings.execution_of(workdir, how)
+    segmenter = oneformer_jax.load(path, checkpoint=which, **chosen)
     options = dict(threshold=threshold, overwrite=overwrite)
     report = folder.predict_files(segmenter, found, output, task, **limit, **options)
     skipped = f", {report.skipped} were done already" if report.skipped else ""
     print(f"{report.segmented} of {len(found)} images segmented{skipped}; results: {output}")
 
 
-def _prediction_settings(settings: Mapping[str, Any], weights: str) -> dict[str, Any]:
-    """Turns overridden keys into arguments of `oneformer_jax.load`."""
-    from oneformer_jax.train import settings as run_settings
-    from oneformer_jax.weights import files
-
+def _prediction_settings(
+    settings: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sorts overridden keys into settings of `oneformer_jax.load` and those of an `Execution`."""
     found: dict[str, Any] = {}
     how: dict[str, Any] = {}
     for key, value in settings.items():
@@ -121,34 +127,44 @@ def _prediction_settings(settings: Mapping[str, Any], weights: str) -> dict[str,
                 f"--config.{key} does nothing in prediction, which takes the model and its "
                 f"settings from the weights; these keys act: {', '.join(PREDICTION_KEYS)}"
             )
-    if how:
-        found["execution"] = run_settings.execution_of(
-            None if files.is_foreign(weights) else weights, how
-        )
-    return found
+    return found, how
 
 
-def convert(source: str, output: str, form: str = "workdir", model: str | None = None) -> None:
-    """Converts weights between this program's workdirs and the files of other programs."""
+def convert(
+    source: str,
+    output: str,
+    form: str = "workdir",
+    model: str | None = None,
+    push: str | None = None,
+    license: str = "",
+) -> None:
+    """Converts weights between this program's workdirs and the files of other programs.
+
+    With `push`, a name on the Hugging Face hub, the written folder goes there, too.
+    """
     import oneformer_jax
+    from oneformer_jax.app import publish
     from oneformer_jax.train import checkpoint
-    from oneformer_jax.weights import convert, files
+    from oneformer_jax.weights import convert, fetch, files
 
     if form != "workdir":
         remote.require_local(output, f"--output with --format={form}")
-    if files.is_foreign(source):
-        found = convert.read_model(source, config=model)
+    if push:
+        publish.check(push, form)
+    path = fetch.local_path(source)
+    if files.is_foreign(path):
+        found = convert.read_model(path, config=model)
         print(found.summary())
         trained = checkpoint.Trained(
             found.config.to_dict(),
             found.params,
             found.stats,
-            oneformer_jax.classes_of(found, source),
+            oneformer_jax.classes_of(found, path),
             {"eval": found.settings},
             step=0,
         )
     else:
-        trained = checkpoint.load_for_inference(source)
+        trained = checkpoint.load_for_inference(path)
     if form == "workdir":
         checkpoint.write_converted(output, trained)
     else:
@@ -161,7 +177,9 @@ def convert(source: str, output: str, form: str = "workdir", model: str | None =
             metadata=trained.metadata,
             settings=trained.settings["eval"],
         )
-    print(f"{source} is converted to {output}")
+    print(f"{fetch.shown(source)} is converted to {output}")
+    if push:
+        print(publish.push(output, push, trained, path, license))
 
 
 def prepare(
@@ -222,6 +240,7 @@ def replay(config: ConfigDict, workdir: str, step: int | None = None) -> None:
     from oneformer_jax.train import replay
 
     replay.find_record(workdir, step)  # before the data, which takes longer
+    config = data.with_architecture(config, workdir)
     _, info = data.open_split(config, config.dataset.train_split)
     texts = tokenizer.text_table(info.class_names, config.data.text_template)
     settings = dict(metadata=data.metadata_of(info), text_table=texts)
@@ -236,6 +255,7 @@ def compile_programs(config: ConfigDict, **options: bool) -> bool:
     from oneformer_jax.compile import compile, topologies
 
     compile.spare_the_host()
+    config = data.with_architecture(config)
     return compile.run(
         config,
         **_classes(config),
@@ -248,6 +268,7 @@ def calibrate(config: ConfigDict) -> None:
     """Prints which kernels are right and fastest here: see `train.kernel_choice.table`."""
     from oneformer_jax.train import kernel_choice
 
+    config = data.with_architecture(config)
     print(kernel_choice.table(config, **_classes(config)))
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from oneformer_jax import compilation, config_rules
+from oneformer_jax import config_rules, files
 from oneformer_jax.kernels import calibrate, choice, dispatch
 
 
@@ -100,6 +100,4 @@ def chooser(
     if not kernels.calibrate:
         return None
     everywhere = mesh is not None and len({d.process_index for d in mesh.devices.flat}) > 1
-    return calibrate.Chooser(
-        compilation.user_folder() / "kernels", everywhere=everywhere, **options
-    )
+    return calibrate.Chooser(files.user_cache() / "kernels", everywhere=everywhere, **options)

@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from oneformer_jax import config_rules, files, remote
+from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import descriptions, reading, seals, stores
 from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.reading import DamagedCheckpoint
@@ -373,6 +374,12 @@ def load_for_inference(
         arrays = stores.read(store, wanted)
     params, stats = _integer_keys(arrays[source]), _integer_keys(arrays["stats"])
     return Trained(model, params, stats, metadata, settings, int(folder.name))
+
+
+def read_architecture(path: str | os.PathLike[str]) -> OneFormerConfig:
+    """Reads the architecture of a model without its parameters; see `load_for_inference`."""
+    workdir, _ = find_checkpoint(path)
+    return OneFormerConfig.from_dict(descriptions.read_model(workdir))
 
 
 def write_converted(workdir: str | os.PathLike[str], trained: Trained) -> None:

@@ -142,17 +142,9 @@ class Evaluator:
 
     def finished(self, step: int) -> dict[str, float | None] | None:
         """Reads the metrics of an earlier start for `step`; None if this config has others."""
-        path = self._results_path(step)
-        if not path.exists():
+        result = read_results(self._workdir, step)
+        if result is None:
             return None
-        saved = descriptions.read_json(path, expected="results of an evaluation")
-        try:
-            result = EvalResult(**saved)
-        except TypeError as error:
-            raise descriptions.CheckpointError(
-                f"{path} holds no results of an evaluation ({error}); remove it, and the next "
-                "start writes it again"
-            ) from error
         asked = (self._protocol.name, self._tta is not None and "semantic" in self._tasks)
         if set(result.metrics) != set(metric_names(self._config, self._metadata)):
             return None
@@ -259,13 +251,30 @@ class Evaluator:
         }
 
     def _results_path(self, step: int) -> pathlib.Path:
-        return self._workdir / "eval" / str(step) / "results.json"
+        return results_path(self._workdir, step)
 
     def _table_path(self, step: int) -> pathlib.Path:
         return self._results_path(step).with_name("task_tokens.json")
 
     def _picture_path(self, step: int) -> pathlib.Path:
         return self._workdir / "pictures" / f"step_{step:07d}.png"
+
+
+def results_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
+    """Gives the place of the results of a step."""
+    return workdir / "eval" / str(step) / "results.json"
+
+
+def read_results(workdir: pathlib.Path, step: int) -> EvalResult | None:
+    """Reads the results of a step, None if it has none.
+
+    Raises:
+      CheckpointError: the file holds something else.
+    """
+    path = results_path(workdir, step)
+    if not path.exists():
+        return None
+    return descriptions.read_json(path, EvalResult, expected="results of an evaluation")
 
 
 def protocol_of(config: ConfigDict, metadata: Metadata) -> Protocol:

@@ -1,7 +1,8 @@
-"""The state of step 0 from files: `config.init.backbone` or `config.init.checkpoint`."""
+"""What a run starts from: the files of `config.init`, and the architecture of a whole model."""
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -12,9 +13,142 @@ from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
 from oneformer_jax.files import first_few
-from oneformer_jax.train import checkpoint
-from oneformer_jax.weights import files, names, start
+from oneformer_jax.models import backbones
+from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.rules import shown
+from oneformer_jax.train import checkpoint, descriptions, settings
+from oneformer_jax.train.runtime import folders
+from oneformer_jax.weights import convert, fetch, files, names, start
 from oneformer_jax.weights.start import Start
+
+# Fields of an architecture that a run may choose: no array has another shape by them.
+_OF_THE_RUN = ("encoder_dropout", "query_init_dropout")
+_OF_THE_RUN_IN_BACKBONES = ("drop_path_rate", "norm", "layer_scale_init")
+# Fields in which a run may differ from its checkpoint: a part starts afresh or is left out.
+_MAY_DIFFER = (
+    *("num_queries", "num_context", "queries", "query_loss"),
+    *("encoder_layers", "query_init_layers", "decoder_layers"),
+    *("text_width", "text_layers", "text_heads", "text_causal"),
+    "backbone.dilations",
+)
+
+
+def take_architecture(
+    config: ConfigDict, base: ConfigDict, workdir: str | os.PathLike[str] | None = None
+) -> ConfigDict:
+    """Returns a config whose defaults in `model` have given way to those of `init.checkpoint`.
+
+    What the config sets itself stays. Where the checkpoint has something else there, the log says
+    so if a training can start from it all the same. The number of classes is the dataset's; dropout
+    and the like are the run's.
+
+    Args:
+      config: see `configs/common.py`; it is left as it is.
+      base: the defaults.
+      workdir: of the run. One that has begun keeps its architecture, and the file is not read.
+
+    Raises:
+      ValueError: the checkpoint cannot be read, or it contradicts what the config sets; the message
+        has the keys with both values.
+    """
+    name = config.init.checkpoint
+    if not name or config.init.backbone:  # both: the rules of the config refuse that
+        return config
+    config = config.copy_and_resolve_references()
+    ours = settings.model_config(config, num_classes=1)
+    run = None if workdir is None else folders.locate(workdir)
+    begun = run is not None and (run / descriptions.MODEL_FILE).exists()
+    if begun:
+        theirs, text = OneFormerConfig.from_dict(descriptions.read_model(run)), True
+    else:
+        theirs, text = _architecture(name, ours, base)
+    taken: dict[str, Any] = {}
+    conflicts: dict[str, str] = {}
+    for key, value in theirs.to_dict().items():
+        skipped = key in ("num_classes", "backbone", *_OF_THE_RUN)
+        skipped |= not text and key in ("num_context", *_text_fields())
+        if skipped or value == config.model[key]:
+            continue
+        if config.model[key] == base.model[key]:
+            taken[f"model.{key}"] = value
+        else:
+            mine = shown(config.model[key])
+            conflicts[key] = f"model.{key} is {mine}, the checkpoint has {shown(value)}"
+    if found := _backbone_conflicts(ours.backbone, theirs.backbone):
+        if config.model.backbone.to_dict() == base.model.backbone.to_dict():
+            taken |= _named_backbone(theirs.backbone)
+        else:
+            conflicts |= found
+    where = fetch.shown(name)
+    hard = [text for key, text in conflicts.items() if key not in _MAY_DIFFER]
+    if hard and not begun:
+        raise ValueError(
+            f"init.checkpoint={where} has another architecture than this config: "
+            f"{first_few(hard, 10, '; ')}. Leave these keys out, since defaults give way to the "
+            "checkpoint, or take a config of its architecture"
+        )
+    for key, value in taken.items():
+        *groups, last = key.split(".")
+        functools.reduce(getattr, groups, config)[last] = value
+    if taken and not begun:
+        values = ", ".join(f"{key}={shown(value)}" for key, value in taken.items())
+        logging.info("From init.checkpoint=%s, in place of defaults: %s", where, values)
+    if conflicts and not begun:
+        logging.warning("init.checkpoint=%s differs: %s", where, "; ".join(conflicts.values()))
+    return config
+
+
+def _architecture(
+    name: str, ours: OneFormerConfig, base: ConfigDict
+) -> tuple[OneFormerConfig, bool]:
+    """The architecture of a checkpoint, and whether its text branch is there."""
+    path = fetch.local_path(name)
+    if not files.is_foreign(path):
+        return checkpoint.read_architecture(path), True
+    # What the tensors of other programs do not tell is as the config has it.
+    keys = ("num_heads", "encoder_points")
+    hints = {key: getattr(ours, key) for key in keys if getattr(ours, key) != base.model[key]}
+    if backbones.kind_of(ours.backbone) == "dinat":
+        hints["backbone"] = {"dilations": ours.backbone.dilations}
+    return convert.read_architecture(path, hints)
+
+
+def _text_fields() -> list[str]:
+    return [key for key in _MAY_DIFFER if key.startswith("text_")]
+
+
+def _backbone_conflicts(ours: Any, theirs: Any) -> dict[str, str]:
+    """Names the fields in which two backbones differ, with both values."""
+    mine, there = _shaping(ours), _shaping(theirs)
+    if mine["kind"] != there["kind"]:
+        text = f"model.backbone is a {mine['kind']}, the checkpoint has a {there['kind']}"
+        return {"backbone": text}
+    return {
+        f"backbone.{key}": f"model.backbone has {key}={shown(mine[key])}, the checkpoint has "
+        f"{shown(value)}"
+        for key, value in there.items()
+        if mine[key] != value
+    }
+
+
+def _shaping(backbone: Any) -> dict[str, Any]:
+    fields = backbones.to_dict(backbone)
+    return {key: v for key, v in fields.items() if key not in _OF_THE_RUN_IN_BACKBONES}
+
+
+def _named_backbone(backbone: Any) -> dict[str, Any]:
+    """Keys of a config that make this backbone: a published name if it has one."""
+    fields = backbones.to_dict(backbone)
+    kind = fields.pop("kind")
+    for name in backbones.PUBLISHED:
+        made = backbones.backbone_config(name)
+        if _shaping(made) == _shaping(backbone):
+            base = backbones.to_dict(made)
+            kind = name
+            fields = {key: value for key, value in fields.items() if base[key] != value}
+            break
+    overrides = ConfigDict(fields, convert_dict=False)
+    return {"model.backbone.name": kind, "model.backbone.overrides": overrides}
 
 
 def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> Start | None:
@@ -32,20 +166,20 @@ def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> St
     config_rules.require({"init.backbone": init.backbone, "init.checkpoint": init.checkpoint})
     expected = dict(names.flatten(params)) | dict(names.flatten(stats))
     if init.backbone:
-        return start.from_backbone(os.path.expanduser(init.backbone), expected, backbone)
+        return start.from_backbone(fetch.local_path(init.backbone), expected, backbone)
     if not init.checkpoint:
         return None
-    path = os.path.expanduser(init.checkpoint)
+    path = fetch.local_path(init.checkpoint)
     if files.is_foreign(path):
         return start.from_model(path, expected, backbone)
     trained = checkpoint.load_for_inference(path)
     values = dict(names.flatten(trained.params)) | dict(names.flatten(trained.stats))
-    return start.from_arrays(path, values, expected)
+    return start.from_arrays(str(path), values, expected)
 
 
 def log_start(found: Start, path: str) -> None:
     """Logs the arrays taken from `path`, and those that start afresh."""
-    logging.info("Starting from %s: %d arrays are taken", path, len(found.arrays))
+    logging.info("Starting from %s: %d arrays are taken", fetch.shown(path), len(found.arrays))
     reasons = dict.fromkeys(found.fresh.values())
     for reason in reasons:
         listed = [name for name, why in found.fresh.items() if why == reason]

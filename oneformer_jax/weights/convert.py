@@ -104,20 +104,15 @@ def read_model(
     file, shapes = found.file, found.shapes
     where = f"{file.path}: {files.OWN_KEY}"
     own = descriptions.read(file.own, where)
-    row, assumed = None, ()
+    row: catalogue.Published | None = None
+    assumed: tuple[str, ...] = ()
     if isinstance(config, str):
         row = catalogue.named(config)
         config = OneFormerConfig.published(row.name)
     elif config is None and own.model is not None:
         config = descriptions.model_config(_overridden(own.model, fields), where)
     if config is None:
-        config, row, assumed = architecture.recognise(
-            shapes,
-            path=file.path,
-            given=fields,
-            noted=hugging_face.noted(file.config, file.path) if file.config else {},
-            frozen_norm=_frozen_norm(found),
-        )
+        config, row, assumed = _recognise(found, fields)
     if row is None:
         row = next(iter(architecture.find(config, file.path)), None)
     # The scale belongs to the criterion, which a model without the text branch may have too.
@@ -145,6 +140,43 @@ def read_model(
         left_out=left_out,
         published=row.config if row else None,
         assumed=assumed,
+    )
+
+
+def read_architecture(
+    path: str | os.PathLike[str], hints: Mapping[str, Any]
+) -> tuple[OneFormerConfig, bool]:
+    """Reads the architecture of another program's model, but no values of its tensors.
+
+    Args:
+      path: see `read_model`.
+      hints: fields of `OneFormerConfig` that hold where the file does not tell them.
+
+    Returns:
+      The architecture, and whether the text branch is in the file.
+
+    Raises:
+      FileError: see `read_model`.
+    """
+    found = reading.read_model(path)
+    text = "text_encoder.positional_embedding" in found.shapes
+    where = f"{found.file.path}: {files.OWN_KEY}"
+    if (model := descriptions.read(found.file.own, where).model) is not None:
+        return descriptions.model_config(model, where), text
+    return _recognise(found, {}, hints).config, text
+
+
+def _recognise(
+    found: Reading, given: Mapping[str, Any], hints: Mapping[str, Any] | None = None
+) -> architecture.Found:
+    file = found.file
+    noted = hugging_face.noted(file.config, file.path) if file.config else {}
+    return architecture.recognise(
+        found.shapes,
+        path=file.path,
+        given=given,
+        noted={**(hints or {}), **noted},
+        frozen_norm=_frozen_norm(found),
     )
 
 

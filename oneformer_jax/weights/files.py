@@ -37,8 +37,12 @@ from oneformer_jax.weights.tensors import KINDS, Tensor, shape_problem, tensors_
 _STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
 # Key and metadata entry under which our own description of the model travels along.
 OWN_KEY = "oneformer_jax"
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
-_INDEX = tuple(f"{name}.index.json" for name in _SINGLE)
+CONFIG = "config.json"
+# Of a folder the first that is there is read: safetensors before pickles, whole before shards.
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 # Bytes of a description of a model: with names and colours of 10,000 classes it has one million.
 DESCRIPTION_LIMIT = 4 << 20
 _MAX_HEADER = 16 << 20  # of a safetensors file: room for 100,000 tensors
@@ -70,7 +74,7 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
     path = pathlib.Path(path).expanduser()
     if path.exists() and not path.is_dir():
         return True
-    return any((path / name).exists() for name in (*_SINGLE, *_INDEX))
+    return any((path / name).exists() for name in WEIGHTS)
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
@@ -97,18 +101,17 @@ class _Index(msgspec.Struct):
 
 
 def _open_folder(path: pathlib.Path) -> TensorFile:
-    names = [name for name in (*_SINGLE, *_INDEX) if (path / name).exists()]
-    if not names:
+    name = next((name for name in WEIGHTS if (path / name).exists()), None)
+    if name is None:
         raise FileError(
-            f"{path} holds none of {', '.join((*_SINGLE, *_INDEX))}; expected a Hugging Face "
+            f"{path} holds none of {', '.join(WEIGHTS)}; expected a Hugging Face "
             "folder, or a workdir of this program (model.json and checkpoints)"
         )
-    config: dict[str, Any] = read_json(_within(path, "config.json"), limit=DESCRIPTION_LIMIT)
-    # A file of all tensors before shards, safetensors before pickles.
-    if names[0] in _SINGLE:
-        tensors = _open_shard(_within(path, names[0]))
+    config: dict[str, Any] = read_json(_within(path, CONFIG), limit=DESCRIPTION_LIMIT)
+    if name.endswith(".json"):
+        tensors = _open_shards(path, _within(path, name))
     else:
-        tensors = _open_shards(path, _within(path, names[0]))
+        tensors = _open_shard(_within(path, name))
     own = path / f"{OWN_KEY}.json"
     described = (
         read_json(_within(path, own.name), limit=DESCRIPTION_LIMIT) if own.exists() else None
@@ -127,8 +130,12 @@ def _within(folder: pathlib.Path, name: str) -> pathlib.Path:
     return path
 
 
-def _open_shards(path: pathlib.Path, index: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of all shards of an index, each from the shard that the index names."""
+def read_index(index: pathlib.Path) -> dict[str, list[str]]:
+    """Reads an index: the tensors of each shard, by the name of a file beside the index.
+
+    Raises:
+      FileError: it is missing or damaged, or names what is no file of its own folder.
+    """
     shards: dict[str, list[str]] = {}
     for tensor, shard in read_json(index, _Index).weight_map.items():
         shards.setdefault(shard, []).append(tensor)
@@ -140,6 +147,12 @@ def _open_shards(path: pathlib.Path, index: pathlib.Path) -> dict[str, Tensor]:
             raise FileError(
                 f"{index} names the file {quoted(shard)}; it may name files of its own folder only"
             )
+    return shards
+
+
+def _open_shards(path: pathlib.Path, index: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of all shards of an index, each from the shard that the index names."""
+    shards = read_index(index)
     if missing := [shard for shard in sorted(shards) if not (path / shard).exists()]:
         raise FileError(f"{path} lacks {first_few(missing)}, which {index.name} names")
     tensors: dict[str, Tensor] = {}

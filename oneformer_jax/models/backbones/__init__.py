@@ -31,7 +31,7 @@ _KINDS = {
     "resnet": (ResNetConfig, ResNet),
 }
 
-_PUBLISHED = {
+PUBLISHED = {
     "swin_tiny": SwinConfig.tiny,
     "swin_large": SwinConfig.large,
     "convnext_large": ConvNeXtConfig.large,
@@ -44,10 +44,11 @@ _PUBLISHED = {
     "resnet101": ResNetConfig.r101,
 }
 
-NAMES = (*_PUBLISHED, *_KINDS)
+NAMES = (*PUBLISHED, *_KINDS)
 
 __all__ = [
     "NAMES",
+    "PUBLISHED",
     "BackboneConfig",
     "ConvNeXt",
     "ConvNeXtConfig",
@@ -80,8 +81,8 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
     Raises:
       ValueError: an unknown name or field, a missing field, or a value that a field can't have.
     """
-    if name in _PUBLISHED:
-        make = _PUBLISHED[name]
+    if name in PUBLISHED:
+        make = PUBLISHED[name]
         config_class = type(make())
     elif name in _KINDS:
         make = config_class = _KINDS[name][0]

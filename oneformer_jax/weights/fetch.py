@@ -1,0 +1,81 @@
+"""Names of weights that users give: a local path, a model of the hub, an address."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+
+from oneformer_jax import remote
+from oneformer_jax.files import FileError, did_you_mean
+
+FORMS = (
+    "a workdir or one of its checkpoints/STEP, an official .pth or another file of weights, a "
+    "Hugging Face folder, a model of the hub (OWNER/NAME or OWNER/NAME@REVISION), an https:// "
+    "address, or a gs:// or s3:// path"
+)
+_HUB_NAME = re.compile(
+    r"(?:hf://)?([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}?)(?:@([\w./-]{1,255}))?", re.A
+)
+_ENDINGS = (".pth", ".pt", ".pkl", ".bin", ".safetensors", ".json")
+
+
+def local_path(name: str | os.PathLike[str]) -> pathlib.Path:
+    """Gives the local path of weights; what is elsewhere is fetched first, or found in its cache.
+
+    Of a model of the hub only config.json, oneformer_jax.json and the weights come, safetensors
+    before pickles. What has come is as hostile as any file: `weights.files` reads it.
+
+    Args:
+      name: a file or folder that is there, which goes before all else; OWNER/NAME or
+        OWNER/NAME@REVISION on the hub (hf:// before it where a local folder is called OWNER);
+        https://, perhaps with #sha256=HEX; gs:// or s3://.
+
+    Raises:
+      FileError: it is none of these, or cannot be fetched; one line that says why.
+    """
+    text = os.fspath(name)
+    expanded = os.path.expanduser(text)
+    path = pathlib.Path(expanded)
+    if os.path.lexists(expanded) or not isinstance(name, str):
+        return path
+    scheme, found, _ = text.partition("://")
+    if found and scheme != "hf":
+        from oneformer_jax.weights import download
+
+        if scheme in ("http", "https"):
+            return download.from_web(text)
+        if scheme in ("gs", "gcs", "s3") and "::" not in text:  # which fsspec reads as a chain
+            if text.endswith(_ENDINGS):
+                return download.from_bucket(text)
+            return remote.path_of(text)  # a workdir, which is read where it is
+        raise FileError(f"{download.shown(text)} is of no known kind; accepted are {FORMS}")
+    match = _HUB_NAME.fullmatch(text)
+    owner = text.split("/")[0]
+    here = owner in (".", "..", "~") or (os.path.isdir(owner) and not found)
+    if match is None or here or text.endswith(_ENDINGS):
+        hint = f" (hf://{match[0]} is that of the hub)" if match and here else ""
+        from oneformer_jax.weights.download import plain
+
+        raise FileError(f"{plain(text)} does not exist{_similar(path)}{hint}; accepted are {FORMS}")
+    from oneformer_jax.weights import hub
+
+    try:
+        return hub.fetch(match[1], match[2])
+    except hub.NotOnHub as error:
+        raise FileError(f"{error}. It is no local path either; accepted are {FORMS}") from error
+
+
+def shown(name: str) -> str:
+    """Returns a name for messages: of an address, without what may be secret."""
+    from oneformer_jax.weights import download
+
+    return download.shown(name) if "://" in name else name
+
+
+def _similar(path: pathlib.Path) -> str:
+    """Suggests the names in the folder of a path that is missing."""
+    try:
+        return did_you_mean(path.name, os.listdir(path.parent))
+    except (OSError, ValueError):
+        return ""
