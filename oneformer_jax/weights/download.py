@@ -13,6 +13,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import logging as std_logging
 import os
 import pathlib
 import re
@@ -59,6 +60,10 @@ class _Record(msgspec.Struct):
 
 class _Passing(Exception):
     """A fault that may have passed at the next try; the message completes "ADDRESS: "."""
+
+
+class _Away(_Passing):
+    """The client has tried often enough by itself."""
 
 
 class _Unfit(_Passing):
@@ -152,16 +157,9 @@ def from_bucket(address: str) -> pathlib.Path:
     Raises:
       FileError: the package for this kind of bucket is missing, or the file cannot be read.
     """
-    try:
-        system, path = fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError) as error:
-        raise FileError(
-            f"{shown(address)} cannot be read: {error}; gs:// and s3:// need pip install "
-            '"oneformer-jax[gcs]" or "oneformer-jax[s3]"'
-        ) from error
-    remote = _Remote(
-        shown(address), lambda start, tag: _open_bucket(system, path, shown(address), start, tag)
-    )
+    # It logs the tracebacks of what we tell in one line.
+    std_logging.getLogger("gcsfs").setLevel(std_logging.CRITICAL)
+    remote = _Remote(shown(address), lambda start, tag: _open_bucket(address, start, tag))
     return _kept(address, remote, "")
 
 
@@ -247,6 +245,8 @@ def _fetch(
             if kept is not None and not pinned:
                 logging.warning("%s: %s; the file of the cache is used", remote.address, error)
                 return target
+            if isinstance(error, _Away):
+                raise FileError(f"{remote.address}: {error}") from error
             if failures >= ATTEMPTS:
                 raise FileError(
                     f"{remote.address}: {error}; tried {ATTEMPTS} times. The same command goes on "
@@ -465,16 +465,21 @@ def _digest_in(headers: Mapping[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def _open_bucket(
-    system: fsspec.AbstractFileSystem, path: str, where: str, start: int, tag: str
-) -> Iterator[_Stream | None]:
+def _open_bucket(address: str, start: int, tag: str) -> Iterator[_Stream | None]:
+    where = shown(address)
     try:
+        system, path = fsspec.core.url_to_fs(address)
         info = system.info(path)
         found = str(system.ukey(path))
+    except ImportError as error:
+        raise FileError(
+            f"{where} cannot be read: {plain(str(error))}; gs:// and s3:// need pip install "
+            '"oneformer-jax[gcs]" or "oneformer-jax[s3]"'
+        ) from error
     except FileNotFoundError:
         raise FileError(f"{where}: there is no such file in the bucket") from None
-    except Exception as error:  # each kind of bucket has its own kinds
-        raise FileError(f"{where} cannot be read ({type(error).__name__}: {error})") from error
+    except Exception as error:  # each kind of bucket has its own kinds, and tries again by itself
+        raise _Away(f"it cannot be read ({type(error).__name__}: {plain(str(error))})") from error
     if info.get("type") != "file":
         raise FileError(f"{where} is a folder; give a file in it")
     if start < 0 and found == tag:
@@ -489,6 +494,7 @@ def _open_bucket(
                 while piece := file.read(_PIECE):
                     yield piece
         except Exception as error:
-            raise _Passing(f"reading broke off ({type(error).__name__}: {error})") from error
+            reason = f"{type(error).__name__}: {plain(str(error))}"
+            raise _Passing(f"reading broke off ({reason})") from error
 
     yield _Stream(start, info.get("size"), found, "", pieces())

@@ -470,9 +470,24 @@ def test_what_a_bucket_does_not_have_is_one_line(bucket):
     one_line(lambda: fetch.local_path("gs://bucket/folder"), "is a folder")
 
 
-def test_a_bucket_whose_package_is_missing_is_one_line(monkeypatch):
+def test_a_bucket_whose_package_is_missing_is_one_line(server, monkeypatch):
     def missing(_):
         raise ImportError("Please install s3fs")
 
     monkeypatch.setattr(download.fsspec.core, "url_to_fs", missing)
     one_line(lambda: fetch.local_path("s3://bucket/a.pth"), '"oneformer-jax[s3]"')
+
+
+def test_a_bucket_that_is_away_is_one_line_or_the_cache_serves(bucket, monkeypatch):
+    path = fetch.local_path("gs://bucket/folder/model.pth")
+
+    def away(*_, **__):
+        raise RuntimeError("no credentials\nof any kind")
+
+    monkeypatch.setattr(Bucket, "info", away)
+    assert fetch.local_path("gs://bucket/folder/model.pth") == path
+    one_line(lambda: fetch.local_path("gs://bucket/a.pth"), "RuntimeError", "no credentials")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(download.fsspec.core, "url_to_fs", away)
+    assert fetch.local_path("gs://bucket/folder/model.pth") == path
+    one_line(lambda: fetch.local_path("gs://bucket/a.pth"), "HF_HUB_OFFLINE")
