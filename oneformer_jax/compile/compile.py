@@ -190,7 +190,7 @@ def _check_matcher(config: ConfigDict, topology: Topology) -> None:
 
 def spare_the_host() -> None:
     """Sets up a process that only compiles."""
-    # A program for another machine's device cannot be read back.
+    # A program for another machine's device cannot be read back, and one that was cannot be saved.
     jax.config.update("jax_enable_compilation_cache", False)
     # Each of the compiler's threads has its own pool of memory, whose free part is of no use to the
     # others, so it goes back to the system regularly. Two pools for all threads would save 5 % of

@@ -111,7 +111,8 @@ def save(
 
     Args:
       path: of the file; replaced if it exists.
-      program: the step, compiled for `mesh`.
+      program: the step, compiled for `mesh` and now: one that JAX read from its cache of compiled
+        programs cannot be saved again.
       training, config, mesh, text_table: see `states.make_training`.
       flops: of a step, over all devices.
       seconds: that compiling took.
@@ -174,6 +175,7 @@ def take(
             zlib.decompress(data[end:], bufsize=header.size),
             jax.tree.structure((trees, {})),
             jax.tree.structure((training.state, dict.fromkeys(header.metrics, 0))),
+            backend=mesh.devices.flat[0].client,
             execution_devices=list(mesh.devices.flat),
         )
     except jax.errors.JaxRuntimeError as error:
