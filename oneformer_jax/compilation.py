@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import importlib.metadata
 import os
 import pathlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +21,11 @@ from oneformer_jax import files
 
 # A compilation that takes longer is announced, and its time is told.
 QUIET_SECONDS = 5.0
+# Packages that trace and compile a program, and environment variables that the compilers read.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu")
+_PACKAGES += ("jax-cuda12-pjrt", "jax-cuda13-pjrt")
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl")
 
 
 def keep_programs(folder: str = "") -> None:
@@ -52,6 +60,35 @@ def compile_now(function: Any, *arguments: Any, name: str) -> Any:
     if seconds > 1:
         release_memory()
     return compiled
+
+
+def ingredients() -> dict[str, str]:
+    """Names what makes a program out of a config: source, versions, flags of the compilers."""
+    found = {"version": sys.modules[__package__].__version__, "source": source_digest()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    found |= {name: os.environ.get(name, "").strip() for name in _VARIABLES}
+    return found | {name: str(getattr(jax.config, name)) for name in _SETTINGS}
+
+
+def source_digest() -> str:
+    """SHA-256 of the modules and tables of the package, the same in a clone as installed.
+
+    It is cut to 16 hexadecimal digits: it tells versions apart, and protects from nobody.
+    """
+    root, digest = os.path.dirname(__file__), hashlib.sha256()
+    paths = (
+        os.path.join(folder, file)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for file in names
+        if file.endswith((".py", ".json"))
+    )
+    for path in sorted(paths):
+        with open(path, "rb") as file:
+            content = hashlib.sha256(file.read()).hexdigest()
+        digest.update(f"{os.path.relpath(path, root)} {content}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 class Program:

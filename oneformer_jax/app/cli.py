@@ -127,6 +127,12 @@ _SKIP_BROKEN = flags.DEFINE_bool("skip_broken", False, "prepare: leave out what 
 _LIMIT = flags.DEFINE_integer("limit", 2000, "inspect: images read for the counts; 0: all.", 0)
 _SUGGEST = flags.DEFINE_bool("suggest", False, "compile: if it does not fit, look for what does.")
 _QUICK = flags.DEFINE_bool("quick", False, "compile: faster, by other programs than a run has.")
+_SAVE = flags.DEFINE_string("save", "", "compile: file for the compiled training step.")
+_COMPILED = flags.DEFINE_string(
+    "compiled",
+    "",
+    "train: FILE@SHA256, a compiled training step, as --mode=compile --save gave it.",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -307,17 +313,20 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------ start
 
 
-def start_jax(compilation_cache: str = "") -> None:
+def start_jax(config: ConfigDict | None = None) -> None:
     """Joins the other processes, if asked to, and keeps compiled programs for the next run."""
     from oneformer_jax import compilation
     from oneformer_jax.train import observe
-    from oneformer_jax.train.runtime import distributed
+    from oneformer_jax.train.runtime import agreement, distributed
 
     observe.quiet_libraries()
     explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _DISTRIBUTED.value or any(value is not None for value in explicit):
-        distributed.start(distributed.find_place(os.environ, *explicit), _STARTUP_TIMEOUT.value)
-    compilation.keep_programs(compilation_cache)
+        command = {flag.name: flag.value for flag in (_MODE, _WORKDIR, _CHECKPOINT, _COMPILED)}
+        facts = agreement.facts_of(config.to_dict() if config else {}, command)
+        place = distributed.find_place(os.environ, *explicit)
+        distributed.start(place, _STARTUP_TIMEOUT.value, facts)
+    compilation.keep_programs(config.compilation_cache if config else "")
 
 
 def require_flags(**values: object) -> None:
@@ -361,16 +370,19 @@ def main(argv: Sequence[str]) -> None:
         weights, output = prediction_paths()
     else:
         require_flags(workdir=_WORKDIR.value, config=config)
+    for flag, needed in ((_SAVE, "compile"), (_COMPILED, "train")):
+        if flag.value and mode != needed:
+            fail(f"--{flag.name} belongs to --mode={needed}, not to --mode={mode}", 2)
     try:
         if mode == "prepare":  # without JAX
             return modes.prepare(
                 _DATASET.value, _SOURCE.value, _DATA_DIR.value, _SPLIT.value, _SKIP_BROKEN.value
             )
-        start_jax(config.compilation_cache if config else "")
+        start_jax(config)
         if mode == "train":
-            modes.train(config, _WORKDIR.value)
+            modes.train(config, _WORKDIR.value, _COMPILED.value)
         elif mode == "compile":
-            options = {"try_others": _SUGGEST.value, "quick": _QUICK.value}
+            options = {"try_others": _SUGGEST.value, "quick": _QUICK.value, "save": _SAVE.value}
             sys.exit(0 if modes.compile_programs(config, **options) else DOES_NOT_FIT)
         elif mode == "calibrate":
             modes.calibrate(config)

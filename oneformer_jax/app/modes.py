@@ -18,7 +18,7 @@ from oneformer_jax import remote
 from oneformer_jax.app import data
 
 
-def train(config: ConfigDict, workdir: str) -> None:
+def train(config: ConfigDict, workdir: str, compiled_step: str = "") -> None:
     """Trains, evaluates and draws: see `oneformer_jax.train.loop.train`."""
     from oneformer_jax.input_pipeline import loader, statistics, tokenizer
     from oneformer_jax.train import loop
@@ -42,6 +42,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         ),
         eval_batches=data.eval_batches(config, evaluation),
         image_ids=lambda positions: [str(source[i]["image_id"]) for i in positions],
+        compiled_step=compiled_step,
     )
 
 
@@ -247,7 +248,7 @@ def replay(config: ConfigDict, workdir: str, step: int | None = None) -> None:
     print(replay.replay(config, workdir, step=step, **settings))
 
 
-def compile_programs(config: ConfigDict, **options: bool) -> bool:
+def compile_programs(config: ConfigDict, **options: bool | str) -> bool:
     """Compiles a run's programs ahead of time: see `compile.run` for the options; whether they fit.
 
     Needs no dataset where the classes are known by its name.

@@ -10,6 +10,7 @@ import concurrent.futures
 import copy
 import ctypes
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from oneformer_jax.compile.topologies import Topology
 from oneformer_jax.kernels import chips
 from oneformer_jax.models import functional
 from oneformer_jax.models.execution import kernels_noted
-from oneformer_jax.train import settings, sharding
+from oneformer_jax.train import compiled, settings, sharding
 from oneformer_jax.train import state as states
 from oneformer_jax.train.flops import count_flops
 
@@ -60,6 +61,7 @@ class Report:
       seconds: time of tracing and compiling, beside other programs.
       quick: compiled with the least effort: the program of a run may need more or less memory.
       kernels: what runs where the config says "auto", as "point_sampling xla".
+      program: the compiled program, if it was.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Report:
     seconds: float
     quick: bool = False
     kernels: tuple[str, ...] = ()
+    program: jax.stages.Compiled | None = dataclasses.field(default=None, repr=False)
 
 
 # ------------------------------------------------------------------ compiling
@@ -188,7 +191,7 @@ def _check_matcher(config: ConfigDict, topology: Topology) -> None:
 
 def spare_the_host() -> None:
     """Sets up a process that only compiles."""
-    # A program for another machine's device cannot be read back.
+    # A program for another machine's device cannot be read back, and one that was cannot be saved.
     jax.config.update("jax_enable_compilation_cache", False)
     # Each of the compiler's threads has its own pool of memory, whose free part is of no use to the
     # others, so it goes back to the system regularly. Two pools for all threads would save 5 % of
@@ -253,7 +256,7 @@ def _trace(
         memory = {part: size for part, size in parts.items() if size}
         try:
             options = {**topology.options, **(QUICK if quick else {})}
-            compiled = lowered.compile(compiler_options=options or None)
+            program = lowered.compile(compiler_options=options or None)
         except jax.errors.JaxRuntimeError as error:
             sizes = topologies.out_of_memory(error)
             if sizes is None:
@@ -264,15 +267,15 @@ def _trace(
             spent = tracing + time.perf_counter() - start
             known = (name, False, memory, need, limit, flops, images)
             return Report(*known, {}, (), (), spent, quick, kernels)
-        stats = compiled.memory_analysis()
-        program = hlo.Program(compiled.as_text(), len(topology.devices))
+        stats = program.memory_analysis()
+        text = hlo.Program(program.as_text(), len(topology.devices))
         peak = _program_memory(stats, topology)
         peak += stats.generated_code_size_in_bytes + resident
         memory["activations and temporaries"] = peak - (
             sum(memory.values()) + stats.generated_code_size_in_bytes
         )
         memory["program"] = stats.generated_code_size_in_bytes
-        collectives = program.collectives()
+        collectives = text.collectives()
         return Report(
             name=name,
             fits=topology.memory is None or peak <= topology.memory,
@@ -283,10 +286,11 @@ def _trace(
             images=images,
             sent=hlo.sent_by_kind(collectives),
             collectives=tuple(collectives),
-            buffers=tuple(program.largest_buffers(LARGEST)),
+            buffers=tuple(text.largest_buffers(LARGEST)),
             seconds=tracing + time.perf_counter() - start,
             quick=quick,
             kernels=kernels,
+            program=program,
         )
 
     return compile_it
@@ -458,16 +462,29 @@ def run(
     topology: Topology,
     try_others: bool = False,
     quick: bool = False,
+    save: str = "",
     log: Callable[[str], None] = print,
 ) -> bool:
-    """Compiles, prints the report and the advice; returns True if everything fits as configured."""
+    """Compiles, prints the report and the advice; returns True if everything fits as configured.
+
+    Then the training step is written to `save`, if that names a file; the first process does it.
+
+    Raises:
+      ValueError: the config and the devices do not fit each other, or the step cannot be saved.
+    """
     config = settings.checked(config)
+    if save:
+        if quick:
+            raise ValueError("--quick makes other programs than a run has: save without it")
+        compiled.check_target(save, config)
     options = dict(num_classes=num_classes, text_table=text_table, quick=quick)
     reports = compile_programs(config, topology, **options)
     log(describe(config, topology, reports))
     if all(report.fits for report in reports):
+        if save and jax.process_index() == 0:
+            log(f"\n{_save(save, config, topology, reports[0], num_classes, text_table)}")
         return True
-    log("")
+    log(f"\nnot saved in {save}, since it does not fit\n" if save else "")
     if not try_others:
         log(advice(config, topology))
     elif (found := suggest(config, topology, **options, log=log)) is not None:
@@ -475,3 +492,23 @@ def run(
     else:
         log("\nnone of the settings tried fits: use more or larger devices")
     return False
+
+
+def _save(
+    path: str,
+    config: ConfigDict,
+    topology: Topology,
+    report: Report,
+    num_classes: int,
+    text_table: np.ndarray,
+) -> str:
+    """Saves the training step and says how it is taken."""
+    mesh = _mesh(config, topology)
+    training = states.make_training(config, num_classes, text_table, mesh)
+    figures = dict(flops=report.flops, seconds=report.seconds)
+    digest = compiled.save(path, report.program, training, config, mesh, text_table, **figures)
+    size = os.path.getsize(os.path.expanduser(path))
+    return (
+        f"saved the training step, {_mib(size)}; a training on {topology.name} with these settings "
+        f"takes it with\n  --compiled={path}@{digest}"
+    )

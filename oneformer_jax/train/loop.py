@@ -7,6 +7,7 @@ made in `state.py`; what is written to disk goes through `checkpoint.py` and `ob
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from oneformer_jax.models import backbones, matcher
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import (
     checkpoint,
+    compiled,
     descriptions,
     kernel_choice,
     observe,
@@ -34,7 +36,7 @@ from oneformer_jax.train.evaluator import Batches, Evaluator, metric_names
 from oneformer_jax.train.flops import count_flops
 from oneformer_jax.train.replay import ImageIds, Watch
 from oneformer_jax.train.runtime import folders
-from oneformer_jax.train.runtime.distributed import compile_everywhere
+from oneformer_jax.train.runtime.distributed import compile_everywhere, wait_for_all
 from oneformer_jax.train.runtime.preemption import Preempted, Preemption
 from oneformer_jax.train.runtime.workdir import check_room, differing_classes, hold
 from oneformer_jax.types import LoadedBatch, Metadata
@@ -50,6 +52,7 @@ def train(
     eval_batches: Batches,
     image_ids: ImageIds | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    compiled_step: str = "",
 ) -> dict[str, float | None]:
     """Trains to `config.train.steps`, resuming whatever `workdir` holds; returns the last metrics.
 
@@ -64,6 +67,7 @@ def train(
         images as it is called with (0: all).
       image_ids: positions in the training data -> image ids, to name the images of a bad batch.
       mesh: devices; None makes the mesh of `config.mesh`.
+      compiled_step: file of the training step and its digest, see `compiled.take`; "" compiles it.
 
     Raises:
       ValueError: the config, the workdir and the devices do not fit each other, another run is in
@@ -88,6 +92,11 @@ def train(
     watch = Watch(workdir, config.train.on_nonfinite, image_ids)
     observe.quiet_libraries()
     steps = config.train.steps
+    training = states.make_training(config, metadata.num_classes, text_table, mesh)
+    taken = None
+    if compiled_step:
+        taken = compiled.take(compiled_step, training, config, mesh, text_table)
+        training = dataclasses.replace(training, step=taken.step)
 
     # Whatever ends the run: the stack ends the loader and waits for a save in the background.
     with contextlib.ExitStack() as stack:
@@ -120,7 +129,6 @@ def train(
             return results
 
         # ---- Resume or start --------------------------------------------------------------------
-        training = states.make_training(config, metadata.num_classes, text_table, mesh)
         _, run_key = jax.random.split(jax.random.key(config.seed))
         if latest is not None:
             latest, state, position = checkpoints.restore_newest(training.state)
@@ -154,9 +162,11 @@ def train(
         choose_kernels = kernel_choice.chooser(
             training.execution.kernels, mesh, workdir, gradients=True
         )
-        if choose_kernels is not None and first_step < steps:
+        if choose_kernels is not None and first_step < steps and not taken:
             choose_kernels(training.step, *abstract)
-        if rate:
+        if rate and taken:
+            chrono.set_step_flops(taken.flops)
+        elif rate:
             traced = training.step.trace(*abstract)
             chrono.set_step_flops(count_flops(traced.jaxpr))
         stack.callback(profiler.close)
@@ -201,7 +211,12 @@ def train(
                 arrays = {name: value for name, value in batch.items() if name != "index"}
                 arrays = sharding.put_batch(arrays, mesh)
             if step == first_step + 1:
-                compile_everywhere(training.step, state, arrays, run_key, name="the training step")
+                if taken:
+                    wait_for_all("the training step compiled")
+                else:
+                    name = "the training step"
+                    compile_everywhere(training.step, state, arrays, run_key, name=name)
+                logging.info("Step %d begins after %.0f s", step, time.monotonic() - started)
             profiler.before(step)
             state, metrics = training.step(state, arrays, run_key)
             preemption.wake()  # the first step is compiled: from now on there is something to lose

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from ml_collections import ConfigDict
 from PIL import Image
 
 from oneformer_jax.app import cli, data, modes
@@ -100,6 +101,12 @@ def test_overrides_are_found_among_the_arguments():
         (("--mode=predict", "--task=panoptik"), 2, ("panoptik", "panoptic|instance|semantic|all")),
         ((CONFIG, "--mode=train"), 2, ("--mode=train needs --workdir",)),
         (("--mode=compile",), 2, ("--mode=compile needs --config",)),
+        (
+            (CONFIG, "--workdir=x", "--save=FILE"),
+            2,
+            ("--save belongs to --mode=compile, not to --mode=train",),
+        ),
+        ((CONFIG, "--mode=compile", "--compiled=FILE"), 2, ("--compiled belongs to --mode=train",)),
         (
             (CONFIG, "--mode=compile", "--config.mesh.topology=v9:1"),
             1,
@@ -191,8 +198,8 @@ def config(tmp_path):
 def test_train_gets_data_that_fits_the_model(config, monkeypatch):
     from oneformer_jax.train import loop
 
-    def train(given, workdir, *, metadata, text_table, train_batches, eval_batches, image_ids):
-        assert (given, workdir) == (config, "run")
+    def train(*given, metadata, text_table, train_batches, eval_batches, image_ids, compiled_step):
+        assert (*given, compiled_step) == (config, "run", "FILE@SHA256")
         classes, slots = metadata.num_classes, config.data.num_slots
         assert metadata.dataset == "synthetic"
         assert text_table.shape[0] == classes + 3
@@ -221,7 +228,7 @@ def test_train_gets_data_that_fits_the_model(config, monkeypatch):
 
     calls = []
     monkeypatch.setattr(loop, "train", train)
-    modes.train(config, "run")
+    modes.train(config, "run", "FILE@SHA256")
     assert calls == ["train"]
 
 
@@ -419,7 +426,7 @@ def test_skip_broken_reaches_the_preparation_of_a_folder(config, monkeypatch):
 def test_the_compilation_cache_is_chosen_in_order(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     try:
-        cli.start_jax(str(tmp_path / "own"))
+        cli.start_jax(ConfigDict({"compilation_cache": str(tmp_path / "own")}))
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
         cli.start_jax()  # JAX_COMPILATION_CACHE_DIR, or what is set already
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
@@ -436,7 +443,7 @@ def test_distributed_flags_and_environment(monkeypatch):
     from oneformer_jax.train.runtime import distributed
 
     calls = []
-    monkeypatch.setattr(distributed, "start", lambda place, timeout: calls.append((place, timeout)))
+    monkeypatch.setattr(distributed, "start", lambda *arguments: calls.append(arguments))
     cli.start_jax()
     with flagsaver.flagsaver(distributed=True):
         cli.start_jax()
@@ -446,7 +453,8 @@ def test_distributed_flags_and_environment(monkeypatch):
         cli.start_jax()
     with flagsaver.flagsaver(process_id=1, startup_timeout=9.0):
         cli.start_jax()
-    (nothing, _), (second, _), (third, timeout) = calls
+    (nothing, _, facts), (second, _, _), (third, timeout, _) = calls
+    assert {"--mode", "--workdir", "source", "jax"} < facts.keys()
     assert nothing is None
     assert (second.process, second.count, second.coordinator) == (2, 4, "here:80")
     assert (third.process, third.count, timeout) == (1, 4, 9.0)

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,8 @@ from oneformer_jax.kernels import chips
 from oneformer_jax.kernels.bench import gpu
 from oneformer_jax.kernels.point_sampling import sample_features
 from oneformer_jax.models import functional, matcher
-from oneformer_jax.train import settings, sharding
+from oneformer_jax.train import compiled, settings, sharding
+from oneformer_jax.train import state as states
 from tests import tiny
 from tests.train.runs import make_config
 
@@ -166,6 +168,23 @@ def test_the_report_of_all_steps(reports, here):
     ):
         assert part in text
     assert "at most 21" in text  # one side 160 and the other to 352, or 352 and to 160, by 32
+
+
+def test_the_training_step_is_saved_for_a_training_on_these_devices(
+    reports, here, monkeypatch, tmp_path
+):
+    patch_shardings(monkeypatch)
+    monkeypatch.setattr(compile, "compile_programs", lambda *_, **__: reports)
+    config, path, lines = make_config(**SMALL), tmp_path / "step", []
+    settings_of_classes = dict(num_classes=tiny.CLASSES, text_table=tiny.text_table())
+    made = dict(topology=here, save=str(path), log=lines.append)
+    assert compile.run(config, **settings_of_classes, **made)
+    (name,) = re.findall(rf"takes it with\n  --compiled=({path}@[0-9a-f]{{64}})$", lines[-1])
+    config, mesh = settings.checked(config), sharding.make_mesh(-1, 4)
+    training = states.make_training(config, tiny.CLASSES, tiny.text_table(), mesh)
+    taken = compiled.take(name, training, config, mesh, tiny.text_table())
+    assert taken.flops == reports[0].flops
+    assert taken.step.args_info == reports[0].program.args_info
 
 
 def test_what_does_not_fit_is_a_verdict_with_advice(reports, here, monkeypatch):

@@ -1,7 +1,8 @@
 """Start-up of several processes: finds this one's place, names missing ones, starts JAX's service.
 
 JAX aborts the process if others do not come in time, without naming them. So the processes call the
-roll beforehand, on the port after the coordinator's.
+roll beforehand, on the port after the coordinator's. Those that came then compare what must be the
+same on all: see `agreement.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from orbax.checkpoint import multihost
 
 from oneformer_jax import compilation
 from oneformer_jax.files import first_few
+from oneformer_jax.train.runtime import agreement
 
 # Ports of jax.distributed on Cloud TPU and GKE; SLURM's follows from the job's number.
 _TPU_PORT = 8476
@@ -134,17 +136,21 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "") if match else ""
 
 
-def start(place: Place | None, timeout: float = 300.0) -> None:
+def start(
+    place: Place | None, timeout: float = 300.0, facts: Mapping[str, Any] | None = None
+) -> None:
     """Joins the other processes; first logs the place of this one, as joining may hang.
 
     Args:
       place: from `find_place`; None leaves everything to JAX's detection.
       timeout: seconds to wait for all processes.
+      facts: JSON by name that all processes must have the same, see `agreement.facts_of`.
 
     Raises:
       DistributedError: processes are missing after that time; the message names them.
+      DisagreementError: they differ, in `facts`, their devices or their clocks.
     """
-    host = socket.gethostname()
+    host, hosts = socket.gethostname(), {}
     if place is None:
         logging.info("On %s: joining the other processes by JAX's detection", host)
         with _warning_before(timeout, f"{host} still waits for the other processes"):
@@ -158,7 +164,7 @@ def start(place: Place | None, timeout: float = 300.0) -> None:
         explicit = {}
         if place.coordinator:
             began = time.monotonic()
-            call_roll(place, timeout)
+            hosts = call_roll(place, timeout)
             timeout = max(timeout - (time.monotonic() - began), 10.0)
             if place.source.startswith("flags"):
                 explicit = dict(
@@ -168,6 +174,8 @@ def start(place: Place | None, timeout: float = 300.0) -> None:
                 )
         with _warning_before(timeout, f"process {place.process} still waits for the others"):
             jax.distributed.initialize(**explicit, initialization_timeout=round(timeout))
+    agreement.agree("settings", facts or {}, timeout=timeout, hosts=hosts)
+    agreement.agree("devices", agreement.device_facts(), timeout=timeout, hosts=hosts)
     logging.info(
         "Process %d of %d on %s: %d of %d devices are its own (%s)",
         *(jax.process_index(), jax.process_count(), host),
@@ -204,18 +212,22 @@ def _warning_before(timeout: float, text: str) -> contextlib.AbstractContextMana
 # ------------------------------------------------------------------ the roll
 
 
-def call_roll(place: Place, timeout: float) -> None:
-    """Waits until every process has called; a DistributedError names missing or double ones."""
+def call_roll(place: Place, timeout: float) -> dict[int, str]:
+    """Waits until every process has called; a DistributedError names missing or double ones.
+
+    Returns:
+      Host by process, on process 0; elsewhere nothing.
+    """
     host, _, port = place.coordinator.rpartition(":")
     if place.count == 1:
-        return
+        return {}
     if place.process == 0:
-        _keep_roll(place, int(port) + 1, timeout)
-    else:
-        _answer_roll(place, host.strip("[]"), int(port) + 1, timeout)
+        return _keep_roll(place, int(port) + 1, timeout)
+    _answer_roll(place, host.strip("[]"), int(port) + 1, timeout)
+    return {}
 
 
-def _keep_roll(place: Place, port: int, timeout: float) -> None:
+def _keep_roll(place: Place, port: int, timeout: float) -> dict[int, str]:
     deadline = time.monotonic() + timeout
     present = {0: socket.gethostname()}
     problem = ""
@@ -255,6 +267,7 @@ def _keep_roll(place: Place, port: int, timeout: float) -> None:
                 connection.sendall((json.dumps({"problem": problem}) + "\n").encode())
     if problem:
         raise DistributedError(problem)
+    return present
 
 
 def _who_is_missing(place: Place, missing: list[int], timeout: float) -> str:
