@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import itertools
 import pathlib
 import re
 import shutil
@@ -58,6 +59,13 @@ def declared_modules() -> set[str]:
     return {MODULE_OF.get(name, name) for name in names}
 
 
+def optional_modules() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = itertools.chain(*project["optional-dependencies"].values())
+    names = [parse(line)[0] for line in lines]
+    return {MODULE_OF.get(name, name) for name in names}
+
+
 def python_files(*entries: str) -> list[pathlib.Path]:
     paths = [ROOT / entry for entry in entries]
     return [file for p in paths for file in (sorted(p.rglob("*.py")) if p.is_dir() else [p])]
@@ -111,9 +119,9 @@ def test_development_tools_have_both_bounds():
 
 
 def test_every_imported_package_is_declared():
-    found = imported_packages()
-    missing = {name: where for name, where in found.items() if name not in declared_modules()}
-    assert not missing, f"imported but not in requirements.txt: {missing}"
+    declared = declared_modules() | optional_modules()
+    missing = {name: where for name, where in imported_packages().items() if name not in declared}
+    assert not missing, f"imported but not in requirements.txt or an extra: {missing}"
 
 
 def test_every_declared_package_is_used():

@@ -4,6 +4,7 @@
   python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=eval
   python main.py --workdir=runs/synthetic --mode=predict --image=FILE_OR_FOLDER --task=all
   python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
+  python main.py --mode=export --source=DIR --format=onnx --size=512x512 --task=panoptic --output=X
   python main.py --mode=prepare --dataset=coco --source=DIR
   python main.py --config=configs/synthetic.py --mode=inspect
   python main.py --config=configs/synthetic.py --config.mesh.topology=v5e:4x4 --mode=compile
@@ -34,6 +35,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"  # those that 
 COMMON = os.path.join("configs", "common.py")  # every key of a config
 TASKS = ("panoptic", "instance", "semantic", "all")
 FORMATS = ("workdir", "official", "hugging_face")
+PROGRAMS = ("stablehlo", "onnx")  # formats of exports
 OFFICIAL = ("coco", "ade20k", "cityscapes", "mapillary")
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -45,14 +47,24 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
 )
-_MODES = ("train", "eval", "predict", "convert", "prepare", "inspect", "compile", "replay")
+_MODES = (
+    "train",
+    "eval",
+    "predict",
+    "convert",
+    "export",
+    "prepare",
+    "inspect",
+    "compile",
+    "replay",
+)
 WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay")  # modes that read the config
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _CHECKPOINT = flags.DEFINE_integer(
-    "checkpoint", None, "eval, predict, replay: the step; the newest when not given.", 0
+    "checkpoint", None, "eval, predict, export, replay: the step; the newest when not given.", 0
 )
 _IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
-_TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three.")
+_TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three; export: one.")
 _MAX_PIXELS = flags.DEFINE_integer(
     "max_pixels", None, "predict: largest image that is read; other modes: data.max_pixels.", 1
 )
@@ -60,15 +72,20 @@ _OUTPUT = flags.DEFINE_string(
     "output",
     None,
     "predict, inspect: folder of the results; WORKDIR/predictions or runs/inspection when not "
-    "given. convert: what is written.",
+    "given. convert, export: what is written.",
 )
 _SOURCE = flags.DEFINE_string(
     "source",
     None,
-    "convert: an official .pth, a Hugging Face folder or a workdir. prepare: the folder of a "
-    "dataset's own files.",
+    "convert, export: an official .pth, a Hugging Face folder or a workdir. prepare: the folder of "
+    "a dataset's own files.",
 )
-_FORMAT = flags.DEFINE_enum("format", "workdir", FORMATS, "convert: what the output is to be.")
+_FORMAT = flags.DEFINE_enum(
+    "format", None, FORMATS + PROGRAMS, "convert, export: what the output is to be."
+)
+_SIZE = flags.DEFINE_string("size", None, "export: height x width of the images, as 512x1024.")
+_POSTPROCESS = flags.DEFINE_bool("postprocess", False, "export: give final maps, not logits.")
+_LICENCE = flags.DEFINE_string("licence", "", "export: that of the weights, kept in the file.")
 _MODEL = flags.DEFINE_string(
     "model", None, "convert: the published model, where tensors do not tell, as coco:swin_large."
 )
@@ -257,12 +274,36 @@ def require_flags(**values: object) -> None:
             fail(f"--mode={_MODE.value} needs --{name}=...", 2)
 
 
+def output_format(formats: Sequence[str], default: str = "") -> str:
+    """Returns --format, which must be one of the mode's."""
+    found = _FORMAT.value or default
+    if found not in formats:
+        fail(f"--mode={_MODE.value} needs --format={' or '.join(formats)}", 2)
+    return found
+
+
+def image_size() -> tuple[int, int]:
+    """Returns (height, width) of --size."""
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", _SIZE.value)
+    if not match:
+        fail(f"--size={_SIZE.value}: it must be a height and a width, as 512x1024", 2)
+    return int(match[1]), int(match[2])
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         fail(f"{argv[1]!r} is not a flag; flags begin with --", 2)
     mode, config = _MODE.value, _CONFIG.value
     if mode == "convert":
         require_flags(source=_SOURCE.value, output=_OUTPUT.value)
+        form = output_format(FORMATS, "workdir")
+    elif mode == "export":
+        require_flags(
+            output=_OUTPUT.value, size=_SIZE.value, workdir=_SOURCE.value or _WORKDIR.value
+        )
+        form, size = output_format(PROGRAMS), image_size()
+        if _TASK.value == "all":
+            fail("--mode=export needs --task=panoptic, instance or semantic", 2)
     elif mode == "prepare":
         require_flags(dataset=_DATASET.value, source=_SOURCE.value)
     elif mode in ("inspect", "compile"):
@@ -286,7 +327,11 @@ def main(argv: Sequence[str]) -> None:
         elif mode == "eval":
             modes.evaluate(config, _WORKDIR.value, _CHECKPOINT.value)
         elif mode == "convert":
-            modes.convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value)
+            modes.convert(_SOURCE.value, _OUTPUT.value, form, _MODEL.value)
+        elif mode == "export":
+            where = _SOURCE.value or modes.checkpoint_of(_WORKDIR.value, _CHECKPOINT.value)
+            how = (_TASK.value, size, _POSTPROCESS.value, _LICENCE.value)
+            modes.export(where, _OUTPUT.value, form, *how)
         elif mode == "inspect":
             modes.inspect_data(config, _OUTPUT.value, limit=_LIMIT.value)
         else:

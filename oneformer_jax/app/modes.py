@@ -55,6 +55,13 @@ def evaluate(config: ConfigDict, workdir: str, step: int | None = None) -> None:
     )
 
 
+def checkpoint_of(workdir: str, step: int | None) -> str:
+    """Returns what `oneformer_jax.load` reads for a step of a workdir, or for its newest."""
+    from oneformer_jax.train.checkpoint import CHECKPOINT_FOLDER
+
+    return workdir if step is None else os.path.join(workdir, CHECKPOINT_FOLDER, str(step))
+
+
 def predict(
     workdir: str,
     image: str,
@@ -66,10 +73,9 @@ def predict(
     """Segments an image or a folder of images: see `oneformer_jax.eval.predict.predict_files`."""
     import oneformer_jax
     from oneformer_jax.eval import predict
-    from oneformer_jax.train.checkpoint import CHECKPOINT_FOLDER
 
     output = output or os.path.join(workdir, "predictions")
-    path = workdir if step is None else os.path.join(workdir, CHECKPOINT_FOLDER, str(step))
+    path = checkpoint_of(workdir, step)
     limit = {} if max_pixels is None else {"max_pixels": max_pixels}
     written = predict.predict_files(oneformer_jax.load(path), image, output, task, **limit)
     print(f"{len(written)} files are in {output}:")
@@ -109,6 +115,36 @@ def convert(source: str, output: str, form: str = "workdir", model: str | None =
             settings=trained.settings["eval"],
         )
     print(f"{source} is converted to {output}")
+
+
+def export(
+    source: str,
+    output: str,
+    form: str,
+    task: str,
+    size: tuple[int, int],
+    postprocess: bool = False,
+    licence: str = "",
+) -> None:
+    """Writes a model as a program of "stablehlo" or "onnx": see `oneformer_jax.export`."""
+    import oneformer_jax
+    from oneformer_jax.export import description, onnx_model, stablehlo
+
+    segmenter = oneformer_jax.load(source)
+    if not isinstance(segmenter, oneformer_jax.Segmenter):
+        raise ValueError(f"{source} is exported already; name the weights that it was made from")
+    about = description.describe(
+        task=task,
+        size=size,
+        postprocess=postprocess,
+        num_queries=segmenter.config.num_queries,
+        metadata=segmenter.metadata,
+        thresholds=segmenter.postprocess,
+        licence=licence,
+        made_by=f"OneFormer-JAX {oneformer_jax.__version__}",
+    )
+    {"stablehlo": stablehlo, "onnx": onnx_model}[form].write(output, segmenter, about)
+    print(f"{source} is exported for the {task} task to {output}")
 
 
 def prepare(

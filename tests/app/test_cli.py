@@ -95,7 +95,7 @@ def test_overrides_are_found_among_the_arguments():
         (("--config=configs/nothing.py",), 2, ("configs/nothing.py", "shipped are ade20k")),
         (("--config.optim.lr=1",), 2, ("--config=FILE",)),
         (("--wrkdir=x",), 2, ("wrkdir", "workdir")),
-        (("--mode=trian",), 2, ("trian", "|convert|prepare|inspect|compile|replay")),
+        (("--mode=trian",), 2, ("trian", "|convert|export|prepare|inspect|compile|replay")),
         (("--mode=predict", "--task=panoptik"), 2, ("panoptik", "panoptic|instance|semantic|all")),
         ((CONFIG, "--mode=train"), 2, ("--mode=train needs --workdir",)),
         (("--mode=compile",), 2, ("--mode=compile needs --config",)),
