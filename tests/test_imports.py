@@ -22,7 +22,7 @@ RULES = {
     # A program is traced for other machines than this one, so it names their platform to kernels.
     "export": (
         "export eval models weights types kernels input_pipeline.resize",
-        "jax jax2onnx msgspec numpy safetensors",
+        "jax jax2onnx msgspec numpy onnx safetensors",
     ),
     "compile": ("compile train models types kernels.chips", "absl jax ml_collections numpy"),
     "train": (

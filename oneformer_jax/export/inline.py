@@ -106,7 +106,7 @@ def _unrolled(
 
 
 def _stack(*arrays: jax.Array, axis: int) -> jax.Array:
-    return jnp.concatenate([jnp.expand_dims(x, axis) for x in arrays], axis)
+    return jax.lax.concatenate([jax.lax.expand_dims(x, (axis,)) for x in arrays], axis)
 
 
 def _window_maximum(
@@ -121,7 +121,8 @@ def _window_maximum(
     """Takes the maximum of shifted copies: the converter loses the padding of a pooling."""
     if any(step != 1 for step in (*base_dilation, *window_dilation)):
         raise NotImplementedError("a dilated pooling has no form for ONNX")
-    x = jnp.pad(x, padding, constant_values=np.finfo(x.dtype).min)
+    least = np.array(np.finfo(x.dtype).min, x.dtype)
+    x = jax.lax.pad(x, least, [(low, high, 0) for low, high in padding])
     counts = [
         (side - window) // stride + 1
         for side, window, stride in zip(x.shape, window_dimensions, window_strides, strict=True)
@@ -135,7 +136,7 @@ def _window_maximum(
         )
         for start in itertools.product(*map(range, window_dimensions))
     )
-    return functools.reduce(jnp.maximum, shifted)
+    return functools.reduce(jax.lax.max, shifted)
 
 
 # Operations that the converter lacks or gets wrong, in ones that it has.

@@ -6,11 +6,12 @@ import contextlib
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from oneformer_jax.eval.predict import Segmenter
 from oneformer_jax.export.description import Description
@@ -61,8 +62,10 @@ def write(path: str | os.PathLike[str], segmenter: Segmenter, description: Descr
         jax.ShapeDtypeStruct((1, 2), jnp.int32),
     ]
 
-    def call(image: jax.Array, image_size: jax.Array) -> tuple[jax.Array, ...]:
-        found = program(weights, image, image_size)
+    shapes += [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in weights.values()]
+
+    def call(image: jax.Array, image_size: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
+        found = program(dict(zip(weights, values, strict=True)), image, image_size)
         return tuple(found[name] for name in outputs)
 
     with tracing_for("cpu"):
@@ -73,7 +76,7 @@ def write(path: str | os.PathLike[str], segmenter: Segmenter, description: Descr
                 lambda *inputs: tuple(plain(*inputs)),
                 shapes,
                 model_name="oneformer",
-                input_names=INPUTS,
+                input_names=[*INPUTS, *weights],
                 output_names=outputs,
             )
     except NotImplementedError as error:
@@ -81,12 +84,27 @@ def write(path: str | os.PathLike[str], segmenter: Segmenter, description: Descr
             f"the converter to ONNX cannot do a part of this model: {error}; "
             "export with --format=stablehlo"
         ) from error
+    _hold(model, weights)
     for name, text in description.texts().items():
         entry = model.metadata_props.add()
         entry.key, entry.value = name, text
     pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
+
+
+def _hold(model: Any, weights: Mapping[str, np.ndarray]) -> None:
+    """Turns the inputs that are weights into values of the model.
+
+    As constants of the traced function they would be computed with while it is converted: a bias
+    for each window of a map is many times the bias.
+    """
+    from onnx import numpy_helper
+
+    inputs = model.graph.input
+    for value in [one for one in inputs if one.name in weights]:
+        inputs.remove(value)
+        model.graph.initializer.append(numpy_helper.from_array(weights[value.name], value.name))
 
 
 @contextlib.contextmanager

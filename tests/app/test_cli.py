@@ -25,6 +25,7 @@ from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "--config=configs/synthetic.py"
+EXPORT = ("--mode=export", "--output=x", "--source=y")
 
 
 def run(*arguments, cwd=ROOT, **environment):
@@ -108,6 +109,18 @@ def test_overrides_are_found_among_the_arguments():
         (("--mode=predict", "--workdir=w"), 2, ("--mode=predict needs --image",)),
         (("--mode=prepare", "--dataset=coco"), 2, ("--mode=prepare needs --source",)),
         (("--mode=prepare", "--dataset=coc"), 2, ("coc", "coco|ade20k|cityscapes|mapillary")),
+        (("--mode=export", "--size=1x1"), 2, ("--mode=export needs --output",)),
+        (("--mode=export", "--output=x"), 2, ("--mode=export needs --size",)),
+        (("--mode=export", "--output=x", "--size=64x64"), 2, ("needs --workdir",)),
+        ((*EXPORT, "--size=64x64"), 2, ("needs --format=stablehlo or onnx",)),
+        ((*EXPORT, "--size=64x64", "--format=official"), 2, ("needs --format=stablehlo or onnx",)),
+        ((*EXPORT, "--size=64", "--format=onnx"), 2, ("--size=64: it must be a height and a",)),
+        ((*EXPORT, "--size=64x64", "--format=onnx"), 2, ("needs --task=panoptic, instance or",)),
+        (
+            ("--mode=convert", "--source=a", "--output=b", "--format=onnx"),
+            2,
+            ("--mode=convert needs --format=workdir or official or hugging_face",),
+        ),
         (("--mode=inspect",), 2, ("--mode=inspect needs --config",)),
         (("--workdir=w", "stray"), 2, ("'stray' is not a flag",)),
     ],
