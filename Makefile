@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PARITY := $(VENV)/.parity
 PEERS := $(VENV)/.peers
+EXPORT := $(VENV)/.export
 
 # Large pages for large arrays: on a processor they save a sixth of the time of a training step, which
 # else goes into mapping memory. Only glibc reads this.
@@ -49,7 +50,7 @@ $(READY): requirements.txt pyproject.toml
 	  $(BIN)/python -m pip install -e '.[dev]'; fi
 	@touch $@
 
-$(PARITY) $(PEERS): $(VENV)/.%: $(READY)
+$(PARITY) $(PEERS) $(EXPORT): $(VENV)/.%: $(READY)
 	@if test -x $(BIN)/uv && $(BIN)/uv pip install --python $(BIN)/python -e '.[$*]'; then :; \
 	  else $(BIN)/python -m pip install -e '.[$*]'; fi
 	@touch $@
@@ -60,8 +61,8 @@ train: setup
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
-# Also PyTorch and transformers, which the parity tests compare with.
-test-all: $(PARITY)
+# Also PyTorch and transformers, which the parity tests compare with, and what runs exported files.
+test-all: $(PARITY) $(EXPORT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench-input: setup

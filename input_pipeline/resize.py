@@ -42,6 +42,22 @@ def resize_for_test(image: np.ndarray, short_edge: int, max_size: int) -> np.nda
     return _resize_pil(image, shortest_edge_size(image.shape[:2], short_edge, max_size))
 
 
+def resize_to_fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes as at the test, keeping the aspect, to the largest size within (height, width).
+
+    Returns:
+      uint8 [h, w, 3] with h or w that of `size`; `image` itself where it fits already.
+    """
+    scale = min(limit / side for limit, side in zip(size, image.shape[:2], strict=True))
+    height, width = (
+        min(limit, max(1, int(side * scale + 0.5)))
+        for limit, side in zip(size, image.shape[:2], strict=True)
+    )
+    if (height, width) == image.shape[:2]:
+        return image
+    return _resize_pil(image, (height, width))
+
+
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes bilinearly with antialiasing, to the result of PIL but for one grey level.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,17 +14,31 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
+_TRACED_FOR: contextvars.ContextVar[str] = contextvars.ContextVar("traced_for", default="")
 OLDEST_CAPABILITY = 8.0  # Ampere: the oldest that Pallas:Triton compiles for
 
 
 def platform() -> str:
     """Returns the platform that is traced for: "cpu", "gpu" or "tpu".
 
-    It is that of the mesh that the trace was told of (`jax.sharding.use_abstract_mesh`), which may
-    stand for devices that are not there, else that of the default device.
+    It is that of `tracing_for`, or that of the mesh that the trace was told of
+    (`jax.sharding.use_abstract_mesh`), which may stand for devices that are not there, else that of
+    the default device.
     """
+    if named := _TRACED_FOR.get():
+        return named
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return getattr(device, "platform", None) or jax.default_backend()
+
+
+@contextlib.contextmanager
+def tracing_for(name: str) -> Iterator[None]:
+    """Sets `platform` for what is traced within: a program may be exported for other machines."""
+    token = _TRACED_FOR.set(name)
+    try:
+        yield
+    finally:
+        _TRACED_FOR.reset(token)
 
 
 def load(package: str, implementation: str, function: str) -> Callable[..., jax.Array]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from oneformer_jax.eval.predict import Segmenter
     from oneformer_jax.eval.segmentation import Segmentation
+    from oneformer_jax.export.stablehlo import ExportedSegmenter
     from oneformer_jax.models.execution import Execution
     from oneformer_jax.models.oneformer import OneFormer, OneFormerConfig
     from oneformer_jax.types import TASKS, Metadata
@@ -48,8 +49,10 @@ def load(
     execution: Execution | None = None,
     mesh: Mesh | None = None,
     **overrides: Any,
-) -> Segmenter:
+) -> Segmenter | ExportedSegmenter:
     """Loads a `Segmenter` from a trained workdir, an official checkpoint or a Hugging Face model.
+
+    Of an exported `.stablehlo` file it makes an `ExportedSegmenter`, which is called alike.
 
     Of other programs' files, the architecture is recognised from the tensors, the classes from
     their number, and thresholds, test size and dilations from the published model that has the same
@@ -90,6 +93,16 @@ def load(
 
     compilation.keep_programs()
     path = fetch.local_path(path)
+    if os.path.splitext(path)[1] in (".stablehlo", ".onnx"):
+        from oneformer_jax.export import stablehlo
+
+        options = dict(config=config, metadata=metadata, execution=execution, mesh=mesh)
+        given = [name for name, value in (options | overrides).items() if value is not None]
+        if given:
+            raise ValueError(
+                f"{path} is an exported model, which is as it is; leave out {given[0]}"
+            )
+        return stablehlo.load(path)
     if not files.is_foreign(path):
         if config is not None or metadata is not None:
             given = "config" if config is not None else "metadata"

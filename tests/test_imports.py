@@ -13,11 +13,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # room: (rooms of this repository it may import, packages from elsewhere it may import)
 RULES = {
     "main": ("app", "absl"),
-    "": ("types models train eval weights input_pipeline.datasets", "jax"),  # the public API
+    "": ("types models train eval weights export input_pipeline.datasets", "jax"),  # the public API
     "app": (
-        "app train compile eval weights types input_pipeline input_pipeline.datasets"
+        "app train compile eval weights export types input_pipeline input_pipeline.datasets"
         " input_pipeline.eval_loader configs configs.common",
         "absl jax ml_collections",
+    ),
+    # A program is traced for other machines than this one, so it names their platform to kernels.
+    "export": (
+        "export eval models weights types kernels input_pipeline.resize",
+        "jax jax2onnx msgspec numpy onnx safetensors",
     ),
     "compile": ("compile train models types kernels.chips", "absl jax ml_collections numpy"),
     "train": (
@@ -228,6 +233,8 @@ def test_a_ring_is_found(tmp_path):
         ("train.loop", "import main", "main"),
         ("train.loop", "from oneformer_jax.app import cli", "app"),
         ("eval.predict", "from tests import conftest", "tests"),
+        ("eval.predict", "from oneformer_jax.export import stablehlo", "export"),
+        ("export.program", "from oneformer_jax.train import checkpoint", "train"),
     ],
 )
 def test_a_forbidden_import_is_found(module, source, target):

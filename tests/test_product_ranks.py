@@ -116,7 +116,7 @@ LOGITS = (array(2, 7, 6), array(2, 7, 16, 16), *[array(2, 2, dtype=jnp.int32)] *
 
 @pytest.mark.parametrize("task", TASKS)
 def test_post_processing(task):
-    run = functools.partial(postprocess._run, task=task, topk=5, **SIZES)
+    run = functools.partial(postprocess.run_heads, task=task, topk=5, **SIZES)
     check(run, *LOGITS, array())
 
 

@@ -4,6 +4,7 @@
   python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=eval
   python main.py --workdir=runs/synthetic --mode=predict --image=FILE_OR_FOLDER --task=all
   python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
+  python main.py --mode=export --source=DIR --format=onnx --size=512x512 --task=panoptic --output=X
   python main.py --mode=prepare --dataset=coco --source=DIR
   python main.py --config=configs/synthetic.py --mode=inspect
   python main.py --config=configs/synthetic.py --config.mesh.topology=v5e:4x4 --mode=compile
@@ -53,6 +54,7 @@ SYNONYMS = {
     "weights": "init.checkpoint",
 }
 FORMATS = ("workdir", "official", "hugging_face")
+PROGRAMS = ("stablehlo", "onnx")  # formats of exports
 OFFICIAL = ("coco", "ade20k", "cityscapes", "mapillary")
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -69,6 +71,7 @@ _MODES = {
     "eval": "evaluate a checkpoint of --workdir",
     "predict": "segment --image with the model of --workdir or --weights",
     "convert": "turn --source into --output: weights of one program into those of another",
+    "export": "write the model of --workdir or --weights as a StableHLO or ONNX program",
     "prepare": "write the files of --dataset in --source as records",
     "inspect": "count, check and draw the training data of --config",
     "compile": "compile a run for accelerators that are not here, and tell whether it fits",
@@ -79,20 +82,23 @@ _MODES = {
 WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay", "calibrate")
 _MODE = flags.DEFINE_enum("mode", "train", tuple(_MODES), "What to do.")
 _WEIGHTS = flags.DEFINE_string(
-    "weights", None, "predict: a workdir, an official .pth or a Hugging Face folder."
+    "weights",
+    None,
+    "predict, export: a workdir, an official .pth, a Hugging Face folder, OWNER/NAME@REVISION of "
+    "the hub, or an address (https, gs, s3).",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
-    "eval, predict: a step, latest or best; replay: a recorded step. When not given: the latest, "
-    "but predict takes the best where there are scores.",
+    "eval, predict, export: a step, latest or best; replay: a recorded step. When not given: the "
+    "latest, but predict and export take the best where there are scores.",
 )
 _IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
 _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "predict: keep segments whose score is above this.", 0.0, 1.0
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "predict: segment again what is done.")
-_TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three.")
+_TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three; export: one.")
 _MAX_PIXELS = flags.DEFINE_integer(
     "max_pixels", None, "predict: largest image that is read; other modes: data.max_pixels.", 1
 )
@@ -100,7 +106,7 @@ _OUTPUT = flags.DEFINE_string(
     "output",
     None,
     "predict, inspect: folder of the results; WORKDIR/predictions or runs/inspection when not "
-    "given. convert: what is written.",
+    "given. convert, export: what is written.",
 )
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -108,7 +114,11 @@ _SOURCE = flags.DEFINE_string(
     "convert: a workdir, an official .pth, a Hugging Face folder, OWNER/NAME@REVISION of the hub, "
     "or an address (https, gs, s3). prepare: the folder of a dataset's own files.",
 )
-_FORMAT = flags.DEFINE_enum("format", "workdir", FORMATS, "convert: what the output is to be.")
+_FORMAT = flags.DEFINE_enum(
+    "format", None, FORMATS + PROGRAMS, "convert, export: what the output is to be."
+)
+_SIZE = flags.DEFINE_string("size", None, "export: height x width of the images, as 512x1024.")
+_POSTPROCESS = flags.DEFINE_bool("postprocess", False, "export: give final maps, not logits.")
 _MODEL = flags.DEFINE_string(
     "model", None, "convert: the published model, where tensors do not tell, as coco:swin_large."
 )
@@ -116,7 +126,7 @@ _PUSH = flags.DEFINE_string(
     "push", None, "convert to hugging_face: the model on the hub, OWNER/NAME, where it goes."
 )
 _LICENSE = flags.DEFINE_string(
-    "license", "", "push: licence of the weights on their card, as apache-2.0."
+    "license", "", "push, export: licence of the weights, as apache-2.0; it goes with them."
 )
 _DATASET = flags.DEFINE_enum("dataset", None, OFFICIAL, "prepare: the dataset.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare: where the prepared files go.")
@@ -335,11 +345,16 @@ def require_flags(**values: object) -> None:
             fail(f"--mode={_MODE.value} needs --{name}=...", 2)
 
 
+def chosen_weights() -> str:
+    """Returns --workdir or --weights, of which one must be given."""
+    if bool(_WORKDIR.value) == bool(_WEIGHTS.value):
+        fail(f"--mode={_MODE.value} needs --workdir=... or --weights=..., and not both", 2)
+    return _WEIGHTS.value or _WORKDIR.value
+
+
 def prediction_paths() -> tuple[str, str]:
     """Returns the weights to predict with, and where the results go."""
-    if bool(_WORKDIR.value) == bool(_WEIGHTS.value):
-        fail("--mode=predict needs --workdir=... or --weights=..., and not both", 2)
-    weights = _WEIGHTS.value or _WORKDIR.value
+    weights = chosen_weights()
     if _OUTPUT.value:
         return weights, _OUTPUT.value
     if _WEIGHTS.value or os.path.isfile(weights):
@@ -355,12 +370,35 @@ def value_of(config: ConfigDict, key: str) -> object:
     return value
 
 
+def output_format(formats: Sequence[str], default: str = "") -> str:
+    """Returns --format, which must be one of the mode's."""
+    found = _FORMAT.value or default
+    if found not in formats:
+        fail(f"--mode={_MODE.value} needs --format={' or '.join(formats)}", 2)
+    return found
+
+
+def image_size() -> tuple[int, int]:
+    """Returns (height, width) of --size."""
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", _SIZE.value)
+    if not match:
+        fail(f"--size={_SIZE.value}: it must be a height and a width, as 512x1024", 2)
+    return int(match[1]), int(match[2])
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         fail(f"{argv[1]!r} is not a flag; flags begin with --", 2)
     mode, config = _MODE.value, _CONFIG.value
     if mode == "convert":
         require_flags(source=_SOURCE.value, output=_OUTPUT.value)
+        form = output_format(FORMATS, "workdir")
+    elif mode == "export":
+        require_flags(output=_OUTPUT.value, size=_SIZE.value)
+        weights = chosen_weights()
+        form, size = output_format(PROGRAMS), image_size()
+        if _TASK.value == "all":
+            fail("--mode=export needs --task=panoptic, instance or semantic", 2)
     elif mode == "prepare":
         require_flags(dataset=_DATASET.value, source=_SOURCE.value)
     elif mode in ("inspect", "compile", "calibrate"):
@@ -395,7 +433,10 @@ def main(argv: Sequence[str]) -> None:
             modes.evaluate(config, _WORKDIR.value, _CHECKPOINT.value or "latest")
         elif mode == "convert":
             published = (_PUSH.value, _LICENSE.value)
-            modes.convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value, *published)
+            modes.convert(_SOURCE.value, _OUTPUT.value, form, _MODEL.value, *published)
+        elif mode == "export":
+            how = (_TASK.value, size, _POSTPROCESS.value, _LICENSE.value)
+            modes.export(weights, _OUTPUT.value, form, *how, which=_CHECKPOINT.value or "auto")
         elif mode == "inspect":
             modes.inspect_data(config, _OUTPUT.value, limit=_LIMIT.value)
         else:

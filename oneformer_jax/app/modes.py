@@ -183,6 +183,38 @@ def convert(
         print(publish.push(output, push, trained, path, license))
 
 
+def export(
+    source: str,
+    output: str,
+    form: str,
+    task: str,
+    size: tuple[int, int],
+    postprocess: bool = False,
+    license: str = "",
+    *,
+    which: str | int = "auto",
+) -> None:
+    """Writes a model as a program of "stablehlo" or "onnx": see `oneformer_jax.export`."""
+    import oneformer_jax
+    from oneformer_jax.export import description, onnx_model, stablehlo
+
+    segmenter = oneformer_jax.load(source, checkpoint=which)
+    if not isinstance(segmenter, oneformer_jax.Segmenter):
+        raise ValueError(f"{source} is exported already; name the weights that it was made from")
+    about = description.describe(
+        task=task,
+        size=size,
+        postprocess=postprocess,
+        num_queries=segmenter.config.num_queries,
+        metadata=segmenter.metadata,
+        thresholds=segmenter.postprocess,
+        license=license,
+        made_by=f"OneFormer-JAX {oneformer_jax.__version__}",
+    )
+    {"stablehlo": stablehlo, "onnx": onnx_model}[form].write(output, segmenter, about)
+    print(f"{source} is exported for the {task} task to {output}")
+
+
 def prepare(
     dataset: str,
     source: str,

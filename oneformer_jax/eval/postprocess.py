@@ -136,7 +136,7 @@ def segment_images(
 
     rows = (class_logits, mask_logits, image_size, original_size)
     threshold = np.float32(config.object_mask_threshold)
-    tables = _run(
+    tables = run_heads(
         *jax.device_put(rows, placement(class_logits, mesh, P("data"))),
         jax.device_put(threshold, placement(class_logits, mesh, P())),
         task=task,
@@ -167,11 +167,11 @@ def segment_batch(*args: Any, **options: Any) -> list[Segmentation]:
 
 def program_count() -> int:
     """Returns the number of programs that this process has compiled for post-processing."""
-    return _run._cache_size()  # type: ignore[attr-defined]
+    return run_heads._cache_size()  # type: ignore[attr-defined]
 
 
 @functools.partial(jax.jit, static_argnames=("task", "padded_size", "canvas", "topk", "mesh"))
-def _run(
+def run_heads(
     class_logits: jax.Array,
     mask_logits: jax.Array,
     image_size: jax.Array,

@@ -167,6 +167,11 @@ class Segmenter:
 
         self._outputs = outputs
 
+    @property
+    def variables(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The parameters and statistics: nested dicts of arrays on the devices."""
+        return self._params, self._stats
+
     @classmethod
     def from_settings(
         cls,

@@ -185,7 +185,7 @@ class TransformerDecoder(nnx.Module):
         values, keys, pyramid = [], [], []
         for level, x in enumerate(maps):
             height, columns = x.shape[1:3]
-            x = x.reshape(len(x), -1, width) + self.level_embed.embedding[level].astype(dtype)
+            x = x.reshape(x.shape[0], -1, width) + self.level_embed.embedding[level].astype(dtype)
             sine = layers.sine_positions(height, columns, width).reshape(-1, width)
             values.append(x)
             keys.append(x + sine.astype(dtype))
@@ -221,7 +221,7 @@ class TransformerDecoder(nnx.Module):
     def _initial_queries(self, mask_features, task, positions, key: Key) -> jax.Array:
         """The queries float32 [B, Q, D] that enter the decoder; `positions` [Q, D]."""
         if self.queries == "learned":
-            shape = (len(mask_features), *positions.shape)
+            shape = (mask_features.shape[0], *positions.shape)
             return jnp.broadcast_to(self.query_feat.embedding[...], shape)
         task = self.decoder_norm(task)
         features = self.class_input_proj(mask_features)

@@ -254,7 +254,7 @@ class MultiHeadAttention(nnx.Module):
 
         def project(projection: nnx.Linear, x: jax.Array) -> jax.Array:
             x = heads(projection(once_per_shard(x, batch)))
-            copies = (len(x), batch // len(x), *x.shape[1:])
+            copies = (x.shape[0], batch // x.shape[0], *x.shape[1:])
             return jnp.broadcast_to(x[:, None], copies).reshape(batch, *x.shape[1:])
 
         q = heads(self.q_proj(query))

@@ -89,7 +89,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     if path.is_dir():
         return _open_folder(path)
     if path.suffix == ".safetensors":
-        return TensorFile(str(path), _open_safetensors(path))
+        return TensorFile(str(path), open_safetensors(path))
     tensors, own = _open_pickle(path)
     return TensorFile(str(path), tensors, own=own)
 
@@ -167,7 +167,7 @@ def _open_shards(path: pathlib.Path, index: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _open_shard(path: pathlib.Path) -> dict[str, Tensor]:
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)[0]
+    return open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)[0]
 
 
 def _checked(path: pathlib.Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ def _checked(path: pathlib.Path, tensors: dict[str, Tensor]) -> dict[str, Tensor
     return tensors
 
 
-def _open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
+def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     def damaged(error: Exception) -> FileError:
         return FileError(
             f"{path} is truncated or damaged ({quoted(str(error), 200)}); fetch it again"

@@ -22,6 +22,7 @@ from oneformer_jax.train import state as states
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "--config=configs/synthetic.py"
+EXPORT = ("--mode=export", "--output=x", "--source=y")
 
 
 def run(*arguments, cwd=ROOT, **environment):
@@ -97,7 +98,7 @@ def test_overrides_are_found_among_the_arguments():
         (("--config=configs/nothing.py",), 2, ("configs/nothing.py", "shipped are ade20k")),
         (("--config.optim.lr=1",), 2, ("--config=FILE",)),
         (("--wrkdir=x",), 2, ("wrkdir", "workdir")),
-        (("--mode=trian",), 2, ("trian", "|convert|prepare|inspect|compile|replay")),
+        (("--mode=trian",), 2, ("trian", "|convert|export|prepare|inspect|compile|replay")),
         (("--mode=predict", "--task=panoptik"), 2, ("panoptik", "panoptic|instance|semantic|all")),
         ((CONFIG, "--mode=train"), 2, ("--mode=train needs --workdir",)),
         (("--mode=compile",), 2, ("--mode=compile needs --config",)),
@@ -130,6 +131,18 @@ def test_overrides_are_found_among_the_arguments():
         ),
         (("--mode=prepare", "--dataset=coco"), 2, ("--mode=prepare needs --source",)),
         (("--mode=prepare", "--dataset=coc"), 2, ("coc", "coco|ade20k|cityscapes|mapillary")),
+        (("--mode=export", "--size=1x1"), 2, ("--mode=export needs --output",)),
+        (("--mode=export", "--output=x"), 2, ("--mode=export needs --size",)),
+        (("--mode=export", "--output=x", "--size=64x64"), 2, ("needs --workdir",)),
+        ((*EXPORT, "--size=64x64"), 2, ("needs --format=stablehlo or onnx",)),
+        ((*EXPORT, "--size=64x64", "--format=official"), 2, ("needs --format=stablehlo or onnx",)),
+        ((*EXPORT, "--size=64", "--format=onnx"), 2, ("--size=64: it must be a height and a",)),
+        ((*EXPORT, "--size=64x64", "--format=onnx"), 2, ("needs --task=panoptic, instance or",)),
+        (
+            ("--mode=convert", "--source=a", "--output=b", "--format=onnx"),
+            2,
+            ("--mode=convert needs --format=workdir or official or hugging_face",),
+        ),
         (("--mode=inspect",), 2, ("--mode=inspect needs --config",)),
         (("--workdir=w", "stray"), 2, ("'stray' is not a flag",)),
     ],

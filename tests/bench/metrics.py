@@ -198,7 +198,7 @@ def print_memory(queries: int = 250) -> None:
         found = {}
         spec = jax.ShapeDtypeStruct
         for task in TASKS:
-            program = postprocess._run.lower(
+            program = postprocess.run_heads.lower(
                 spec((1, queries, classes + 1), np.float32),
                 spec((1, queries, padded[0] // 4, padded[1] // 4), np.float32),
                 spec((1, 2), np.int32),

@@ -288,11 +288,11 @@ def test_batch_sharded_over_devices_gives_the_same_result():
 def test_programs_do_not_depend_on_image_sizes_or_thresholds():
     logits = random_logits(6)
     segment(logits, "panoptic")
-    before = postprocess._run._cache_size()
+    before = postprocess.run_heads._cache_size()
     segment(
         logits, "panoptic", sizes=(IMAGE_SIZE - 3, ORIGINAL_SIZE + 5), object_mask_threshold=0.4
     )
-    assert postprocess._run._cache_size() == before
+    assert postprocess.run_heads._cache_size() == before
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
@@ -303,7 +303,7 @@ def test_device_memory_is_bounded_by_a_strip(task, canvas):
     The instance head returns a bit per query and pixel, and holds them twice while it orders them.
     """
     f32, spec = np.float32, jax.ShapeDtypeStruct
-    compiled = postprocess._run.lower(
+    compiled = postprocess.run_heads.lower(
         spec((1, 250, 20), f32),
         spec((1, 250, 256, 512), f32),
         spec((1, 2), np.int32),
