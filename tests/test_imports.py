@@ -28,7 +28,7 @@ RULES = {
     "weights": ("weights models types", "flax jax msgspec numpy safetensors"),
     "eval": (
         "eval models types input_pipeline.images input_pipeline.resize input_pipeline.annotations",
-        "absl cv2 flax jax numpy PIL pycocotools scipy",
+        "absl av cv2 flax jax numpy PIL pycocotools scipy",
     ),
     "eval.evaluate": ("eval models types", "absl jax ml_collections numpy"),
     "models": ("models types kernels", "flax jax numpy scipy"),

@@ -51,7 +51,9 @@ _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _CHECKPOINT = flags.DEFINE_integer(
     "checkpoint", None, "eval, predict, replay: the step; the newest when not given.", 0
 )
-_IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
+_IMAGE = flags.DEFINE_string(
+    "image", None, "predict: an image, a folder of them, a video, or '*.png'."
+)
 _TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three.")
 _MAX_PIXELS = flags.DEFINE_integer(
     "max_pixels", None, "predict: largest image that is read; other modes: data.max_pixels.", 1

@@ -63,15 +63,19 @@ def predict(
     step: int | None = None,
     max_pixels: int | None = None,
 ) -> None:
-    """Segments an image or a folder of images: see `oneformer_jax.eval.predict.predict_files`."""
+    """Segments images or a video: see `eval.predict.predict_files`, `eval.video.predict_video`."""
     import oneformer_jax
-    from oneformer_jax.eval import predict
+    from oneformer_jax.eval import clips, predict, video
     from oneformer_jax.train.checkpoint import CHECKPOINT_FOLDER
 
     output = output or os.path.join(workdir, "predictions")
     path = workdir if step is None else os.path.join(workdir, CHECKPOINT_FOLDER, str(step))
     limit = {} if max_pixels is None else {"max_pixels": max_pixels}
-    written = predict.predict_files(oneformer_jax.load(path), image, output, task, **limit)
+    if clips.is_clip(image):
+        clips.library()  # before the model is loaded
+        written = video.predict_video(oneformer_jax.load(path), image, output, task, **limit)
+    else:
+        written = predict.predict_files(oneformer_jax.load(path), image, output, task, **limit)
     print(f"{len(written)} files are in {output}:")
     for file in written:
         print(f"  {file}")

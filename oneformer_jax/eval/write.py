@@ -60,13 +60,13 @@ def write_prediction(
     texts: dict[str, Any] = {}
     if task == "panoptic":
         pictures[f"{name}_panoptic.png"] = encode_ids(segmentation.segments)
-        texts[f"{name}_panoptic.json"] = _coco_panoptic(
+        texts[f"{name}_panoptic.json"] = coco_panoptic(
             segmentation, f"{name}_panoptic.png", image_id
         )
     elif task == "semantic":
-        pictures[f"{name}_semantic.png"] = _dataset_ids(segmentation)
+        pictures[f"{name}_semantic.png"] = dataset_ids(segmentation)
     else:
-        texts[f"{name}_instance.json"] = list(_coco_instances(segmentation, image_id))
+        texts[f"{name}_instance.json"] = list(coco_instances(segmentation, image_id))
     for file, pixels in pictures.items():
         write_png(out_dir / file, pixels, source if pixels is overlay else None)
     for file, content in texts.items():
@@ -99,7 +99,7 @@ def encode_ids(segments: np.ndarray) -> np.ndarray:
     return np.stack([segments >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
 
 
-def _coco_panoptic(
+def coco_panoptic(
     segmentation: Segmentation, file_name: str, image_id: int | str
 ) -> dict[str, Any]:
     metadata = segmentation.metadata
@@ -133,7 +133,7 @@ def _coco_panoptic(
     }
 
 
-def _coco_instances(segmentation: Segmentation, image_id: int | str) -> Iterator[dict[str, Any]]:
+def coco_instances(segmentation: Segmentation, image_id: int | str) -> Iterator[dict[str, Any]]:
     for mask, label, score in zip(
         segmentation.masks, segmentation.labels, segmentation.scores, strict=True
     ):
@@ -156,7 +156,7 @@ def _bounding_box(mask: np.ndarray) -> list[int]:
     return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
 
 
-def _dataset_ids(segmentation: Segmentation) -> np.ndarray:
+def dataset_ids(segmentation: Segmentation) -> np.ndarray:
     """The class map with the data set's own ids: uint8 or uint16 [H, W], or its `encode_ids`."""
     metadata = segmentation.metadata
     ids = np.array(metadata.category_ids)

@@ -72,6 +72,7 @@ def draw(
     min_score: float = 0.5,
     min_size: int = 0,
     max_pixels: int = 1 << 24,
+    numbers: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Draws a segmentation over its image.
 
@@ -85,6 +86,8 @@ def draw(
       min_size: enlarge images with a shorter side by a whole factor, for fine text and outlines,
         unless the picture becomes large. 0 keeps the size.
       max_pixels: limit of the picture's pixels; larger images are shrunk.
+      numbers: of a frame of a video, for each segment the number of its object among those of its
+        class, from 0. It chooses the shade, and things show it in the place of their score.
 
     Returns:
       uint8 [H, W, 3] RGB, or of the other size.
@@ -103,7 +106,7 @@ def draw(
     if size != image.shape[1::-1]:
         method = cv2.INTER_CUBIC if larger else cv2.INTER_AREA
         image = cv2.resize(image, size, interpolation=method)
-    regions = _regions(segmentation, min_score, size)
+    regions = _regions(segmentation, min_score, size, numbers)
     # Large segments first, or they would cover small ones.
     regions.sort(key=lambda r: -np.count_nonzero(r.mask))
     picture = image.astype(np.float32)
@@ -138,7 +141,12 @@ def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask.astype(np.float32), size, interpolation=method) >= 0.5
 
 
-def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) -> list[_Region]:
+def _regions(
+    segmentation: Drawable,
+    min_score: float,
+    size: tuple[int, int],
+    numbers: Sequence[int] | None = None,
+) -> list[_Region]:
     """The segments, with their masks resized to `size`, (width, height)."""
     metadata = segmentation.metadata
     found: Iterable[tuple[np.ndarray, int, float | None]]
@@ -153,7 +161,6 @@ def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) ->
             for mask, label, score in zip(
                 segmentation.masks, segmentation.labels, segmentation.scores, strict=True
             )
-            if score >= min_score
         )
     else:
         classes = np.unique(segmentation.class_map)
@@ -164,13 +171,19 @@ def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) ->
         )
     regions = []
     seen: dict[int, int] = {}
-    for whole, label, score in found:
+    for position, (whole, label, score) in enumerate(found):
+        if score is not None and score < min_score:
+            continue
         mask = _resized(whole, size)
         if not mask.any():
             continue
-        number = seen[label] = seen.get(label, -1) + 1
         name = metadata.class_names[label]
-        text = name if score in (None, 1.0) else f"{name} {score:.0%}"
+        if numbers is not None:
+            number = numbers[position]
+            text = f"{name} {number + 1}" if metadata.is_thing[label] else name
+        else:
+            number = seen[label] = seen.get(label, -1) + 1
+            text = name if score in (None, 1.0) else f"{name} {score:.0%}"
         color = shade(metadata.colors[label], number)
         regions.append(_Region(mask, color, text, metadata.is_thing[label]))
     return regions
