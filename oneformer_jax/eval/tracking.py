@@ -19,6 +19,8 @@ from scipy import ndimage, optimize
 _IDENTITIES = 1 << 24
 # How much less a match counts for each frame in which its segment was missing.
 _FORGETTING = 0.05
+# Two segments of a frame with at least this IoU are one object.
+_REPEATED = 0.7
 # Of the new motion in the average of all.
 _NEWEST = 0.5
 # If a segment grows or shrinks by more, its centre tells no motion: it was hidden, split or merged.
@@ -73,6 +75,24 @@ def patches(segments: np.ndarray, ids: Sequence[int]) -> list[Patch]:
         else:
             found.append(Patch(box[0].start, box[1].start, segments[box] == id_))
     return found
+
+
+def distinct(found: Sequence[Patch], labels: Sequence[int]) -> list[int]:
+    """Lists the positions of the segments that do not repeat an earlier one of their class.
+
+    A model may find an object twice; the two would exchange their identities at every frame.
+    """
+    kept: list[int] = []
+    for i, patch in enumerate(found):
+        if all(labels[i] != labels[k] or _iou(patch, found[k]) < _REPEATED for k in kept):
+            kept.append(i)
+    return kept
+
+
+def _iou(first: Patch, second: Patch) -> float:
+    common = first.overlap(second)
+    both = np.count_nonzero(first.mask) + np.count_nonzero(second.mask) - common
+    return common / max(1, int(both))
 
 
 class Identity(NamedTuple):

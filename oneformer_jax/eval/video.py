@@ -27,7 +27,7 @@ from PIL import Image
 from oneformer_jax.eval import clips, write
 from oneformer_jax.eval.clips import Clip, Frame
 from oneformer_jax.eval.segmentation import Segmentation
-from oneformer_jax.eval.tracking import Identity, Patch, Tracker, patches
+from oneformer_jax.eval.tracking import Identity, Patch, Tracker, distinct, patches
 from oneformer_jax.files import first_few
 from oneformer_jax.input_pipeline import images
 from oneformer_jax.types import TASKS, task_id
@@ -72,7 +72,8 @@ def predict_video(
       out_dir: folder of the results, made as needed.
       task: one of `TASKS`, or "all".
       max_pixels: limit of the pixels of a frame.
-      min_score: instances below this score are left out.
+      min_score: instances below this score are left out, as are those that nearly repeat a better
+        one of their class.
       overlay_size: overlays of smaller frames are enlarged, as by `write_prediction`.
 
     Returns:
@@ -232,6 +233,11 @@ class _Result:
         return name
 
 
+def _memory(clip: Clip) -> int:
+    """Frames that the tracker remembers: those of a second."""
+    return min(max(8, round(clip.rate)), 60)
+
+
 class _Semantic(_Result):
     def describe(self, frame: Frame, followed: _Followed) -> list[Any]:
         self.write_png(frame, write.dataset_ids(followed.segmentation))
@@ -255,24 +261,28 @@ class _Listed(_Result):
         self._json.close()
 
 
+def _chosen(segmentation: Segmentation, kept: Sequence[int] | np.ndarray) -> Segmentation:
+    """Takes the instances at the positions `kept`."""
+    positions = np.asarray(kept, int)
+    parts = {name: getattr(segmentation, name)[positions] for name in ("masks", "scores", "labels")}
+    return dataclasses.replace(segmentation, **parts)
+
+
 class _Instances(_Listed):
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._tracker = Tracker()
+        self._tracker = Tracker(memory=_memory(self.clip))
         self._json.write("[")
 
     def relevant(self, segmentation: Segmentation) -> Segmentation:
-        kept = np.flatnonzero(segmentation.scores >= self.min_score)
-        return dataclasses.replace(
-            segmentation,
-            masks=segmentation.masks[kept],
-            scores=segmentation.scores[kept],
-            labels=segmentation.labels[kept],
-        )
+        return _chosen(segmentation, np.flatnonzero(segmentation.scores >= self.min_score))
 
     def follow(self, segmentation: Segmentation) -> _Followed:
         found = [Patch.of(mask) for mask in segmentation.masks]
-        return _Followed(segmentation, self._tracker.update(found, segmentation.labels.tolist()))
+        labels = segmentation.labels.tolist()
+        kept = distinct(found, labels)
+        identities = self._tracker.update([found[i] for i in kept], [labels[i] for i in kept])
+        return _Followed(_chosen(segmentation, kept), identities)
 
     def describe(self, frame: Frame, followed: _Followed) -> list[Any]:
         entries = write.coco_instances(followed.segmentation, frame.number)
@@ -298,7 +308,8 @@ class _Panoptic(_Listed):
 
     def follow(self, segmentation: Segmentation) -> _Followed:
         if self._tracker is None:
-            self._tracker = Tracker(first=1 + segmentation.metadata.num_classes)
+            first = 1 + segmentation.metadata.num_classes
+            self._tracker = Tracker(first, memory=_memory(self.clip))
         infos = segmentation.segments_info
         things = [info for info in infos if info["isthing"]]
         tracked = iter(

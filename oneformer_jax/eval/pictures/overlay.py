@@ -115,7 +115,7 @@ def draw(
         picture[region.mask] += alpha * (color - picture[region.mask])
     picture = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
     _draw_outlines(picture, regions)
-    return _draw_labels(picture, regions) if labels else picture
+    return _draw_labels(picture, regions, numbers is not None) if labels else picture
 
 
 def _drawn_size(shape: tuple[int, int], min_size: int, max_pixels: int) -> tuple[int, int]:
@@ -240,13 +240,13 @@ def _draw_outlines(picture: np.ndarray, regions: Sequence[_Region]) -> None:
         cv2.polylines(picture, contours, True, tint, width, cv2.LINE_AA)
 
 
-def _draw_labels(picture: np.ndarray, regions: Sequence[_Region]) -> np.ndarray:
+def _draw_labels(picture: np.ndarray, regions: Sequence[_Region], steady: bool) -> np.ndarray:
     base = max(_MIN_FONT, round(_FONT_SHARE * sheets.scale(picture.shape)))
     taken = np.zeros(picture.shape[:2], bool)
     plates = []
     # The smallest have the fewest places, so they choose first.
     for region in sorted(regions, key=lambda r: np.count_nonzero(r.mask)):
-        plate = _place(region, taken, base)
+        plate = _place(region, taken, base, steady)
         if plate is not None:
             x, y, width, height, _ = plate
             taken[y : y + height, x : x + width] = True
@@ -275,8 +275,12 @@ def _plate_size(text: str, size: int) -> tuple[int, int]:
     return round(ImageFont.load_default(size).getlength(text)) + 2 * pad, round(1.2 * size) + pad
 
 
-def _place(region: _Region, taken: np.ndarray, base: int) -> tuple[int, ...] | None:
-    """Finds (x, y, width, height, font size) of a region's label, or None without a place."""
+def _place(region: _Region, taken: np.ndarray, base: int, steady: bool) -> tuple[int, ...] | None:
+    """Finds (x, y, width, height, font size) of a region's label, or None without a place.
+
+    The place is the widest, which jumps as the region changes. The `steady` one is the nearest to
+    the region's centre that is wide enough.
+    """
     rows, columns = np.flatnonzero(region.mask.any(1)), np.flatnonzero(region.mask.any(0))
     top, left = rows[0], columns[0]
     cut = np.s_[top : rows[-1] + 1, left : columns[-1] + 1]
@@ -288,6 +292,11 @@ def _place(region: _Region, taken: np.ndarray, base: int) -> tuple[int, ...] | N
     room = cv2.resize(free.astype(np.uint8), squeezed, interpolation=cv2.INTER_AREA)
     room = cv2.distanceTransform(np.pad(room, 1), cv2.DIST_C, 3)[1:-1, 1:-1]
     y, x = np.unravel_index(room.argmax(), room.shape)
+    if steady and 2 * room[y, x] >= height:
+        rows_in, columns_in = np.nonzero(2 * room >= height)
+        inside_y, inside_x = np.nonzero(room)
+        distance = np.hypot(rows_in - inside_y.mean(), columns_in - inside_x.mean())
+        y, x = rows_in[distance.argmin()], columns_in[distance.argmin()]
     center_x = left + (x + 0.5) * free.shape[1] / squeezed[0]
     center_y = top + y + 0.5
     fits = 2 * room[y, x] / height
