@@ -178,8 +178,8 @@ def _open_video(name: str, max_pixels: int) -> Iterator[Clip]:
         pass
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
     try:
-        container = av.open(f"file:{name}", options=options)
-    except av.error.FFmpegError as error:
+        container = av.open(f"file:{name}", options=options, metadata_errors="replace")
+    except Exception as error:  # damaged files make PyAV raise many types
         reason = "it is empty" if not os.path.getsize(name) else _reason(error)
         raise VideoError(
             f"{name} is not a video that can be read, or is damaged at its start ({reason})"
@@ -195,30 +195,35 @@ def _open_video(name: str, max_pixels: int) -> Iterator[Clip]:
             kinds = sorted({stream.type for stream in container.streams})
             raise VideoError(f"{name} has no video, only {files.first_few(kinds) or 'no stream'}")
         stream = streams[0]
+        if stream.codec_context is None:
+            raise VideoError(f"{name}: the codec of its video is unknown or damaged")
         stream.thread_type = "AUTO"
         rate = stream.average_rate or stream.guessed_rate or FRAME_RATE
         if not 0 < rate <= 1000:  # an unknown rate is given as that of the clock
             rate = FRAME_RATE
-        length = (stream.duration or 0) * (stream.time_base or 0) or Fraction(
-            container.duration or 0, av.time_base
-        )
-        clip = Clip(
-            name,
-            os.path.basename(name).replace(".", "_"),
-            Fraction(rate),
-            stream.frames or round(length * rate) or None,
-        )
-        clip.frames = _video_frames(container, stream, clip, max_pixels)
+        length = Fraction((stream.duration or 0) * (stream.time_base or 0))
+        length = length or Fraction(container.duration or 0, av.time_base)
+        total = stream.frames or round(length * rate) or None
+        clip = Clip(name, os.path.basename(name).replace(".", "_"), Fraction(rate), total)
+        clip.frames = _video_frames(container, stream, clip, length, max_pixels)
         yield clip
 
 
-def _video_frames(container: Any, stream: Any, clip: Clip, max_pixels: int) -> Iterator[Frame]:
+def _video_frames(
+    container: Any, stream: Any, clip: Clip, length: Fraction, max_pixels: int
+) -> Iterator[Frame]:
     """Decodes a stream; times rise, also where those of the file are missing or do not."""
     size: tuple[int, int] | None = None
     start: Fraction | None = None
     number, time = 0, -1 / clip.rate
     for frame in _decoded(container, stream, clip, max_pixels):
-        image, transposed = _upright(_rgb(frame), frame)
+        try:
+            image, transposed = _upright(_rgb(frame), frame)
+        except library().error.FFmpegError as error:
+            raise VideoError(
+                f"{clip.path}: frame {number:,}, {frame.format.name}, cannot be converted to RGB "
+                f"({_reason(error)}); write the video anew as H.264"
+            ) from None
         if size is None:
             size = (image.shape[0], image.shape[1])
             aspect = Fraction(stream.sample_aspect_ratio or 1)
@@ -245,9 +250,11 @@ def _video_frames(container: Any, stream: Any, clip: Clip, max_pixels: int) -> I
             f"{clip.path} has no frame that can be decoded"
             + (f" ({files.first_few(clip.faults)})" if clip.faults else "")
         )
-    if clip.total and stream.frames and number < clip.total and not clip.faults:
+    end = time + 1 / clip.rate
+    if length - end > max(Fraction(1, 2), length / 20) and not clip.faults:
         clip.faults.append(
-            f"{clip.path} promises {clip.total:,} frames and has {number:,}: it may be truncated"
+            f"{clip.path} ends after {float(end):.1f} of {float(length):.1f} seconds: it may be "
+            "truncated"
         )
 
 
@@ -268,10 +275,19 @@ def _decoded(container: Any, stream: Any, clip: Clip, max_pixels: int) -> Iterat
     while True:
         try:
             packet = next(packets, None)  # the last one is empty and flushes the decoder
-            found = packet.decode() if packet is not None else ()
+        except IndexError:  # of a stream that begins in the middle of the file
+            packets = container.demux(stream)
+            continue
         except av.error.FFmpegError as error:
             damaged, cause = damaged + 1, _reason(error)
-            continue
+            continue  # and then there are no more
+        try:
+            found = stream.decode(packet)
+        except av.error.EOFError:  # it has been flushed
+            found = []
+        except av.error.FFmpegError as error:
+            damaged, cause = damaged + 1, _reason(error)
+            found = []
         for frame in found:
             check(frame.height, frame.width)
             damaged += frame.is_corrupt

@@ -246,7 +246,7 @@ def _draw_labels(picture: np.ndarray, regions: Sequence[_Region], steady: bool) 
     plates = []
     # The smallest have the fewest places, so they choose first.
     for region in sorted(regions, key=lambda r: np.count_nonzero(r.mask)):
-        plate = _place(region, taken, base, steady)
+        plate = _place(region, taken, base, steady=steady)
         if plate is not None:
             x, y, width, height, _ = plate
             taken[y : y + height, x : x + width] = True
@@ -275,7 +275,9 @@ def _plate_size(text: str, size: int) -> tuple[int, int]:
     return round(ImageFont.load_default(size).getlength(text)) + 2 * pad, round(1.2 * size) + pad
 
 
-def _place(region: _Region, taken: np.ndarray, base: int, steady: bool) -> tuple[int, ...] | None:
+def _place(
+    region: _Region, taken: np.ndarray, base: int, *, steady: bool = False
+) -> tuple[int, ...] | None:
     """Finds (x, y, width, height, font size) of a region's label, or None without a place.
 
     The place is the widest, which jumps as the region changes. The `steady` one is the nearest to
