@@ -53,7 +53,7 @@ RULES = {
         "input_pipeline input_pipeline.datasets input_pipeline.images input_pipeline.resize"
         " input_pipeline.annotations",
         "absl array_record cv2 etils grain importlib_resources instant_clip_tokenizer msgspec numpy"
-        " PIL pycocotools tensorflow_datasets",
+        " PIL pycocotools tensorflow_datasets yaml",
     ),
     "configs": ("configs.common", "ml_collections"),
     "configs.common": ("", "ml_collections"),

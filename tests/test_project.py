@@ -30,6 +30,7 @@ MODULE_OF = {
     "opencv-python-headless": "cv2",
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",
+    "pyyaml": "yaml",
     "tensorflow-datasets": "tensorflow_datasets",
 }
 # Of an extra: imported where it is used, and one line names the extra when it is missing.

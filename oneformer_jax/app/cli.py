@@ -5,6 +5,7 @@
   python main.py --workdir=runs/synthetic --mode=predict --image=FILE_OR_FOLDER --task=all
   python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
   python main.py --mode=prepare --dataset=coco --source=DIR
+  python main.py --mode=import --format=labelme --source=DIR --data_dir=NEW_DIR
   python main.py --config=configs/synthetic.py --mode=inspect
   python main.py --config=configs/synthetic.py --config.mesh.topology=v5e:4x4 --mode=compile
 
@@ -34,6 +35,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"  # those that 
 COMMON = os.path.join("configs", "common.py")  # every key of a config
 TASKS = ("panoptic", "instance", "semantic", "all")
 FORMATS = ("workdir", "official", "hugging_face")
+EXPORTS = ("labelme", "cvat", "yolo", "label_studio", "mask_folders")  # of labelling tools
 OFFICIAL = ("coco", "ade20k", "cityscapes", "mapillary")
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -45,7 +47,17 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, logs, results and pictures."
 )
-_MODES = ("train", "eval", "predict", "convert", "prepare", "inspect", "compile", "replay")
+_MODES = (
+    "train",
+    "eval",
+    "predict",
+    "convert",
+    "prepare",
+    "import",
+    "inspect",
+    "compile",
+    "replay",
+)
 WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay")  # modes that read the config
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _CHECKPOINT = flags.DEFINE_integer(
@@ -67,15 +79,17 @@ _OUTPUT = flags.DEFINE_string(
 _SOURCE = flags.DEFINE_string(
     "source",
     None,
-    "convert: an official .pth, a Hugging Face folder or a workdir. prepare: the folder of a "
-    "dataset's own files.",
+    "convert: an official .pth, a Hugging Face folder or a workdir. prepare, import: the folder of "
+    "a dataset's own files, or of a labelling tool's export.",
 )
-_FORMAT = flags.DEFINE_enum("format", "workdir", FORMATS, "convert: what the output is to be.")
+_FORMAT = flags.DEFINE_enum(
+    "format", None, FORMATS + EXPORTS, "convert: what the output is to be. import: what is read."
+)
 _MODEL = flags.DEFINE_string(
     "model", None, "convert: the published model, where tensors do not tell, as coco:swin_large."
 )
 _DATASET = flags.DEFINE_enum("dataset", None, OFFICIAL, "prepare: the dataset.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare: where the prepared files go.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare, import: where the files go.")
 _SPLIT = flags.DEFINE_multi_enum(
     "split", ["train", "validation"], ["train", "validation"], "prepare: only this split."
 )
@@ -263,8 +277,13 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         fail(f"{argv[1]!r} is not a flag; flags begin with --", 2)
     mode, config = _MODE.value, _CONFIG.value
+    kinds = {"convert": FORMATS, "import": EXPORTS}.get(mode)
+    if kinds and _FORMAT.value not in (*kinds, None):
+        fail(f"--mode={mode} has no --format={_FORMAT.value}; use one of {', '.join(kinds)}", 2)
     if mode == "convert":
         require_flags(source=_SOURCE.value, output=_OUTPUT.value)
+    elif mode == "import":
+        require_flags(format=_FORMAT.value, source=_SOURCE.value)
     elif mode == "prepare":
         require_flags(dataset=_DATASET.value, source=_SOURCE.value)
     elif mode in ("inspect", "compile"):
@@ -277,6 +296,8 @@ def main(argv: Sequence[str]) -> None:
             return modes.prepare(
                 _DATASET.value, _SOURCE.value, _DATA_DIR.value, _SPLIT.value, _SKIP_BROKEN.value
             )
+        if mode == "import":
+            return modes.import_data(_FORMAT.value, _SOURCE.value, _DATA_DIR.value)
         start_jax(config.compilation_cache if config else "")
         if mode == "train":
             modes.train(config, _WORKDIR.value)
@@ -288,7 +309,7 @@ def main(argv: Sequence[str]) -> None:
         elif mode == "eval":
             modes.evaluate(config, _WORKDIR.value, _CHECKPOINT.value)
         elif mode == "convert":
-            modes.convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _MODEL.value)
+            modes.convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value or FORMATS[0], _MODEL.value)
         elif mode == "inspect":
             modes.inspect_data(config, _OUTPUT.value, limit=_LIMIT.value)
         else:

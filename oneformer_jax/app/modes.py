@@ -135,6 +135,13 @@ def prepare(
     )
 
 
+def import_data(form: str, source: str, data_dir: str) -> None:
+    """Imports a labelling tool's export: see `input_pipeline.importers.import_export`."""
+    from oneformer_jax.input_pipeline import importers
+
+    print(importers.import_export(form, source, data_dir))
+
+
 def inspect_data(config: ConfigDict, output: str | None = None, count=12, limit=2000) -> None:
     """Draws `count` training samples; counts what `limit` images hold (0: all); lists faults."""
     from oneformer_jax.eval.pictures import inspection
