@@ -46,7 +46,7 @@ def read(export: Export) -> None:
     parser.buffer_text = True
     try:
         parser.Parse(files.read_bytes(path, limit=TEXT_LIMIT), True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError, ValueError) as error:  # also of its encoding
         raise files.FileError(f"{path} is not valid XML ({error}); export it again") from None
     except _XmlError as error:
         raise files.FileError(f"{path}, line {parser.CurrentLineNumber}: {error}") from None

@@ -1,4 +1,4 @@
-"""What an importer has found, its faults, and the COCO layout that is made of it."""
+"""Findings of an importer, its faults, and the COCO layout that is made of them."""
 
 from __future__ import annotations
 

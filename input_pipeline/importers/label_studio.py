@@ -103,8 +103,12 @@ def _read_task(export: Export, task: _Task, by_name: dict[str, list[str]], path:
         return
     image = _image_of(export, task, by_name, where)
     regions = annotations[0].result
-    stated = {(r.original_height, r.original_width) for r in regions if r.original_height}
-    picture = image and export.picture(image, where, stated=min(stated) if stated else None)
+    stated = {
+        (region.original_height, region.original_width)
+        for region in regions
+        if region.original_height and region.original_width
+    }
+    picture = image and export.picture(image, where, stated=min(stated, default=None))
     if not picture:
         return
     if len(stated) > 1:

@@ -316,6 +316,8 @@ def main(argv: Sequence[str]) -> None:
             where = (_WORKDIR.value, _IMAGE.value, _TASK.value, _OUTPUT.value, _CHECKPOINT.value)
             modes.predict(*where, _MAX_PIXELS.value)
     except KeyboardInterrupt:
+        if mode in ("predict", "import"):
+            fail("stopped; only results that are complete were written", 130)
         saved = "finished file" if mode == "prepare" else "checkpoint"
         fail(f"stopped; the same command goes on from the last {saved}", 130)
     except USER_ERRORS as error:

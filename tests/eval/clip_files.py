@@ -2,8 +2,10 @@
 
 from fractions import Fraction
 
-import av
 import numpy as np
+import pytest
+
+av = pytest.importorskip("av", reason="videos need PyAV, the extra `video`")
 
 
 def moving(count=8, height=48, width=64):

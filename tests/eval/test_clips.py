@@ -138,14 +138,12 @@ def test_a_playlist_opens_no_other_file(tmp_path, text):
 
 
 def test_music_with_a_cover_has_no_video(tmp_path):
-    import av
-
     cover = tmp_path / "cover.mp4"
-    with av.open(str(cover), "w") as container:
+    with clip_files.av.open(str(cover), "w") as container:
         picture = container.add_stream("mjpeg", rate=1)
         picture.height, picture.width, picture.pix_fmt = 48, 64, "yuvj420p"
-        picture.disposition = av.stream.Disposition.attached_pic
-        frame = av.VideoFrame.from_ndarray(clip_files.moving()[0], format="rgb24")
+        picture.disposition = clip_files.av.stream.Disposition.attached_pic
+        frame = clip_files.av.VideoFrame.from_ndarray(clip_files.moving()[0], format="rgb24")
         container.mux(picture.encode(frame))
         container.mux(picture.encode(None))
     assert "has no video" in message_of(cover)

@@ -63,6 +63,8 @@ def test_cvat_shapes_that_are_no_masks_are_refused(tmp_path, shape, message):
         ("", "not valid XML"),
         ("<annotations><image", "not valid XML"),
         ("<html></html>", "no export of CVAT"),
+        ('<?xml version="1.0" encoding="utf-99"?><annotations/>', "not valid XML"),
+        ('<?xml version="1.0" encoding="utf-7"?><annotations/>', "not valid XML"),
         (
             '<!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;&b;">]><annotations>&c;</annotations>',
             "document type",
@@ -244,6 +246,19 @@ def test_label_studio_regions_that_are_no_masks_are_refused(tmp_path, region, me
     with pytest.raises(ValueError, match=message) as caught:
         importers.import_export("label_studio", root, tmp_path / "out")
     assert "task 1, region 0" in str(caught.value)
+
+
+def test_label_studio_sizes_must_agree(tmp_path):
+    wide = exports.studio_polygon(CAT) | {"original_width": 90}
+    for regions, message in (
+        ([wide], "60 x 90 pixels"),
+        ([wide, exports.studio_polygon(DOG)], "sizes"),
+    ):
+        task = exports.task(1, "http://host/a.jpg", regions)
+        assert message in refused("label_studio", studio(tmp_path, task))
+    bare = exports.studio_polygon(CAT) | {"original_width": None, "original_height": None}
+    task = exports.task(1, "http://host/a.jpg", [bare, exports.studio_polygon(DOG)])
+    imported("label_studio", studio(tmp_path, task))
 
 
 def test_label_studio_says_what_it_leaves_out(tmp_path):
