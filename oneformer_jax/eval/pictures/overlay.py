@@ -109,11 +109,9 @@ def draw(
     regions = _regions(segmentation, min_score, size, numbers)
     # Large segments first, or they would cover small ones.
     regions.sort(key=lambda r: -np.count_nonzero(r.mask))
-    picture = image.astype(np.float32)
+    picture = image.copy()
     for region in regions:
-        color = np.asarray(region.color, np.float32)
-        picture[region.mask] += alpha * (color - picture[region.mask])
-    picture = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+        _tint(picture, region, alpha)
     _draw_outlines(picture, regions)
     return _draw_labels(picture, regions, numbers is not None) if labels else picture
 
@@ -216,6 +214,15 @@ def _shades(color: tuple[int, int, int], count: int = 24) -> tuple[tuple[int, in
         distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
         chosen.append(int(distance.argmax()))
     return tuple((int(r), int(g), int(b)) for r, g, b in colors[chosen])
+
+
+def _tint(picture: np.ndarray, region: _Region, alpha: float) -> None:
+    """Mixes a region's colour into it, in place."""
+    mask = region.mask.astype(np.uint8)
+    left, top, width, height = cv2.boundingRect(mask)
+    part = np.s_[top : top + height, left : left + width]
+    mixed = np.rint((1 - alpha) * np.arange(256)[:, None] + alpha * np.array(region.color))
+    cv2.copyTo(cv2.LUT(picture[part], mixed.astype(np.uint8)[None]), mask[part], picture[part])
 
 
 def _draw_outlines(picture: np.ndarray, regions: Sequence[_Region]) -> None:
