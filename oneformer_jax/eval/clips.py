@@ -91,7 +91,8 @@ def is_clip(path: str | os.PathLike[str]) -> bool:
     """
     name = os.fspath(path)
     if not os.path.exists(name):
-        return glob.has_magic(name) or name.lower().endswith(ENDINGS)
+        pattern = glob.has_magic(name) and "://" not in name
+        return pattern or name.lower().endswith(ENDINGS)
     if os.path.isdir(name):
         return False
     if name.lower().endswith(ENDINGS):

@@ -122,8 +122,8 @@ def predict_video(
             written.result()
         for result in results.values():
             result.finish()
-        for fault in clip.faults:
-            logging.warning("%s", fault)
+        if clip.faults:
+            logging.warning("%s", first_few(clip.faults, separator="\n"))
         return _publish(scratch, out_dir)
 
 
@@ -414,7 +414,7 @@ def _publish(scratch: pathlib.Path, out_dir: pathlib.Path) -> list[pathlib.Path]
     for made in sorted(scratch.iterdir(), key=lambda path: (path.is_file(), path.name)):
         target = out_dir / made.name
         if made.is_dir():
-            target.with_suffix(".json").unlink(missing_ok=True)
+            (out_dir / f"{made.name}.json").unlink(missing_ok=True)
             if target.exists():
                 target.rename(scratch / f"{made.name}_old")
         else:

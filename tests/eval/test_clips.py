@@ -231,7 +231,8 @@ def test_clips_are_told_from_images(tmp_path):
     heic.write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
     assert clips.is_clip(video) and clips.is_clip(bare)
     assert clips.is_clip("no/such/Film.MOV") and clips.is_clip("frames/*.png")
-    for path in (picture, heic, tmp_path, tmp_path / "missing.png", "frames/1.png"):
+    address = "https://host/a.png?size=large"
+    for path in (picture, heic, tmp_path, tmp_path / "missing.png", "frames/1.png", address):
         assert not clips.is_clip(path), path
 
 

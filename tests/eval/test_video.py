@@ -275,6 +275,20 @@ def test_a_second_run_replaces_all_files_of_the_first(tmp_path):
     assert len(entries(tmp_path / "out")) == 3
 
 
+def test_results_of_folders_with_dots_replace_their_own_alone(tmp_path):
+    for folder in ("v1.frames", "v1"):
+        (tmp_path / folder).mkdir()
+        for t in range(2):
+            Image.fromarray(clip_files.moving()[t]).save(tmp_path / folder / f"{t}.png")
+    for folder in ("v1.frames", "v1", "v1.frames"):
+        video.predict_video(by_colour, tmp_path / folder / "*.png", tmp_path / "out", "panoptic")
+    assert entries(tmp_path / "out") == [
+        f"{name}_png_panoptic{end}"
+        for name in ("v1.frames", "v1")
+        for end in ("", ".json", "_overlay.mp4")
+    ]
+
+
 def test_leftovers_of_a_killed_run_are_removed_and_those_of_a_running_one_are_kept(tmp_path):
     old, young = tmp_path / f"{video._SCRATCH}old", tmp_path / f"{video._SCRATCH}young"
     for folder in (old, young):
