@@ -33,6 +33,8 @@ _SIGNATURES = re.compile(
 # FFmpeg's readers of these files; each reads its own file and no other.
 _FORMATS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,ogg,asf,h264,hevc,m4v,mjpeg,ivf"
 FRAME_RATE = Fraction(25)  # of image files, and of a video that does not tell
+# Seconds to the next frame: times beyond these are not those of one recording.
+_BACK, _LONGEST_PAUSE = -1, 24 * 3600
 _UNSPECIFIED = 2  # FFmpeg's number of an unknown colour space
 # Encoders, best first. x264 is in PyAV's own packages; others may lack it.
 ENCODERS = ("libx264", "libopenh264", "mpeg4")
@@ -200,7 +202,8 @@ def _open_video(name: str, max_pixels: int) -> Iterator[Clip]:
             raise VideoError(f"{name}: the codec of its video is unknown or damaged")
         stream.thread_type = "AUTO"
         rate = stream.average_rate or stream.guessed_rate or FRAME_RATE
-        if not 0 < rate <= 1000:  # an unknown rate is given as that of the clock
+        # An unknown rate is given as that of the clock.
+        if not Fraction(1, _LONGEST_PAUSE) <= rate <= 1000:
             rate = FRAME_RATE
         length = Fraction((stream.duration or 0) * (stream.time_base or 0))
         length = length or Fraction(container.duration or 0, av.time_base)
@@ -237,13 +240,16 @@ def _video_frames(
             if text not in clip.faults:
                 clip.faults.append(text)
             image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-        if frame.pts is not None and frame.time_base:
-            seconds = frame.pts * frame.time_base
-            start = seconds - (time + 1 / clip.rate) if start is None else start
-            stated = seconds - start
-            time = stated if stated > time else time + 1 / clip.rate
+        following = time + 1 / clip.rate
+        if frame.pts is None or not frame.time_base:
+            time = following
         else:
-            time += 1 / clip.rate
+            seconds = frame.pts * frame.time_base
+            start = seconds - following if start is None else start
+            pause = seconds - start - time
+            if not _BACK <= pause <= _LONGEST_PAUSE:  # two recordings in one file, or damage
+                start, pause = seconds - following, 1 / clip.rate
+            time = time + pause if pause > 0 else following
         yield Frame(number, time, image)
         number += 1
     if not number:

@@ -85,6 +85,27 @@ def test_times_begin_at_zero_and_rise(tmp_path):
     assert len(frames) == 8 and all(step > 0 for step in steps)
 
 
+def test_times_that_jump_go_on_from_the_last_frame(tmp_path):
+    """A recording behind another one begins anew; damage may put a frame years ahead."""
+    clock = Fraction(1, 1000)
+    for starts in ((0, 90_000_000), (2_000_000, 0)):
+        parts = [
+            clip_files.write(
+                tmp_path / f"{start}.ts",
+                times=[start + 100 * t for t in range(8)],
+                unit=clock,
+                codec="mpeg4",
+            )
+            for start in starts
+        ]
+        both = tmp_path / "both.ts"
+        both.write_bytes(b"".join(part.read_bytes() for part in parts))
+        frames, _ = frames_of(both)
+        steps = [float(b.time - a.time) for a, b in itertools.pairwise(frames)]
+        assert len(frames) >= 14 and min(steps) > 0 and max(steps) < 1.01, steps
+        assert sorted(steps)[len(steps) // 2] == pytest.approx(0.1)
+
+
 def test_a_size_that_changes_in_the_middle_is_that_of_the_first_frames(tmp_path):
     first = clip_files.write(tmp_path / "a.ts", codec="mpeg2video", rate=25)
     larger = [np.kron(frame, np.ones((2, 2, 1), np.uint8)) for frame in clip_files.moving()]
