@@ -193,6 +193,7 @@ class _Result:
             min_size=self._overlay_size,
             max_pixels=_LARGEST,
             numbers=None if identities is None else [identity.number for identity in identities],
+            steady=True,
         )
         return _Drawn(overlay, self.describe(frame, followed))
 

@@ -73,6 +73,7 @@ def draw(
     min_size: int = 0,
     max_pixels: int = 1 << 24,
     numbers: Sequence[int] | None = None,
+    steady: bool = False,
 ) -> np.ndarray:
     """Draws a segmentation over its image.
 
@@ -86,8 +87,9 @@ def draw(
       min_size: enlarge images with a shorter side by a whole factor, for fine text and outlines,
         unless the picture becomes large. 0 keeps the size.
       max_pixels: limit of the picture's pixels; larger images are shrunk.
-      numbers: of a frame of a video, for each segment the number of its object among those of its
-        class, from 0. It chooses the shade, and things show it in the place of their score.
+      numbers: for each segment the number of its object among those of its class, from 0. It
+        chooses the shade, and things show it in the place of their score.
+      steady: labels keep their places in the frames of a video, as far as that goes.
 
     Returns:
       uint8 [H, W, 3] RGB, or of the other size.
@@ -113,7 +115,7 @@ def draw(
     for region in regions:
         _tint(picture, region, alpha)
     _draw_outlines(picture, regions)
-    return _draw_labels(picture, regions, numbers is not None) if labels else picture
+    return _draw_labels(picture, regions, steady) if labels else picture
 
 
 def _drawn_size(shape: tuple[int, int], min_size: int, max_pixels: int) -> tuple[int, int]:
