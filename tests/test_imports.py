@@ -37,7 +37,7 @@ RULES = {
     "eval": (
         "eval models types input_pipeline.images input_pipeline.resize input_pipeline.annotations"
         " input_pipeline.eval_loader",
-        "absl cv2 flax jax numpy PIL pycocotools scipy supervision",
+        "absl av cv2 flax jax numpy PIL pycocotools scipy supervision",
     ),
     "eval.evaluate": ("eval models types", "absl jax ml_collections numpy"),
     "models": ("models types kernels kernels.calibrate", "flax jax numpy scipy"),
@@ -70,7 +70,7 @@ RULES = {
         "input_pipeline input_pipeline.datasets input_pipeline.images input_pipeline.resize"
         " input_pipeline.annotations input_pipeline.eval_loader",
         "absl array_record cv2 etils grain importlib_resources instant_clip_tokenizer msgspec numpy"
-        " PIL pycocotools tensorflow_datasets",
+        " PIL pycocotools tensorflow_datasets yaml",
     ),
     "configs": ("configs.common", "ml_collections"),
     "configs.common": ("", "ml_collections"),

@@ -30,6 +30,7 @@ MODULE_OF = {
     "opencv-python-headless": "cv2",
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",
+    "pyyaml": "yaml",
     "tensorflow-datasets": "tensorflow_datasets",
 }
 # Declared although nothing here imports it: TFDS needs it to find the builders of a package.

@@ -6,6 +6,7 @@
   python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
   python main.py --mode=export --source=DIR --format=onnx --size=512x512 --task=panoptic --output=X
   python main.py --mode=prepare --dataset=coco --source=DIR
+  python main.py --mode=import --format=labelme --source=DIR --data_dir=NEW_DIR
   python main.py --config=configs/synthetic.py --mode=inspect
   python main.py --config=configs/synthetic.py --config.mesh.topology=v5e:4x4 --mode=compile
   python main.py --config=configs/synthetic.py --mode=calibrate
@@ -55,6 +56,7 @@ SYNONYMS = {
 }
 FORMATS = ("workdir", "official", "hugging_face")
 PROGRAMS = ("stablehlo", "onnx")  # formats of exports
+TOOLS = ("labelme", "cvat", "yolo", "label_studio", "mask_folders")  # of labelling
 OFFICIAL = ("coco", "ade20k", "cityscapes", "mapillary")
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -73,6 +75,7 @@ _MODES = {
     "convert": "turn --source into --output: weights of one program into those of another",
     "export": "write the model of --workdir or --weights as a StableHLO or ONNX program",
     "prepare": "write the files of --dataset in --source as records",
+    "import": "turn a labelling tool's export in --source into the COCO layout",
     "inspect": "count, check and draw the training data of --config",
     "compile": "compile a run for accelerators that are not here, and tell whether it fits",
     "replay": "run a recorded step of bad numbers again",
@@ -93,7 +96,9 @@ _CHECKPOINT = flags.DEFINE_string(
     "eval, predict, export: a step, latest or best; replay: a recorded step. When not given: the "
     "latest, but predict and export take the best where there are scores.",
 )
-_IMAGE = flags.DEFINE_string("image", None, "predict: an image file or a folder of them.")
+_IMAGE = flags.DEFINE_string(
+    "image", None, "predict: an image, a folder of them, a video, or '*.png'."
+)
 _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "predict: keep segments whose score is above this.", 0.0, 1.0
 )
@@ -112,10 +117,14 @@ _SOURCE = flags.DEFINE_string(
     "source",
     None,
     "convert: a workdir, an official .pth, a Hugging Face folder, OWNER/NAME@REVISION of the hub, "
-    "or an address (https, gs, s3). prepare: the folder of a dataset's own files.",
+    "or an address (https, gs, s3). prepare, import: the folder of a dataset's own files, or of a "
+    "labelling tool's export.",
 )
 _FORMAT = flags.DEFINE_enum(
-    "format", None, FORMATS + PROGRAMS, "convert, export: what the output is to be."
+    "format",
+    None,
+    FORMATS + PROGRAMS + TOOLS,
+    "convert, export: what the output is to be. import: what is read.",
 )
 _SIZE = flags.DEFINE_string("size", None, "export: height x width of the images, as 512x1024.")
 _POSTPROCESS = flags.DEFINE_bool("postprocess", False, "export: give final maps, not logits.")
@@ -129,7 +138,7 @@ _LICENSE = flags.DEFINE_string(
     "license", "", "push, export: licence of the weights, as apache-2.0; it goes with them."
 )
 _DATASET = flags.DEFINE_enum("dataset", None, OFFICIAL, "prepare: the dataset.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare: where the prepared files go.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare, import: where the files go.")
 _SPLIT = flags.DEFINE_multi_enum(
     "split", ["train", "validation"], ["train", "validation"], "prepare: only this split."
 )
@@ -370,7 +379,7 @@ def value_of(config: ConfigDict, key: str) -> object:
     return value
 
 
-def output_format(formats: Sequence[str], default: str = "") -> str:
+def chosen_format(formats: Sequence[str], default: str = "") -> str:
     """Returns --format, which must be one of the mode's."""
     found = _FORMAT.value or default
     if found not in formats:
@@ -392,13 +401,16 @@ def main(argv: Sequence[str]) -> None:
     mode, config = _MODE.value, _CONFIG.value
     if mode == "convert":
         require_flags(source=_SOURCE.value, output=_OUTPUT.value)
-        form = output_format(FORMATS, "workdir")
+        form = chosen_format(FORMATS, "workdir")
     elif mode == "export":
         require_flags(output=_OUTPUT.value, size=_SIZE.value)
         weights = chosen_weights()
-        form, size = output_format(PROGRAMS), image_size()
+        form, size = chosen_format(PROGRAMS), image_size()
         if _TASK.value == "all":
             fail("--mode=export needs --task=panoptic, instance or semantic", 2)
+    elif mode == "import":
+        form = chosen_format(TOOLS)
+        require_flags(source=_SOURCE.value)
     elif mode == "prepare":
         require_flags(dataset=_DATASET.value, source=_SOURCE.value)
     elif mode in ("inspect", "compile", "calibrate"):
@@ -416,6 +428,8 @@ def main(argv: Sequence[str]) -> None:
             return modes.prepare(
                 _DATASET.value, _SOURCE.value, _DATA_DIR.value, _SPLIT.value, _SKIP_BROKEN.value
             )
+        if mode == "import":
+            return modes.import_data(form, _SOURCE.value, _DATA_DIR.value)
         start_jax(config)
         if mode == "train":
             modes.train(config, _WORKDIR.value, _COMPILED.value)
@@ -453,7 +467,9 @@ def main(argv: Sequence[str]) -> None:
                 settings={key: value_of(config, key) for key in keys},
             )
     except KeyboardInterrupt:
-        saved = "finished file" if mode == "prepare" else "checkpoint"
+        if mode == "import":
+            fail("stopped; nothing was written", 130)
+        saved = "finished file" if mode in ("prepare", "predict") else "checkpoint"
         fail(f"stopped; the same command goes on from the last {saved}", 130)
     except USER_ERRORS as error:
         if _DEBUG.value:

@@ -77,7 +77,7 @@ def predict(
     max_pixels: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Segments an image or a folder of images: see `oneformer_jax.eval.folder.predict_files`.
+    """Segments images or a video: see `eval.folder.predict_files`, `eval.video.predict_video`.
 
     Args:
       weights: what `oneformer_jax.load` takes.
@@ -89,18 +89,31 @@ def predict(
       ValueError: a key that does not act in prediction, or the errors of loading and predicting.
     """
     import oneformer_jax
-    from oneformer_jax.eval import folder
+    from oneformer_jax.eval import clips, folder, video
     from oneformer_jax.train import settings as run_settings
     from oneformer_jax.weights import fetch, files
 
-    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
-    found = folder.find_images(image, output)
+    limit: dict[str, Any] = {} if max_pixels is None else {"max_pixels": max_pixels}
     chosen, how = _prediction_settings(settings or {})
+    is_clip = clips.is_clip(image)
+    if is_clip:
+        clips.library()  # before the model is loaded
+    else:
+        found = folder.find_images(image, output)
     path = fetch.local_path(weights)
     if how:
         workdir = None if files.is_foreign(path) else os.fspath(path)
         chosen["execution"] = run_settings.execution_of(workdir, how)
     segmenter = oneformer_jax.load(path, checkpoint=which, **chosen)
+    if is_clip:
+        if threshold is not None:
+            segmenter = functools.partial(segmenter, threshold=threshold)
+            limit["min_score"] = threshold
+        written = video.predict_video(segmenter, image, output, task, **limit)
+        print(f"The video is segmented; {len(written)} results are in {output}:")
+        for file in written:
+            print(f"  {file}")
+        return
     options = dict(threshold=threshold, overwrite=overwrite)
     report = folder.predict_files(segmenter, found, output, task, **limit, **options)
     skipped = f", {report.skipped} were done already" if report.skipped else ""
@@ -235,6 +248,13 @@ def prepare(
         skip_broken=skip_broken,
         log=functools.partial(print, flush=True),
     )
+
+
+def import_data(form: str, source: str, data_dir: str) -> None:
+    """Imports a labelling tool's export: see `input_pipeline.importers.import_export`."""
+    from oneformer_jax.input_pipeline import importers
+
+    print(importers.import_export(form, source, data_dir))
 
 
 def inspect_data(config: ConfigDict, output: str | None = None, count=12, limit=2000) -> None:

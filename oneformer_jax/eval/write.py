@@ -70,11 +70,11 @@ def write_prediction(
     texts: dict[str, Any] = {}
     if task == "panoptic":
         pictures[f"{name}_panoptic.png"] = encode_ids(segmentation.segments)
-        texts[f"{name}_panoptic.json"] = _coco_panoptic(
+        texts[f"{name}_panoptic.json"] = coco_panoptic(
             segmentation, f"{name}_panoptic.png", image_id
         )
     elif task == "semantic":
-        pictures[f"{name}_semantic.png"] = _dataset_ids(segmentation)
+        pictures[f"{name}_semantic.png"] = dataset_ids(segmentation)
     else:
         texts[f"{name}_instance.json"] = segmentation.to_coco(image_id)
     for file, content in texts.items():
@@ -129,7 +129,7 @@ def encode_ids(segments: np.ndarray) -> np.ndarray:
     return np.stack([segments >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
 
 
-def _coco_panoptic(segmentation: Writable, file_name: str, image_id: int | str) -> dict[str, Any]:
+def coco_panoptic(segmentation: Writable, file_name: str, image_id: int | str) -> dict[str, Any]:
     metadata = segmentation.metadata
     height, width = segmentation.size
     boxes = _boxes_of_ids(segmentation.segments)
@@ -177,7 +177,7 @@ def _boxes_of_ids(segments: np.ndarray) -> dict[int, list[int]]:
     return found
 
 
-def _dataset_ids(segmentation: Writable) -> np.ndarray:
+def dataset_ids(segmentation: Writable) -> np.ndarray:
     """The class map with the data set's own ids: uint8 or uint16 [H, W], or its `encode_ids`."""
     metadata = segmentation.metadata
     ids = np.array(metadata.category_ids)

@@ -96,8 +96,8 @@ def test_labels_do_not_overlap_and_dwarfs_have_none(monkeypatch):
     placed = []
     place = overlay._place
 
-    def spy(region, taken, base):
-        placed.append((region, place(region, taken, base)))
+    def spy(region, taken, base, **options):
+        placed.append((region, place(region, taken, base, **options)))
         return placed[-1][1]
 
     monkeypatch.setattr(overlay, "_place", spy)
@@ -195,3 +195,36 @@ def test_large_images_are_drawn_smaller(size):
         result = Segmentation.from_record(record, METADATA, task)
         picture = result.overlay(max_pixels=100, labels=False)
         assert picture.dtype == np.uint8 and 0 < picture.shape[0] * picture.shape[1] <= 100
+
+
+def test_objects_of_a_video_show_their_number_and_have_its_shade():
+    panoptic = np.ones((120, 240), np.int32)
+    panoptic[20:80, 10:100], panoptic[20:80, 140:230] = 2, 3
+    segments = [dict(id=1, category=3), dict(id=2, category=0), dict(id=3, category=0)]
+    record = dict(image=np.zeros((120, 240, 3), np.uint8), panoptic=panoptic, segments=segments)
+    result = Segmentation.from_record(record, METADATA, "panoptic")
+    regions = overlay._regions(result, 0.0, (240, 120), [0, 4, 1])
+    assert [region.text for region in regions] == [
+        METADATA.class_names[3],
+        f"{METADATA.class_names[0]} 5",
+        f"{METADATA.class_names[0]} 2",
+    ]
+    assert [region.color for region in regions] == [
+        overlay.shade(METADATA.colors[c], n) for c, n in ((3, 0), (0, 4), (0, 1))
+    ]
+
+
+def test_the_label_of_a_video_stays_near_the_middle_of_its_segment():
+    """The widest place jumps from one side to the other when the segment hardly changes."""
+    distances = {}
+    for steady in (False, True):
+        found = []
+        for left in (5, 165):
+            mask = np.zeros((120, 300), bool)
+            mask[30:90, 5:295] = mask[5:115, left : left + 130] = True
+            region = overlay._Region(mask, (9, 9, 9), "sky", False)
+            x, y, width, height, _ = overlay._place(region, ~mask, 12, steady=steady)
+            assert mask[y : y + height, x : x + width].all()
+            found.append(x + width / 2)
+        distances[steady] = abs(found[0] - found[1])
+    assert distances[False] > 100 and distances[True] < 60, distances

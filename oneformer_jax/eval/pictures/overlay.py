@@ -72,6 +72,8 @@ def draw(
     min_score: float = 0.5,
     min_size: int = 0,
     max_pixels: int = 1 << 24,
+    numbers: Sequence[int] | None = None,
+    steady: bool = False,
 ) -> np.ndarray:
     """Draws a segmentation over its image.
 
@@ -85,6 +87,9 @@ def draw(
       min_size: enlarge images with a shorter side by a whole factor, for fine text and outlines,
         unless the picture becomes large. 0 keeps the size.
       max_pixels: limit of the picture's pixels; larger images are shrunk.
+      numbers: for each segment the number of its object among those of its class, from 0. It
+        chooses the shade, and things show it in the place of their score.
+      steady: labels keep their places in the frames of a video, as far as that goes.
 
     Returns:
       uint8 [H, W, 3] RGB, or of the other size.
@@ -103,16 +108,14 @@ def draw(
     if size != image.shape[1::-1]:
         method = cv2.INTER_CUBIC if larger else cv2.INTER_AREA
         image = cv2.resize(image, size, interpolation=method)
-    regions = _regions(segmentation, min_score, size)
+    regions = _regions(segmentation, min_score, size, numbers)
     # Large segments first, or they would cover small ones.
     regions.sort(key=lambda r: -np.count_nonzero(r.mask))
-    picture = image.astype(np.float32)
+    picture = image.copy()
     for region in regions:
-        color = np.asarray(region.color, np.float32)
-        picture[region.mask] += alpha * (color - picture[region.mask])
-    picture = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+        _tint(picture, region, alpha)
     _draw_outlines(picture, regions)
-    return _draw_labels(picture, regions) if labels else picture
+    return _draw_labels(picture, regions, steady) if labels else picture
 
 
 def _drawn_size(shape: tuple[int, int], min_size: int, max_pixels: int) -> tuple[int, int]:
@@ -138,7 +141,12 @@ def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask.astype(np.float32), size, interpolation=method) >= 0.5
 
 
-def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) -> list[_Region]:
+def _regions(
+    segmentation: Drawable,
+    min_score: float,
+    size: tuple[int, int],
+    numbers: Sequence[int] | None = None,
+) -> list[_Region]:
     """The segments, with their masks resized to `size`, (width, height)."""
     metadata = segmentation.metadata
     found: Iterable[tuple[np.ndarray, int, float | None]]
@@ -153,7 +161,6 @@ def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) ->
             for mask, label, score in zip(
                 segmentation.masks, segmentation.labels, segmentation.scores, strict=True
             )
-            if score >= min_score
         )
     else:
         classes = np.unique(segmentation.class_map)
@@ -164,13 +171,19 @@ def _regions(segmentation: Drawable, min_score: float, size: tuple[int, int]) ->
         )
     regions = []
     seen: dict[int, int] = {}
-    for whole, label, score in found:
+    for position, (whole, label, score) in enumerate(found):
+        if score is not None and score < min_score:
+            continue
         mask = _resized(whole, size)
         if not mask.any():
             continue
-        number = seen[label] = seen.get(label, -1) + 1
         name = metadata.class_names[label]
-        text = name if score in (None, 1.0) else f"{name} {score:.0%}"
+        if numbers is not None:
+            number = numbers[position]
+            text = f"{name} {number + 1}" if metadata.is_thing[label] else name
+        else:
+            number = seen[label] = seen.get(label, -1) + 1
+            text = name if score in (None, 1.0) else f"{name} {score:.0%}"
         color = shade(metadata.colors[label], number)
         regions.append(_Region(mask, color, text, metadata.is_thing[label]))
     return regions
@@ -205,6 +218,15 @@ def _shades(color: tuple[int, int, int], count: int = 24) -> tuple[tuple[int, in
     return tuple((int(r), int(g), int(b)) for r, g, b in colors[chosen])
 
 
+def _tint(picture: np.ndarray, region: _Region, alpha: float) -> None:
+    """Mixes a region's colour into it, in place."""
+    mask = region.mask.astype(np.uint8)
+    left, top, width, height = cv2.boundingRect(mask)
+    part = np.s_[top : top + height, left : left + width]
+    mixed = np.rint((1 - alpha) * np.arange(256)[:, None] + alpha * np.array(region.color))
+    cv2.copyTo(cv2.LUT(picture[part], mixed.astype(np.uint8)[None]), mask[part], picture[part])
+
+
 def _draw_outlines(picture: np.ndarray, regions: Sequence[_Region]) -> None:
     """Draws a light line in the segment's tint over a wider dark one, in place."""
     width = max(1, round(_LINE_SHARE * sheets.scale(picture.shape)))
@@ -227,13 +249,13 @@ def _draw_outlines(picture: np.ndarray, regions: Sequence[_Region]) -> None:
         cv2.polylines(picture, contours, True, tint, width, cv2.LINE_AA)
 
 
-def _draw_labels(picture: np.ndarray, regions: Sequence[_Region]) -> np.ndarray:
+def _draw_labels(picture: np.ndarray, regions: Sequence[_Region], steady: bool) -> np.ndarray:
     base = max(_MIN_FONT, round(_FONT_SHARE * sheets.scale(picture.shape)))
     taken = np.zeros(picture.shape[:2], bool)
     plates = []
     # The smallest have the fewest places, so they choose first.
     for region in sorted(regions, key=lambda r: np.count_nonzero(r.mask)):
-        plate = _place(region, taken, base)
+        plate = _place(region, taken, base, steady=steady)
         if plate is not None:
             x, y, width, height, _ = plate
             taken[y : y + height, x : x + width] = True
@@ -262,8 +284,14 @@ def _plate_size(text: str, size: int) -> tuple[int, int]:
     return round(ImageFont.load_default(size).getlength(text)) + 2 * pad, round(1.2 * size) + pad
 
 
-def _place(region: _Region, taken: np.ndarray, base: int) -> tuple[int, ...] | None:
-    """Finds (x, y, width, height, font size) of a region's label, or None without a place."""
+def _place(
+    region: _Region, taken: np.ndarray, base: int, *, steady: bool = False
+) -> tuple[int, ...] | None:
+    """Finds (x, y, width, height, font size) of a region's label, or None without a place.
+
+    The place is the widest, which jumps as the region changes. The `steady` one is the nearest to
+    the region's centre that is wide enough.
+    """
     rows, columns = np.flatnonzero(region.mask.any(1)), np.flatnonzero(region.mask.any(0))
     top, left = rows[0], columns[0]
     cut = np.s_[top : rows[-1] + 1, left : columns[-1] + 1]
@@ -275,6 +303,11 @@ def _place(region: _Region, taken: np.ndarray, base: int) -> tuple[int, ...] | N
     room = cv2.resize(free.astype(np.uint8), squeezed, interpolation=cv2.INTER_AREA)
     room = cv2.distanceTransform(np.pad(room, 1), cv2.DIST_C, 3)[1:-1, 1:-1]
     y, x = np.unravel_index(room.argmax(), room.shape)
+    if steady and 2 * room[y, x] >= height:
+        rows_in, columns_in = np.nonzero(2 * room >= height)
+        inside_y, inside_x = np.nonzero(room)
+        distance = np.hypot(rows_in - inside_y.mean(), columns_in - inside_x.mean())
+        y, x = rows_in[distance.argmin()], columns_in[distance.argmin()]
     center_x = left + (x + 0.5) * free.shape[1] / squeezed[0]
     center_y = top + y + 0.5
     fits = 2 * room[y, x] / height
