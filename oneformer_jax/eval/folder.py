@@ -185,7 +185,7 @@ def predict_files(
 
 def _fingerprint(segmenter: Model, file: pathlib.Path, threshold: float | None) -> str:
     """Identifies what results are made of: the model, its settings, and the image file."""
-    found = file.stat()
+    found: Any = file.stat()
     if remote.is_remote(file):
         version = f"{found.length} {found.mtime}"
     else:

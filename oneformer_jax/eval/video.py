@@ -276,7 +276,7 @@ class _Instances(_Listed):
         self._json.write("[")
 
     def relevant(self, segmentation: Segmentation) -> Segmentation:
-        return _chosen(segmentation, np.flatnonzero(segmentation.scores >= self.min_score))
+        return _chosen(segmentation, np.flatnonzero(segmentation.instances.scores >= self.min_score))
 
     def follow(self, segmentation: Segmentation) -> _Followed:
         found = [Patch.of(mask) for mask in segmentation.masks]
