@@ -55,7 +55,7 @@ def measuring(monkeypatch, tmp_path):
     monkeypatch.setattr(chooser, "candidates", lambda call: ["xla", "pallas_tpu"])
     tried = []
 
-    def try_calls(calls, gradients, store, seconds, log):
+    def try_calls(calls, gradients, store, seconds):
         tried.extend((call.operation, gradients) for call in calls)
         for call in calls:
             for name, milliseconds in (("xla", 2.0), ("pallas_tpu", 1.0)):
