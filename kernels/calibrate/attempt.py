@@ -51,16 +51,13 @@ class Attempts:
             run = _compiled(self._make(call, None), precise, seconds)
         self._expected = jax.block_until_ready(self._compared(run(*precise)))
 
-    def attempt(
-        self, candidate: str, seconds: float, mark: Callable[[str], None], log: Callable
-    ) -> Outcome:
+    def attempt(self, candidate: str, seconds: float, mark: Callable[[str], None]) -> Outcome:
         """Compiles, compares and times a candidate.
 
         Args:
           candidate: its name.
           seconds: in which it must compile.
           mark: see `store.Store.trying`.
-          log: takes the line that is said where the process ends.
         """
         what = f"{candidate} of {self.call.operation} ({self.call}) on {self._device.device_kind}"
         try:
@@ -74,14 +71,14 @@ class Attempts:
 
         def hung() -> None:
             mark("hung an earlier start")
-            _end_process(f"{what} has hung for {RUN_SECONDS:.0f} s", log)
+            _end_process(f"{what} has hung for {RUN_SECONDS:.0f} s")
 
         with _watched(RUN_SECONDS, hung):
             try:
                 out = jax.block_until_ready(run(*self._inputs))
                 error = float(_largest_error(self._compared(out), self._expected))
             except Exception as failure:
-                self._check_device(what, mark, log)
+                self._check_device(what, mark)
                 return Outcome(fault=f"failed: {one_line(failure)}")
             if not error <= self._tolerance:  # NaN is wrong, too
                 finite = error if math.isfinite(error) else None  # JSON has no others
@@ -92,13 +89,13 @@ class Attempts:
         first, *gradients = out
         return [self._trial.compared(first, self._inputs[1:]), *gradients]
 
-    def _check_device(self, what: str, mark: Callable, log: Callable) -> None:
+    def _check_device(self, what: str, mark: Callable[[str], None]) -> None:
         """Ends the process if the device computes no more: nothing that follows would be true."""
         try:
             jax.block_until_ready(jax.device_put(jnp.ones(()), self._device) + 1)
         except Exception as error:
             mark("broke the device at an earlier start")
-            _end_process(f"{what} has broken the device ({one_line(error)})", log)
+            _end_process(f"{what} has broken the device ({one_line(error)})")
 
 
 def time_call(call: Call, candidate: str, run: Callable[[], Any]) -> float:
@@ -165,12 +162,13 @@ def _watched(seconds: float, then: Callable[[], None]) -> Iterator[None]:
         timer.cancel()
 
 
-def _end_process(why: str, log: Callable) -> NoReturn:
-    log(
-        f"kernels.calibrate: {why}. This process ends with exit code {ENDED}; the same command "
-        "goes on without that candidate"
-    )
+def _end_process(why: str) -> NoReturn:
     sys.stdout.flush()
+    print(
+        f"kernels.calibrate: {why}. This process ends with exit code {ENDED}; the same command "
+        "goes on without that candidate",
+        file=sys.stderr,
+    )
     sys.stderr.flush()
     os._exit(ENDED)
 

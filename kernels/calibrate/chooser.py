@@ -84,9 +84,7 @@ class Budget:
         return self._end - time.monotonic()
 
 
-def try_calls(
-    calls: Sequence[Call], gradients: bool, store: Store, seconds: float, log: Callable
-) -> None:
+def try_calls(calls: Sequence[Call], gradients: bool, store: Store, seconds: float) -> None:
     """Tries the candidates of calls that the store lacks, and keeps the outcomes in it.
 
     Args:
@@ -94,7 +92,6 @@ def try_calls(
       gradients: whether their gradients are compared and timed, too.
       store: the user's outcomes.
       seconds: in which all must be done.
-      log: takes the line that is said where the process ends.
     """
     budget = Budget(seconds)
     for call in calls:
@@ -116,7 +113,7 @@ def try_calls(
                 break
             limit = min(attempt.COMPILE_SECONDS, budget.left)
             with store.trying(key, name) as mark:
-                outcome = attempts.attempt(name, limit, mark, log)
+                outcome = attempts.attempt(name, limit, mark)
                 store.keep(key, name, outcome)
 
 
@@ -214,7 +211,7 @@ class Chooser:
         """Tries what is unknown of the calls; returns the choices."""
         several = [call for call in calls if len(candidates(call)) > 1]
         start = time.monotonic()
-        try_calls(several, self._gradients, self._store, _BUDGET[0], self._log)
+        try_calls(several, self._gradients, self._store, _BUDGET[0])
         _BUDGET[0] -= time.monotonic() - start
         keys = {call: call.key(self._gradients) for call in calls}
         known = self._store.outcomes

@@ -196,7 +196,7 @@ def calibrate(output: pathlib.Path, dry: bool) -> None:
     rows: list[Mapping[str, Any]] = []
     device_store = calibrate.open_store(output / "kernels", print)
     for call, differentiated in published_calls(dry):
-        calibrate.try_calls([call], differentiated, device_store, 3600.0, print)
+        calibrate.try_calls([call], differentiated, device_store, 3600.0)
         rows += calibrate.known_rows(call, differentiated, device_store)
         write_atomically(output / "calibration.json", json.dumps({"table": rows}, indent=1) + "\n")
     print(calibrate.as_text(rows))

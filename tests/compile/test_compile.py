@@ -313,6 +313,7 @@ def test_the_training_step_compiles_for_a_tpu(capsys):
     text = capsys.readouterr().out
     assert "training step: fits" in text and "of 15.75 GiB" in text
     assert "host transfer" in text  # of the matcher
+    assert "kernels: ms_deform_attn pallas_tpu, point_sampling pallas_tpu. This is" in text
     tight = dataclasses.replace(topology, memory=2**20)
     train, *prediction = compile.compile_programs(config, tight, quick=True, **settings)
     assert not train.fits and train.quick and all(report.quick for report in prediction)

@@ -131,16 +131,8 @@ def main(folder: str, *names: str) -> None:
         address, count, number = (os.environ[f"JAX_{name}"] for name in names_of_places)
         jax.distributed.initialize(address, int(count), int(number))
     program = Program()
-    with (
-        in_place(names, times or None),
-        mock.patch.object(attempt, "RUN_SECONDS", 1.0),
-    ):
-
-        def log(line: str) -> None:
-            lines.append(line)
-            print(line, file=sys.stderr, flush=True)
-
-        made = calibrate.Chooser(folder, gradients=True, everywhere=everywhere, log=log)
+    with in_place(names, times or None), mock.patch.object(attempt, "RUN_SECONDS", 1.0):
+        made = calibrate.Chooser(folder, gradients=True, everywhere=everywhere, log=lines.append)
         made(program.jitted, program.array)
         print(json.dumps({"chosen": chosen(), "lines": lines}))
 

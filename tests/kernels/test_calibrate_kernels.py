@@ -321,6 +321,6 @@ def test_on_device_every_candidate_is_right_at_a_published_call(operation, dtype
         jax.eval_shape(lambda *x: published.call(case, "auto")(*x), *arrays)
     (call,) = notes.calls
     known = calibrate.open_store(tmp_path, print)
-    calibrate.try_calls([call], True, known, 500.0, print)
+    calibrate.try_calls([call], True, known, 500.0)
     for row in calibrate.known_rows(call, True, known):
         assert row["verdict"] in ("chosen", "slower"), row

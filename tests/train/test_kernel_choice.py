@@ -4,21 +4,22 @@ import functools
 import json
 import types
 
+import jax
 import pytest
 
 from oneformer_jax.eval import predict
 from oneformer_jax.kernels import calibrate, choice
-from oneformer_jax.kernels.calibrate import attempt, chooser
+from oneformer_jax.kernels.calibrate import chooser
 from oneformer_jax.kernels.calibrate.store import Outcome
 from oneformer_jax.kernels.ms_deform_attn import api as deform_api
 from oneformer_jax.kernels.ms_deform_attn import pallas_tpu as deform_tpu
 from oneformer_jax.kernels.point_sampling import api as points_api
 from oneformer_jax.kernels.point_sampling import pallas_tpu as points_tpu
 from oneformer_jax.models.execution import Execution, Kernels
-from oneformer_jax.train import kernel_choice
+from oneformer_jax.train import kernel_choice, sharding
+from oneformer_jax.train import state as states
 from tests import tiny
 from tests.train.runs import make_config
-from tests.train.test_loop import scalars, start
 
 ENVIRONMENT = {"device": "TPU v9", "jax": "1"}
 
@@ -30,7 +31,7 @@ def row(call, candidate="xla", **changes):
 
 @pytest.fixture
 def measuring(monkeypatch, tmp_path):
-    """Has this processor measured: kernels in the interpreter, which the clock prefers."""
+    """Has kernels in the interpreter chosen, by a made-up table; lists the calls that it tells."""
     for api, kernel in (
         (deform_api, functools.partial(deform_tpu.ms_deform_attn, interpret=True)),
         (
@@ -50,13 +51,36 @@ def measuring(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(choice, "TABLES", {True: {}, False: {}})
     monkeypatch.setattr(chooser, "_STORES", {})
-    monkeypatch.setattr(chooser, "_BUDGET", [1000.0])
-    monkeypatch.setattr(attempt, "COMPILE_SECONDS", 500.0)
-    monkeypatch.setattr(attempt, "RUN_SECONDS", 500.0)
     monkeypatch.setattr(chooser, "measures", lambda: True)
     monkeypatch.setattr(chooser, "candidates", lambda call: ["xla", "pallas_tpu"])
-    fast = {"xla": 2.0, "pallas_tpu": 1.0}
-    monkeypatch.setattr(attempt, "time_call", lambda call, name, run: fast[name])
+    tried = []
+
+    def try_calls(calls, gradients, store, seconds):
+        tried.extend((call.operation, gradients) for call in calls)
+        for call in calls:
+            for name, milliseconds in (("xla", 2.0), ("pallas_tpu", 1.0)):
+                store.keep(call.key(gradients), name, Outcome(milliseconds, 0.0))
+
+    monkeypatch.setattr(chooser, "try_calls", try_calls)
+    return tried
+
+
+def losses_of(steps, workdir, **overrides):
+    """The losses of some steps of the tiny model, whose kernels are chosen as in the loop."""
+    config = make_config(data__batch_size=2, optim__lr=1e-5, **overrides)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    training = states.make_training(config, tiny.CLASSES, tiny.text_table(), mesh)
+    choose = kernel_choice.chooser(training.execution.kernels, mesh, workdir, gradients=True)
+    key = sharding.put_key(jax.random.key(0), mesh)
+    state, found = training.init(0), []
+    if choose is not None:
+        batch = jax.eval_shape(lambda: tiny.batch(0))
+        choose(training.step, training.state, batch, key)
+    for step in range(steps):
+        batch = sharding.put_batch(tiny.batch(step), mesh)
+        state, metrics = training.step(state, batch, key)
+        found.append(float(metrics["loss"]))
+    return found
 
 
 @pytest.mark.slow
@@ -64,45 +88,26 @@ def test_twenty_steps_with_chosen_kernels_have_the_losses_of_plain_jax(
     tmp_path, measuring, monkeypatch
 ):
     """The tests' tolerance of a kernel is 1e-4; Adam's steps multiply what differs."""
-    settings = dict(
-        train__steps=20,
-        train__eval_every=0,
-        train__checkpoint_every=20,
-        train__pictures=1,
-        optim__lr=1e-5,
-    )
-    start(tmp_path / "auto", **settings)
-    told = json.loads((tmp_path / "auto" / kernel_choice.FILE).read_text())
+    found = losses_of(20, tmp_path)
+    told = json.loads((tmp_path / kernel_choice.FILE).read_text())
     assert told["environment"]["device"] == "cpu"
-    chosen = {
-        (r["operation"], r["gradients"], r["candidate"])
-        for r in told["table"]
-        if r["verdict"] == "chosen"
-    }
-    assert chosen == {
-        ("ms_deform_attn", True, "pallas_tpu"),
-        ("point_sampling", True, "pallas_tpu"),
-        ("ms_deform_attn", False, "pallas_tpu"),  # of the evaluation
-    }
-    named = dict(kernels__deform_attn="xla", kernels__points="xla", kernels__calibrate=False)
-    start(tmp_path / "xla", **settings, **named)
-    assert not (tmp_path / "xla" / kernel_choice.FILE).exists()
-    found, expected = (
-        [(step, line["loss"]) for step, line in scalars(tmp_path / name) if "loss" in line]
-        for name in ("auto", "xla")
+    chosen = {(r["operation"], r["candidate"]) for r in told["table"] if r["verdict"] == "chosen"}
+    assert chosen == {("ms_deform_attn", "pallas_tpu"), ("point_sampling", "pallas_tpu")}
+    expected = losses_of(
+        20, tmp_path, kernels__deform_attn="xla", kernels__points="xla", kernels__calibrate=False
     )
-    assert len(found) == 20
-    for (step, loss), (_, other) in zip(found, expected, strict=True):
-        assert loss == pytest.approx(other, rel=1e-4), step
+    assert found == pytest.approx(expected, rel=1e-4)
     assert found != expected  # other sums were taken
 
-    # A second start measures nothing.
+    # The next start measures nothing.
+    assert set(measuring) == {("ms_deform_attn", True), ("point_sampling", True)}
+    measuring.clear()
     monkeypatch.setattr(choice, "TABLES", {True: {}, False: {}})
     monkeypatch.setattr(chooser, "_STORES", {})
-    monkeypatch.setattr(attempt, "Attempts", None)
-    start(tmp_path / "again", **settings | {"train__steps": 1})
-    again = json.loads((tmp_path / "again" / kernel_choice.FILE).read_text())
-    assert again == told
+    (tmp_path / kernel_choice.FILE).unlink()
+    losses_of(0, tmp_path)
+    assert not measuring
+    assert json.loads((tmp_path / kernel_choice.FILE).read_text()) == told
 
 
 @pytest.mark.parametrize("asks", [True, False])
@@ -147,21 +152,12 @@ def test_a_damaged_table_is_made_afresh(tmp_path, damage):
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_table_of_a_config(measuring, monkeypatch):
-    tried = []
-
-    def no_attempts(calls, gradients, store, seconds, log):
-        tried.extend((call.operation, gradients) for call in calls)
-        for call in calls:
-            for name, milliseconds in (("xla", 2.0), ("pallas_tpu", 1.0)):
-                store.keep(call.key(gradients), name, Outcome(milliseconds, 0.0))
-
-    monkeypatch.setattr(chooser, "try_calls", no_attempts)
+def test_the_command_prints_the_table_of_a_config(measuring):
     config = make_config(data__crop_size=(64, 64))
     text = kernel_choice.table(config, tiny.CLASSES, tiny.text_table())
-    assert sorted(set(tried)) == [
+    assert sorted(set(measuring)) == [
         ("ms_deform_attn", False),
         ("ms_deform_attn", True),
         ("point_sampling", True),
     ]
-    assert text.count("| chosen |") == len(tried)
+    assert text.count("| chosen |") == len(measuring)
