@@ -1,5 +1,9 @@
 """Weights of other programs: reading and writing their files, names and architectures.
 
+fetch.py          names that users give: a path, a model of the hub, an address
+download.py       files from the web and from buckets, in the user's cache
+hub.py            models of the Hugging Face hub: fetched and pushed
+card.py           the card of a pushed model
 files.py          tensor files of any kind, by name: pickles, safetensors, folders
 tensors.py        a tensor of a file, number types, limits
 pickle_reader.py  pickles as inert records: opcodes, and nothing else

@@ -60,7 +60,7 @@ class Server:
 
     def __init__(self) -> None:
         self.models: dict[str, Model] = {}
-        self.web: dict[str, File] = {}
+        self.web: dict[str, File | list[File]] = {}
         self.token = "hf_right"
         self.asked: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers
         self.stored: dict[str, bytes] = {}  # large files by SHA-256
@@ -115,7 +115,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         state.asked.append((self.command, self.path, dict(self.headers)))
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if path.startswith("/web/") and path in state.web:
-            return self._web(state.web[path])
+            file = state.web[path]
+            if isinstance(file, list):  # one for each request, the last for all that follow
+                file = file.pop(0) if len(file) > 1 else file[0]
+            return self._web(file)
         if path.startswith("/cdn/"):
             digest = path.rsplit("/", 1)[1]
             content = state.stored[digest]

@@ -192,6 +192,53 @@ def test_a_server_that_sends_another_part_is_asked_for_the_whole(server, answer)
     assert fetch.local_path(url).read_bytes() == CONTENT
 
 
+VERSIONS = (CONTENT[:300_000], CONTENT[50_000:200_000], CONTENT[7:300_007])
+
+
+def any_file(version, tag, ranges, lengths, end):
+    etag = {"none": "", "weak": f'W/"{version}"', "strong": f'"{version}"'}[tag]
+    content = VERSIONS[version]
+    file = File(content, etag, ranges=ranges, lengths=lengths)
+    if isinstance(end, int):
+        file.breaks = [min(end, len(content) - 1)]
+    elif end == "busy":
+        file.answer = [(503, {})]
+    elif end == "other part":
+        part = f"bytes 10-19/{len(content)}"
+        file.answer = [(206, {"Content-Range": part, "ETag": etag} if etag else {})]
+    return file
+
+
+FILES = hypothesis.strategies.builds(
+    any_file,
+    hypothesis.strategies.sampled_from(range(len(VERSIONS))),
+    hypothesis.strategies.sampled_from(["strong", "strong", "weak", "none"]),
+    hypothesis.strategies.booleans(),
+    hypothesis.strategies.just(True),
+    hypothesis.strategies.one_of(
+        hypothesis.strategies.integers(0, 300_000),
+        hypothesis.strategies.sampled_from(["whole", "busy", "other part"]),
+    ),
+)
+
+
+@hypothesis.settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@given(hypothesis.strategies.lists(FILES, min_size=1, max_size=6), hypothesis.strategies.data())
+def test_whatever_the_server_does_a_file_is_whole_and_of_one_version(server, plan, data):
+    number = len(server.web)
+    last = data.draw(hypothesis.strategies.sampled_from(range(len(VERSIONS))))
+    server.web[f"/web/{number}.pth"] = [*plan, File(VERSIONS[last], f'"{last}"')]
+    try:
+        path = fetch.local_path(f"{server.url}/web/{number}.pth")
+    except FileError:  # tried too often; the next start goes on
+        path = fetch.local_path(f"{server.url}/web/{number}.pth")
+    assert path.read_bytes() in VERSIONS
+
+
 def test_what_came_whole_before_a_stop_is_not_fetched_again(server):
     url = serve(server)
     path = fetch.local_path(url)
