@@ -43,10 +43,10 @@ class DisagreementError(ValueError):
 
 
 class _Report(msgspec.Struct):
-    """What a process says of itself: its host, and texts or numbers by name."""
+    """What a process says of itself: its host, and JSON by name."""
 
     host: str
-    facts: dict[str, Any]
+    facts: dict[str, str]
 
 
 def facts_of(config: Mapping[str, Any], command: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,8 +91,9 @@ def agree(
     if place.num_processes == 1:
         return
     timeout = min(timeout, MOST_SECONDS)
-    report = {"host": socket.gethostname(), "facts": facts}
-    store.key_value_set(f"{topic}/report/{place.process_id}", json.dumps(report, default=str))
+    texts = {name: json.dumps(value, default=str) for name, value in facts.items()}
+    report = msgspec.json.encode(_Report(socket.gethostname(), texts)).decode()
+    store.key_value_set(f"{topic}/report/{place.process_id}", report)
     if place.process_id == 0:
         problem, present = _judge(topic, timeout, dict(hosts or {}))
         store.key_value_set(f"{topic}/verdict", problem)
@@ -141,12 +142,12 @@ def _judge(topic: str, timeout: float, hosts: dict[int, str]) -> tuple[str, list
 
 
 def differences(
-    facts: Mapping[int, Mapping[str, Any]], ahead: Mapping[int, float], hosts: Mapping[int, str]
+    facts: Mapping[int, Mapping[str, str]], ahead: Mapping[int, float], hosts: Mapping[int, str]
 ) -> str:
     """Describes in one line who differs in what from the majority; "" if nobody does.
 
     Args:
-      facts: by process, then by name.
+      facts: JSON by process, then by name.
       ahead: seconds by which the clock of each process is ahead of that of process 0.
       hosts: names of the processes' hosts.
     """
@@ -156,7 +157,7 @@ def differences(
     for name in names:
         groups: dict[str, list[int]] = collections.defaultdict(list)
         for process, of_one in facts.items():
-            groups[json.dumps(of_one.get(name))].append(process)
+            groups[of_one.get(name, "null")].append(process)
         if len(groups) == 1:
             continue
         usual = max(groups, key=lambda value: len(groups[value]))

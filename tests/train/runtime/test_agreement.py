@@ -1,5 +1,6 @@
 """What processes must share: who differs from the majority, in what, and who is silent."""
 
+import json
 import re
 
 import pytest
@@ -12,7 +13,10 @@ HOSTS = dict(enumerate("abcdefghij"))
 
 
 def differences(*facts, ahead=None):
-    of_each = {number: {"x": 1} | one for number, one in enumerate(facts)}
+    of_each = {
+        number: {name: json.dumps(value) for name, value in ({"x": 1} | one).items()}
+        for number, one in enumerate(facts)
+    }
     return agreement.differences(of_each, ahead or dict.fromkeys(of_each, 0.0), HOSTS)
 
 
@@ -123,7 +127,7 @@ change("jaxlib", "0.9")
 agreement.platform = types.SimpleNamespace(python_version=lambda: "3.99" if odd else "3.11")
 call("python", agreement.facts_of({}, {}))
 agreement.platform = platform
-call("config", agreement.facts_of({"optim": {"lr": 0.2 if odd else 0.1}}, {}))
+call("config", agreement.facts_of({"optim": {"lr": float("inf") if odd else 0.1}}, {}))
 call("flags", agreement.facts_of({}, {"workdir": "there" if odd else "here"}))
 if odd:
     jax.local_devices = lambda: kinds() * 2
@@ -162,7 +166,7 @@ def test_every_process_says_which_one_differs_and_in_what():
             ("jax", r"jax \(0\.9, elsewhere 0\.\d+\.\d.*\)"),
             ("jaxlib", r"jaxlib \(0\.9, elsewhere 0\.\d+\.\d.*\)"),
             ("python", r"python \(3\.99, elsewhere 3\.11\)"),
-            ("config", r"--config\.optim\.lr \(0\.2, elsewhere 0\.1\)"),
+            ("config", r"--config\.optim\.lr \(Infinity, elsewhere 0\.1\)"),
             ("flags", r"--workdir \(there, elsewhere here\)"),
             ("number of devices", r"devices \(2 x cpu, elsewhere 1 x cpu\)"),
             ("kind of devices", r"devices \(1 x TPU v0, elsewhere 1 x cpu\)"),
