@@ -172,6 +172,11 @@ def get_base() -> ConfigDict:
     c.optim = ConfigDict()
     c.optim.lr = 1e-4
     c.optim.backbone_multiplier = 0.1
+    # A block of the backbone learns at this share of the rate of the block after it; 1 is off.
+    c.optim.layer_decay = 1.0
+    # Parts that stay as they start, as ("backbone", "text_encoder") or ("backbone.blocks.0",).
+    # "backbone" leaves out what no pre-trained file holds: output norms and a ViT's pyramid.
+    c.optim.freeze = ()
     c.optim.weight_decay = 0.05
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999

@@ -12,19 +12,23 @@ from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
 from oneformer_jax.files import first_few
+from oneformer_jax.models import backbones
+from oneformer_jax.models.backbones import BackboneConfig
 from oneformer_jax.train import checkpoint
 from oneformer_jax.weights import files, names, start
 from oneformer_jax.weights.start import Start
 
 
-def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> Start | None:
+def read_start(
+    init: ConfigDict, params: dict, stats: dict, backbone: BackboneConfig
+) -> Start | None:
     """Reads the file that `config.init` names, or returns None.
 
     Args:
       init: `config.init`.
       params: shapes of the parameters of the model, a nested dict.
       stats: shapes of its other values.
-      backbone: kind of its backbone.
+      backbone: config of its backbone.
 
     Raises:
       ValueError: both settings are given, or the file cannot be read or does not fit.
@@ -37,7 +41,7 @@ def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> St
         return None
     path = os.path.expanduser(init.checkpoint)
     if files.is_foreign(path):
-        return start.from_model(path, expected, backbone)
+        return start.from_model(path, expected, backbones.kind_of(backbone))
     trained = checkpoint.load_for_inference(path)
     values = dict(names.flatten(trained.params)) | dict(names.flatten(trained.stats))
     return start.from_arrays(path, values, expected)
@@ -46,6 +50,7 @@ def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> St
 def log_start(found: Start, path: str) -> None:
     """Logs the arrays taken from `path`, and those that start afresh."""
     logging.info("Starting from %s: %d arrays are taken", path, len(found.arrays))
+    logging.info("  licence: %s", found.licence)
     reasons = dict.fromkeys(found.fresh.values())
     for reason in reasons:
         listed = [name for name, why in found.fresh.items() if why == reason]
