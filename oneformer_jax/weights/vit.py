@@ -83,12 +83,10 @@ def canonical(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 def _unpacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The parts of a packed tensor, each read on demand; or the tensor as it is."""
     for packed, parts in _PACKED.items():
-        rows = tensor.shape[0] // len(parts) if tensor.shape else 0
-        if (
-            packed not in name
-            or name.endswith("_mask")
-            or rows * len(parts) != sum(tensor.shape[:1])
-        ):
+        if packed not in name or name.endswith("_mask") or not tensor.shape:
+            continue
+        rows, rest = divmod(tensor.shape[0], len(parts))
+        if rest:
             continue
         place = packed.rsplit(".", 2)[0]
 
@@ -147,7 +145,7 @@ def contradictions(
     ]
     act = "silu" if noted.use_gated_mlp else "gelu"
     if noted.hidden_act not in (None, act):
-        found.append(f"hidden_act is {quoted(noted.hidden_act)} in config.json, {act!r} here")
+        found.append(f"hidden_act is {quoted(noted.hidden_act)} in config.json, {act} here")
     periods = tensors.get("backbone.rope_embed.periods")
     if periods is not None and not backbone.positions:
         count = backbone.embed_dim // backbone.num_heads // 4

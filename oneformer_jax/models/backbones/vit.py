@@ -95,7 +95,7 @@ class ViTConfig(RuledConfig):
         "positions": Integer(0, 256),
         "position_offset": Number(0, 1),
         "antialias": Flag(),
-        "rope_base": Number(1, 1_000_000, above=True),
+        "rope_base": Number(1, 10_000, above=True),
         "registers": Integer(0, 1024),
         "gated": Flag(),
         "qkv_bias": Flag(),
