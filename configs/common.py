@@ -54,6 +54,15 @@ def get_published(row: catalogue.Published) -> ConfigDict:
     return c
 
 
+def fine_tune_transformer(c: ConfigDict, backbone: str) -> None:
+    """Sets the optimizer for a DINOv2 or DINOv3: its rates fall from block to block."""
+    c.model.dtype = "bfloat16"
+    c.model.remat = not backbone.endswith(("small", "base"))
+    c.optim.backbone_multiplier = 1.0
+    c.optim.layer_decay = 0.65 if c.model.remat else 0.75
+    c.optim.warmup_steps = 500
+
+
 def get_base() -> ConfigDict:
     """Returns the base config: the COCO recipe of the official R-50 model, without a dataset."""
     c = ConfigDict()

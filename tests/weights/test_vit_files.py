@@ -211,6 +211,21 @@ def test_a_folder_holds_the_same_arrays_as_the_official_file(tmp_path):
         np.testing.assert_array_equal(theirs.arrays[name](), value(), err_msg=name)
 
 
+def test_a_whole_model_of_ours_keeps_its_transformer(tmp_path):
+    config = tiny.model_config(backbone=DINOV3)
+    _, params, stats = tiny.random_model(config)
+    how = dict(metadata=tiny.metadata(), settings={})
+    path = tmp_path / "model.pth"
+    convert.write_model(path, "official", config, params, stats, **how)
+    found = convert.read_model(path)
+    assert found.config == config
+    read_back = dict(convert.leaves((found.params, found.stats)))
+    for name, value in convert.leaves((params, stats)):
+        np.testing.assert_array_equal(read_back[name], value, err_msg=name)
+    with pytest.raises(ValueError, match=r"hugging_face format has no name for backbone\.blocks"):
+        convert.write_model(tmp_path / "x", "hugging_face", config, params, stats, **how)
+
+
 @pytest.mark.parametrize(
     ("noted", "message"),
     [
