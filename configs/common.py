@@ -56,6 +56,7 @@ def get_published(row: catalogue.Published) -> ConfigDict:
 
 def fine_tune_transformer(c: ConfigDict, backbone: str) -> None:
     """Sets the optimizer for a DINOv2 or DINOv3: its rates fall from block to block."""
+    c.model.backbone.overrides.maps = "last"  # or "depths"
     c.model.dtype = "bfloat16"
     c.model.remat = not backbone.endswith(("small", "base"))
     c.optim.backbone_multiplier = 1.0

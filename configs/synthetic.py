@@ -21,6 +21,7 @@ VARIANTS = {
         "positions": 0,
         "registers": 4,
         "key_bias": False,
+        "maps": "last",
     },
 }
 

@@ -158,7 +158,7 @@ def make_train_step(
         that the last good state is there when the host notices.
       frozen: Booleans in the structure of the parameters: those that get no gradient. What only
         their gradients need is not computed. A backbone that is frozen as a whole normalises by
-        its statistics and keeps them.
+        its statistics, keeps them, and drops no paths.
       mesh: mesh whose axes shard the batch; the matcher runs per shard.
       param_shardings: how the parameters are split over the mesh; None: they are not.
 

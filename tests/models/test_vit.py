@@ -214,7 +214,9 @@ def test_every_size_has_a_count():
     assert set(COUNTS) == {name for name in backbones.NAMES if name.startswith("dino")}
 
 
-def test_no_square_of_all_tokens_is_formed_at_1024_pixels():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_no_square_of_all_tokens_is_formed_at_1024_pixels(platform, monkeypatch):
+    monkeypatch.setattr(vit.dispatch, "platform", lambda: platform)
     config = dataclasses.replace(ROTARY, depth=1)
     graph, params = nnx.split(
         nnx.eval_shape(lambda: backbones.build_backbone(config, rngs=ParamKeys()))

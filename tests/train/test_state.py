@@ -233,7 +233,7 @@ def test_base_config_is_the_published_coco_resnet50():
 
 
 def test_a_frozen_backbone_stays_as_it_is_and_costs_no_backward_pass(monkeypatch):
-    """Its statistics stay, too; the rest moves."""
+    """Its statistics stay, too, and no path is dropped; the rest moves."""
 
     def losses(predictions, batch, key, config, **options):
         loss = jnp.mean(jnp.sin(predictions.mask_features)) + jnp.mean(predictions.class_logits**2)
