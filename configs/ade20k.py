@@ -22,24 +22,30 @@ run here: no number of ours stands beside them yet.
   internimage_huge      54.5  40.2  60.4  60.8  not known      4
   internimage_huge,head=1024,pretrain=coco
                         55.5  44.2  60.7  60.7  not known      5
+  dinov2_base           -     -     -     -     not run        6
+  dinov3_base           -     -     -     -     not run        7
+  dinov3_large          -     -     -     -     not run        7
 
   1  swin_large_patch4_window12_384_22kto1k
   2  dinat_large_in22k_in1k_384_11x11
   3  model of configs/coco.py:dinat_large, as --config.init.checkpoint=FILE
   4  internimage_h_jointto22k_384
   5  model of configs/coco.py:internimage_huge,head=1024, as --config.init.checkpoint=FILE
+  6  dinov2_vitb14_pretrain of Meta, or the folder dinov2-base of Hugging Face
+  7  dinov3_vitb16 or dinov3_vitl16, pretrain_lvd1689m, of Meta or Hugging Face
 
 Without an option the first row of a backbone is taken: swin_large is swin_large,res=640. swin_tiny
 has a config, but no published score; those of resnet50 stand in the paper only. Users who trained
 swin_large,res=640 anew with the official code report a PQ of 45.6 to 46.5 (its issues 14 and 26).
 internimage_huge is from a branch of the official code, with crops of 896; "head=1024" is a head of
-four times the width.
+four times the width. The rates of dinov2_* and dinov3_* fall from block to block towards the image;
+no OneFormer of theirs is published.
 """
 
 from oneformer_jax import catalogue
 from oneformer_jax.configs import common
 
-VARIANTS = catalogue.of("ade20k")
+VARIANTS = catalogue.recipes("ade20k")
 
 
 def get_config(variant: str = "swin_large"):
@@ -54,6 +60,8 @@ def get_config(variant: str = "swin_large"):
     c.optim.lr = 4e-5 if row.wide else 1e-4
     c.optim.schedule = "poly"
     c.train.steps = 160_000
+    if backbone.startswith("dinov"):
+        common.fine_tune_transformer(c, backbone)
     if res == 896:  # 678 is the official file's; three quarters of 896 are 672
         c.eval.tta.short_edges = (448, 678, 896, 1120, 1344, 1568)
     return c

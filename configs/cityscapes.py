@@ -18,6 +18,7 @@ run here: no number of ours stands beside them yet.
   internimage_huge                     70.6  50.6  85.1  85.7  not known      7
   internimage_huge,head=1024,pretrain=mapillary
                                        -     -     -     -     not known      8
+  dinov3_large                         -     -     -     -     not run        9
 
   1  swin_large_patch4_window12_384_22kto1k
   2  convnext_large_22k_1k_384
@@ -27,16 +28,18 @@ run here: no number of ours stands beside them yet.
   6  dinat_large_in22k_224 (neighbourhoods of 7 x 7)
   7  internimage_h_jointto22k_384
   8  model of configs/mapillary.py:internimage_huge
+  9  dinov3_vitl16, pretrain_lvd1689m, of Meta or Hugging Face
 
 resnet50 has a config, but no published score. internimage_huge is from a branch of the official
 code; "head=1024" is a head of four times the width, trained on crops of 896 x 896 and tested at a
-short edge of 896.
+short edge of 896. The rates of dinov3_large fall from block to block towards the image; no such
+OneFormer is published.
 """
 
 from oneformer_jax import catalogue
 from oneformer_jax.configs import common
 
-VARIANTS = catalogue.of("cityscapes")
+VARIANTS = catalogue.recipes("cityscapes")
 
 
 def get_config(variant: str = "swin_large"):
@@ -52,6 +55,8 @@ def get_config(variant: str = "swin_large"):
     c.optim.schedule = "poly"
     c.train.steps = 90_000
     c.eval.tta.max_size = 4096
+    if backbone.startswith("dinov"):
+        common.fine_tune_transformer(c, backbone)
     if row.wide:
         c.eval.tta.short_edges = (448, 678, 896, 1120, 1344, 1568)  # 678 as in configs/ade20k.py
         c.eval.tta.max_size = 6272

@@ -54,6 +54,16 @@ def get_published(row: catalogue.Published) -> ConfigDict:
     return c
 
 
+def fine_tune_transformer(c: ConfigDict, backbone: str) -> None:
+    """Sets the optimizer for a DINOv2 or DINOv3: its rates fall from block to block."""
+    c.model.backbone.overrides.maps = "last"  # or "depths"
+    c.model.dtype = "bfloat16"
+    c.model.remat = not backbone.endswith(("small", "base"))
+    c.optim.backbone_multiplier = 1.0
+    c.optim.layer_decay = 0.65 if c.model.remat else 0.75
+    c.optim.warmup_steps = 500
+
+
 def get_base() -> ConfigDict:
     """Returns the base config: the COCO recipe of the official R-50 model, without a dataset."""
     c = ConfigDict()
@@ -176,6 +186,11 @@ def get_base() -> ConfigDict:
     c.optim = ConfigDict()
     c.optim.lr = 1e-4
     c.optim.backbone_multiplier = 0.1
+    # A block of the backbone learns at this share of the rate of the block after it; 1 is off.
+    c.optim.layer_decay = 1.0
+    # Parts that stay as they start, as ("backbone", "text_encoder") or ("backbone.blocks.0",).
+    # "backbone" leaves out what no pre-trained file holds: output norms and a ViT's pyramid.
+    c.optim.freeze = ()
     c.optim.weight_decay = 0.05
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999

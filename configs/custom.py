@@ -8,6 +8,10 @@ Models, the first part of the variant:
   small       (default) 9 M parameters without texts, trained from scratch at 320 x 320: fits a few
               dozen images in minutes on one GPU; a first check that data and classes are right.
   resnet50, swin_tiny, swin_large   the published sizes at 512 x 512.
+  dinov2_small, dinov2_base, dinov3_base, dinov3_large
+              for fine-tuning from Meta's files with few images, at 512 x 512: add
+              --config.init.backbone=FILE, and to keep the backbone as it is
+              --config.optim.freeze='("backbone",)'. Not run here with their files.
 
 Annotations, after a comma:
 
@@ -15,13 +19,14 @@ Annotations, after a comma:
   data=instances  a COCO instance JSON; trains the instance task alone.
   data=semantic   a PNG of class values per image; trains the semantic task alone.
 
-Training starts from random parameters and sets its learning rates for that. To fine-tune add
+The others start from random parameters, with learning rates for that. To fine-tune add
 --config.init.checkpoint=PATH and see the page.
 """
 
 from oneformer_jax.configs import common
 
-MODELS = ("small", "resnet50", "swin_tiny", "swin_large")
+TRANSFORMERS = ("dinov2_small", "dinov2_base", "dinov3_base", "dinov3_large")
+MODELS = ("small", "resnet50", "swin_tiny", "swin_large", *TRANSFORMERS)
 # Options of the dataset, see input_pipeline.sources.open_source; paths are relative to data_dir.
 DATA = {
     "panoptic": {
@@ -113,6 +118,10 @@ def get_config(variant: str = "small"):
     c.train.steps = 3000 if variant == "small" else 40_000
     c.train.eval_every = 1000 if variant == "small" else 5000
     c.train.checkpoint_every = 500
+    if variant in TRANSFORMERS:
+        common.fine_tune_transformer(c, variant)
+        c.train.steps = 10_000
+        c.train.eval_every = 1000
     c.eval.topk = 100
     c.eval.object_mask_threshold = 0.5
     return c

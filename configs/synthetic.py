@@ -1,14 +1,33 @@
 """The embedded default: rendered scenes and a small model that trains on a laptop's CPU.
 
   python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=train
+  python main.py --config=configs/synthetic.py:vit --workdir=runs/vit --mode=train
+
+The second has a small vision transformer for the ResNet, also from random parameters.
 
 A demonstration of the whole program, not a benchmark. See the README for what it reaches.
 """
 
 from oneformer_jax.configs import common
 
+VARIANTS = {
+    "resnet": {"depths": (1, 1, 1, 1), "stem_width": 16, "norm": "batch"},
+    "vit": {
+        "embed_dim": 128,
+        "depth": 4,
+        "num_heads": 4,
+        "mlp_dim": 512,
+        "patch_size": 16,
+        "positions": 0,
+        "registers": 4,
+        "key_bias": False,
+        "maps": "last",
+    },
+}
 
-def get_config():
+
+def get_config(variant: str = "resnet"):
+    backbone, overrides = common.select("configs/synthetic.py", variant, VARIANTS)
     c = common.get_base()
     c.dataset.name = "synthetic"
     c.dataset.data_dir = "data/synthetic"
@@ -26,12 +45,8 @@ def get_config():
     c.data.workers = 0
     c.data.augment.kind = "none"
 
-    c.model.backbone.name = "resnet"
-    c.model.backbone.overrides = {
-        "depths": (1, 1, 1, 1),
-        "stem_width": 16,
-        "norm": "batch",
-    }
+    c.model.backbone.name = backbone
+    c.model.backbone.overrides = overrides
     c.model.num_queries = 24
     c.model.num_context = 4
     c.model.hidden_dim = 64

@@ -1,5 +1,7 @@
 """The one table of published models: recipes, the search for the model of a file, docs read it.
 
+Recipes of backbones that no published OneFormer has stand in a second table.
+
 A leaf of plain data, so that `configs/` may import it. Tensors tell widths and depths of a model,
 but neither how it is applied (dilations, the size of test images, thresholds) nor how it was
 trained. How it is applied stands here; how it was trained, in the recipe of the same name.
@@ -27,7 +29,7 @@ WIDE_HEAD = {
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A published model.
+    """A published model, or one of `UNPUBLISHED`.
 
     Attributes:
       dataset: "ade20k", "coco", "cityscapes" or "mapillary".
@@ -203,10 +205,26 @@ MODELS = (
     ),
 )
 
+# Vision transformers at the published sizes of images.
+UNPUBLISHED = (
+    _ade20k("dinov2_base", 150, 512),
+    _ade20k("dinov3_base", 150, 512),
+    _ade20k("dinov3_large", 250, 640),
+    _coco("dinov3_base", 150),
+    _coco("dinov3_large", 150),
+    _cityscapes("dinov3_large", 250),
+)
+
 
 def of(dataset: str) -> dict[str, Published]:
     """Returns the published models of a dataset by variant."""
     return {model.variant: model for model in MODELS if model.dataset == dataset}
+
+
+def recipes(dataset: str) -> dict[str, Published]:
+    """Returns every recipe of a dataset by variant: the published models first."""
+    others = {model.variant: model for model in UNPUBLISHED if model.dataset == dataset}
+    return of(dataset) | others
 
 
 def named(name: str) -> Published:

@@ -35,7 +35,15 @@ BACKBONES = (
     *("swin_tiny", "swin_large", "convnext_large", "convnext_xlarge"),
     *("dinat_large", "dinat_large_wide", "dinat_large_7x7", "internimage_huge"),
     *("resnet50", "resnet101"),
-    *("swin", "convnext", "dinat", "internimage", "resnet"),
+    *(f"dinov2_{size}" for size in ("small", "base", "large", "giant")),
+    *(f"dinov2_{size}_registers" for size in ("small", "base", "large", "giant")),
+    *(f"dinov3_{size}" for size in ("small", "base", "large", "small_plus", "huge_plus", "7b")),
+    *("swin", "convnext", "dinat", "internimage", "resnet", "vit"),
+)
+# Top-level parts of the model, by the names of its parameters.
+PARTS = (
+    *("backbone", "pixel_decoder", "predictor", "task_mlp", "query_class"),
+    *("text_encoder", "text_projector", "prompt_ctx", "logit_scale"),
 )
 # The metrics of all protocols, by task; some protocols have fewer.
 METRICS = {
@@ -163,6 +171,14 @@ RULES: dict[str, Rule] = {
     "matcher.dice_cost": _WEIGHT,
     "optim.lr": Number(0, 10, above=True),
     "optim.backbone_multiplier": Number(0, 1000),
+    "optim.layer_decay": Number(0, 1, above=True, note=" (1 is off)"),
+    "optim.freeze": Tuple(
+        Matching(
+            f"one of {', '.join(PARTS)}, or a part of one, as backbone.blocks.0",
+            test=lambda name: re.split(r"[./]", name)[0] in PARTS,
+        ),
+        *(0, 100, "distinct"),
+    ),
     "optim.weight_decay": Number(0, 10),
     "optim.b1": Number(0, 1, below=True),
     "optim.b2": Number(0, 1, below=True),

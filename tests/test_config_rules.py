@@ -148,6 +148,7 @@ ACCEPTED = {
     "data.max_pixels": ("1000000000",),  # satellite images
     "optim.power": ZERO,  # a constant rate
     "optim.boundaries": ("()", "(1,)", "(1,2,3)", "{}"),  # steps; {} is an empty tuple here
+    "optim.freeze": ("()", "{}"),  # nothing
     "optim.warmup_steps": ZERO,
     "optim.warmup_factor": ZERO,
     "optim.clip_norm": ZERO,

@@ -16,7 +16,7 @@ from oneformer_jax.eval import predict
 from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.eval.tta import TtaConfig
 from oneformer_jax.input_pipeline import datasets, eval_loader, loader, transforms
-from oneformer_jax.models import functional
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.execution import Execution, Kernels
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.matcher import MatcherConfig
@@ -28,7 +28,8 @@ from oneformer_jax.weights import architecture
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "weights.md"
 DATASETS = ("coco", "ade20k", "cityscapes", "mapillary")
 RECIPES = {name: importlib.import_module(f"oneformer_jax.configs.{name}") for name in DATASETS}
-VARIANTS = [(name, variant) for name, recipe in RECIPES.items() for variant in recipe.VARIANTS]
+VARIANTS = [(model.dataset, model.variant) for model in catalogue.MODELS]
+OTHERS = [(model.dataset, model.variant) for model in catalogue.UNPUBLISHED]
 
 every_variant = pytest.mark.parametrize(
     ("dataset", "variant"), VARIANTS, ids=[":".join(names) for names in VARIANTS]
@@ -44,9 +45,23 @@ def model(dataset, variant):
     return settings.model_config(recipe(dataset, variant), catalogue.NUM_CLASSES[dataset])
 
 
-def test_every_published_model_has_a_recipe_and_the_other_way_round():
-    assert sorted((m.dataset, m.variant) for m in catalogue.MODELS) == sorted(VARIANTS)
-    assert len({m.config for m in catalogue.MODELS}) == len(catalogue.MODELS)
+def test_every_model_of_the_catalogue_has_a_recipe_and_the_other_way_round():
+    recipes = [(name, variant) for name, recipe in RECIPES.items() for variant in recipe.VARIANTS]
+    assert sorted(VARIANTS + OTHERS) == sorted(recipes)
+    assert len(set(recipes)) == len(recipes)
+
+
+@pytest.mark.parametrize(("dataset", "variant"), OTHERS)
+def test_a_recipe_of_a_vision_transformer_fine_tunes_it(dataset, variant):
+    config = recipe(dataset, variant)
+    assert model(dataset, variant).backbone == backbones.backbone_config(variant)
+    assert config_rules.find_faults(config) == []
+    rates = settings.optim_config(config)
+    assert rates.backbone_multiplier == 1
+    assert 0.6 < rates.layer_decay < 0.8
+    assert all(0 < step < rates.steps for step in rates.boundary_steps)
+    assert config.model.dtype == "bfloat16"
+    assert config.model.remat == variant.endswith("large")
 
 
 @every_variant
@@ -410,7 +425,7 @@ def test_the_page_on_weights_lists_the_released_files():
     assert not told, "the page lists models that the catalogue lacks"
 
 
-@every_variant
+@pytest.mark.parametrize(("dataset", "variant"), VARIANTS + OTHERS)
 def test_a_recipe_card_lists_its_variants(dataset, variant):
     assert re.search(rf"^  {re.escape(variant)}(  |$)", RECIPES[dataset].__doc__, re.M)
 

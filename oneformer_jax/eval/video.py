@@ -276,7 +276,8 @@ class _Instances(_Listed):
         self._json.write("[")
 
     def relevant(self, segmentation: Segmentation) -> Segmentation:
-        return _chosen(segmentation, np.flatnonzero(segmentation.instances.scores >= self.min_score))
+        scores = segmentation.instances.scores
+        return _chosen(segmentation, np.flatnonzero(scores >= self.min_score))
 
     def follow(self, segmentation: Segmentation) -> _Followed:
         found = [Patch.of(mask) for mask in segmentation.masks]

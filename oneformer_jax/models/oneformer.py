@@ -192,7 +192,8 @@ class OneFormer(nnx.Module):
           text_ids: int32 [B, num_texts], rows of `text_tokens`; needed for what the loss on the
             queries compares.
           key: PRNG key of dropout and drop path; None is deterministic.
-          train: whether batch norm (if the backbone has it) uses and updates batch statistics.
+          train: whether the backbone is trained: it drops paths by the key, and batch norm (if it
+            has any) uses and updates batch statistics.
         """
         *encoder_keys, query_key = split_key(key, 3)
         features = self.encode(image, keys=encoder_keys, train=train)
@@ -213,7 +214,7 @@ class OneFormer(nnx.Module):
     ) -> Features:
         """Runs the backbone and the pixel decoder; `keys` are theirs, see `__call__`."""
         backbone_key, encoder_key = keys
-        maps = self.backbone(image, key=backbone_key, train=train)
+        maps = self.backbone(image, key=backbone_key if train else None, train=train)
         mask_features, maps = self.pixel_decoder(maps, encoder_key)
         return Features(mask_features, tuple(maps))
 

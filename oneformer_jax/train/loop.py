@@ -18,7 +18,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from oneformer_jax.kernels import calibrate, chips
-from oneformer_jax.models import backbones, matcher
+from oneformer_jax.models import matcher
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import (
     checkpoint,
@@ -137,9 +137,8 @@ def train(
             kind = jax.devices()[0].device_kind
             logging.info("Starting in %s on %d %s", workdir, mesh.size, kind)
             state, position = training.init(config.seed), {"step": 0}
-            family = backbones.kind_of(model.backbone)
             found = start.read_start(
-                config.init, training.state["params"], training.state["stats"], family
+                config.init, training.state["params"], training.state["stats"], model.backbone
             )
             if found is not None:
                 start.log_start(found, config.init.backbone or config.init.checkpoint)

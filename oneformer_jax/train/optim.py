@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from oneformer_jax import config_rules
+from oneformer_jax.files import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,9 @@ class OptimConfig:
       steps: optimizer steps of the whole run; the poly schedule ends there at zero.
       lr: base learning rate.
       backbone_multiplier: factor on the learning rate of every parameter of the backbone.
+      layer_decay: a further factor for each block of the backbone that comes after a parameter, see
+        `backbone_depths`; 1 is off.
+      freeze: parts that stay as they start, as "text_encoder" or "backbone.blocks.0"; see `frozen`.
       weight_decay: decoupled decay as in torch: a step subtracts lr * weight_decay * parameter,
         with the current learning rate, backbone factor included. `PARAMETER_RULES` exempts some.
       b1, b2, eps: Adam's moments and denominator.
@@ -47,6 +51,8 @@ class OptimConfig:
     steps: int
     lr: float = 1e-4
     backbone_multiplier: float = 0.1
+    layer_decay: float = 1.0
+    freeze: tuple[str, ...] = ()
     weight_decay: float = 0.05
     b1: float = 0.9
     b2: float = 0.999
@@ -60,7 +66,8 @@ class OptimConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self):
-        object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        for name in ("boundaries", "freeze"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         keys = {f"optim.{f.name}": getattr(self, f.name) for f in dataclasses.fields(self)}
         keys["train.steps"] = keys.pop("optim.steps")
         config_rules.require(keys)
@@ -86,17 +93,21 @@ def _rate(config: OptimConfig, step: Any, xp: Any) -> Any:
 def make_schedule(config: OptimConfig) -> optax.Schedule:
     """Returns the base learning rate (float32 scalar) as a function of the updates already done.
 
-    The backbone's rate is this times `config.backbone_multiplier`. The values are those of the
-    official WarmupPolyLR and WarmupMultiStepLR with linear warm-up; past the last step "poly" stays
-    at zero.
+    The backbone's rate is this times `config.backbone_multiplier` and the layer decay. The values
+    are those of the official WarmupPolyLR and WarmupMultiStepLR with linear warm-up; past the last
+    step "poly" stays at zero.
     """
     return lambda count: _rate(config, jnp.asarray(count, jnp.float32), jnp)
 
 
 def learning_rates(config: OptimConfig, step: int) -> dict[str, float]:
-    """Rates of "main" and "backbone" after `step` updates, computed on the host, for the log."""
+    """Rates of "main" and "backbone" after `step` updates, computed on the host, for the log.
+
+    The backbone's is that of its last block; 0 if it is frozen.
+    """
     rate = float(_rate(config, step, np))
-    return {"main": rate, "backbone": rate * config.backbone_multiplier}
+    trained = BACKBONE not in config.freeze
+    return {"main": rate, "backbone": rate * config.backbone_multiplier * trained}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +151,26 @@ PARAMETER_RULES = (
         decay=False,
         why="Swin's table, exempt by its name",
     ),
+    ParameterRule(
+        r"^backbone/(cls_token|pos_embed|register_tokens|blocks/.*/(bias|gamma))$",
+        decay=False,
+        why="DINOv2's optimizer leaves out biases and layer scales, that of ViTDet positions",
+        only_if=r"^backbone/cls_token$",
+    ),
 )
 
 # Any parameter whose official module name contains "backbone" learns at the multiplied rate.
 BACKBONE_PATTERN = r"backbone"
+BACKBONE = "backbone"
+# Parts of a backbone that no pre-trained file holds: they come after its last block.
+OUTPUTS_PATTERN = r"^backbone/(norm[0-3]|pyramid)/"
+# A block's stage and index, by the names of every backbone; and what else belongs to a stage.
+_BLOCK = re.compile(
+    r"^backbone/(?:(?:layers|levels|stages)/(\d+)/(?:blocks/)?|res(\d+)/|blocks/)(\d+)/"
+)
+_IN_STAGE = re.compile(r"^backbone/(layers|levels|downsample_layers)/(\d+)/")
+_BEFORE = re.compile(r"^backbone/(patch_embed|stem|cls_token|pos_embed|register_tokens)(/|$)")
+_AFTER = re.compile(r"^backbone/(norm\d?|pyramid)/")
 
 
 def parameter_names(params: Any) -> list[str]:
@@ -193,6 +220,96 @@ def describe_groups(params: Any) -> dict[str, list[str]]:
     return groups
 
 
+def backbone_depths(params: Any) -> tuple[dict[str, int], int]:
+    """Counts the blocks before each parameter of the backbone, as layer-wise decay needs it.
+
+    The embedding of patches, the stem and positions have 0, the first block 1, the last block their
+    number, and what comes after it (output norms, a ViT's pyramid) one more. A change of
+    resolution counts as a part of the block before it.
+
+    Args:
+      params: nested dict with the names of the parameters.
+
+    Returns:
+      Depths by name, and the largest.
+
+    Raises:
+      ValueError: a parameter whose place is unknown.
+    """
+    names = [name for name in parameter_names(params) if name.startswith(f"{BACKBONE}/")]
+    blocks = {name: found for name in names if (found := _BLOCK.match(name))}
+    places = {
+        name: (int(found[1] or found[2] or 0), int(found[3])) for name, found in blocks.items()
+    }
+    order = {place: depth for depth, place in enumerate(sorted(set(places.values())), 1)}
+    depths = {}
+    for name in names:
+        if name in places:
+            depths[name] = order[places[name]]
+        elif found := _IN_STAGE.match(name):
+            # Of a stage's end; only ConvNeXt's `downsample_layers` stand before their stage.
+            stage = int(found[2]) - (found[1] == "downsample_layers")
+            depths[name] = max((d for (s, _), d in order.items() if s <= stage), default=0)
+        elif _BEFORE.match(name):
+            depths[name] = 0
+        elif _AFTER.match(name):
+            depths[name] = len(order) + 1
+        else:
+            raise ValueError(
+                f"optim.layer_decay: the place of the parameter {name} is unknown; add it to the "
+                "patterns in oneformer_jax/train/optim.py"
+            )
+    return depths, len(order) + 1
+
+
+def frozen(config: OptimConfig, params: Any) -> Any:
+    """Tells which parameters `config.freeze` holds still.
+
+    An entry freezes all names that it begins, part by part. "backbone" leaves out what no
+    pre-trained file holds (`OUTPUTS_PATTERN`): an entry of its own freezes that, too.
+
+    Args:
+      config: settings.
+      params: nested dict with the names of the parameters.
+
+    Returns:
+      Booleans in the structure of `params`.
+
+    Raises:
+      ValueError: an entry that begins no name, or entries that leave nothing to train.
+    """
+    names = parameter_names(params)
+    flags = [False] * len(names)
+    for entry in config.freeze:
+        start = entry.replace(".", "/").strip("/")
+        found = [f"{name}/".startswith(f"{start}/") for name in names]
+        if not any(found):
+            parts = {".".join(n.split("/")[:k]) for n in names for k in range(1, n.count("/") + 1)}
+            raise ValueError(
+                f"optim.freeze: no parameter's name begins with {entry!r}"
+                f"{did_you_mean(entry, sorted(parts))}; the parts of this model are "
+                f"{', '.join(sorted({name.split('/')[0] for name in names}))}"
+            )
+        if start == BACKBONE:
+            found = [
+                f and not re.match(OUTPUTS_PATTERN, n) for f, n in zip(found, names, strict=True)
+            ]
+        flags = [a or b for a, b in zip(flags, found, strict=True)]
+    if all(flags):
+        raise ValueError(f"optim.freeze is {config.freeze}; nothing is left to train")
+    return jax.tree.unflatten(jax.tree.structure(params), flags)
+
+
+def holds_backbone(frozen: Any) -> bool:
+    """Tells whether the result of `frozen` holds the whole backbone, but for its outputs."""
+    names, flags = parameter_names(frozen), jax.tree.leaves(frozen)
+    return all(
+        flag
+        for name, flag in zip(names, flags, strict=True)
+        if name.startswith(f"{BACKBONE}/") and not re.match(OUTPUTS_PATTERN, name)
+    )
+
+
 def _scale_each(multipliers: Any) -> optax.GradientTransformation:
     """Multiplies every update by the float of the same place in `multipliers`."""
 
@@ -208,7 +325,7 @@ def make_optimizer(config: OptimConfig, abstract_params: Any) -> optax.GradientT
 
     The state holds the two moments as trees of the parameters' structure, and step counters. No
     setting of `config` changes its structure, so a run may resume with another learning rate,
-    schedule or clipping.
+    schedule, clipping or frozen part; frozen parameters have moments, too.
 
     Args:
       config: settings.
@@ -216,9 +333,16 @@ def make_optimizer(config: OptimConfig, abstract_params: Any) -> optax.GradientT
     """
     treedef = jax.tree.structure(abstract_params)
     decay = jax.tree.unflatten(treedef, _decays(abstract_params))
+    depths, most = ({}, 0) if config.layer_decay == 1 else backbone_depths(abstract_params)
+    names, still = (
+        parameter_names(abstract_params),
+        jax.tree.leaves(frozen(config, abstract_params)),
+    )
     rates = [
-        config.backbone_multiplier if re.search(BACKBONE_PATTERN, name) else 1.0
-        for name in parameter_names(abstract_params)
+        (config.backbone_multiplier if re.search(BACKBONE_PATTERN, name) else 1.0)
+        * config.layer_decay ** (most - depths.get(name, most))
+        * (not stays)
+        for name, stays in zip(names, still, strict=True)
     ]
     base = make_schedule(config)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from oneformer_jax import config_rules
 from oneformer_jax.files import first_few
 from oneformer_jax.models import backbones
+from oneformer_jax.models.backbones import BackboneConfig
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.rules import shown
 from oneformer_jax.train import checkpoint, descriptions, settings
@@ -151,14 +152,16 @@ def _named_backbone(backbone: Any) -> dict[str, Any]:
     return {"model.backbone.name": kind, "model.backbone.overrides": overrides}
 
 
-def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> Start | None:
+def read_start(
+    init: ConfigDict, params: dict, stats: dict, backbone: BackboneConfig
+) -> Start | None:
     """Reads the file that `config.init` names, or returns None.
 
     Args:
       init: `config.init`.
       params: shapes of the parameters of the model, a nested dict.
       stats: shapes of its other values.
-      backbone: kind of its backbone.
+      backbone: config of its backbone.
 
     Raises:
       ValueError: both settings are given, or the file cannot be read or does not fit.
@@ -171,7 +174,7 @@ def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> St
         return None
     path = fetch.local_path(init.checkpoint)
     if files.is_foreign(path):
-        return start.from_model(path, expected, backbone)
+        return start.from_model(path, expected, backbones.kind_of(backbone))
     trained = checkpoint.load_for_inference(path)
     values = dict(names.flatten(trained.params)) | dict(names.flatten(trained.stats))
     return start.from_arrays(str(path), values, expected)
@@ -180,6 +183,7 @@ def read_start(init: ConfigDict, params: dict, stats: dict, backbone: str) -> St
 def log_start(found: Start, path: str) -> None:
     """Logs the arrays taken from `path`, and those that start afresh."""
     logging.info("Starting from %s: %d arrays are taken", fetch.shown(path), len(found.arrays))
+    logging.info("  licence: %s", found.licence)
     reasons = dict.fromkeys(found.fresh.values())
     for reason in reasons:
         listed = [name for name, why in found.fresh.items() if why == reason]

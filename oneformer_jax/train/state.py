@@ -61,9 +61,8 @@ def make_training(
       mesh: see `sharding.make_mesh`.
     """
     model, execution = settings.model_config(config, num_classes), settings.execution(config)
-    optimizer = optim.make_optimizer(
-        settings.optim_config(config), functional.abstract(model, training=True).params
-    )
+    rates, params = settings.optim_config(config), functional.abstract(model, training=True).params
+    optimizer = optim.make_optimizer(rates, params)
     init = make_init(model, optimizer, ema=config.optim.ema_decay > 0)
     abstract = jax.eval_shape(lambda: init(None))
     shardings = sharding.state_shardings(abstract, mesh)
@@ -76,6 +75,7 @@ def make_training(
         accumulate=config.optim.accumulate,
         ema_decay=config.optim.ema_decay,
         skip_nonfinite=config.train.on_nonfinite == "skip",
+        frozen=optim.frozen(rates, params) if rates.freeze else None,
         mesh=mesh,
         param_shardings=shardings["params"] if mesh.shape["fsdp"] > 1 else None,
     )
@@ -153,6 +153,7 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
     skip_nonfinite: bool = False,
+    frozen: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     param_shardings: Any = None,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, dict]]:
@@ -170,6 +171,9 @@ def make_train_step(
       skip_nonfinite: leave out the update of a step whose loss or gradient is not finite, and go
         on. Else such a step sets "halted": it and all after it leave everything else as it was, so
         that the last good state is there when the host notices.
+      frozen: Booleans in the structure of the parameters: those that get no gradient. What only
+        their gradients need is not computed. A backbone that is frozen as a whole normalises by
+        its statistics, keeps them, and drops no paths.
       mesh: mesh whose axes shard the batch; the matcher runs per shard.
       param_shardings: how the parameters are split over the mesh; None: they are not.
 
@@ -179,8 +183,13 @@ def make_train_step(
       left out).
     """
     graph = functional.abstract(config, execution, training=True).graph
+    train = not (frozen and optim.holds_backbone(frozen))
 
     def loss_fn(params, stats, batch, key):
+        if frozen is not None:
+            params = jax.tree.map(
+                lambda x, stays: jax.lax.stop_gradient(x) if stays else x, params, frozen
+            )
         if param_shardings is None:
             model = functional.merge(graph, params, stats)
         else:
@@ -193,7 +202,7 @@ def make_train_step(
                 text_tokens=jnp.asarray(text_table),
                 text_ids=batch["text_ids"],
                 key=model_key,
-                train=True,
+                train=train,
             )
         loss, terms = compute_losses(
             predictions, batch, point_key, losses, kernels=execution.kernels, mesh=mesh

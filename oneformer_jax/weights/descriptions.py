@@ -21,6 +21,7 @@ from oneformer_jax.models.backbones import (
     InternImageConfig,
     ResNetConfig,
     SwinConfig,
+    ViTConfig,
 )
 from oneformer_jax.models.oneformer import ONCE_STORED, OneFormerConfig
 from oneformer_jax.types import Metadata
@@ -36,6 +37,7 @@ _BACKBONES = {
     "dinat": DinatConfig,
     "internimage": InternImageConfig,
     "resnet": ResNetConfig,
+    "vit": ViTConfig,
 }
 _LAYERS = ("encoder_layers", "query_init_layers", "decoder_layers", "text_layers")
 # The most that a whole number of a field may be; widths have the last limit.
@@ -51,9 +53,10 @@ _MOST = {
     "groups": 1024,
     "encoder_points": 64,
     "dilations": 4096,
-    **dict.fromkeys(("depths", "norm_after", *_LAYERS), MAX_LAYERS),
+    **dict.fromkeys(("patch_size", "positions", "registers"), 256),
+    **dict.fromkeys(("depth", "depths", "norm_after", *_LAYERS), MAX_LAYERS),
 }
-_MAY_BE_ZERO = ("num_context", "norm_after", *_LAYERS)
+_MAY_BE_ZERO = ("num_context", "norm_after", "positions", "registers", *_LAYERS)
 _MOST_WIDTH = 32_768
 
 _Size = Annotated[int, Meta(ge=1, le=65_536)]
@@ -141,6 +144,7 @@ def check_fields(fields: Mapping[str, Any], where: str, kind: str | None = None)
         rest = {name: value for name, value in backbone.items() if name != "kind"}
         _check(rest, _BACKBONES[kind or backbone["kind"]], where, "model.backbone")
         layers = sum(fields.get(name, 0) for name in _LAYERS) + sum(rest.get("depths", ()))
+        layers += rest.get("depth", 0)
         if layers > MAX_ALL_LAYERS:
             raise FileError(f"{where}: a model of {layers:,} layers; at most {MAX_ALL_LAYERS}")
 

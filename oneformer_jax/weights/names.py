@@ -275,13 +275,33 @@ def _backbones() -> list[Row]:
     return rows
 
 
-TABLE: tuple[Row, ...] = (*_head(), *_text(), *_backbones())
+def _vit() -> list[Row]:
+    """DINOv2 and DINOv3, as `weights.vit` brings their files under these names; and the pyramid."""
+    block = "blocks.#"
+    kinds = {
+        "array": (
+            *("cls_token", "pos_embed", "register_tokens"),
+            *(f"{block}.{name}.gamma" for name in ("ls1", "ls2")),
+        ),
+        "norm": ("norm", f"{block}.norm1", f"{block}.norm2", "pyramid.norm"),
+        "linear": (
+            *(f"{block}.attn.{name}" for name in ("q", "k", "v", "proj")),
+            *(f"{block}.mlp.{name}" for name in ("fc1", "fc2", "w1", "w2", "w3")),
+            *(f"pyramid.{name}.proj" for name in ("quarter1", "quarter2", "eighth")),
+        ),
+    }
+    places = ((kind, f"backbone.{name}") for kind, found in kinds.items() for name in found)
+    return [Row(kind, name, name, None) for kind, name in places]
+
+
+TABLE: tuple[Row, ...] = (*_head(), *_text(), *_backbones(), *_vit())
 
 # Tensors that hold nothing of their own: computed from the settings, or counters.
 DERIVED = {
     "official": (
         r"backbone\.layers\.\d+\.blocks\.\d+\.attn\.(relative_position_index|attn_mask)",
         r"backbone\.layers\.\d+\.blocks\.\d+\.attn_mask",
+        r"backbone\.(rope_embed\.periods|blocks\.\d+\.attn\.qkv\.bias_mask)",
         r"criterion\.empty_weight",
         r".*\.num_batches_tracked",
     ),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from oneformer_jax.files import FileError, first_few
-from oneformer_jax.weights import files, names
+from oneformer_jax.weights import files, names, vit
 from oneformer_jax.weights.tensors import Tensor
 
 Read = Callable[[], np.ndarray]
@@ -149,6 +149,9 @@ def read_backbone(path: str | os.PathLike[str]) -> Reading:
         if any(name.startswith(mark) for name in tensors):
             part = {name: t for name, t in tensors.items() if name.startswith(prefix)}
             return Reading(file, form, part)
+    if vit.is_vit(tensors):
+        found = vit.canonical(tensors, file.path)
+        return Reading(file, "official", {f"backbone.{name}": t for name, t in found.items()})
     renamed = {}
     torchvision = "layer1.0.conv1.weight" in tensors
     for name, tensor in tensors.items():

@@ -13,15 +13,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oneformer_jax.files import FileError, first_few
-from oneformer_jax.models import functional
-from oneformer_jax.weights import names, reading
+from oneformer_jax.files import FileError, first_few, read_bytes
+from oneformer_jax.models import backbones, functional
+from oneformer_jax.models.backbones import BackboneConfig
+from oneformer_jax.weights import names, reading, vit
+from oneformer_jax.weights.pickle_reader import quoted
 from oneformer_jax.weights.reading import Read
 
+_MAX_README = 1 << 20  # bytes
+
 # Of a classifier, which has no place in a segmentation model: its head and the norm before it.
-_CLASSIFIER = r"backbone\.((stem\.)?fc|head|norm|avgpool)\."
-# Norms of the four outputs, which classifiers do not have; they start as identities.
-_OUTPUT_NORM = r"backbone\.norm[0-3]\."
+_CLASSIFIER = r"backbone\.((stem\.)?fc|head|norm|avgpool|classifier)\."
+# Of the pre-training of DINOv2 and DINOv3.
+_PRETRAINING = r"backbone\.(mask_token$|(local_)?cls_norm\.)"
+# Norms of the four outputs, which start as identities, and the layers that make four maps of one.
+_OUTPUTS = r"backbone\.(norm[0-3]|pyramid)\."
+# Of the released files, where a folder does not tell by itself.
+_LICENCES = {
+    "DINOv2": "Apache-2.0, if this is the released file",
+    "DINOv3": "the DINOv3 License, if this is the released file "
+    "(https://ai.meta.com/resources/models-and-libraries/dinov3-license): read it before you share "
+    "or sell what is trained from it",
+}
 
 
 class Start(NamedTuple):
@@ -31,38 +44,47 @@ class Start(NamedTuple):
       arrays: functions that read arrays, by our names.
       fresh: names of the model's arrays that the file does not hold in that shape, and why.
       unused: the file's arrays without a place in the model.
+      licence: of the file, as far as it is known.
     """
 
     arrays: dict[str, Read]
     fresh: dict[str, str]
     unused: list[str]
+    licence: str = "not told by the file; see where it was released"
 
 
-def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: str) -> Start:
-    """Reads a pre-trained backbone: ImageNet files of Swin, ConvNeXt, DiNAT, torchvision's ResNet.
+def from_backbone(
+    path: str | os.PathLike[str], expected: Mapping[str, Any], backbone: BackboneConfig
+) -> Start:
+    """Reads a pre-trained backbone.
 
-    Checkpoints of whole models are taken too; their backbone is used.
+    Files of ImageNet are taken (Swin, ConvNeXt, DiNAT, torchvision's ResNet), of DINOv2 and DINOv3,
+    and checkpoints of whole models, whose backbone is used.
 
     Args:
       path: of the file or folder.
       expected: shapes of the model's arrays by our names.
-      kind: of its backbone.
+      backbone: config of its backbone.
 
     Raises:
       FileError: a file that cannot be read, or that is not of this backbone: every array of the
-        backbone must be there, but for the norms of its outputs.
+        backbone must be there, but for those that make its outputs (norms, a ViT's pyramid).
     """
     found = reading.read_backbone(path)
+    kind = backbones.kind_of(backbone)
     wanted = {name: leaf for name, leaf in expected.items() if name.startswith("backbone.")}
-    arrays, problems = found.arrays(wanted, kind, optional=_OUTPUT_NORM)
+    arrays, problems = found.arrays(wanted, kind, optional=_OUTPUTS)
+    problems += vit.contradictions(found.file.config, found.tensors, backbone, found.file.path)
     fresh = {
-        name: "an output norm, which classifiers lack"
+        name: "of the outputs, which a pre-trained backbone lacks"
         for name in wanted
-        if name not in arrays and re.match(_OUTPUT_NORM, name)
+        if name not in arrays and re.match(_OUTPUTS, name)
     }
     unused, surplus = [], []
     for name in found.unplaced(arrays):
-        skipped = names.is_derived(name, found.form) or re.match(_CLASSIFIER, name)
+        skipped = names.is_derived(name, found.form) or any(
+            re.match(pattern, name) for pattern in (_CLASSIFIER, _PRETRAINING)
+        )
         (unused if skipped else surplus).append(name)
     if surplus:
         problems.append(f"{len(surplus)} tensors have no place: {first_few(surplus, 10)}")
@@ -71,7 +93,21 @@ def from_backbone(path: str | os.PathLike[str], expected: Mapping[str, Any], kin
             f"init.backbone={found.file.path} is not of the backbone of this config "
             "(model.backbone.name and overrides):\n  " + "\n  ".join(problems)
         )
-    return Start(arrays, fresh, unused)
+    family = ("DINOv2" if backbone.positions else "DINOv3") if kind == "vit" else ""
+    licence = _told_licence(found.file.path) or _LICENCES.get(family)
+    return Start(arrays, fresh, unused, *([licence] if licence else []))
+
+
+def _told_licence(path: str) -> str:
+    """Reads the licence at the head of a folder's README.md, "" if there is none."""
+    page = os.path.join(path, "README.md")
+    if not os.path.isfile(page):
+        return ""
+    text = read_bytes(page, limit=_MAX_README).decode("utf-8", "replace")
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.S)
+    told = dict(re.findall(r"^(license\w*):[ \t]*(\S.*?)[ \t]*$", head[1], re.M)) if head else {}
+    words = [told[key] for key in ("license", "license_name", "license_link") if key in told]
+    return f"{quoted(' '.join(words), 200)} (README.md)" if words else ""
 
 
 def from_model(path: str | os.PathLike[str], expected: Mapping[str, Any], kind: str) -> Start:

@@ -26,6 +26,7 @@ CONFIGS = {
         embed_dim=8, depths=(1, 1, 2, 1), groups=(2, 2, 4, 4), norm_after=(1,), mlp_ratio=2.0
     ),
     "resnet": backbones.ResNetConfig(depths=(2, 1, 1, 1), stem_width=4, norm="batch"),
+    "vit": backbones.ViTConfig(embed_dim=16, depth=4, num_heads=2, mlp_dim=32),
 }
 
 
@@ -49,7 +50,7 @@ def test_names_and_overrides():
     )
     for name in backbones.NAMES:
         kind = next((kind for kind in CONFIGS if name.startswith(kind)), None)
-        if kind is None:  # ConvNeXt has its own tests
+        if kind in (None, "vit"):  # ConvNeXt and the vision transformers have their own tests
             continue
         sizes = backbones.to_dict(CONFIGS[kind])
         sizes.pop("kind")
@@ -60,9 +61,9 @@ def test_names_and_overrides():
     ("name", "fields", "message"),
     [
         (
-            "vit",
+            "mobilenet",
             {},
-            "'vit'.*swin_tiny, swin_large, convnext_large.*swin, convnext, dinat.*resnet",
+            "'mobilenet'.*swin_tiny, swin_large, convnext_large.*swin, convnext, dinat.*resnet",
         ),
         ("swin_tiny", {"windows": 7}, "swin_tiny: unknown fields.*windows.*window_size"),
         ("swin", {"depths": (1, 1, 1, 1)}, "swin: fields.*embed_dim.*num_heads.*window_size"),
@@ -80,6 +81,10 @@ def test_names_and_overrides():
         ("swin_tiny", {"window_size": 1}, "window_size is 1; .*from 2 to 64"),
         ("swin_tiny", {"mlp_ratio": 0}, "mlp_ratio is 0"),
         ("swin_tiny", {"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
+        ("vit", {"depth": 3}, "vit: fields embed_dim, num_heads, mlp_dim must be given"),
+        ("dinov2_small", {"num_heads": 5}, "embed_dim is 384.*multiple of num_heads = 5"),
+        ("dinov3_small", {"num_heads": 64}, "embed_dim is 384.*times 4, for rotary positions"),
+        ("dinov3_small", {"maps": "first"}, "maps is 'first'.*last, depths"),
     ],
 )
 def test_bad_configs(name, fields, message):
@@ -89,7 +94,8 @@ def test_bad_configs(name, fields, message):
 
 def test_unknown_kind_and_foreign_config():
     with pytest.raises(
-        ValueError, match=r"unknown backbone kind None.*swin, convnext, dinat, internimage, resnet"
+        ValueError,
+        match=r"unknown backbone kind None.*swin, convnext, dinat, internimage, resnet, vit",
     ):
         backbones.from_dict({"depths": [1, 1, 1, 1]})
     with pytest.raises(ValueError, match="dict is not the config of a backbone"):

@@ -14,7 +14,10 @@ from tests import tiny
 
 BACKBONES = {
     name: backbones.backbone_config(name)
-    for name in ("swin_tiny", "convnext_large", "dinat_large", "internimage_huge", "resnet50")
+    for name in (
+        *("swin_tiny", "convnext_large", "dinat_large", "internimage_huge", "resnet50"),
+        "dinov2_small",
+    )
 }
 FIELDS = [(name, f.name) for name, c in BACKBONES.items() for f in dataclasses.fields(c)]
 MODEL = [f.name for f in dataclasses.fields(OneFormerConfig) if f.name != "backbone"]
@@ -28,8 +31,8 @@ ABSURD = (
 )
 ACCEPTED = {
     **dict.fromkeys(("encoder_dropout", "query_init_dropout", "drop_path_rate"), (0.5,)),
-    "layer_scale_init": (0.5,),
-    "text_causal": (True,),
+    **dict.fromkeys(("layer_scale_init", "position_offset", "norm_epsilon"), (0.5,)),
+    **dict.fromkeys(("text_causal", "antialias", "gated", "qkv_bias", "key_bias"), (True,)),
     "norm_after": ([], [1]),
 }
 

@@ -4,8 +4,11 @@ import numpy as np
 import optax
 import pytest
 
+from oneformer_jax import config_rules
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.train import optim
 from oneformer_jax.train.optim import OptimConfig
+from tests import tiny
 
 
 def nest(names, value=None):
@@ -219,3 +222,117 @@ def test_clipping_acts_on_the_global_norm_and_keeps_the_state_structure():
 def test_bad_settings_name_the_key(settings, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**{"steps": 100, **settings})
+
+
+# Blocks of each kind; a parameter, and the blocks before it and its own.
+DEPTHS = {
+    "swin_tiny": {
+        "patch_embed/proj/kernel": 0,
+        "layers/0/blocks/0/norm1/scale": 1,
+        "layers/0/downsample/reduction/kernel": 2,
+        "layers/3/blocks/1/attn/qkv/kernel": 12,
+        "norm0/scale": 13,
+    },
+    "convnext_large": {
+        "downsample_layers/0/1/scale": 0,
+        "downsample_layers/1/1/kernel": 3,
+        "stages/2/26/gamma": 33,
+        "norm3/bias": 37,
+    },
+    "dinat_large": {"patch_embed/proj/0/kernel": 0, "levels/1/blocks/0/attn/rpb": 4},
+    "internimage_huge": {"patch_embed/conv1/kernel": 0, "levels/0/norm/scale": 6},
+    "resnet50": {"stem/conv1/kernel": 0, "res3/0/shortcut/kernel": 4, "res5/2/conv3/kernel": 16},
+    "dinov2_small": {
+        "pos_embed": 0,
+        "blocks/0/ls1/gamma": 1,
+        "blocks/11/mlp/fc1/bias": 12,
+        "norm/scale": 13,
+        "pyramid/eighth/proj/kernel": 13,
+    },
+    "dinov3_small_plus": {"register_tokens": 0, "cls_token": 0, "blocks/3/mlp/w3/kernel": 4},
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_layer_decay_knows_the_place_of_every_parameter(name):
+    config = tiny.model_config(backbone=backbones.backbone_config(name))
+    params = functional.abstract(config, training=False).params
+    depths, most = optim.backbone_depths(params)
+    every = [n for n in optim.parameter_names(params) if n.startswith("backbone/")]
+    assert set(depths) == set(every)
+    for parameter, depth in DEPTHS[name].items():
+        assert depths[f"backbone/{parameter}"] == depth, parameter
+    assert set(depths.values()) >= set(range(most))  # ResNet has nothing after its last block
+
+
+def test_layer_decay_refuses_a_name_that_it_does_not_know():
+    with pytest.raises(ValueError, match="place of the parameter backbone/extra/kernel is unknown"):
+        optim.backbone_depths(nest({"backbone/blocks/0/norm1/scale", "backbone/extra/kernel"}))
+
+
+NAMES = (
+    "backbone/patch_embed/proj/kernel",
+    "backbone/blocks/0/norm1/scale",
+    "backbone/blocks/1/norm1/scale",
+    "backbone/pyramid/norm/scale",
+    "text_encoder/ln_final/scale",
+    "predictor/class_embed/kernel",
+)
+
+
+def updates_of(**settings):
+    """Share of the base rate with which each parameter moves, without weight decay."""
+    params = nest(NAMES)
+    config = OptimConfig(steps=10, lr=1.0, schedule="poly", weight_decay=0.05, **settings)
+    optimizer = optim.make_optimizer(config, params)
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+    decayed = {"backbone/patch_embed/proj/kernel", "predictor/class_embed/kernel"}
+    return {
+        name: round(-float(leaf[0]) / (1.05 if name in decayed else 1.0), 3)
+        for name, leaf in zip(optim.parameter_names(params), jax.tree.leaves(updates), strict=True)
+    }
+
+
+def test_the_rate_falls_from_block_to_block_towards_the_image():
+    rates = updates_of(layer_decay=0.5, backbone_multiplier=0.8)
+    assert [rates[name] for name in NAMES] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("freeze", "still"),
+    [
+        (("backbone",), NAMES[:3]),
+        (("backbone", "backbone.pyramid"), NAMES[:4]),
+        (("backbone.blocks.1", "text_encoder"), (NAMES[2], NAMES[4])),
+        (("backbone/blocks/0/",), NAMES[1:2]),
+    ],
+)
+def test_frozen_parts_do_not_move(freeze, still):
+    rates = updates_of(freeze=freeze, backbone_multiplier=1.0)
+    assert {name for name, rate in rates.items() if rate == 0} == set(still)
+    assert all(rates[name] == 1 for name in set(NAMES) - set(still))
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (("bakbone",), r"optim.freeze is \('bakbone',\); .* each one of backbone, pixel_decoder"),
+        (("task_mlp",), r"begins with 'task_mlp'; the parts of this model are backbone, predictor"),
+        (("backbone.block",), r"'backbone.block' \(did you mean 'backbone.blocks'"),
+        (
+            ("backbone", "backbone.pyramid", "text_encoder", "predictor"),
+            "nothing is left to train",
+        ),
+    ],
+)
+def test_what_cannot_be_frozen_is_told(freeze, message):
+    with pytest.raises(ValueError, match=message):
+        updates_of(freeze=freeze)
+
+
+def test_the_rule_of_frozen_parts_knows_every_part():
+    found = set()
+    for loss in ("contrastive", "classification"):
+        found |= set(functional.abstract(tiny.model_config(query_loss=loss), training=True).params)
+    assert found == set(config_rules.PARTS)

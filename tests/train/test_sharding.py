@@ -145,22 +145,29 @@ def test_parameter_whose_name_ends_like_another_ones():
     assert specs["params"]["head"]["kernel"] == P(None, "fsdp")
 
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding_coco_resnet50.tsv"
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+RECORDED = {
+    "sharding_coco_resnet50.tsv": ("resnet50", None),
+    "sharding_dinov2_small.tsv": ("dinov2_small", "backbone"),
+    "sharding_dinov3_base.tsv": ("dinov3_base", "backbone"),
+}
 
 
-def test_the_base_config_is_sharded_as_recorded():
+@pytest.mark.parametrize("file", RECORDED)
+def test_parameters_are_sharded_as_recorded(file):
     """Name, shape and spec of each parameter over 8 devices; a change must be meant.
 
-    `python -m tests.train.test_sharding` writes the file anew.
+    `python -m tests.train.test_sharding` writes the files anew.
     """
-    assert sharding_table() == GOLDEN.read_text()
+    assert sharding_table(*RECORDED[file]) == (GOLDEN / file).read_text()
 
 
-def sharding_table() -> str:
+def sharding_table(backbone: str, part: str | None) -> str:
     mesh = sharding.make_mesh(data=1, fsdp=8)
-    params = functional.abstract(
-        settings.model_config(common.get_base(), 133), training=True
-    ).params
+    config = common.get_base()
+    config.model.backbone.name = backbone
+    params = functional.abstract(settings.model_config(config, 133), training=True).params
+    params = {part: params[part]} if part else params
     found = sharding.state_shardings({"params": params}, mesh)["params"]
     specs = {name: s.spec for name, s in tiny.leaves(found).items()}
     rows = ["parameter\tshape\tspec"]
@@ -173,5 +180,6 @@ def sharding_table() -> str:
 if __name__ == "__main__":
     import tests.conftest  # noqa: F401 - sets the number of devices
 
-    GOLDEN.parent.mkdir(exist_ok=True)
-    GOLDEN.write_text(sharding_table())
+    GOLDEN.mkdir(exist_ok=True)
+    for file, given in RECORDED.items():
+        (GOLDEN / file).write_text(sharding_table(*given))

@@ -20,6 +20,7 @@ from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import normalize_images
 from oneformer_jax.train import optim, settings
 from oneformer_jax.train import state as states
+from oneformer_jax.train.flops import count_flops
 from tests import tiny
 
 LOSSES = LossConfig(num_points=64, point_sampling="shared")
@@ -229,3 +230,45 @@ def test_base_config_is_the_published_coco_resnet50():
     assert settings.model_config(common.get_base(), 133) == OneFormerConfig.published(
         "coco:resnet50"
     )
+
+
+def test_a_frozen_backbone_stays_as_it_is_and_costs_no_backward_pass(monkeypatch):
+    """Its statistics stay, too, and no path is dropped; the rest moves."""
+
+    def losses(predictions, batch, key, config, **options):
+        loss = jnp.mean(jnp.sin(predictions.mask_features)) + jnp.mean(predictions.class_logits**2)
+        return loss, {}
+
+    monkeypatch.setattr(states, "compute_losses", losses)
+    config, batch, key = _config(query_loss="none"), tiny.batch(side=32), jax.random.key(0)
+    _, params, stats = tiny.random_model(config, training=True)
+    rates = optim.OptimConfig(steps=10, lr=1e-3, freeze=("backbone",))
+    optimizer = optim.make_optimizer(rates, params)
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "halted": jnp.zeros((), jnp.bool_),
+        "params": params,
+        "stats": stats,
+        "opt": optimizer.init(params),
+    }
+
+    def make(frozen):
+        return states.make_train_step(config, LOSSES, optimizer, tiny.text_table(), frozen=frozen)
+
+    frozen = optim.frozen(rates, params)
+    costs = [
+        count_flops(jax.make_jaxpr(make(still))(state, batch, key).jaxpr)
+        for still in (None, frozen)
+    ]
+    assert costs[1] < 0.8 * costs[0]
+    step = jax.jit(make(frozen), compiler_options={"xla_backend_optimization_level": 0})
+    new, metrics = step(state, batch, key)
+    assert float(metrics["grad_norm"]) > 0
+    for name, before in tiny.leaves(params).items():
+        same = np.array_equal(before, tiny.leaves(new["params"])[name])
+        assert same or not name.startswith("backbone/"), name
+    assert not np.array_equal(
+        params["pixel_decoder"]["mask_features"]["kernel"],
+        new["params"]["pixel_decoder"]["mask_features"]["kernel"],
+    )
+    jax.tree.map(np.testing.assert_array_equal, stats, new["stats"])

@@ -104,7 +104,7 @@ def test_a_pretrained_backbone(tmp_path, kind):
     tensors = random_tensors(config)
     # DiNAT's and torchvision's files have no level above the state dict.
     path = write(tmp_path, imagenet(kind, tensors), "model" if kind != "dinat" else "")
-    found = start.read_start(settings(backbone=path), params, stats, kind)
+    found = start.read_start(settings(backbone=path), params, stats, config.backbone)
     expected = dict(convert.leaves((params, stats)))
     wanted = [name for name in expected if name.startswith("backbone.")]
     fresh = [name for name in wanted if name.split(".")[1] in ("norm0", "norm1", "norm2", "norm3")]
@@ -120,7 +120,7 @@ def test_a_pretrained_backbone(tmp_path, kind):
 def test_the_backbone_of_a_whole_model(tmp_path):
     config, (params, stats) = make("swin")
     path = write(tmp_path, random_tensors(config))
-    found = start.read_start(settings(backbone=path), params, stats, "swin")
+    found = start.read_start(settings(backbone=path), params, stats, config.backbone)
     assert all(name.startswith("backbone.") for name in found.arrays)
     assert not found.fresh
 
@@ -144,21 +144,25 @@ def test_another_backbone_is_refused(tmp_path, change, message):
     tensors = imagenet("swin", random_tensors(config))
     change(tensors)
     with pytest.raises(FileError, match=message) as caught:
-        start.read_start(settings(backbone=write(tmp_path, tensors)), params, stats, "swin")
+        start.read_start(
+            settings(backbone=write(tmp_path, tensors)), params, stats, config.backbone
+        )
     assert "init.backbone=" in str(caught.value)
 
 
 def test_a_backbone_of_another_kind_is_refused(tmp_path):
     tensors = imagenet("convnext", random_tensors(make("convnext")[0]))
-    _, (params, stats) = make("swin")
+    config, (params, stats) = make("swin")
     with pytest.raises(FileError, match="is not of the backbone of this config"):
-        start.read_start(settings(backbone=write(tmp_path, tensors)), params, stats, "swin")
+        start.read_start(
+            settings(backbone=write(tmp_path, tensors)), params, stats, config.backbone
+        )
 
 
 def test_a_model_of_other_classes(tmp_path):
     path = write(tmp_path, random_tensors(make("resnet", num_classes=3)[0]))
-    _, (params, stats) = make("resnet")
-    found = start.read_start(settings(checkpoint=path), params, stats, "resnet")
+    config, (params, stats) = make("resnet")
+    found = start.read_start(settings(checkpoint=path), params, stats, config.backbone)
     assert found.fresh == {
         "predictor.class_embed.kernel": "there [32, 4], here [32, 6]",
         "predictor.class_embed.bias": "there [4], here [6]",
@@ -173,27 +177,29 @@ def test_a_model_without_text_branch(tmp_path):
         for name, value in random_tensors(make("resnet")[0]).items()
         if not name.startswith(("text_", "prompt_ctx", "criterion"))
     }
-    _, (params, stats) = make("resnet")
+    config, (params, stats) = make("resnet")
     path = write(tmp_path, tensors)
-    found = start.read_start(settings(checkpoint=path), params, stats, "resnet")
+    found = start.read_start(settings(checkpoint=path), params, stats, config.backbone)
     assert set(found.fresh.values()) == {"not in the file"}
     assert {name.split(".")[0] for name in found.fresh} == set(functional.TEXT_PARTS)
 
 
 def test_a_wholly_different_model_is_refused(tmp_path):
     path = write(tmp_path, random_tensors(make("swin")[0]))
-    _, (params, stats) = make("resnet")
+    config, (params, stats) = make("resnet")
     with pytest.raises(FileError, match=r"init\.checkpoint=.*only \d+% of the parameters fit"):
-        start.read_start(settings(checkpoint=path), params, stats, "resnet")
+        start.read_start(settings(checkpoint=path), params, stats, config.backbone)
 
 
 def test_both_or_nothing(tmp_path):
-    _, (params, stats) = make("resnet")
-    assert start.read_start(settings(), params, stats, "resnet") is None
+    config, (params, stats) = make("resnet")
+    assert start.read_start(settings(), params, stats, config.backbone) is None
     with pytest.raises(ValueError, match="must be empty while"):
-        start.read_start(settings(backbone="a", checkpoint="b"), params, stats, "resnet")
+        start.read_start(settings(backbone="a", checkpoint="b"), params, stats, config.backbone)
     with pytest.raises(FileError, match="nowhere does not exist"):
-        start.read_start(settings(backbone=str(tmp_path / "nowhere")), params, stats, "resnet")
+        start.read_start(
+            settings(backbone=str(tmp_path / "nowhere")), params, stats, config.backbone
+        )
 
 
 def test_one_of_our_workdirs(tmp_path):
@@ -213,7 +219,7 @@ def test_one_of_our_workdirs(tmp_path):
     checkpoint.write_converted(tmp_path / "run", trained)
     _, (params5, stats5) = make("convnext")
     path = str(tmp_path / "run")
-    found = start.read_start(settings(checkpoint=path), params5, stats5, "convnext")
+    found = start.read_start(settings(checkpoint=path), params5, stats5, config.backbone)
     assert set(found.fresh) == {"predictor.class_embed.kernel", "predictor.class_embed.bias"}
     name = "backbone.stages.0.0.gamma"
     np.testing.assert_array_equal(found.arrays[name](), dict(names.flatten(params))[name])

@@ -8,7 +8,8 @@ config has `channels`, the four numbers of channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from oneformer_jax.models.backbones.convnext import ConvNeXt, ConvNeXtConfig
@@ -16,11 +17,14 @@ from oneformer_jax.models.backbones.dinat import DiNAT, DinatConfig
 from oneformer_jax.models.backbones.internimage import InternImage, InternImageConfig
 from oneformer_jax.models.backbones.resnet import ResNet, ResNetConfig
 from oneformer_jax.models.backbones.swin import Swin, SwinConfig
+from oneformer_jax.models.backbones.vit import DINOV2, DINOV3, ViT, ViTConfig
 from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.rules import require_names, shown
 
-BackboneConfig = SwinConfig | ConvNeXtConfig | DinatConfig | InternImageConfig | ResNetConfig
+BackboneConfig = (
+    SwinConfig | ConvNeXtConfig | DinatConfig | InternImageConfig | ResNetConfig | ViTConfig
+)
 
 # kind: (config, module). The kind names a family in JSON, and a config without defaults of size.
 _KINDS = {
@@ -29,9 +33,10 @@ _KINDS = {
     "dinat": (DinatConfig, DiNAT),
     "internimage": (InternImageConfig, InternImage),
     "resnet": (ResNetConfig, ResNet),
+    "vit": (ViTConfig, ViT),
 }
 
-PUBLISHED = {
+PUBLISHED: dict[str, Callable[..., BackboneConfig]] = {
     "swin_tiny": SwinConfig.tiny,
     "swin_large": SwinConfig.large,
     "convnext_large": ConvNeXtConfig.large,
@@ -42,6 +47,12 @@ PUBLISHED = {
     "internimage_huge": InternImageConfig.huge,
     "resnet50": ResNetConfig.r50,
     "resnet101": ResNetConfig.r101,
+    **{f"dinov2_{size}": functools.partial(ViTConfig.dinov2, size) for size in DINOV2},
+    **{
+        f"dinov2_{size}_registers": functools.partial(ViTConfig.dinov2, size, registers=4)
+        for size in DINOV2
+    },
+    **{f"dinov3_{size}": functools.partial(ViTConfig.dinov3, size) for size in DINOV3},
 }
 
 NAMES = (*PUBLISHED, *_KINDS)
@@ -60,6 +71,8 @@ __all__ = [
     "ResNetConfig",
     "Swin",
     "SwinConfig",
+    "ViT",
+    "ViTConfig",
     "backbone_config",
     "build_backbone",
     "from_dict",
@@ -72,10 +85,8 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
     """Returns the config of a backbone by name.
 
     Args:
-      name: a published size ("swin_tiny", "swin_large", "convnext_large", "convnext_xlarge",
-        "dinat_large", "dinat_large_wide", "dinat_large_7x7", "internimage_huge", "resnet50",
-        "resnet101"), or a kind ("swin", "convnext", "dinat", "internimage", "resnet"), whose fields
-        without a default must all be in `overrides`.
+      name: one of `NAMES`: a published size ("swin_tiny", "dinov2_base_registers"...), or a kind
+        ("swin", "vit"...), whose fields without a default must all be in `overrides`.
       overrides: fields of the config, see `SwinConfig` and its like.
 
     Raises:
@@ -100,7 +111,7 @@ def build_backbone(
     *,
     rngs: ParamKeys,
     execution: Execution = Execution(),
-) -> Swin | ConvNeXt | DiNAT | InternImage | ResNet:
+) -> Swin | ConvNeXt | DiNAT | InternImage | ResNet | ViT:
     """Returns the module of a config.
 
     Args:

@@ -37,19 +37,14 @@ linear_init: Callable = initial.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
-class StagedConfig:
+class RuledConfig:
     """Base of a backbone's config: sequences become tuples, and every field has a rule.
 
     The bounds are above every model that exists, and low enough that a description from a
     stranger's file can't ask for one that takes hours to build.
-
-    Attributes:
-      depths: number of blocks in each of the four stages.
     """
 
     RULES: ClassVar[Mapping[str, Rule]]  # of every field
-
-    depths: tuple[int, ...]
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -63,6 +58,17 @@ class StagedConfig:
         """Raises a ValueError that names the field and the rule, unless `ok`."""
         if not ok:
             rules.refuse(f"{type(self).__name__}: ", vars(self), {field: rule})
+
+
+@dataclasses.dataclass(frozen=True)
+class StagedConfig(RuledConfig):
+    """Base of the config of a backbone of four stages.
+
+    Attributes:
+      depths: number of blocks in each of the four stages.
+    """
+
+    depths: tuple[int, ...]
 
     def require_divisible(self, parts: str) -> None:
         """Raises a ValueError unless each stage's channels divide into its heads or groups."""
