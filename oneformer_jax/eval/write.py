@@ -102,6 +102,7 @@ def encode_ids(segments: np.ndarray) -> np.ndarray:
 def coco_panoptic(
     segmentation: Segmentation, file_name: str, image_id: int | str
 ) -> dict[str, Any]:
+    """Returns COCO's panoptic JSON of one image, whose PNG is `file_name`."""
     metadata = segmentation.metadata
     height, width = segmentation.size
     infos = [
@@ -134,6 +135,7 @@ def coco_panoptic(
 
 
 def coco_instances(segmentation: Segmentation, image_id: int | str) -> Iterator[dict[str, Any]]:
+    """Yields the entries of COCO's result format, one per mask in their order."""
     for mask, label, score in zip(
         segmentation.masks, segmentation.labels, segmentation.scores, strict=True
     ):
