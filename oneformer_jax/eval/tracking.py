@@ -42,12 +42,14 @@ class Patch(NamedTuple):
 
     @classmethod
     def at(cls, mask: np.ndarray, box: tuple[slice, slice] | None) -> Patch:
+        """Cuts a box of rows and columns out of a mask; None gives an empty patch."""
         if box is None:
             return cls(0, 0, np.zeros((0, 0), bool))
         # A copy, or the whole frame would be kept.
         return cls(box[0].start, box[1].start, mask[box].copy())
 
     def moved(self, down: int, right: int) -> Patch:
+        """Returns the patch at another place, in pixels from here."""
         return Patch(self.top + down, self.left + right, self.mask)
 
     def overlap(self, other: Patch) -> int:

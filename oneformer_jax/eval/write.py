@@ -130,6 +130,7 @@ def encode_ids(segments: np.ndarray) -> np.ndarray:
 
 
 def coco_panoptic(segmentation: Writable, file_name: str, image_id: int | str) -> dict[str, Any]:
+    """Returns COCO's panoptic JSON of one image, whose PNG is `file_name`."""
     metadata = segmentation.metadata
     height, width = segmentation.size
     boxes = _boxes_of_ids(segmentation.segments)

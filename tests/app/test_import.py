@@ -10,10 +10,10 @@ from tests.input_pipeline import exports
 
 
 def test_the_command_line_knows_every_format():
-    assert tuple(importers.FORMATS) == cli.EXPORTS
+    assert tuple(importers.FORMATS) == cli.TOOLS
 
 
-@pytest.mark.parametrize("form", cli.EXPORTS)
+@pytest.mark.parametrize("form", cli.TOOLS)
 def test_an_export_is_imported_and_inspected(form, tmp_path, capsys):
     root, out = exports.MAKERS[form](tmp_path / "export"), tmp_path / "data"
     modes.import_data(form, str(root), str(out))
