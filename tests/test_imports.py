@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # room: (rooms of this repository it may import, packages from elsewhere it may import)
 RULES = {
     "main": ("app", "absl"),
+    "__main__": ("app", ""),  # python -m oneformer_jax
     "": ("types models train eval weights export input_pipeline.datasets", "jax"),  # the public API
     "app": (
         "app train compile eval weights export types input_pipeline input_pipeline.datasets"

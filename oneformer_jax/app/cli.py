@@ -4,7 +4,7 @@
   python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=eval
   python main.py --workdir=runs/synthetic --mode=predict --image=FILE_OR_FOLDER --task=all
   python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
-  python main.py --mode=export --source=DIR --format=onnx --size=512x512 --task=panoptic --output=X
+  python main.py --mode=export --weights=X --format=onnx --size=512x512 --task=panoptic --output=X
   python main.py --mode=prepare --dataset=coco --source=DIR
   python main.py --mode=import --format=labelme --source=DIR --data_dir=NEW_DIR
   python main.py --config=configs/synthetic.py --mode=inspect
@@ -275,7 +275,7 @@ def wrong_values(config: ConfigDict, path: str, overrides: Sequence[str]) -> str
 def help_text() -> str:
     """Returns what --help shows: modes and flags, a line or two for each."""
     lines = [__doc__.strip(), "", "Modes:"]
-    lines += [f"  {name:<9}{text}" for name, text in _MODES.items()]
+    lines += [f"  {name:<10}{text}" for name, text in _MODES.items()]
     lines += ["", "Flags:"]
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         default = "" if flag.default in (None, False) else f" (default: {flag.default_as_str})"

@@ -14,8 +14,6 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as custom_scalar
 from tensorboard.util import tensor_util
 
-import oneformer_jax
-
 # Charts of the page "Custom scalars": category -> title -> patterns of tags.
 _CHARTS = {
     "Losses": {
@@ -98,7 +96,8 @@ def texts(config_json: str) -> dict[str, str]:
     import jax
 
     command = shlex.join([sys.argv[0], *sys.argv[1:]])
-    versions = [f"oneformer_jax {oneformer_jax.__version__}", f"jax {jax.__version__}"]
+    own = sys.modules[__name__.split(".")[0]].__version__
+    versions = [f"oneformer_jax {own}", f"jax {jax.__version__}"]
     versions += [f"Python {sys.version.split()[0]}", jax.devices()[0].device_kind]
     return {
         "run/command": f"    {command}",

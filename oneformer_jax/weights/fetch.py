@@ -48,7 +48,10 @@ def local_path(name: str | os.PathLike[str]) -> pathlib.Path:
         if scheme in ("gs", "gcs", "s3") and "::" not in text:  # which fsspec reads as a chain
             if text.endswith(_ENDINGS):
                 return download.from_bucket(text)
-            return remote.path_of(text)  # a workdir, which is read where it is
+            try:
+                return remote.path_of(text)  # a workdir, which is read where it is
+            except remote.RemoteError as error:
+                raise FileError(f"{error}") from error
         raise FileError(f"{download.shown(text)} is of no known kind; accepted are {FORMS}")
     match = _HUB_NAME.fullmatch(text)
     owner = text.split("/")[0]

@@ -22,7 +22,7 @@ from oneformer_jax.train import state as states
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "--config=configs/synthetic.py"
-EXPORT = ("--mode=export", "--output=x", "--source=y")
+EXPORT = ("--mode=export", "--output=x", "--weights=y")
 
 
 def run(*arguments, cwd=ROOT, **environment):
@@ -92,7 +92,7 @@ def test_overrides_are_found_among_the_arguments():
         ((CONFIG, "--config.optim.lrr=1"), 2, ("no key 'optim.lrr'", "--config.optim.lr")),
         ((CONFIG, "--config.train.steps=many"), 2, ("--config.train.steps=many",)),
         ((CONFIG, "--config.data.crop_size=big"), 2, ("data.crop_size", "multiple of 32")),
-        ((CONFIG + ":large",), 2, ("configs/synthetic.py:large", "get_config")),
+        ((CONFIG + ":large",), 2, ("configs/synthetic.py:large", "it has resnet | vit")),
         (("--config=configs/coco.py:swin_huge",), 2, ("has no variant 'swin_huge'", "swin_large")),
         (("--config=configs/ade20k.py:swin_large,res=896",), 2, ("--mode=train needs --workdir",)),
         (("--config=configs/nothing.py",), 2, ("configs/nothing.py", "shipped are ade20k")),

@@ -512,8 +512,7 @@ def test_initial_values():
     for x in (*found["linear"], found["table"]):
         assert_normal(x, 0.02)
     assert_normal(found["convolution"], math.sqrt(2 / (9 * 64)))
-    assert not any(map(np.any, found["bias"]))
-    assert all(np.all(x == 1) for x in found["scale"])
+    assert not any(map(np.any, found["bias"])) and all(np.all(x == 1) for x in found["scale"])
     for x in found["patches"]:  # uniform in ±1/sqrt(4 * 4 * 3)
         assert 0.9 * 48**-0.5 < np.abs(x).max() <= 48**-0.5
     x = image_of(1, 2, 2, 64)
