@@ -1,7 +1,7 @@
-"""A run that only saves, logs and resumes: `python -m tests.buckets.saving_job URL STEPS`."""
+"""A run that only saves, logs and resumes: it starts in no time, so that many can be killed."""
 
-import sys
 import time
+from multiprocessing.synchronize import Event
 
 import jax
 import numpy as np
@@ -28,7 +28,8 @@ def after(state, step):
     return jax.tree.map(lambda x: x * np.float32(0.5) + np.float32(step), state)
 
 
-def main(url: str, steps: int) -> None:
+def main(url: str, steps: int, began: Event) -> None:
+    """Runs up to a step; sets `began` when it takes its first one."""
     logging.use_absl_handler()
     observe.quiet_libraries()
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -42,7 +43,7 @@ def main(url: str, steps: int) -> None:
                 state = jax.tree.map(np.asarray, state)
             writer = observe.make_writer(url, resume_step=done)
             for step in range(done + 1, steps + 1):
-                print("step", step, flush=True)
+                began.set()
                 state = after(state, step)
                 writer.write_scalars(step, {"sum": float(state["params"]["big"][0, 0])})
                 if step % EVERY == 0:
@@ -50,7 +51,3 @@ def main(url: str, steps: int) -> None:
                     checkpoints.save(step, jax.tree.map(jax.numpy.asarray, state), {"step": step})
                 time.sleep(0.01)
             writer.close()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
