@@ -23,7 +23,7 @@ from oneformer_jax.models.execution import Execution, Kernels
 
 ENDING = ".onnx"
 INPUTS = ("image", "image_size")
-MAX_WEIGHTS = (2 << 30) - (64 << 20)  # bytes: a protocol buffer holds less than 2 GiB
+MOST = (1 << 31) - 1  # bytes of a protocol buffer
 
 
 def write(path: str | os.PathLike[str], segmenter: Segmenter, description: Description) -> None:
@@ -41,12 +41,7 @@ def write(path: str | os.PathLike[str], segmenter: Segmenter, description: Descr
     if pathlib.Path(path).suffix != ENDING:
         raise ValueError(f"{path} must end with {ENDING}")
     weights = named_weights(segmenter)
-    total = sum(value.nbytes for value in weights.values())
-    if total > MAX_WEIGHTS:
-        raise ValueError(
-            f"an ONNX file holds less than 2 GiB, and the weights have {total / 2**30:.1f} GiB: "
-            "export with --format=stablehlo"
-        )
+    _require_room(sum(value.nbytes for value in weights.values()))
     try:
         import jax2onnx
     except ImportError as error:
@@ -85,12 +80,22 @@ def write(path: str | os.PathLike[str], segmenter: Segmenter, description: Descr
             "export with --format=stablehlo"
         ) from error
     _hold(model, weights)
+    _forget_shapes(model.graph)
     for name, text in description.texts().items():
         entry = model.metadata_props.add()
         entry.key, entry.value = name, text
+    _require_room(model.ByteSize())
     pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
+
+
+def _require_room(size: int) -> None:
+    if size > MOST:
+        raise ValueError(
+            f"an ONNX file holds less than 2 GiB, and this one has {size / 2**30:.1f}: export "
+            "with --format=stablehlo, or for a smaller --size"
+        )
 
 
 def _hold(model: Any, weights: Mapping[str, np.ndarray]) -> None:
@@ -107,13 +112,28 @@ def _hold(model: Any, weights: Mapping[str, np.ndarray]) -> None:
         model.graph.initializer.append(numpy_helper.from_array(weights[value.name], value.name))
 
 
+def _forget_shapes(graph: Any) -> None:
+    """Removes the shapes of intermediate values, which the runtime finds by itself.
+
+    The converter states those of some broadcasts wrongly, and a runtime that reuses buffers by them
+    fails, or computes with other values.
+    """
+    del graph.value_info[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _forget_shapes(attribute.g)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the converter about its plugins for other libraries, with tracebacks."""
-    logger = logging.getLogger("jax2onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silences the converter about other plugins and unknown shapes."""
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
