@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -92,11 +93,10 @@ def train(
     watch = Watch(workdir, config.train.on_nonfinite, image_ids)
     observe.quiet_libraries()
     steps = config.train.steps
-    training = states.make_training(config, metadata.num_classes, text_table, mesh)
+    make = functools.partial(states.make_training, config, metadata.num_classes, text_table, mesh)
     taken = None
     if compiled_step:
-        taken = compiled.take(compiled_step, training, config, mesh, text_table)
-        training = dataclasses.replace(training, step=taken.step)
+        taken = compiled.take(compiled_step, make(), config, mesh, text_table)
 
     # Whatever ends the run: the stack ends the loader and waits for a save in the background.
     with contextlib.ExitStack() as stack:
@@ -129,6 +129,9 @@ def train(
             return results
 
         # ---- Resume or start --------------------------------------------------------------------
+        training = make()
+        if taken:
+            training = dataclasses.replace(training, step=taken.step)
         _, run_key = jax.random.split(jax.random.key(config.seed))
         if latest is not None:
             latest, state, position = checkpoints.restore_newest(training.state)
