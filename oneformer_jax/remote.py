@@ -52,7 +52,8 @@ def path_of(text: str | os.PathLike[str]) -> pathlib.Path:
     match = _URL.fullmatch(text)
     if match is None or match["scheme"] not in _SCHEMES:
         known = " or ".join(f"{scheme}://BUCKET/FOLDER" for scheme in _SCHEMES)
-        raise RemoteError(f"{text} is no URL that this program reads; use {known}, or a folder")
+        shown = text if text.isprintable() else repr(text)
+        raise RemoteError(f"{shown} is no URL that this program reads; use {known}, or a folder")
     key = match["key"] or ""
     if not _KEY.fullmatch(key) or any(part in (".", "..") for part in key.split("/")):
         raise RemoteError(
