@@ -361,14 +361,12 @@ def chosen_weights() -> str:
     return _WEIGHTS.value or _WORKDIR.value
 
 
-def prediction_paths() -> tuple[str, str]:
-    """Returns the weights to predict with, and where the results go."""
+def prediction_paths() -> tuple[str, str | None]:
+    """Returns the weights to predict with, and where the results go; None: into their workdir."""
     weights = chosen_weights()
-    if _OUTPUT.value:
-        return weights, _OUTPUT.value
-    if _WEIGHTS.value or os.path.isfile(weights):
+    if not _OUTPUT.value and (_WEIGHTS.value or os.path.isfile(weights)):
         fail("--mode=predict with other weights than a run's needs --output=FOLDER", 2)
-    return weights, os.path.join(weights, "predictions")
+    return weights, _OUTPUT.value
 
 
 def value_of(config: ConfigDict, key: str) -> object:

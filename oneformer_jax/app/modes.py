@@ -69,7 +69,7 @@ def predict(
     weights: str,
     image: str,
     task: str,
-    output: str,
+    output: str | None,
     *,
     which: str | int = "auto",
     threshold: float | None = None,
@@ -81,7 +81,8 @@ def predict(
 
     Args:
       weights: what `oneformer_jax.load` takes.
-      image, task, output, threshold, overwrite, max_pixels: see `predict_files`.
+      image, task, threshold, overwrite, max_pixels: see `predict_files`.
+      output: folder of the results; None is "predictions" in the workdir `weights`.
       which: see `oneformer_jax.load`.
       settings: overridden keys of a config, by their dotted names, and their values.
 
@@ -95,12 +96,15 @@ def predict(
 
     limit: dict[str, Any] = {} if max_pixels is None else {"max_pixels": max_pixels}
     chosen, how = _prediction_settings(settings or {})
+    target = output or os.path.join(weights, "predictions")
     is_clip = clips.is_clip(image)
     if is_clip:
         clips.library()  # before the model is loaded
     else:
-        found = folder.find_images(image, output)
+        found = folder.find_images(image, target)
     path = fetch.local_path(weights)
+    if output is None and os.fspath(path) != weights:
+        raise ValueError(f"{weights} is no folder of a run: name one for the results, --output=...")
     if how:
         workdir = None if files.is_foreign(path) else os.fspath(path)
         chosen["execution"] = run_settings.execution_of(workdir, how)
@@ -109,15 +113,15 @@ def predict(
         if threshold is not None:
             segmenter = functools.partial(segmenter, threshold=threshold)
             limit["min_score"] = threshold
-        written = video.predict_video(segmenter, image, output, task, **limit)
-        print(f"The video is segmented; {len(written)} results are in {output}:")
+        written = video.predict_video(segmenter, image, target, task, **limit)
+        print(f"The video is segmented; {len(written)} results are in {target}:")
         for file in written:
             print(f"  {file}")
         return
     options = dict(threshold=threshold, overwrite=overwrite)
-    report = folder.predict_files(segmenter, found, output, task, **limit, **options)
+    report = folder.predict_files(segmenter, found, target, task, **limit, **options)
     skipped = f", {report.skipped} were done already" if report.skipped else ""
-    print(f"{report.segmented} of {len(found)} images segmented{skipped}; results: {output}")
+    print(f"{report.segmented} of {len(found)} images segmented{skipped}; results: {target}")
 
 
 def _prediction_settings(

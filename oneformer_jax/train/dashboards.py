@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -13,6 +14,8 @@ from tensorboard.compat.proto import summary_pb2
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as custom_scalar
 from tensorboard.util import tensor_util
+
+from oneformer_jax.train.tensorboard import SummaryWriter
 
 # Charts of the page "Custom scalars": category -> title -> patterns of tags.
 _CHARTS = {
@@ -78,6 +81,17 @@ def layout() -> summary_pb2.Summary:
         metadata=custom_scalar.create_summary_metadata(),
     )
     return summary_pb2.Summary(value=[entry])
+
+
+class RunWriter(SummaryWriter):
+    """Writes the events of a run: tags in groups, and a layout for "Custom scalars"."""
+
+    def __init__(self, logdir: str | os.PathLike[str], resume_step: int | None = None):
+        super().__init__(logdir, resume_step)
+        self._write_summary(0, layout())
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        super().write_scalars(step, {tag_of(name): value for name, value in scalars.items()})
 
 
 def compared(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import (
     checkpoint,
     compiled,
+    dashboards,
     descriptions,
     kernel_choice,
     observe,
@@ -151,6 +152,9 @@ def train(
         first_step = position["step"]
         writer = observe.make_writer(workdir, resume_step=first_step)
         stack.callback(writer.close)
+        if not first_step:
+            writer.write_hparams(dashboards.compared(config.to_dict()))
+        writer.write_texts(first_step, dashboards.texts(config.to_json(indent=1)))
         rate = chips.peak_flops(mesh.devices.flat[0])
         chrono = observe.Chrono(
             first_step,

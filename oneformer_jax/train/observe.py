@@ -23,7 +23,8 @@ from absl import logging
 
 from oneformer_jax import config_rules, remote
 from oneformer_jax.files import first_few
-from oneformer_jax.train.tensorboard import JsonLinesWriter, SummaryWriter, metric_writers
+from oneformer_jax.train.dashboards import RunWriter
+from oneformer_jax.train.tensorboard import JsonLinesWriter, metric_writers
 
 METRICS_FILE = "metrics.jsonl"
 FLOP_UTILISATION = "time/flop_utilisation"  # only if the devices' peak rate is known
@@ -63,7 +64,7 @@ def make_writer(
         return metric_writers.MultiWriter([])
     return metric_writers.MultiWriter(
         [
-            SummaryWriter(workdir, resume_step),
+            RunWriter(workdir, resume_step),
             JsonLinesWriter(os.path.join(workdir, METRICS_FILE), resume_step),
         ]
     )

@@ -100,7 +100,7 @@ def test_a_run_in_a_bucket_is_that_of_a_folder_and_goes_on_after_a_stop(
         (tmp_path / "events").mkdir(exist_ok=True)
         content = (remote.path_of(url) / name).read_bytes()
         (tmp_path / "events" / name).write_bytes(content)
-    assert {"loss", "semantic/mIoU"} <= read_events(tmp_path / "events").keys()
+    assert {"loss/total", "semantic/mIoU"} <= read_events(tmp_path / "events").keys()
 
     before = server.requests
     assert train(url) == there  # nothing is left to do

@@ -142,7 +142,11 @@ def test_every_scalar_is_documented_and_every_documented_one_is_written(run):
 def test_tensorboard_has_the_scalars_and_the_pictures(run):
     events = read_events(run.workdir)
     losses = [(s, v["loss"]) for s, v in scalars(run.workdir) if "loss" in v]
-    assert events["loss"] == [(s, pytest.approx(v)) for s, v in losses]
+    assert events["loss/total"] == [(s, pytest.approx(v)) for s, v in losses]
+    assert {tag.split("/")[0] for tag in events} == {
+        *("loss", "loss_layers", "norm", "health", "lr", "time", "predictions", "run"),
+        *("panoptic", "instance", "semantic", "_hparams_", "custom_scalars__config__"),
+    }
     assert [step for step, _ in events["predictions"]] == [2, 4, 6]
     assert [step for step, _ in events["panoptic/PQ"]] == [2, 4, 6]
 
@@ -212,13 +216,13 @@ def test_evaluation_with_other_classes(run):
 
 
 def test_evaluation_without_that_checkpoint(run):
-    with pytest.raises(CheckpointError, match="checkpoints/5"):
+    with pytest.raises(CheckpointError, match="has no checkpoint 5"):
         loop.evaluate_workdir(
             make_config(),
             str(run.workdir),
             metadata=tiny.metadata(),
             eval_batches=eval_scenes.batches,
-            checkpoint_step=5,
+            which=5,
             mesh=sharding.make_mesh(devices=jax.devices()[:1]),
         )
 

@@ -63,7 +63,7 @@ def test_writer_makes_events_and_json_lines(tmp_path):
         {"step": 1, "loss": 2.5, "count": 3, "absent": None},
         {"step": 2, "loss": 1.25, "bad": None},
     ]
-    assert events["loss"] == [(1, 2.5), (2, 1.25)]
+    assert events["loss/total"] == [(1, 2.5), (2, 1.25)]
     assert events["note"][0][1].item() == b"hello"
     assert events["weights"][0][1].shape == (5, 3)
     width, height, png = events["picture"][0][1]
@@ -71,7 +71,7 @@ def test_writer_makes_events_and_json_lines(tmp_path):
     np.testing.assert_array_equal(decode(png), picture)
     assert len(events["grey"][0][1]) == 4
     assert decode(events["grey"][0][1][2]).tolist() == [[128] * 6] * 4
-    assert "absent" not in events
+    assert "health/absent" not in events and "health/count" in events
 
 
 def decode(png):
@@ -95,8 +95,8 @@ def test_resume_leaves_no_duplicates(tmp_path):
     writer.close()
     expected = [(10, 10), (20, 20), (30, -30), (40, -40)]
     assert [(line["step"], line["loss"]) for line in read_lines(tmp_path)] == expected
-    assert read_events(tmp_path)["loss"] == expected
-    assert read_dashboard(tmp_path, "loss") == expected
+    assert read_events(tmp_path)["loss/total"] == expected
+    assert read_dashboard(tmp_path, "loss/total") == expected
     observe.make_writer(tmp_path, resume_step=0).close()  # starts from scratch
     assert read_lines(tmp_path) == []
 
@@ -118,7 +118,7 @@ def test_an_installed_tensorflow_is_never_imported(tmp_path):
     )
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
-    assert read_events(tmp_path / "run")["loss"] == [(1, 2.0)]
+    assert read_events(tmp_path / "run")["loss/total"] == [(1, 2.0)]
     assert read_events(tmp_path / "clu")["loss"] == [(1, 3.0)]
 
 
