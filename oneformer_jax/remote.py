@@ -92,6 +92,7 @@ def _prepare_libraries() -> None:
 
 
 def _file_system(path: str | os.PathLike[str]) -> Any:
+    _prepare_libraries()
     import fsspec
 
     return fsspec.filesystem(os.fspath(path).partition("://")[0])
