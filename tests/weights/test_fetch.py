@@ -1,4 +1,4 @@
-"""Weights by name: what a name means, and files from the web and from buckets."""
+"""Weights by name: what a name means, and files from the web."""
 
 import base64
 import hashlib
@@ -7,13 +7,9 @@ import os
 import pathlib
 import re
 import threading
-from typing import ClassVar
 
-import fsspec
 import hypothesis.strategies
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
-from fsspec.registry import _registry
 from hypothesis import given
 
 import oneformer_jax
@@ -450,91 +446,3 @@ def test_what_came_from_the_web_is_read_as_any_file(server):
     url = serve(server)
     with pytest.raises(FileError, match=r"model\.pth"):
         oneformer_jax.load(url)
-
-
-# ------------------------------------------------------------------ buckets
-
-
-@pytest.fixture
-def bucket(server, monkeypatch):
-    """A bucket in memory under gs://."""
-    monkeypatch.setitem(_registry, "gs", Bucket)
-    system = fsspec.filesystem("gs")
-    system.pipe("/bucket/folder/model.pth", CONTENT)
-    yield system
-    system.store.clear()
-
-
-class Bucket(MemoryFileSystem):
-    protocol = "gs"
-    store: ClassVar[dict] = {}
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + path.removeprefix("gs://").strip("/")
-
-
-def test_a_file_of_a_bucket_is_kept_until_it_changes(bucket, monkeypatch):
-    path = fetch.local_path("gs://bucket/folder/model.pth")
-    assert path.read_bytes() == CONTENT
-    opened = []
-    monkeypatch.setattr(Bucket, "_open", lambda *_, **__: opened.append(1))
-    assert fetch.local_path("gs://bucket/folder/model.pth") == path and not opened
-    monkeypatch.undo()
-
-
-def test_a_bucket_that_breaks_goes_on_where_it_broke(bucket, monkeypatch):
-    read = MemoryFileSystem._open
-    seeks = []
-
-    class Breaking:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def seek(self, place):
-            seeks.append(place)
-            self.file.seek(place)
-
-        def read(self, _):
-            if self.file.tell() >= 3000 and len(seeks) < 3:
-                raise ConnectionResetError("reset")
-            return self.file.read(1000)
-
-    monkeypatch.setattr(Bucket, "_open", lambda *given, **named: Breaking(read(*given, **named)))
-    monkeypatch.setattr(download, "_check_size", lambda *_: None)
-    assert fetch.local_path("gs://bucket/folder/model.pth").read_bytes() == CONTENT
-    assert seeks == [0, 3000, 3000]
-
-
-def test_what_a_bucket_does_not_have_is_one_line(bucket):
-    one_line(lambda: fetch.local_path("gs://bucket/no.pth"), "no such file in the bucket")
-    one_line(lambda: fetch.local_path("gs://bucket/folder"), "is a folder")
-
-
-def test_a_bucket_whose_package_is_missing_is_one_line(server, monkeypatch):
-    def missing(_):
-        raise ImportError("Please install s3fs")
-
-    monkeypatch.setattr(download.fsspec.core, "url_to_fs", missing)
-    one_line(lambda: fetch.local_path("s3://bucket/a.pth"), 'pip install "oneformer-jax[buckets]"')
-
-
-def test_a_bucket_that_is_away_is_one_line_or_the_cache_serves(bucket, monkeypatch):
-    path = fetch.local_path("gs://bucket/folder/model.pth")
-
-    def away(*_, **__):
-        raise RuntimeError("no credentials\nof any kind")
-
-    monkeypatch.setattr(Bucket, "info", away)
-    assert fetch.local_path("gs://bucket/folder/model.pth") == path
-    one_line(lambda: fetch.local_path("gs://bucket/a.pth"), "RuntimeError", "no credentials")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(download.fsspec.core, "url_to_fs", away)
-    assert fetch.local_path("gs://bucket/folder/model.pth") == path
-    one_line(lambda: fetch.local_path("gs://bucket/a.pth"), "HF_HUB_OFFLINE")
