@@ -25,6 +25,11 @@ from oneformer_jax.weights.start import Start
 # Fields of an architecture that a run may choose: no array has another shape by them.
 _OF_THE_RUN = ("encoder_dropout", "query_init_dropout")
 _OF_THE_RUN_IN_BACKBONES = ("drop_path_rate", "norm", "layer_scale_init")
+# Fields that no array shows.
+_NOT_IN_TENSORS = (
+    *("num_heads", "encoder_points", "text_heads"),
+    *("text_causal", "queries", "query_loss"),
+)
 # Fields in which a run may differ from its checkpoint: a part starts afresh or is left out.
 _MAY_DIFFER = (
     *("num_queries", "num_context", "queries", "query_loss"),
@@ -107,8 +112,9 @@ def _architecture(
     if not files.is_foreign(path):
         return checkpoint.read_architecture(path), True
     # What the tensors of other programs do not tell is as the config has it.
-    keys = ("num_heads", "encoder_points")
-    hints = {key: getattr(ours, key) for key in keys if getattr(ours, key) != base.model[key]}
+    hints = {
+        key: getattr(ours, key) for key in _NOT_IN_TENSORS if getattr(ours, key) != base.model[key]
+    }
     if backbones.kind_of(ours.backbone) == "dinat":
         hints["backbone"] = {"dilations": ours.backbone.dilations}
     return convert.read_architecture(path, hints)

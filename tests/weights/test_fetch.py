@@ -1,4 +1,4 @@
-"""Weights by name: what a name means, and files from the web and from buckets."""
+"""Weights by name: what a name means, and files from the web."""
 
 import base64
 import hashlib

@@ -165,7 +165,7 @@ def test_another_backbone_is_a_contradiction(tmp_path):
 
 def test_a_run_may_differ_in_queries_layers_and_texts(tmp_path, caplog):
     path = write(tmp_path, random_tensors(make("resnet", **SIZES)[0]))
-    own = dict(num_queries=20, decoder_layers=2, text_width=64, query_loss="none")
+    own = dict(num_queries=20, decoder_layers=2, text_width=64)
     with caplog.at_level(logging.WARNING, logger="absl"):
         taken = take(config(path, **own))
     assert {key: getattr(taken, key) for key in own} == own
@@ -179,6 +179,15 @@ def test_a_file_without_texts_tells_nothing_about_them(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="absl"):
         taken = take(config(write(tmp_path, tensors), text_layers=3, num_context=4))
     assert (taken.num_queries, taken.text_layers, taken.num_context) == (40, 3, 4)
+    assert not caplog.text
+
+
+def test_what_no_tensor_shows_is_no_contradiction(tmp_path, caplog):
+    path = write(tmp_path, random_tensors(make("resnet", **SIZES)[0]))
+    own = dict(text_heads=2, text_causal=False, queries="zeros")
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        taken = take(config(path, **own))
+    assert {key: getattr(taken, key) for key in own} == own
     assert not caplog.text
 
 
