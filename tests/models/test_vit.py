@@ -177,7 +177,8 @@ def test_loops_and_recomputation_change_nothing():
             maps = nnx.merge(graph, params)(image, jax.random.key(1))
             return sum(jnp.mean(jnp.sin(x)) for x in maps)
 
-        results.append(jit(jax.value_and_grad(loss))(nnx.to_pure_dict(params)))
+        results.append(jax.jit(jax.value_and_grad(loss))(nnx.to_pure_dict(params)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
 
 
