@@ -6,11 +6,14 @@ comparison goes through the key-value store of JAX's coordination service, which
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import json
+import os
 import platform
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -35,11 +38,19 @@ OF_A_HOST = {
     "data.workers",
     "dataset.data_dir",
 }
+_LAST_SECONDS = 3.0  # that process 0 leaves the others for their end
 _SHOWN = 6  # differences and processes in a message
 
 
 class DisagreementError(ValueError):
     """The processes of a run differ in what must be the same, or one of them is silent."""
+
+
+class _Verdict(msgspec.Struct):
+    """The end of a comparison: what is wrong, or "", and whether all processes took part."""
+
+    problem: str
+    complete: bool
 
 
 class _Report(msgspec.Struct):
@@ -85,7 +96,8 @@ def agree(
       hosts: names by process, as far as known, for one that does not answer.
 
     Raises:
-      DisagreementError: on every process, the same line: who differs in what, or is silent.
+      DisagreementError: on every process, the same line: who differs in what, or is silent. After
+        a silence the process can only end: see `_end_without_the_others`.
     """
     store, place = jax_distributed.global_state.client, jax_distributed.global_state
     if place.num_processes == 1:
@@ -95,25 +107,40 @@ def agree(
     report = msgspec.json.encode(_Report(socket.gethostname(), texts)).decode()
     store.key_value_set(f"{topic}/report/{place.process_id}", report)
     if place.process_id == 0:
-        problem, present = _judge(topic, timeout, dict(hosts or {}))
-        store.key_value_set(f"{topic}/verdict", problem)
+        verdict, present = _judge(topic, timeout, dict(hosts or {}))
+        store.key_value_set(f"{topic}/verdict", msgspec.json.encode(verdict).decode())
     else:
         deadline = time.monotonic() + timeout + 10
         if _get(f"{topic}/now", deadline - time.monotonic()) is not None:
             store.key_value_set(f"{topic}/time/{place.process_id}", str(time.time()))
         answer = _get(f"{topic}/verdict", deadline - time.monotonic())
-        silent = "process 0, which compares the processes, does not answer: look at its log"
-        problem, present = silent if answer is None else answer, []
-        if answer:
+        silence = "process 0, which compares the processes, does not answer: look at its log"
+        verdict, present = _Verdict(silence, False), []
+        if answer is not None:
+            verdict = parse_json(answer, _Verdict, "the verdict of process 0")
             store.key_value_set(f"{topic}/read/{place.process_id}", "")
-    if problem:
+    if verdict.problem:
         for process in present:  # the store ends with process 0
             _get(f"{topic}/read/{process}", 5)
-        raise DisagreementError(problem)
+        if not verdict.complete:
+            atexit.register(_end_without_the_others, wait=place.process_id == 0)
+        raise DisagreementError(verdict.problem)
 
 
-def _judge(topic: str, timeout: float, hosts: dict[int, str]) -> tuple[str, list[int]]:
-    """Reads all reports, as process 0: (what is wrong or "", the other processes that answered)."""
+def _end_without_the_others(wait: bool) -> None:
+    """Ends the process, with code 1, before JAX's own end.
+
+    That would wait for the silent process, and then abort this one.
+    """
+    if wait:  # JAX aborts those that lose process 0
+        time.sleep(_LAST_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _judge(topic: str, timeout: float, hosts: dict[int, str]) -> tuple[_Verdict, list[int]]:
+    """Reads all reports, as process 0: the verdict, and the other processes that answered."""
     store, count = jax_distributed.global_state.client, jax_distributed.global_state.num_processes
     deadline = time.monotonic() + timeout
     facts = {}
@@ -125,20 +152,22 @@ def _judge(topic: str, timeout: float, hosts: dict[int, str]) -> tuple[str, list
     present = [process for process in facts if process]
     if silent := [process for process in range(count) if process not in facts]:
         store.key_value_set(f"{topic}/now", "")
-        return (
+        problem = (
             f"{_named(silent, hosts)} joined, but did not report versions and settings within "
             f"{timeout:.0f} s: look at the log there; it hangs, or has another version of this code"
-        ), present
+        )
+        return _Verdict(problem, False), present
     ahead, asked = {0: 0.0}, time.time()
     store.key_value_set(f"{topic}/now", "")
     for process in present:
         text = _get(f"{topic}/time/{process}", timeout)
         if text is None:
-            return f"{_named([process], hosts)} does not answer any more: look at the log", present
+            problem = f"{_named([process], hosts)} does not answer any more: look at the log there"
+            return _Verdict(problem, False), present
         read, now = float(text), time.time()
         # It was read between these two moments of this clock.
         ahead[process] = max(read - now, 0.0) + min(read - asked, 0.0)
-    return differences(facts, ahead, hosts), present
+    return _Verdict(differences(facts, ahead, hosts), True), present
 
 
 def differences(

@@ -146,8 +146,11 @@ call("the first clock", {})
 time.time = clock
 call("nothing again", {})
 if number == 2:
-    time.sleep(4)
+    import os
+    sys.stdout.flush()
+    os._exit(9)
 call("silence", {}, timeout=1)
+print("the end")
 """
 
 
@@ -156,7 +159,9 @@ def test_every_process_says_which_one_differs_and_in_what():
     address = f"localhost:{free_port()}"
     started = [start(("-c", ROUNDS, address, number), 1) for number in range(3)]
     outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * 3, outputs
+    # Those that are left end soon, in order, as they were told.
+    assert [process.returncode for process in started] == [1, 1, 9], outputs
+    assert [text.endswith("the end\n") for text in outputs] == [True, True, False]
     for text in outputs:
         for agreed in ("nothing", "a good clock", "nothing again"):
             assert f"agreed on {agreed}\n" in text
@@ -177,6 +182,7 @@ def test_every_process_says_which_one_differs_and_in_what():
             assert re.search(line, text, re.M), (topic, text)
         first = r"^the first clock: process 0 \(.*\) differs in the clock \(30 s ahead"
         assert re.search(first, text, re.M), text
+    for text in outputs[:2]:
         silence = r"^silence: process 2 \(the third\) joined, but did not report"
         assert re.search(silence, text, re.M), text
 
