@@ -65,22 +65,38 @@ def measuring(monkeypatch, tmp_path):
     return tried
 
 
-def losses_of(steps, workdir, **overrides):
-    """The losses of some steps of the tiny model, whose kernels are chosen as in the loop."""
+def made(workdir, **overrides):
+    """The training of the tiny model, whose kernels are chosen as in the loop; and its batch."""
     config = make_config(data__batch_size=2, optim__lr=1e-5, **overrides)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     training = states.make_training(config, tiny.CLASSES, tiny.text_table(), mesh)
     choose = kernel_choice.chooser(training.execution.kernels, mesh, workdir, gradients=True)
+    batch = jax.eval_shape(lambda: tiny.batch(0))
+    if choose is not None:
+        choose(training.step, training.state, batch, states.abstract_key(mesh))
+    return training, mesh, batch
+
+
+def losses_of(steps, workdir, **overrides):
+    """The losses of some steps."""
+    training, mesh, _ = made(workdir, **overrides)
     key = sharding.put_key(jax.random.key(0), mesh)
     state, found = training.init(0), []
-    if choose is not None:
-        batch = jax.eval_shape(lambda: tiny.batch(0))
-        choose(training.step, training.state, batch, key)
     for step in range(steps):
         batch = sharding.put_batch(tiny.batch(step), mesh)
         state, metrics = training.step(state, batch, key)
         found.append(float(metrics["loss"]))
     return found
+
+
+@pytest.mark.slow
+def test_loops_and_recomputed_layers_are_traced_again_with_the_chosen_kernels(tmp_path, measuring):
+    how = dict(model__remat=True, model__scan_layers=True, model__encoder_layers=2)
+    training, mesh, batch = made(tmp_path, **how)
+    traced = training.step.trace(training.state, batch, states.abstract_key(mesh))
+    for name in ("ms_deform_attn", "point_sampling"):
+        for part in ("forward", "backward"):
+            assert f"{name}_{part}" in str(traced.jaxpr)
 
 
 @pytest.mark.slow
@@ -105,7 +121,7 @@ def test_twenty_steps_with_chosen_kernels_have_the_losses_of_plain_jax(
     monkeypatch.setattr(choice, "TABLES", {True: {}, False: {}})
     monkeypatch.setattr(chooser, "_STORES", {})
     (tmp_path / kernel_choice.FILE).unlink()
-    losses_of(0, tmp_path)
+    made(tmp_path)
     assert not measuring
     assert json.loads((tmp_path / kernel_choice.FILE).read_text()) == told
 
