@@ -35,13 +35,7 @@ INTERNIMAGE = backbones.InternImageConfig(
 VIT = backbones.ViTConfig(
     embed_dim=8, depth=4, num_heads=2, mlp_dim=16, positions=3, maps="depths", drop_path_rate=0.2
 )
-CONFIGS = {
-    "swin": SWIN,
-    "dinat": DINAT,
-    "internimage": INTERNIMAGE,
-    "resnet": RESNET,
-    "vit": VIT,
-}
+CONFIGS = {"swin": SWIN, "dinat": DINAT, "internimage": INTERNIMAGE, "resnet": RESNET, "vit": VIT}
 
 # Most of the time of these tests is the compiler's, and its care is wasted on maps of 8 x 8.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
