@@ -24,6 +24,8 @@ import msgspec
 from oneformer_jax import remote
 
 T = TypeVar("T")
+# Neither waits for the writer of a pipe, nor reads text; Windows has other flags than POSIX.
+_PATIENT = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 # Names that `replacing` gives.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
@@ -48,8 +50,7 @@ def open_regular(path: str | os.PathLike[str], *, error: type[Exception] = FileE
         with _reading_remotely(path, error):
             return remote.path_of(path).open("rb")
     try:
-        # Without O_NONBLOCK the opening of a pipe would wait for its writer.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | _PATIENT)
     except FileNotFoundError:
         raise error(f"{path} is missing") from None
     except OSError as cause:

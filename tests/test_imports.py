@@ -278,3 +278,12 @@ def test_the_public_package_is_lazy():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_what_windows_lacks_is_imported_where_it_is_used():
+    """Prediction imports most of the package, and must work there."""
+    for module, path in source_files().items():
+        for node in ast.parse(path.read_text("utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {"fcntl", "resource", "pwd", "grp", "termios"} & set(names), module

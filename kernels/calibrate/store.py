@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -152,6 +151,8 @@ class Store:
         Yields a function that adds to the marker how the process ends. What ends it in Python, and
         SIGTERM, convicts nobody.
         """
+        import fcntl  # not on Windows, which has no accelerator of JAX's
+
         marker = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}.trying")
         with contextlib.ExitStack() as stack:
 
@@ -198,6 +199,8 @@ class Store:
 
     def _convict(self) -> None:
         """Makes outcomes of the markers that processes have left behind."""
+        import fcntl
+
         for marker in self.path.parent.glob(f"{self.path.stem}.*.trying"):
             with contextlib.suppress(FileNotFoundError), open(marker, "rb+") as file:
                 try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import pathlib
@@ -46,6 +45,8 @@ def hold(workdir: str | os.PathLike) -> Iterator[None]:
         with _holding_in_bucket(folder):
             yield
         return
+    import fcntl  # not on Windows, where prediction must work
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
