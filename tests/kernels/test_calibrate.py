@@ -255,7 +255,7 @@ def test_a_file_system_without_locks_costs_only_the_memory(tmp_path, monkeypatch
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(store.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     lines = []
     times = {"xla": 3.0, "right": 1.0}
     assert run(tmp_path, ("xla", "right"), times=times, log=lines.append)[0] == "right"
