@@ -35,8 +35,9 @@ MODULE_OF = {
     "tensorflow-datasets": "tensorflow_datasets",
 }
 # Declared although nothing here imports them: TFDS needs the first to find the builders of a
-# package, fsspec the next two for buckets, and exported files run in the last.
-FOR_OTHERS = {"importlib_resources", "gcsfs", "s3fs", "onnxruntime"}
+# package, fsspec the next two for buckets, JAX the fourth for programs; exported files run in the
+# last.
+FOR_OTHERS = {"importlib_resources", "gcsfs", "s3fs", "flatbuffers", "onnxruntime"}
 # Extras that nothing in the program imports.
 FOR_DEVELOPERS = {"dev", "parity", "peers"}
 

@@ -355,7 +355,7 @@ class Segmenter:
         ]
         for index, valid, *found in zip(batch["index"], batch["valid"], *streams, strict=True):
             if valid:
-                results = (_ranked(one, threshold) for one in found)
+                results = (ranked(one, threshold) for one in found)
                 yield int(index), dict(zip(tasks, results, strict=True))
 
     def _with_threshold(self, threshold: float | None, tasks: Sequence[str]) -> PostprocessConfig:
@@ -392,7 +392,7 @@ class Segmenter:
                 metadata=self.metadata,
                 images=[image],
             )
-            found[task] = _ranked(segmentation, threshold)
+            found[task] = ranked(segmentation, threshold)
         return found
 
     def _averaged(self, image: np.ndarray, resized: np.ndarray) -> Segmentation:
@@ -498,8 +498,11 @@ def tasks_of(task: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tasks))
 
 
-def _ranked(found: Segmentation, threshold: float | None) -> Segmentation:
-    """Sorts instances by falling score, and leaves out those that are not above the threshold."""
+def ranked(found: Segmentation, threshold: float | None) -> Segmentation:
+    """Sorts instances by falling score, and leaves out those that are not above the threshold.
+
+    Results of the other tasks stay as they are.
+    """
     if found.task != "instance":
         return found
     order = np.argsort(-found.instances.scores, kind="stable")

@@ -15,7 +15,7 @@ import numpy as np
 
 from oneformer_jax.eval.postprocess import run_heads, things_metadata
 from oneformer_jax.eval.predict import STRIDE, Segmenter
-from oneformer_jax.eval.segmentation import Segmentation
+from oneformer_jax.eval.segmentation import Instances, Segmentation
 from oneformer_jax.eval.strips import canvas_size
 from oneformer_jax.export.description import Description
 from oneformer_jax.models import functional
@@ -219,11 +219,10 @@ def segmentation_of(
         values = dict(segments=maps["segments"][:height, :width], segments_info=infos)
     else:
         valid = maps["valid"]
-        values = dict(
-            masks=maps["masks"][valid, :height, :width],
-            scores=maps["scores"][valid],
-            labels=maps["labels"][valid],
+        found = Instances(
+            maps["masks"][valid, :height, :width], maps["scores"][valid], maps["labels"][valid]
         )
+        values = dict(instances=found)
         if about.thresholds.ade_instance_remap:
             metadata = things_metadata(metadata)
     return Segmentation(about.task, metadata, image=image, **values)

@@ -7,7 +7,9 @@ run their best with different forms of the same sums. The weights are arguments 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -21,8 +23,9 @@ import safetensors.numpy
 from jax import export
 
 from oneformer_jax import compilation
+from oneformer_jax.eval.inputs import as_image
 from oneformer_jax.eval.postprocess import segment_batch
-from oneformer_jax.eval.predict import Segmenter, tasks_of
+from oneformer_jax.eval.predict import Segmenter, ranked, tasks_of
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.export import description as descriptions
 from oneformer_jax.export.description import Description
@@ -66,6 +69,7 @@ def write(path: str | os.PathLike[str], segmenter: Segmenter, description: Descr
         raise ValueError(
             f"{path} must end with {ENDING}, by which it is recognised when it is read"
         )
+    _require_flatbuffers(path)
     weights = named_weights(segmenter)
     tensors = {WEIGHT + name: value for name, value in weights.items()}
     for name, (traced, platforms) in PROGRAMS.items():
@@ -76,6 +80,12 @@ def write(path: str | os.PathLike[str], segmenter: Segmenter, description: Descr
     pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata=texts)
+
+
+def _require_flatbuffers(path: str | os.PathLike[str]) -> None:
+    """Raises a FileError without the package by which JAX writes and reads programs."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise FileError(f'{path} needs flatbuffers: pip install "oneformer-jax[export]"')
 
 
 def _export(
@@ -142,21 +152,28 @@ class ExportedSegmenter:
         self._path = path
 
     def __call__(
-        self, image: np.ndarray, task: str | Sequence[str] | None = None
-    ) -> Segmentation | dict[str, Segmentation]:
-        """Segments one image.
+        self,
+        image: Any,
+        task: str | Sequence[str] | None = None,
+        *,
+        threshold: float | None = None,
+    ) -> Segmentation | dict[str, Segmentation] | list[Any]:
+        """Segments one image, or a list of images.
 
         Args:
-          image: uint8 [H, W, 3], RGB.
+          image: see `Segmenter.__call__`.
           task: that of the file; None is the same.
+          threshold: see `Segmenter.__call__`; not of a file that gives maps.
 
         Returns:
           As `Segmenter` does.
 
         Raises:
-          ValueError: another task, another kind of array, or a size that needs resizing although
-            the file gives maps.
+          ValueError: another task, another kind of image, or a size that needs resizing, or a
+            threshold, although the file gives maps.
         """
+        if isinstance(image, (list, tuple)):
+            return [self(one, task, threshold=threshold) for one in image]
         about = self.description
         task = about.task if task is None else task
         if tasks_of(task) != (about.task,):
@@ -164,11 +181,15 @@ class ExportedSegmenter:
                 f"{self._path} is exported for the task {about.task!r}, not for {task!r}; export "
                 "the model for each task"
             )
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        if threshold is not None and (about.postprocess or about.task == "semantic"):
             raise ValueError(
-                f"image is {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3] in RGB"
+                f"threshold: {self._path} gives "
+                + ("final maps" if about.postprocess else "a class for each pixel, without scores")
             )
+        thresholds = about.thresholds
+        if threshold is not None:
+            thresholds = dataclasses.replace(thresholds, object_mask_threshold=threshold)
+        image = as_image(image)
         view = resize_to_fit(image, about.size)
         if about.postprocess and view is not image:
             raise ValueError(
@@ -190,10 +211,11 @@ class ExportedSegmenter:
                 np.array([image.shape[:2]]),
                 padded_size(about.size),
                 task=about.task,
-                config=about.thresholds,
+                config=thresholds,
                 metadata=self.metadata,
                 images=[image],
             )
+        result = ranked(result, threshold)
         return result if isinstance(task, str) else {about.task: result}
 
     def run(self, image: np.ndarray, image_size: np.ndarray) -> dict[str, np.ndarray]:
@@ -266,6 +288,7 @@ def _program(
     data: np.ndarray, weights: Mapping[str, np.ndarray], about: Description, path: pathlib.Path
 ) -> export.Exported:
     """Reads a program; FileError unless its arguments and results are those of the description."""
+    _require_flatbuffers(path)
     if data.dtype != np.uint8 or data.ndim != 1 or data.size > MAX_PROGRAM:
         raise FileError(f"{path}: its program is no text of bytes, or has over {MAX_PROGRAM:,}")
     try:

@@ -95,7 +95,7 @@ def test_a_file_tells_what_it_is(file):
 def test_the_mode_writes_maps_that_are_loaded(segmenter, tmp_path, monkeypatch, capsys):
     path = tmp_path / "new" / "maps.stablehlo"
     with monkeypatch.context() as patch:
-        patch.setattr(oneformer_jax, "load", lambda source: segmenter)
+        patch.setattr(oneformer_jax, "load", lambda source, checkpoint: segmenter)
         modes.export("run", str(path), "stablehlo", "semantic", SIZE, postprocess=True)
     assert str(path) in capsys.readouterr().out
     exported = oneformer_jax.load(path)
