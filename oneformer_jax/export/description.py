@@ -77,9 +77,14 @@ def describe(
     """Returns the description of a new file.
 
     Raises:
-      ValueError: an unknown task or an impossible size.
+      ValueError: an unknown task, an impossible size, or a setting that the program cannot do.
     """
     task_id(task)
+    if postprocess and thresholds.instance_max_iou < 1:
+        raise ValueError(
+            "eval.instance_max_iou is not 1, and an exported program keeps duplicates: export "
+            "without --postprocess, or set it to 1"
+        )
     require(
         "size ", dict(zip(("height", "width"), size, strict=True)), dict(height=SIDE, width=SIDE)
     )

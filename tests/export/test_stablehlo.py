@@ -12,6 +12,7 @@ from jax import export
 import oneformer_jax
 from oneformer_jax.app import modes
 from oneformer_jax.eval import predict
+from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.export import stablehlo
 from oneformer_jax.files import FileError
 from oneformer_jax.kernels import dispatch
@@ -123,6 +124,15 @@ def test_the_mode_writes_maps_that_are_loaded(segmenter, tmp_path, monkeypatch, 
 def test_a_wrong_call_is_refused(arguments, message, exported):
     with pytest.raises(ValueError, match=message):
         exported(*arguments)
+
+
+def test_a_program_that_would_keep_duplicates_is_not_made():
+    with pytest.raises(ValueError, match="instance_max_iou is not 1"):
+        described(
+            task="instance",
+            postprocess=True,
+            thresholds=PostprocessConfig(instance_max_iou=0.5),
+        )
 
 
 def test_a_batch_of_other_shapes_is_refused(exported):
