@@ -282,7 +282,7 @@ class Export:
                     + (f" ({bare:,} images have none)" if bare else "")
                 )
         splits = {picture.split for picture in pictures}
-        given = "" if "val" in splits else " --config.dataset.options.validation_json="
+        given = "" if "val" in splits else " --config.dataset.options.validation_share=0.1"
         used = {entry["label"] for picture in pictures for entry in picture.annotations}
         unused = [name for name in names if name not in used]
         lines.insert(0, f"{data_dir} holds {len(names):,} classes: {files.first_few(names, 10)}")
