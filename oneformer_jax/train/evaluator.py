@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -117,6 +118,7 @@ class Evaluator:
             tta=self._tta,
             progress=_progress(batches),
         )
+        result = dataclasses.replace(result, limit=limit)
         scores = {name: value for name, value in result.metrics.items() if value is not None}
         writer.write_scalars(step, scores)
         self._draw(predictor, step, eval_batches(limit), writer)
@@ -140,15 +142,18 @@ class Evaluator:
         self._last = result
         return result.metrics
 
-    def finished(self, step: int) -> dict[str, float | None] | None:
-        """Reads the metrics of an earlier start for `step`; None if this config has others."""
+    def finished(self, step: int, *, whole: bool = False) -> dict[str, float | None] | None:
+        """Reads the metrics of an earlier start for `step`; None if this config has others.
+
+        With `whole`, also None if they are of a sample of the images.
+        """
         result = read_results(self._workdir, step)
         if result is None:
             return None
         asked = (self._protocol.name, self._tta is not None and "semantic" in self._tasks)
         if set(result.metrics) != set(metric_names(self._config, self._metadata)):
             return None
-        if (result.protocol, result.tta) != asked:
+        if (result.protocol, result.tta) != asked or (whole and result.limit):
             return None
         self._last = result
         return result.metrics
