@@ -5,10 +5,13 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from oneformer_jax.eval.evaluate import EvalResult, write_results
-from oneformer_jax.train import loop, sharding
+from oneformer_jax.train import loop, reading, settings, sharding
+from oneformer_jax.train import state as states
 from oneformer_jax.train.checkpoint import CheckpointError, Checkpoints
 from oneformer_jax.train.evaluator import Evaluator, metric_names
 from oneformer_jax.train.patience import Patience
@@ -56,6 +59,12 @@ def test_the_same_step_counts_once_and_without_scores_not_at_all():
     assert not patience.over()
     patience.note(3, {})
     assert patience.over() and "best at step 1 with 5.00, 2 evaluations ago" in str(patience)
+
+
+def test_all_processes_stop_when_one_of_them_does(monkeypatch):
+    asked = []
+    monkeypatch.setattr(reading, "any_process", lambda flag: asked.append(flag) or True)
+    assert history({1: 5.0}).over() and asked == [False]
 
 
 def test_another_metric_begins_anew():
@@ -108,12 +117,28 @@ class Scripted:
         return metrics
 
 
+def counting(config, num_classes, text_table, mesh):
+    """A training that only counts its steps, in the place of `states.make_training`."""
+    zero = {name: np.zeros(()) for name in ("loss", "grad_norm", "skipped_share")}
+    state = {"step": np.int32(0), "halted": np.bool_(False), "params": {"w": np.zeros(2)}}
+    state = jax.tree.map(jnp.asarray, state | {"stats": {}, "opt": {}})
+    shardings = jax.tree.map(lambda _: sharding.replicated(mesh), state)
+    return states.Training(
+        settings.model_config(config, num_classes),
+        settings.execution(config),
+        lambda seed: sharding.put_state(state, shardings),
+        sharding.with_shardings(jax.eval_shape(lambda: state), shardings),
+        jax.jit(lambda state, *_: ({**state, "step": state["step"] + 1}, zero)),
+    )
+
+
 def start(workdir, script, *, batches=None, cut=(), **overrides):
     """Runs the loop; returns its results, or None if it was cut off, and the evaluations made."""
     settings = dict(train__eval_every=1, train__patience=2, train__keep=1, eval__limit=SAMPLE)
     scripted, results = Scripted(script, cut), None
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Cut):
         patch.setattr(Evaluator, "run", lambda self, *a, **k: scripted(self, *a, **k))
+        patch.setattr(states, "make_training", counting)
         results = loop.train(
             make_config(**settings | overrides),
             str(workdir),
