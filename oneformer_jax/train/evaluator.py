@@ -25,12 +25,12 @@ from oneformer_jax.eval.evaluate import (
 from oneformer_jax.eval.pictures import sheets
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
 from oneformer_jax.eval.predictor import Predictor
-from oneformer_jax.eval.progress import progress_log
 from oneformer_jax.eval.protocol import Protocol, choose_protocol
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.write import write_png
 from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.progress import progress_log
 from oneformer_jax.train import descriptions, kernel_choice, settings
 from oneformer_jax.train.runtime import folders
 from oneformer_jax.train.tensorboard import metric_writers
