@@ -143,7 +143,9 @@ def train(
             training = dataclasses.replace(training, step=taken.step)
         _, run_key = jax.random.split(jax.random.key(config.seed))
         if latest is not None:
+            newest = latest
             latest, state, position = checkpoints.restore_newest(training.state)
+            results = results if latest == newest else None
             patience = _patience(config, checkpoints, latest)  # it may be an earlier one
             logging.info("Resuming from step %d of %s", latest, workdir)
         else:
@@ -205,12 +207,11 @@ def train(
             # An earlier start saved this step, but was stopped before its evaluation was done.
             scored = checkpoints.scores_of(first_step) is not None
             if not scored or evaluator.finished(first_step) is None:
-                evaluate(first_step, config.eval.limit)
+                results = evaluate(first_step, config.eval.limit)
+                results = None if config.eval.limit else results
             preemption.rest(saved)
         stopped = first_step < steps and patience.over()
-        if stopped:
-            steps = first_step
-            results = evaluator.finished(first_step, whole=True)
+        steps = first_step if stopped else steps
         data = train_batches(first_step) if first_step < steps else iter(())
         close_data = getattr(data, "close", lambda: None)  # ends loader processes
         stack.callback(close_data)
