@@ -279,7 +279,7 @@ def test_a_run_starts_from_a_name(published, model, key):
     config, _ = model
     trees = functional.abstract(config, training=True)[1:]
     init = ConfigDict({"checkpoint": "", "backbone": ""} | {key: NAME})
-    found = start.read_start(init, *trees, "resnet")
+    found = start.read_start(init, *trees, config.backbone)
     name = "backbone.stem.conv1.kernel"
     assert found.arrays[name]().shape == dict(convert.leaves(trees))[name].shape
 
