@@ -215,6 +215,8 @@ def get_base() -> ConfigDict:
     c.train.checkpoint_every = 5_000
     c.train.keep = 3  # newest checkpoints kept
     c.train.keep_best = 1  # best checkpoints kept beside them, by eval.best_metric
+    # Evaluations without a better eval.best_metric after which training stops; 0 is off.
+    c.train.patience = 0
     c.train.pictures = 4  # held-out images drawn at each evaluation
     # What a loss or gradient that is not finite does: "stop" writes the good state and its batch
     # for --mode=replay; "skip" leaves out the update, up to ten times in a row.

@@ -37,6 +37,8 @@ DATA = {
         "validation_images": "images",
         "validation_panoptic": "panoptic",
         "validation_json": "panoptic_val.json",
+        "validation_share": 0.0,  # 0.1: a tenth of the training images, without validation files
+        "split_seed": 0,
         "prepare": False,  # True writes TFDS records into data_dir, which are read faster
     },
     "instances": {
@@ -45,6 +47,8 @@ DATA = {
         "train_json": "instances_train.json",
         "validation_images": "images",
         "validation_json": "instances_val.json",
+        "validation_share": 0.0,
+        "split_seed": 0,
         "crowd_as_instances": False,  # True for tools that write iscrowd 1 for every mask
     },
     "semantic": {
@@ -53,6 +57,8 @@ DATA = {
         "train_labels": "labels/train",
         "validation_images": "images/validation",
         "validation_labels": "labels/validation",
+        "validation_share": 0.0,
+        "split_seed": 0,
         "classes": "classes.txt",  # a line for each class: its pixel value, then its name
         "ignore_label": (255,),  # values of unlabelled pixels; -1: there are none
         "label_suffix": ".png",  # end of a map's name in the place of the image's ".jpg"

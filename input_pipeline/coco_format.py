@@ -186,6 +186,10 @@ class CocoFolderSource:
         """Returns the id of image `index` in the JSON, as text; "" if its annotation is broken."""
         return self._content.image_ids[index]
 
+    def name_of(self, index: int) -> str:
+        """Returns the file name of image `index` in the JSON; "" if its annotation is broken."""
+        return self._content.image_names[index]
+
     def left_out(self, index: int) -> list[Fault]:
         """Faults of the segments of image `index`, which become void with `skip_broken`."""
         return self._content.left_out.get(index, [])

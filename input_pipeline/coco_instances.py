@@ -118,6 +118,10 @@ class CocoInstanceSource:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "faults": [], "remarks": []}  # loader processes need none
 
+    def name_of(self, index: int) -> str:
+        """Returns the file name of image `index` in the JSON, which may be empty."""
+        return self._content.image_names[index]
+
     def has_things(self, index: int) -> bool:
         """Tells from the JSON whether image `index` has a non-crowd instance with a pixel."""
         rows = self._content.rows(index)

@@ -22,6 +22,7 @@ from oneformer_jax.input_pipeline.loader import (
 )
 from oneformer_jax.input_pipeline.records import RecordError
 from oneformer_jax.input_pipeline.resize import resize_for_test, shortest_edge_size
+from oneformer_jax.progress import logged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +291,7 @@ def eval_loader(
         logging.info("decoding %d images to learn their sizes", limit)
     broken: dict[int, str] = {}
     buckets: dict[Bucket, list[int]] = {}
-    for index in chosen:
+    for index in logged(chosen, limit, "image sizes"):
         try:
             with naming(f"record {index} of {source!r}"):
                 size = source.image_size(index) if known_sizes else source[index]["image"].shape[:2]

@@ -198,6 +198,10 @@ class SemanticFolderSource:
     def __repr__(self) -> str:
         return f"SemanticFolderSource({str(self._images_dir)!r}, {len(self)} records)"
 
+    def name_of(self, index: int) -> str:
+        """Returns the path of image `index` below the folder of images."""
+        return self._names[index]
+
     def image_size(self, index: int) -> tuple[int, int]:
         """Reads height and width in the head of the file of image `index`, or a RecordError."""
         path = self._images_dir / self._names[index]

@@ -7,7 +7,6 @@ share a source: it can be pickled, and opens its files in the process that uses 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oneformer_jax import remote
+from oneformer_jax import remote, rules
 from oneformer_jax.files import did_you_mean
 from oneformer_jax.input_pipeline import datasets, images, prepared
 from oneformer_jax.input_pipeline.annotations.faults import check_annotations
@@ -24,6 +23,7 @@ from oneformer_jax.input_pipeline.coco_format import CocoFolderSource, coco_fold
 from oneformer_jax.input_pipeline.datasets import DatasetInfo
 from oneformer_jax.input_pipeline.files import exclusive, writing
 from oneformer_jax.input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline.sides import Side, SideSource
 
 __all__ = [
     "CocoFolderSource",
@@ -91,7 +91,13 @@ def prepare(builder: tfds.core.DatasetBuilder) -> Path:
 
 
 _SYNTHETIC_OPTIONS = {"size": 128, "train_examples": 4000, "validation_examples": 200, "seed": 0}
-_COCO_FOLDER_OPTIONS = {
+# Options of the sources that can make both splits from one folder.
+_SIDES_OPTIONS = {"validation_share": 0.0, "split_seed": 0}
+_SIDES_RULES = {
+    "validation_share": rules.Number(0, 1, below=True, note=" (0 is off)"),
+    "split_seed": rules.Integer(0, 2**32 - 1),
+}
+_COCO_FOLDER_OPTIONS = _SIDES_OPTIONS | {
     "root": "",
     "train_images": "images",
     "train_panoptic": "panoptic",
@@ -104,7 +110,7 @@ _COCO_FOLDER_OPTIONS = {
     "prepare": True,
     "skip_broken": False,
 }
-_COCO_INSTANCES_OPTIONS = {
+_COCO_INSTANCES_OPTIONS = _SIDES_OPTIONS | {
     "root": "",
     "train_images": "images",
     "train_json": "instances_train.json",
@@ -114,7 +120,7 @@ _COCO_INSTANCES_OPTIONS = {
     "crowd_as_instances": False,
     "skip_broken": False,
 }
-_SEMANTIC_FOLDER_OPTIONS = {
+_SEMANTIC_FOLDER_OPTIONS = _SIDES_OPTIONS | {
     "root": "",
     "train_images": "images/train",
     "train_labels": "labels/train",
@@ -168,6 +174,11 @@ def open_source(
         itself.
       skip_broken (False): leave broken records out of the preparation instead of failing, and treat
         segments with faults in the JSON as void, also without preparation.
+
+    Options of "coco_folder", "coco_instances" and "semantic_folder":
+      validation_share (0): share of the training images that are for validation instead, in place
+        of validation files; chosen by a hash of each image's file name.
+      split_seed (0): another seed chooses other images.
 
     Options of "coco", "ade20k", "cityscapes" and "mapillary", which `main.py --mode=prepare` writes
     into `data_dir` (see `builders.preparation`):
@@ -302,7 +313,7 @@ def _open_official(name: str, data_dir: Path, split: str, options: dict) -> Tfds
 
 def _open_coco_folder(
     data_dir: str | os.PathLike, split: str, options: dict
-) -> TfdsSource | CocoFolderSource:
+) -> TfdsSource | CocoFolderSource | SideSource:
     from oneformer_jax.input_pipeline.builders.coco_folder import (
         CocoFolder,
         CocoFolderConfig,
@@ -310,11 +321,13 @@ def _open_coco_folder(
     )
 
     root = Path(options["root"] or data_dir).expanduser()
+    options, sides = _sides(root, options, _COCO_FOLDER_OPTIONS)
     folders = {
         key: FolderSplit(
             images_dir=str(root / options[f"{key}_images"]),
             panoptic_dir=str(root / options[f"{key}_panoptic"]),
             json_path=str(root / options[f"{key}_json"]),
+            side=sides.get(key),
         )
         for key in SPLITS
         if options[f"{key}_json"]
@@ -335,14 +348,16 @@ def _open_coco_folder(
         _check_fresh(done, folders[split], split, options)
         return TfdsSource(done, split)
     info = _coco_folder_info(name, table, folders)
-    paths = dataclasses.astuple(folders[split])
-    return CocoFolderSource(*paths, info, skip_broken=options["skip_broken"])
+    return folders[split].open(info, skip_broken=options["skip_broken"])
 
 
-def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInstanceSource:
+def _open_coco_instances(
+    data_dir: Path, split: str, options: dict
+) -> CocoInstanceSource | SideSource:
     from oneformer_jax.input_pipeline.coco_instances import CocoInstanceSource, instance_file_info
 
     root = Path(options["root"] or data_dir).expanduser()
+    options, sides = _sides(root, options, _COCO_INSTANCES_OPTIONS)
     files = {key: root / options[f"{key}_json"] for key in SPLITS if options[f"{key}_json"]}
     if split not in files:
         raise ValueError(f"{root} has no {split} split: the option {split}_json is empty")
@@ -351,13 +366,17 @@ def _open_coco_instances(data_dir: Path, split: str, options: dict) -> CocoInsta
     else:  # those of the training split, if there is one
         info = instance_file_info(root.resolve().name, next(iter(files.values())))
     choices = {key: options[key] for key in ("skip_broken", "crowd_as_instances")}
-    return CocoInstanceSource(root / options[f"{split}_images"], files[split], info, **choices)
+    source = CocoInstanceSource(root / options[f"{split}_images"], files[split], info, **choices)
+    return sides[split].of(source) if sides else source
 
 
-def _open_semantic_folder(data_dir: Path, split: str, options: dict) -> SemanticFolderSource:
+def _open_semantic_folder(
+    data_dir: Path, split: str, options: dict
+) -> SemanticFolderSource | SideSource:
     from oneformer_jax.input_pipeline.semantic_folder import SemanticFolderSource, read_classes
 
     root = Path(options["root"] or data_dir).expanduser()
+    options, sides = _sides(root, options, _SEMANTIC_FOLDER_OPTIONS)
     if not options[f"{split}_images"]:
         raise ValueError(f"{root} has no {split} split: the option {split}_images is empty")
     ignored = options["ignore_label"]
@@ -366,13 +385,51 @@ def _open_semantic_folder(data_dir: Path, split: str, options: dict) -> Semantic
         info, ignored = datasets.dataset_info(options["table"]), None
     else:
         info = read_classes(root / options["classes"], ignored)
-    return SemanticFolderSource(
+    source = SemanticFolderSource(
         root / options[f"{split}_images"],
         root / options[f"{split}_labels"],
         info,
         options["label_suffix"],
         ignored,
     )
+    return sides[split].of(source) if sides else source
+
+
+def _sides(root: Path, options: Mapping, defaults: Mapping) -> tuple[dict, dict[str, Side]]:
+    """Returns the options of both splits, and the part of the training files that each has.
+
+    Args:
+      root: folder of the dataset.
+      options: all of them.
+      defaults: a default that names nothing that exists is no choice of the user.
+
+    Returns:
+      (options, sides); without validation_share the options as they are, and no sides.
+
+    Raises:
+      ValueError: a wrong share or seed, or options of a validation split beside the share.
+    """
+    rules.require("dataset.options.", options, _SIDES_RULES)
+    share = options["validation_share"]
+    if not share:
+        return dict(options), {}
+    made = dict(options)
+    listing = "json" if "train_json" in options else "images"  # it alone may be a default
+    for key in options:
+        kind = key.removeprefix("validation_")
+        if kind == key or f"train_{kind}" not in options:
+            continue
+        value, made[key] = options[key], options[f"train_{kind}"]
+        if value in ("", made[key]):
+            continue
+        there = kind == listing and (root / value).exists()
+        if there or value != defaults[key]:
+            raise ValueError(
+                f"dataset.options.validation_share={share:g} takes the validation images from the "
+                f"training files, but {key}={value} names others{f' in {root}' if there else ''}; "
+                f"set validation_share=0 to use them, or {key}= (empty)"
+            )
+    return made, {split: Side(split, share, options["split_seed"]) for split in SPLITS}
 
 
 def _coco_folder_info(name: str, table: str, folders: Mapping[str, FolderSplit]) -> DatasetInfo:
@@ -389,8 +446,14 @@ def _check_fresh(done: Path, folder: FolderSplit, split: str, options: Mapping) 
     way_out = f"delete {done} to prepare it again, or choose another option name"
     if split not in stored.fingerprints:
         raise ValueError(f"{done} was prepared without the {split} split; {way_out}")
+    fingerprint, _, side = stored.fingerprints[split].partition(" ")
+    if side != str(folder.side or ""):
+        raise ValueError(
+            f"{done} was prepared with {side or 'validation_share=0'}, but the options are "
+            f"{folder.side or 'validation_share=0'}; {way_out}"
+        )
     # The original files may be gone: training needs the prepared ones alone.
-    if Path(folder.json_path).is_file() and stored.fingerprints[split] != folder.fingerprint():
+    if Path(folder.json_path).is_file() and fingerprint != folder.fingerprint():
         raise ValueError(
             f"{done} was prepared from other annotations than {folder.json_path} has now; {way_out}"
         )

@@ -16,6 +16,7 @@ from oneformer_jax.input_pipeline.annotations.faults import Fault, FaultsError, 
 from oneformer_jax.input_pipeline.datasets import TASKS, DatasetInfo
 from oneformer_jax.input_pipeline.loader import Source
 from oneformer_jax.input_pipeline.records import RecordError
+from oneformer_jax.progress import logged
 
 _SHOWN = 12  # classes that a report lists
 _THREADS = 4
@@ -82,7 +83,7 @@ def collect(source: Source, info: DatasetInfo, limit: int = 2000) -> Statistics:
         return _count(record, info), remarks
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(count, indices))
+        found = list(logged(pool.map(count, indices), len(indices), "images read"))
     broken = {
         int(i): part for i, part in zip(indices, found, strict=True) if isinstance(part, Fault)
     }
@@ -127,7 +128,7 @@ def remarks(source: Source, info: DatasetInfo, limit: int = 1000) -> list[str]:
             return str(error)
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(look, indices))
+        found = list(logged(pool.map(look, indices), len(indices), "annotations"))
     broken = [item for item in found if isinstance(item, str)]
     seen = np.unique(np.concatenate([[], *(item for item in found if not isinstance(item, str))]))
     looked = f"the {len(found):,} annotations looked at" + (

@@ -199,6 +199,7 @@ RULES: dict[str, Rule] = {
     "train.checkpoint_every": _INTERVAL,
     "train.keep": Integer(1, _SELDOM, note=": at least the last one must stay"),
     "train.keep_best": Integer(0, _SELDOM),
+    "train.patience": Integer(0, _SELDOM, note=" (0 is off)"),
     "train.pictures": Integer(0, 1000),
     "train.on_nonfinite": Word(("stop", "skip")),
     "train.profile_start": Integer(0, _STEPS, note=" (0 is off)"),
@@ -362,9 +363,9 @@ RELATIONS = (
         "be 0 or at least the largest of eval.tta.short_edges = {1}",
     ),
     Relation(
-        ("eval.best_metric", "eval.tasks", "train.keep_best"),
-        lambda metric, tasks, keep: not keep or metric.split("/")[0] in tasks,
-        "be a metric of eval.tasks = {1}; or set train.keep_best=0",
+        ("eval.best_metric", "eval.tasks", "train.keep_best", "train.patience"),
+        lambda metric, tasks, *uses: not any(uses) or metric.split("/")[0] in tasks,
+        "be a metric of eval.tasks = {1}; or set train.keep_best=0 and train.patience=0",
     ),
     Relation(
         ("mesh.fsdp", "mesh.data"),

@@ -158,6 +158,7 @@ ACCEPTED = {
     "train.checkpoint_every": ("0", "1000000000"),
     "train.keep": ("1000000000",),  # all
     "train.keep_best": ("0", "1000000000"),
+    "train.patience": ("0", "1000000000"),
     "train.pictures": ZERO,
     "train.profile_start": ZERO,
     "train.epochs": ZERO,

@@ -47,6 +47,7 @@ RULES = {
     "compilation": ("", "absl jax"),
     "files": ("remote", "msgspec"),
     "remote": ("", "etils fsspec"),
+    "progress": ("", "absl"),
     "rules": ("files", ""),
     "config_rules": ("files rules", ""),
     "kernels": ("kernels kernels.chips", "jax numpy"),
@@ -79,7 +80,7 @@ RULES = {
 }
 
 # Rooms that import nothing but each other, and that every other room but kernels may import.
-LEAVES = {"catalogue", "compilation", "files", "remote", "rules", "config_rules"}
+LEAVES = {"catalogue", "compilation", "files", "progress", "remote", "rules", "config_rules"}
 
 PACKAGE = "oneformer_jax"
 FOLDERS = (PACKAGE, "configs", "input_pipeline", "kernels")

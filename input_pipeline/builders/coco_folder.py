@@ -22,6 +22,7 @@ from oneformer_jax.input_pipeline.coco_format import CocoFolderSource
 from oneformer_jax.input_pipeline.datasets import DatasetInfo
 from oneformer_jax.input_pipeline.files import sha256
 from oneformer_jax.input_pipeline.records import RecordError, SegmentTable, encode_dense
+from oneformer_jax.input_pipeline.sides import Side, SideSource
 
 FAULTS = "faults.txt"  # beside the folder of the version
 
@@ -34,11 +35,19 @@ class FolderSplit:
       images_dir: folder of the image files.
       panoptic_dir: folder of the panoptic PNGs.
       json_path: the COCO-panoptic JSON.
+      side: the part of its images that the split has; None is all.
     """
 
     images_dir: str
     panoptic_dir: str
     json_path: str
+    side: Side | None = None
+
+    def open(self, info: DatasetInfo, *, skip_broken: bool) -> CocoFolderSource | SideSource:
+        """Opens the folder itself; see `CocoFolderSource` for the arguments and errors."""
+        paths = (self.images_dir, self.panoptic_dir, self.json_path)
+        source = CocoFolderSource(*paths, info, skip_broken=skip_broken)
+        return self.side.of(source) if self.side else source
 
     def fingerprint(self) -> str:
         """Returns SHA-256 of the JSON, to notice annotations that changed since a preparation."""
@@ -90,19 +99,14 @@ class CocoFolder(LocalBuilder):
         self.info.metadata.update(records={}, fingerprints={}, skipped=[])
         generators = {}
         for split, folder in config.splits.items():
-            source = CocoFolderSource(
-                folder.images_dir,
-                folder.panoptic_dir,
-                folder.json_path,
-                config.info,
-                skip_broken=config.skip_broken,
-            )
-            self.info.metadata["fingerprints"][split] = folder.fingerprint()
+            source = folder.open(config.info, skip_broken=config.skip_broken)
+            side = f" {folder.side}" if folder.side else ""
+            self.info.metadata["fingerprints"][split] = folder.fingerprint() + side
             generators[split] = self._generate_examples(split, source, folder)
         return generators
 
     def _generate_examples(
-        self, split: str, source: CocoFolderSource, folder: FolderSplit
+        self, split: str, source: CocoFolderSource | SideSource, folder: FolderSplit
     ) -> Iterator[tuple[int, dict]]:
         broken: list[Fault] = []
         remarks: list[Fault] = []

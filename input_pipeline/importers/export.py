@@ -21,6 +21,7 @@ from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.annotations import faults, run_lengths
 from oneformer_jax.input_pipeline.annotations.faults import Fault
 from oneformer_jax.input_pipeline.annotations.run_lengths import SegmentationError
+from oneformer_jax.progress import logged, progress_log
 
 # Names of splits in the exports -> ours.
 SPLITS = {
@@ -64,6 +65,7 @@ class Export:
         self.source, self._form = Path(os.path.abspath(source)), form
         self.classes: list[str] | None = None
         self._pictures: dict[str, Picture] = {}
+        self._log = progress_log(None, "images examined")
         self._labels: dict[str, str] = {}  # label -> where it was first seen
         self._faults: list[Fault] = []
         self._dropped: dict[str, list[str]] = collections.defaultdict(list)
@@ -148,6 +150,7 @@ class Export:
             )
             return None
         found = self._pictures[name.casefold()] = Picture(path, name, size, split)
+        self._log(len(self._pictures))
         return found
 
     def polygon(
@@ -265,7 +268,7 @@ class Export:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
         lines = []
         with files.replacing(data_dir) as folder:
-            for picture in pictures:
+            for picture in logged(pictures, len(pictures), "images copied"):
                 target = folder / "images" / picture.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(picture.path, target)
@@ -282,7 +285,7 @@ class Export:
                     + (f" ({bare:,} images have none)" if bare else "")
                 )
         splits = {picture.split for picture in pictures}
-        given = "" if "val" in splits else " --config.dataset.options.validation_json="
+        given = "" if "val" in splits else " --config.dataset.options.validation_share=0.2"
         used = {entry["label"] for picture in pictures for entry in picture.annotations}
         unused = [name for name in names if name not in used]
         lines.insert(0, f"{data_dir} holds {len(names):,} classes: {files.first_few(names, 10)}")

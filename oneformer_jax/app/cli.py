@@ -140,7 +140,7 @@ _LICENSE = flags.DEFINE_string(
 _DATASET = flags.DEFINE_enum("dataset", None, OFFICIAL, "prepare: the dataset.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare, import: where the files go.")
 _SPLIT = flags.DEFINE_multi_enum(
-    "split", ["train", "validation"], ["train", "validation"], "prepare: only this split."
+    "split", ["train", "validation"], ["train", "validation"], "prepare: only this split"
 )
 _SKIP_BROKEN = flags.DEFINE_bool("skip_broken", False, "prepare: leave out what is broken.")
 _LIMIT = flags.DEFINE_integer("limit", 2000, "inspect: images read for the counts; 0: all.", 0)
@@ -280,7 +280,7 @@ def help_text() -> str:
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         default = "" if flag.default in (None, False) else f" (default: {flag.default_as_str})"
         lines += textwrap.wrap(
-            f"--{flag.name}: {flag.help}{default}",
+            f"--{flag.name}: {' '.join(flag.help.split())}{default}",
             98,
             initial_indent="  ",
             subsequent_indent="      ",

@@ -47,6 +47,7 @@ class EvalResult:
         `metrics`, `total`.
       protocol: name of the protocol.
       tta: True if the semantic scores use test-time augmentation.
+      limit: most images of the even sample that was scored; 0: all images.
     """
 
     dataset: str
@@ -59,6 +60,7 @@ class EvalResult:
     seconds: dict[str, float]
     protocol: str = "coco"
     tta: bool = False
+    limit: int = 0
 
 
 class _Clock:

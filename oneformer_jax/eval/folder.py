@@ -14,12 +14,12 @@ from typing import Any, Protocol
 from oneformer_jax import files, remote
 from oneformer_jax.eval.inputs import read_image
 from oneformer_jax.eval.predict import Records, tasks_of
-from oneformer_jax.eval.progress import progress_log
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.write import is_done, source_of, write_prediction
 from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.eval_loader import RecordError
 from oneformer_jax.input_pipeline.images import ImageError
+from oneformer_jax.progress import progress_log
 from oneformer_jax.types import TASKS
 
 # Results that may wait to be written.

@@ -219,6 +219,21 @@ class Checkpoints:
         """Returns the step of the last checkpoint, or None."""
         return self._steps[-1] if self._steps else None
 
+    def scores_of(self, step: int) -> Mapping[str, float] | None:
+        """Returns the scores recorded for the checkpoint of `step`, or None."""
+        return self._scores.get(step)
+
+    def position_of(self, step: int) -> dict[str, Any]:
+        """Reads the position of a checkpoint; empty if it is damaged, which `restore` tells."""
+        with contextlib.suppress(DamagedCheckpoint):
+            return self._read_position(step)
+        return {}
+
+    def _read_position(self, step: int) -> dict[str, Any]:
+        path = self.directory / str(step)
+        with reading.reporting_damage(path):
+            return files.read_json(path / reading.POSITION_FILE)
+
     def best_step(self) -> int | None:
         """Returns the step of the best checkpoint by `best_metric`, or None."""
         return next((step for step in self._ranking() if step in self._steps), None)
@@ -275,9 +290,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"there is no checkpoint {path}; this workdir holds steps {self.all_steps()}"
             )
-        state = reading.read_state(path, target)
-        with reading.reporting_damage(path):
-            return state, files.read_json(path / reading.POSITION_FILE)
+        return reading.read_state(path, target), self._read_position(step)
 
     def close(self) -> None:
         """Waits for the current save and ends the background threads."""

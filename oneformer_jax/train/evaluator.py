@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -24,12 +25,12 @@ from oneformer_jax.eval.evaluate import (
 from oneformer_jax.eval.pictures import sheets
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
 from oneformer_jax.eval.predictor import Predictor
-from oneformer_jax.eval.progress import progress_log
 from oneformer_jax.eval.protocol import Protocol, choose_protocol
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.write import write_png
 from oneformer_jax.models import functional
 from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.progress import progress_log
 from oneformer_jax.train import descriptions, kernel_choice, settings
 from oneformer_jax.train.runtime import folders
 from oneformer_jax.train.tensorboard import metric_writers
@@ -117,6 +118,7 @@ class Evaluator:
             tta=self._tta,
             progress=_progress(batches),
         )
+        result = dataclasses.replace(result, limit=limit)
         scores = {name: value for name, value in result.metrics.items() if value is not None}
         writer.write_scalars(step, scores)
         self._draw(predictor, step, eval_batches(limit), writer)
@@ -140,15 +142,18 @@ class Evaluator:
         self._last = result
         return result.metrics
 
-    def finished(self, step: int) -> dict[str, float | None] | None:
-        """Reads the metrics of an earlier start for `step`; None if this config has others."""
+    def finished(self, step: int, *, whole: bool = False) -> dict[str, float | None] | None:
+        """Reads the metrics of an earlier start for `step`; None if this config has others.
+
+        With `whole`, also None if they are of a sample of the images.
+        """
         result = read_results(self._workdir, step)
         if result is None:
             return None
         asked = (self._protocol.name, self._tta is not None and "semantic" in self._tasks)
         if set(result.metrics) != set(metric_names(self._config, self._metadata)):
             return None
-        if (result.protocol, result.tta) != asked:
+        if (result.protocol, result.tta) != asked or (whole and result.limit):
             return None
         self._last = result
         return result.metrics

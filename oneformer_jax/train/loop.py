@@ -12,6 +12,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,6 +37,7 @@ from oneformer_jax.train import (
 from oneformer_jax.train import state as states
 from oneformer_jax.train.evaluator import Batches, Evaluator, metric_names
 from oneformer_jax.train.flops import count_flops
+from oneformer_jax.train.patience import Patience
 from oneformer_jax.train.replay import ImageIds, Watch
 from oneformer_jax.train.runtime import folders
 from oneformer_jax.train.runtime.distributed import compile_everywhere, wait_for_all
@@ -57,6 +59,8 @@ def train(
     compiled_step: str = "",
 ) -> dict[str, float | None]:
     """Trains to `config.train.steps`, resuming whatever `workdir` holds; returns the last metrics.
+
+    With `config.train.patience` it may end earlier: see `patience.Patience`.
 
     Args:
       config: see `configs/common.py`.
@@ -121,11 +125,15 @@ def train(
 
         # ---- Is anything left to do? ------------------------------------------------------------
         latest = checkpoints.latest_step()
-        trained = latest is not None and latest >= steps
-        results = evaluator.finished(latest) if trained else None
+        patience = _patience(config, checkpoints, latest)
+        stopped = patience.over()
+        trained = latest is not None and (latest >= steps or stopped)
+        results = evaluator.finished(latest, whole=True) if trained else None
         tabulate = config.eval.token_table and not (trained and evaluator.has_token_table(latest))
         if results is not None and not tabulate:
             logging.info("%s is trained to step %d and evaluated: nothing to do", workdir, latest)
+            if stopped:
+                logging.info("%s", patience)
             evaluator.report(latest)
             return results
 
@@ -135,7 +143,10 @@ def train(
             training = dataclasses.replace(training, step=taken.step)
         _, run_key = jax.random.split(jax.random.key(config.seed))
         if latest is not None:
+            newest = latest
             latest, state, position = checkpoints.restore_newest(training.state)
+            results = results if latest == newest else None
+            patience = _patience(config, checkpoints, latest)  # it may be an earlier one
             logging.info("Resuming from step %d of %s", latest, workdir)
         else:
             kind = jax.devices()[0].device_kind
@@ -178,20 +189,29 @@ def train(
         stack.callback(profiler.close)
         run_key = sharding.put_key(run_key, mesh)
 
-        def evaluate(step: int, limit: int = 0) -> dict[str, float | None]:
+        def evaluate(step: int, limit: int = 0, counts: bool = True) -> dict[str, float | None]:
             with preemption.at_rest(saved), chrono.pause("evaluation"):
                 scores = evaluator.run(state, step, eval_batches, writer, limit=limit)
-                checkpoints.record(step, scores)
+                if counts:  # not beside scores of the same step on a sample
+                    checkpoints.record(step, scores)
+                    patience.note(step, scores)
             return scores
+
+        def place(step: int) -> dict[str, Any]:
+            return {"step": step, "chrono": chrono.state(), "evaluations": patience.state()}
 
         # ---- Train ------------------------------------------------------------------------------
         # A transfer that nobody asked for would make every step wait: it is an error.
         stack.enter_context(jax.transfer_guard("disallow"))
         if 0 < first_step < steps and due(first_step, config.train.eval_every):
             # An earlier start saved this step, but was stopped before its evaluation was done.
-            if evaluator.finished(first_step) is None:
-                evaluate(first_step, config.eval.limit)
+            scored = checkpoints.scores_of(first_step) is not None
+            if not scored or evaluator.finished(first_step) is None:
+                results = evaluate(first_step, config.eval.limit)
+                results = None if config.eval.limit else results
             preemption.rest(saved)
+        stopped = first_step < steps and patience.over()
+        steps = first_step if stopped else steps
         data = train_batches(first_step) if first_step < steps else iter(())
         close_data = getattr(data, "close", lambda: None)  # ends loader processes
         stack.callback(close_data)
@@ -206,7 +226,7 @@ def train(
                     if not preemption.came() or step == first_step + 1 or jax.process_count() > 1:
                         raise
                     watch.check(state)
-                    checkpoints.save(step - 1, state, {"step": step - 1, "chrono": chrono.state()})
+                    checkpoints.save(step - 1, state, place(step - 1))
                     saved()
                     raise Preempted(step - 1) from None
                 if batch is None:
@@ -249,22 +269,27 @@ def train(
                 writer.flush()
                 logging.info("%s", chrono.line(scalars))
             if save_now:  # before the evaluation: whatever ends that, this step is not lost
-                position = {"step": step, "chrono": chrono.state()}
                 with chrono.pause("checkpoint"):
-                    checkpoints.save(step, state, position)
+                    checkpoints.save(step, state, place(step))
             if stop:
                 saved()
                 raise Preempted(step)
             if eval_now:
                 results = evaluate(step, 0 if last else config.eval.limit)
+                stopped = not last and patience.over()
+                if stopped:
+                    steps, results = step, None if config.eval.limit else results
+                    break
         profiler.close()
         report_omissions(data)
         close_data()
 
         # ---- Report -----------------------------------------------------------------------------
         last_step = max(first_step, steps)
-        if results is None:  # trained by an earlier start, but not evaluated as asked now
-            results = evaluate(last_step)
+        if stopped:
+            logging.info("%s", patience)
+        if results is None:  # evaluated on a sample, or by an earlier start, but not as asked now
+            results = evaluate(last_step, counts=not stopped)
         preemption.rest(saved)
         if tabulate:
             with chrono.pause("evaluation"):
@@ -273,6 +298,17 @@ def train(
         logging.info("%s", chrono.summary())
         evaluator.report(last_step)
         return results
+
+
+def _patience(
+    config: ConfigDict, checkpoints: checkpoint.Checkpoints, step: int | None
+) -> Patience:
+    """Returns the history of the run's scores up to the evaluation of a checkpoint."""
+    position = {} if step is None else checkpoints.position_of(step)
+    patience = Patience(config.train.patience, config.eval.best_metric, position)
+    if step is not None:
+        patience.note(step, checkpoints.scores_of(step))
+    return patience
 
 
 def report_omissions(data: Iterator[LoadedBatch]) -> None:
@@ -290,13 +326,13 @@ def due(step: int, every: int) -> bool:
 
 
 def check_best_metric(config: ConfigDict, metadata: Metadata) -> None:
-    """Raises a ValueError unless keep-best's metric is one of these classes and their protocol."""
+    """Raises a ValueError unless the best metric is one of these classes and their protocol."""
     names = metric_names(config, metadata)
     best = config.eval.best_metric
-    if config.train.keep_best > 0 and best not in names:
+    if (config.train.keep_best or config.train.patience) and best not in names:
         raise ValueError(
             f"eval.best_metric {best!r} is not among the metrics of eval.tasks: "
-            f"{', '.join(names)}; use one of these, or train.keep_best=0"
+            f"{', '.join(names)}; use one of these, or train.keep_best=0 and train.patience=0"
         )
 
 

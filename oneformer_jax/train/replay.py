@@ -177,6 +177,8 @@ def find_record(workdir: str, step: int | None = None) -> pathlib.Path:
     """
     remote.check(workdir)
     parent = folders.locate(workdir) / FOLDER
+    if not parent.parent.exists():
+        raise CheckpointError(f"{parent.parent} does not exist; expected the workdir of a run")
     steps = []
     if parent.exists():
         steps = sorted(int(f.name) for f in parent.iterdir() if (f / "report.json").exists())

@@ -8,6 +8,7 @@ and nothing is loaded in part.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.backbones import SwinConfig
 from oneformer_jax.models.backbones.swin import relative_position_index
 from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.progress import logged, progress_log
 from oneformer_jax.types import Metadata
 from oneformer_jax.weights import architecture, descriptions, files, hugging_face, names, reading
 from oneformer_jax.weights.reading import Reading
@@ -228,7 +230,7 @@ def write_model(
     if missing := [name for name in expected if name not in arrays]:
         raise ValueError(f"parameters of another model: it lacks {first_few(missing, 10)}")
     tensors: dict[str, np.ndarray] = {}
-    for name, leaf in expected.items():
+    for name, leaf in logged(expected.items(), len(expected), "tensors"):
         if np.shape(arrays[name]) != leaf.shape:
             raise ValueError(f"{name} has shape {np.shape(arrays[name])}; expected {leaf.shape}")
         group = names.group_of(name, "ours", form, kind)
@@ -287,7 +289,10 @@ def _read(found: Reading, config: OneFormerConfig, text: bool) -> tuple[dict, di
             + "\n  ".join(problems)
         )
 
+    log, done = progress_log(len(arrays), "tensors"), itertools.count(1)
+
     def array(path: tuple, _: Any) -> np.ndarray:
+        log(next(done))
         return arrays[".".join(str(entry.key) for entry in path)]()
 
     params, stats = (jax.tree_util.tree_map_with_path(array, tree) for tree in trees)

@@ -8,12 +8,8 @@ import re
 
 from oneformer_jax import remote
 from oneformer_jax.files import FileError, did_you_mean
+from oneformer_jax.weights.accepted import FORMS
 
-FORMS = (
-    "a workdir or one of its checkpoints/STEP, an official .pth or another file of weights, a "
-    "Hugging Face folder, a model of the hub (OWNER/NAME or OWNER/NAME@REVISION), an https:// "
-    "address, or a gs:// or s3:// path"
-)
 _HUB_NAME = re.compile(
     r"(?:hf://)?([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}?)(?:@([\w./-]{1,255}))?", re.A
 )
@@ -38,6 +34,10 @@ def local_path(name: str | os.PathLike[str]) -> pathlib.Path:
     expanded = os.path.expanduser(text)
     path = pathlib.Path(expanded)
     if os.path.lexists(expanded) or not isinstance(name, str):
+        if path.is_dir() and path.parent.name != "checkpoints" and not _has_marks(path):
+            from oneformer_jax.weights.download import plain
+
+            raise FileError(f"the folder {plain(text)} holds no weights; accepted are {FORMS}")
         return path
     scheme, found, _ = text.partition("://")
     if found and scheme != "hf":
@@ -67,6 +67,12 @@ def local_path(name: str | os.PathLike[str]) -> pathlib.Path:
         return hub.fetch(match[1], match[2])
     except hub.NotOnHub as error:
         raise FileError(f"{error}. It is no local path either; accepted are {FORMS}") from error
+
+
+def _has_marks(folder: pathlib.Path) -> bool:
+    """Tells whether a folder has a file of a workdir or a Hugging Face folder, or part of one."""
+    marks = ("model.json", "checkpoints", "config.json", "model.safetensors*", "pytorch_model.bin*")
+    return any(any(folder.glob(mark)) for mark in marks)
 
 
 def shown(name: str) -> str:

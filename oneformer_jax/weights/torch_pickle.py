@@ -22,6 +22,7 @@ import numpy as np
 
 from oneformer_jax.files import FileError, open_regular
 from oneformer_jax.weights import pickle_reader
+from oneformer_jax.weights.accepted import FORMS
 from oneformer_jax.weights.pickle_reader import Damaged, Refused, quoted
 from oneformer_jax.weights.tensors import Kind, Tensor, stored
 from oneformer_jax.weights.torch_forms import Forms, Storage, allowed
@@ -55,7 +56,7 @@ def load(path: str | os.PathLike[str]) -> Any:
             return _load_zip(path, file)
         if not start.startswith(_PICKLES):
             what = "neither a PyTorch file nor a pickle" if start else "empty"
-            raise FileError(f"{path} is {what}; expected a checkpoint (.pth, .bin, .pkl)")
+            raise FileError(f"{path} is {what}; accepted are {FORMS}")
         return _load_stream(path, file)
     except Refused as error:
         raise FileError(f"{path} is not loaded: {error}") from error
@@ -139,7 +140,7 @@ def _load_zip(path: str | os.PathLike[str], file: BinaryIO) -> Any:
     if len(pickles) != 1:
         raise FileError(
             f"{path} is a zip archive, but not one of PyTorch: it has {len(pickles) or 'no'} "
-            "data.pkl; expected a checkpoint"
+            f"data.pkl; accepted are {FORMS}"
         )
     folder = pickles[0].removesuffix("data.pkl")
     order = b"little"

@@ -186,7 +186,7 @@ def test_help_lists_every_mode_and_flag_and_is_no_error(capsys):
     for flag in ("config", "workdir", "weights", "threshold", "version", "debug"):
         assert f"\n  --{flag}: " in shown
     assert max(map(len, shown.splitlines())) <= 100
-    assert "absl" not in shown
+    assert "absl" not in shown and ".;" not in shown
 
 
 def test_an_error_of_the_library_is_short_unless_debugged(tmp_path):
@@ -365,6 +365,8 @@ def test_eval_and_replay_find_what_is_missing_before_they_open_data(tmp_path, mo
     monkeypatch.setattr(data, "open_split", lambda *_: pytest.fail("data was opened"))
     with pytest.raises(ValueError, match="does not exist; expected a workdir"):
         modes.evaluate(config, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere does not exist; expected the workdir of a run"):
+        modes.replay(config, str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="holds no recorded step"):
         modes.replay(config, str(tmp_path))
 

@@ -21,7 +21,7 @@ def test_an_export_is_imported_and_inspected(form, tmp_path, capsys):
     assert f"--mode=inspect --config.dataset.data_dir={out}" in printed
     config = custom.get_config("small,data=instances")
     config.dataset.data_dir = str(out)
-    if "validation_json=" in printed:
+    if "validation_share=" in printed:
         config.dataset.options.validation_json = ""
     config.data.crop_size = (64, 64)
     config.data.batch_size = 2

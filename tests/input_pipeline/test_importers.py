@@ -48,7 +48,7 @@ def test_every_format_gives_the_instances_that_were_drawn(form, tmp_path):
     if form != "yolo":  # an outline loses a part of the edge
         np.testing.assert_array_equal(found[2][2], BLOB)
     assert "2 classes: cat, dog" in report and "--mode=inspect" in report
-    assert ("validation_json=" in report) == (form != "yolo")
+    assert ("validation_share=" in report) == (form != "yolo")
 
 
 def test_the_images_are_copied_as_they_are(form, tmp_path):

@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import pickle
 import re
+import types
 
 import jax
 import numpy as np
 import pytest
 
 import oneformer_jax
-from oneformer_jax import catalogue
+from oneformer_jax import catalogue, progress
 from oneformer_jax.app import modes
 from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.oneformer import OneFormerConfig
@@ -405,6 +407,17 @@ def test_a_config_that_the_file_is_not(good):
     other = make_config("swin", num_queries=11)
     with pytest.raises(FileError, match=r"query_embed\.weight float32\[7, 32\]"):
         convert.read_model(good[0], config=other)
+
+
+def test_reading_and_writing_tell_how_far_they_are(good, tmp_path, monkeypatch, caplog):
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    caplog.set_level("INFO")
+    found = convert.read_model(good[0])
+    assert re.search(r"2 of \d+ tensors, .* left", caplog.text)
+    caplog.clear()
+    write(tmp_path / "b.pth", "official", found.config, found.params, found.stats)
+    assert re.search(r"2 of \d+ tensors, .* left", caplog.text)
 
 
 def test_half_precision_is_read_as_float32(good, tmp_path):

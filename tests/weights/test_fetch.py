@@ -49,6 +49,8 @@ def test_what_is_there_goes_before_all_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("the hub was asked"))
     (tmp_path / "owner" / "name@v1").mkdir(parents=True)
+    for folder in ("owner", "owner/name@v1"):
+        (tmp_path / folder / "model.json").touch()
     assert fetch.local_path("owner/name@v1") == fetch.local_path(
         tmp_path / "owner/name@v1"
     ).relative_to(tmp_path)
@@ -116,6 +118,15 @@ def test_any_text_at_all_is_a_path_or_one_line(scheme, text):
         except FileError as error:
             assert "secret" not in str(error)
             assert "\n" not in str(error) and len(str(error)) < 1500
+
+
+def test_a_file_or_folder_of_something_else_names_all_forms(tmp_path):
+    (tmp_path / "notes.txt").write_text("a text")
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    for name, part in (("notes.txt", "neither"), ("folder", "folder holds no weights")):
+        one_line(
+            lambda name=name: oneformer_jax.load(str(tmp_path / name)), part, "OWNER/NAME", "s3://"
+        )
 
 
 def test_the_public_load_names_all_forms(tmp_path):

@@ -407,3 +407,19 @@ def test_a_job_whose_second_process_never_comes(tmp_path):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
     assert "after 3 s 1 of 2 processes have not come: 1." in output
+
+
+@pytest.mark.slow
+def test_patience_ends_all_processes_at_the_same_step(tmp_path):
+    """Between the last sample's score and the whole evaluation nothing is decided twice."""
+    workdir = tmp_path / "run"
+    keys = ("steps=40", "eval_every=1", "checkpoint_every=0", "patience=2")
+    flags = (*(f"--config.train.{key}" for key in keys), "--config.eval.limit=4")
+    outputs = run(workdir, tmp_path / "data", 2, *flags)
+    step = load_for_inference(workdir).step
+    assert 3 <= step < 40, "the score of a model that hardly learns rose at every evaluation"
+    assert all("training ends by train.patience=2" in output for output in outputs)
+    found = json.loads((workdir / "eval" / str(step) / "results.json").read_text())
+    assert found["images"] == 11 and found["limit"] == 0
+    again = run(workdir, tmp_path / "data", 2, *flags)
+    assert all(f"is trained to step {step} and evaluated: nothing to do" in out for out in again)

@@ -1,11 +1,14 @@
-"""Logs how far something with many images is, and how long the rest takes."""
+"""Logs how far something with many images is, and how long the rest takes; a leaf, as `files`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from absl import logging
+
+T = TypeVar("T")
 
 
 def progress_log(total: int | None, what: str = "images") -> Callable[[int], None]:
@@ -34,6 +37,14 @@ def progress_log(total: int | None, what: str = "images") -> Callable[[int], Non
             logging.info("%d of %d %s, %.1f a second, %s left", done, total, what, rate, left)
 
     return log
+
+
+def logged(items: Iterable[T], total: int, what: str = "images") -> Iterator[T]:
+    """Gives the items of a loop, and logs how far it is; see `progress_log`."""
+    log = progress_log(total, what)
+    for done, item in enumerate(items):
+        log(done)
+        yield item
 
 
 def duration(seconds: float) -> str:
