@@ -21,6 +21,7 @@ from oneformer_jax.eval.evaluate import (
     format_results,
     write_results,
 )
+from oneformer_jax.eval.findings import Findings
 from oneformer_jax.eval.pictures import sheets
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
 from oneformer_jax.eval.predictor import Predictor
@@ -107,6 +108,8 @@ class Evaluator:
         shapes = "" if sizes is None else f", {len(sizes)} padded sizes"
         logging.info("Evaluating step %d (protocol %s%s)", step, self._protocol.name, shapes)
         predictor = self._predictor(state)
+        thing_labels = self._protocol.instance_ids == "thing"
+        findings = Findings(self._metadata, thing_labels=thing_labels)
         result = evaluate(
             predictor,
             batches,
@@ -116,12 +119,14 @@ class Evaluator:
             protocol=self._protocol,
             tta=self._tta,
             progress=_progress(batches),
+            findings=findings,
         )
         scores = {name: value for name, value in result.metrics.items() if value is not None}
         writer.write_scalars(step, scores)
         self._draw(predictor, step, eval_batches(limit), writer)
         writer.flush()
         if jax.process_index() == 0:  # last, as `finished` looks for this file
+            findings.write(self._results_path(step).parent)
             write_results(self._results_path(step), result)
         shown = ", ".join(f"{name} {scores[name]:.1f}" for name in TOKEN_COLUMNS if name in scores)
         logging.info(
