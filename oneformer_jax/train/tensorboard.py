@@ -173,7 +173,7 @@ def _flatten(settings: Mapping, prefix: str = ""):
 class JsonLinesWriter(metric_writers.MetricWriter):
     """Appends one JSON object for each `write_scalars`: {"step", "time" (Unix), name: value, ...}.
 
-    Values that are not finite are null. Everything but scalars is ignored.
+    Values that are not finite are null. Texts go into texts.json beside it, all else is ignored.
 
     Args:
       path: the file; its folder is made if missing.
@@ -187,6 +187,7 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         if resume_step is not None and remote.path_of(path).exists():
             self._written = _keep_lines(path, resume_step)
         self._file = _open(path, "ab")
+        self._texts = remote.path_of(path).with_name("texts.json")
 
     def write_scalars(self, step, scalars):
         values = {name: _number(value) for name, value in scalars.items()}
@@ -209,7 +210,7 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         del step, audios, sample_rate
 
     def write_texts(self, step, texts):
-        del step, texts
+        files.write_atomically(self._texts, json.dumps(texts, indent=1) + "\n")
 
     def write_histograms(self, step, arrays, num_buckets=None):
         del step, arrays, num_buckets
