@@ -29,8 +29,8 @@ RULES = {
     "compile": ("compile train models types kernels.chips", "absl jax ml_collections numpy"),
     "train": (
         "train eval eval.evaluate models types weights kernels.chips kernels.calibrate",
-        "absl clu etils flax jax ml_collections msgspec numpy optax orbax PIL tensorboard"
-        " tensorstore",
+        "absl clu etils flax jax ml_collections mlflow msgspec numpy optax orbax PIL tensorboard"
+        " tensorstore wandb",
     ),
     "weights": (
         "weights models types",
