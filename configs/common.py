@@ -256,6 +256,11 @@ def get_base() -> ConfigDict:
     c.eval.best_metric = "panoptic/PQ"
     c.eval.token_table = False  # after training: every metric under every task token
 
+    # Where training is followed beside WORKDIR; empty is off. See docs/metrics.md.
+    c.log = ConfigDict()
+    c.log.wandb = ""  # project of Weights & Biases
+    c.log.mlflow = ""  # experiment of MLflow
+
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices along the batch; -1 is all that are left
     c.mesh.fsdp = 1  # devices over which parameters and optimizer state are sharded

@@ -87,6 +87,12 @@ _WEIGHTS = Matching(
     test=lambda text: re.match(r"\w+://[^/]*@", text) is None,
 )
 
+_PROJECT = Matching(
+    "a name of up to 128 letters, digits, spaces and ._-",
+    empty=True,
+    test=lambda text: re.fullmatch(r"\w[\w .-]{0,127}", text) is not None,
+)
+
 RULES: dict[str, Rule] = {
     "seed": Integer(0, 2**32 - 1),
     "dataset.name": Word(DATASETS),
@@ -232,6 +238,8 @@ RULES: dict[str, Rule] = {
         test=lambda text: re.fullmatch(r"\w+:\d{1,6}(x\d{1,6}){0,3}", text) is not None,
     ),
     "mesh.slices": Integer(1, 10_000),
+    "log.wandb": _PROJECT,
+    "log.mlflow": _PROJECT,
     "compilation_cache": Line("the path of a folder", empty=True),
 }
 

@@ -117,6 +117,7 @@ ABSURD = (
 )
 # The values among them that mean something, by key.
 ZERO = ("0",)
+PROJECTS = ("", "0", "1000000000", "1e30", "nan", "inf", "nonsense", "None", "True", "maybe")
 ACCEPTED = {
     "seed": ("0", "1000000000"),
     "dataset.options": ("{}",),  # the defaults
@@ -170,6 +171,8 @@ ACCEPTED = {
     "eval.overlap_threshold": ZERO,
     "eval.instance_max_iou": ZERO,
     "mesh.topology": ("",),
+    "log.wandb": PROJECTS,
+    "log.mlflow": PROJECTS,
 }
 PATHS = {"init.backbone", "init.checkpoint", "eval.instance_json", "compilation_cache"}
 FLAGS = {key for key, rule in RULES.items() if isinstance(rule, Flag) and not rule.other}

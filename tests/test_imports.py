@@ -16,7 +16,7 @@ RULES = {
     "__main__": ("app", ""),  # python -m oneformer_jax
     "": ("types models train eval weights export input_pipeline.datasets", "jax"),  # the public API
     "app": (
-        "app train compile eval weights export types input_pipeline input_pipeline.datasets"
+        "app train compile eval weights export report types input_pipeline input_pipeline.datasets"
         " input_pipeline.eval_loader configs configs.common",
         "absl jax ml_collections",
     ),
@@ -25,11 +25,12 @@ RULES = {
         "export eval models weights types kernels input_pipeline.resize",
         "jax jax2onnx msgspec numpy onnx safetensors",
     ),
+    "report": ("report configs.common", "msgspec"),
     "compile": ("compile train models types kernels.chips", "absl jax ml_collections numpy"),
     "train": (
         "train eval eval.evaluate models types weights kernels.chips kernels.calibrate",
-        "absl clu etils flax jax ml_collections msgspec numpy optax orbax PIL tensorboard"
-        " tensorstore",
+        "absl clu etils flax jax ml_collections mlflow msgspec numpy optax orbax PIL tensorboard"
+        " tensorstore wandb",
     ),
     "weights": (
         "weights models types",

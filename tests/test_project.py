@@ -28,6 +28,7 @@ MODULE_OF = {
     "importlib-resources": "importlib_resources",
     "instant-clip-tokenizer": "instant_clip_tokenizer",
     "ml-collections": "ml_collections",
+    "mlflow-skinny": "mlflow",
     "opencv-python-headless": "cv2",
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",

@@ -10,6 +10,7 @@
   python main.py --config=configs/synthetic.py --mode=inspect
   python main.py --config=configs/synthetic.py --config.mesh.topology=v5e:4x4 --mode=compile
   python main.py --config=configs/synthetic.py --mode=calibrate
+  python main.py --workdir=runs/a --mode=report --compare=runs/b
 
 --config takes a file, configs/coco.py:swin_large, or the name of one that is shipped,
 coco:swin_large. Any value is overridden with --config.KEY=VALUE, as in --config.optim.lr=3e-4.
@@ -80,6 +81,7 @@ _MODES = {
     "compile": "compile a run for accelerators that are not here, and tell whether it fits",
     "replay": "run a recorded step of bad numbers again",
     "calibrate": "measure the kernels of --config on the device that is here",
+    "report": "write the report.html of --workdir, or compare it with other runs",
 }
 # Modes that read the config.
 WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay", "calibrate")
@@ -107,11 +109,14 @@ _TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three
 _MAX_PIXELS = flags.DEFINE_integer(
     "max_pixels", None, "predict: largest image that is read; other modes: data.max_pixels.", 1
 )
+_COMPARE = flags.DEFINE_multi_string(
+    "compare", [], "report: the workdir of another run; give it again for more."
+)
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
     "predict, inspect: folder of the results; WORKDIR/predictions or runs/inspection when not "
-    "given. convert, export: what is written.",
+    "given. convert, export, report: what is written.",
 )
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -411,6 +416,8 @@ def main(argv: Sequence[str]) -> None:
         require_flags(source=_SOURCE.value)
     elif mode == "prepare":
         require_flags(dataset=_DATASET.value, source=_SOURCE.value)
+    elif mode == "report":
+        require_flags(workdir=_WORKDIR.value)
     elif mode in ("inspect", "compile", "calibrate"):
         require_flags(config=config)
     elif mode == "predict":
@@ -418,7 +425,7 @@ def main(argv: Sequence[str]) -> None:
         weights, output = prediction_paths()
     else:
         require_flags(workdir=_WORKDIR.value, config=config)
-    for flag, needed in ((_SAVE, "compile"), (_COMPILED, "train")):
+    for flag, needed in ((_SAVE, "compile"), (_COMPILED, "train"), (_COMPARE, "report")):
         if flag.value and mode != needed:
             fail(f"--{flag.name} belongs to --mode={needed}, not to --mode={mode}", 2)
     try:
@@ -428,6 +435,8 @@ def main(argv: Sequence[str]) -> None:
             )
         if mode == "import":
             return modes.import_data(form, _SOURCE.value, _DATA_DIR.value)
+        if mode == "report":
+            return modes.report(_WORKDIR.value, _COMPARE.value, _OUTPUT.value)
         start_jax(config)
         if mode == "train":
             modes.train(config, _WORKDIR.value, _COMPILED.value)

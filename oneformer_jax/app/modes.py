@@ -44,6 +44,18 @@ def train(config: ConfigDict, workdir: str, compiled_step: str = "") -> None:
         image_ids=lambda positions: [str(source[i]["image_id"]) for i in positions],
         compiled_step=compiled_step,
     )
+    if data.process()[0] == 0:
+        try:
+            report(workdir)
+        except (OSError, ValueError) as error:  # the training itself is done
+            logging.warning("there is no report: %s", error)
+
+
+def report(workdir: str, compare: Sequence[str] = (), output: str | None = None) -> None:
+    """Writes the report of a run, or a comparison of runs: see `report.write_report`."""
+    from oneformer_jax import report
+
+    print(f"report       {report.write_report(workdir, compare, output)}", flush=True)
 
 
 def evaluate(config: ConfigDict, workdir: str, which: str | int = "latest") -> None:

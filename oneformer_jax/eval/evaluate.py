@@ -13,13 +13,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from oneformer_jax import files, remote
+from oneformer_jax.eval.findings import Findings
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_images
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.eval.protocol import Metric, Protocol
@@ -90,6 +91,7 @@ def evaluate(
     protocol: Protocol | None = None,
     tta: TtaConfig | None = None,
     progress: Callable[[int, float], None] | None = None,
+    findings: Findings | None = None,
 ) -> EvalResult:
     """Scores each output under its own task token; with several processes, each passes its share.
 
@@ -110,6 +112,7 @@ def evaluate(
       tta: score semantic maps from these views instead of the plain images.
       progress: called after every batch with the images scored by this process and the seconds
         since the start.
+      findings: collects the best and worst images and the confused classes, over all processes.
 
     Raises:
       ValueError: unknown task, no output, an output that the protocol does not score, no image, or
@@ -120,7 +123,12 @@ def evaluate(
     if not metrics:
         raise ValueError(f"evaluate got no outputs; use some of {', '.join(TASKS)}")
     runs = {task: {task: metric} for task, metric in metrics.items()}
-    clock = _score_batches(predictor, batches, runs, metadata, postprocess, protocol, tta, progress)
+    clock = _score_batches(
+        predictor, batches, runs, metadata, postprocess, protocol, tta, progress, findings
+    )
+    metrics = {task: merge_hosts(metric) for task, metric in metrics.items()}
+    if findings is not None:
+        findings.finish(merge_hosts(findings), metrics.get("semantic"))
     result = _result(metrics, metadata, None, protocol, clock)
     return dataclasses.replace(result, tta=tta is not None and "semantic" in metrics)
 
@@ -148,9 +156,18 @@ def evaluate_tokens(
         predictor, batches, runs, metadata, postprocess, protocol, None, progress
     )
     return {
-        token: _result(metrics, metadata, token, protocol, clock) for token, metrics in runs.items()
+        token: _result(
+            {task: merge_hosts(metric) for task, metric in metrics.items()},
+            metadata,
+            token,
+            protocol,
+            clock,
+        )
+        for token, metrics in runs.items()
     }
 
+
+Mergeable = TypeVar("Mergeable", bound=Metric | Findings)
 
 # Task token -> output -> the metric of the output under this token.
 _Runs = Mapping[str, Mapping[str, Metric]]
@@ -165,6 +182,7 @@ def _score_batches(
     protocol: Protocol,
     tta: TtaConfig | None,
     progress: Callable[[int, float], None] | None,
+    findings: Findings | None = None,
 ) -> _Clock:
     """Adds all batches, each encoded once, to the metrics of `runs`; returns the time."""
     postprocess = dataclasses.replace(
@@ -178,10 +196,10 @@ def _score_batches(
     for batch in batches:
         clock.lap("data")
         if plain:
-            _score_plain(predictor, batch, plain, metadata, postprocess, clock)
+            _score_plain(predictor, batch, plain, metadata, postprocess, clock, findings)
         if tta is not None and len(plain) < len(runs):
             segmented = _semantic_tta(predictor, batch, tta, metadata, clock)
-            _score(runs["semantic"]["semantic"], segmented, batch, clock)
+            _score(runs["semantic"]["semantic"], segmented, batch, clock, findings)
         images += int(np.sum(batch["valid"]))
         if progress is not None:
             progress(images, clock.seconds()["total"])
@@ -195,6 +213,7 @@ def _score_plain(
     metadata: Metadata,
     postprocess: PostprocessConfig,
     clock: _Clock,
+    findings: Findings | None,
 ) -> None:
     """Encodes a batch, decodes it under each token and scores the outputs.
 
@@ -217,7 +236,7 @@ def _score_plain(
                 config=postprocess,
                 metadata=metadata,
             )
-            _score(metric, segmented, batch, clock)
+            _score(metric, segmented, batch, clock, findings)
         del class_logits, mask_logits
 
 
@@ -256,7 +275,11 @@ def _semantic_tta(
 
 
 def _score(
-    metric: Metric, segmented: Iterable[Segmentation], batch: Mapping[str, Any], clock: _Clock
+    metric: Metric,
+    segmented: Iterable[Segmentation],
+    batch: Mapping[str, Any],
+    clock: _Clock,
+    findings: Findings | None,
 ) -> None:
     # Not strict, as a batch of fillers has no segmentations.
     for segmentation, record, valid in zip(
@@ -264,11 +287,13 @@ def _score(
     ):
         clock.lap("postprocess")
         if valid:
-            metric.update(segmentation, record)
+            outcome = metric.update(segmentation, record)
+            if findings is not None:
+                findings.add(segmentation, record, outcome)
             clock.lap("metrics")
 
 
-def merge_hosts(metric: Metric) -> Metric:
+def merge_hosts(metric: Mergeable) -> Mergeable:
     """Merges the metric over all processes; every process must call it, and gets the same.
 
     States travel as bytes, because JAX arrays would cut 64-bit counts to 32 bits.
@@ -305,8 +330,7 @@ def _result(
     protocol: Protocol,
     clock: _Clock,
 ) -> EvalResult:
-    """Merges the scores of all processes; each must call it."""
-    metrics = {task: merge_hosts(metric) for task, metric in metrics.items()}
+    """Makes the result of metrics that are merged over all processes."""
     images = next(iter(metrics.values())).images
     if not images:
         raise ValueError(

@@ -22,6 +22,7 @@ from oneformer_jax.eval.evaluate import (
     format_results,
     write_results,
 )
+from oneformer_jax.eval.findings import Findings
 from oneformer_jax.eval.pictures import sheets
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
 from oneformer_jax.eval.predictor import Predictor
@@ -108,6 +109,8 @@ class Evaluator:
         shapes = "" if sizes is None else f", {len(sizes)} padded sizes"
         logging.info("Evaluating step %d (protocol %s%s)", step, self._protocol.name, shapes)
         predictor = self._predictor(state)
+        thing_labels = self._protocol.instance_ids == "thing"
+        findings = Findings(self._metadata, thing_labels=thing_labels)
         result = evaluate(
             predictor,
             batches,
@@ -117,6 +120,7 @@ class Evaluator:
             protocol=self._protocol,
             tta=self._tta,
             progress=_progress(batches),
+            findings=findings,
         )
         result = dataclasses.replace(result, limit=limit)
         scores = {name: value for name, value in result.metrics.items() if value is not None}
@@ -124,6 +128,7 @@ class Evaluator:
         self._draw(predictor, step, eval_batches(limit), writer)
         writer.flush()
         if jax.process_index() == 0:  # last, as `finished` looks for this file
+            findings.write(self._results_path(step).parent)
             write_results(self._results_path(step), result)
         shown = ", ".join(f"{name} {scores[name]:.1f}" for name in TOKEN_COLUMNS if name in scores)
         logging.info(

@@ -33,6 +33,7 @@ from oneformer_jax.train import (
     settings,
     sharding,
     start,
+    trackers,
 )
 from oneformer_jax.train import state as states
 from oneformer_jax.train.evaluator import Batches, Evaluator, metric_names
@@ -88,6 +89,7 @@ def train(
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batches(config.data.batch_size, config.optim.accumulate, mesh)
     check_best_metric(config, metadata)
+    trackers.check(config.log)
     model = settings.model_config(config, metadata.num_classes)
     rates = settings.optim_config(config)
     settings.loss_config(config)
@@ -161,7 +163,8 @@ def train(
             observe.log_parameters(state["params"])
         check_room(workdir, state)
         first_step = position["step"]
-        writer = observe.make_writer(workdir, resume_step=first_step)
+        make_trackers = functools.partial(trackers.make, workdir, config.log)
+        writer = observe.make_writer(workdir, first_step, make_trackers)
         stack.callback(writer.close)
         if not first_step:
             writer.write_hparams(dashboards.compared(config.to_dict()))

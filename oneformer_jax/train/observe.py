@@ -49,7 +49,9 @@ TIME_METRICS = (
 
 
 def make_writer(
-    workdir: str | os.PathLike, resume_step: int | None = None
+    workdir: str | os.PathLike,
+    resume_step: int | None = None,
+    trackers: Callable[[], Sequence[metric_writers.MetricWriter]] = tuple,
 ) -> metric_writers.MetricWriter:
     """Makes a CLU writer of TensorBoard events and of metrics.jsonl in `workdir`.
 
@@ -59,6 +61,7 @@ def make_writer(
       workdir: the run's folder, made if missing.
       resume_step: the step that the run resumes from (0: the start). Later steps of an interrupted
         run are removed from metrics.jsonl, and TensorBoard is told to forget them.
+      trackers: makes further writers, on the first host.
     """
     if jax.process_index() != 0:
         return metric_writers.MultiWriter([])
@@ -66,6 +69,7 @@ def make_writer(
         [
             RunWriter(workdir, resume_step),
             JsonLinesWriter(os.path.join(workdir, METRICS_FILE), resume_step),
+            *trackers(),
         ]
     )
 

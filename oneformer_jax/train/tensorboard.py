@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -140,7 +140,7 @@ class SummaryWriter(metric_writers.MetricWriter):
         """Writes a nested mapping of settings; values that are not numbers become text."""
         plain = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in _flatten(hparams)
+            for name, value in flatten(hparams)
         }
         self._write_summary(0, hparams_summary.hparams_pb(plain))
 
@@ -162,42 +162,23 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _flatten(settings: Mapping, prefix: str = ""):
+def flatten(settings: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted name and the value of each setting of nested mappings."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-class JsonLinesWriter(metric_writers.MetricWriter):
-    """Appends one JSON object for each `write_scalars`: {"step", "time" (Unix), name: value, ...}.
-
-    Values that are not finite are null. Everything but scalars is ignored.
-
-    Args:
-      path: the file; its folder is made if missing.
-      resume_step: drop the lines of later steps, and a half-written last line; do not repeat lines
-        of this step.
-    """
-
-    def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
-        files.make_folder(os.path.dirname(path) or ".")
-        self._written: set[tuple[int, frozenset[str]]] = set()  # step and names of lines kept
-        if resume_step is not None and remote.path_of(path).exists():
-            self._written = _keep_lines(path, resume_step)
-        self._file = _open(path, "ab")
-
-    def write_scalars(self, step, scalars):
-        values = {name: _number(value) for name, value in scalars.items()}
-        if (int(step), frozenset(values)) in self._written:
-            return
-        line = json.dumps({"step": int(step), "time": round(time.time(), 3), **values})
-        self._file.write(f"{line}\n".encode())
-        self._file.flush()
+class QuietWriter(metric_writers.MetricWriter):
+    """Ignores everything; writers derive from it that take a part."""
 
     def write_summaries(self, step, values, metadata=None):
         del step, values, metadata
+
+    def write_scalars(self, step, scalars):
+        del step, scalars
 
     def write_images(self, step, images):
         del step, images
@@ -216,6 +197,43 @@ class JsonLinesWriter(metric_writers.MetricWriter):
 
     def write_hparams(self, hparams):
         del hparams
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
+
+
+class JsonLinesWriter(QuietWriter):
+    """Appends one JSON object for each `write_scalars`: {"step", "time" (Unix), name: value, ...}.
+
+    Values that are not finite are null. Texts go into texts.json beside it, all else is ignored.
+
+    Args:
+      path: the file; its folder is made if missing.
+      resume_step: drop the lines of later steps, and a half-written last line; do not repeat lines
+        of this step.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
+        files.make_folder(os.path.dirname(path) or ".")
+        self._written: set[tuple[int, frozenset[str]]] = set()  # step and names of lines kept
+        if resume_step is not None and remote.path_of(path).exists():
+            self._written = _keep_lines(path, resume_step)
+        self._file = _open(path, "ab")
+        self._texts = remote.path_of(path).with_name("texts.json")
+
+    def write_scalars(self, step, scalars):
+        values = {name: _number(value) for name, value in scalars.items()}
+        if (int(step), frozenset(values)) in self._written:
+            return
+        line = json.dumps({"step": int(step), "time": round(time.time(), 3), **values})
+        self._file.write(f"{line}\n".encode())
+        self._file.flush()
+
+    def write_texts(self, step, texts):
+        files.write_atomically(self._texts, json.dumps(texts, indent=1) + "\n")
 
     def flush(self):
         _flush(self._file)

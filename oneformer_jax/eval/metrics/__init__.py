@@ -2,7 +2,7 @@
 
 Each metric runs on the host, in NumPy, and has the same methods:
 
-  update(segmentation, record)  adds one image
+  update(segmentation, record)  adds one image, returns its `Outcome`
   merge(other)                  adds the images of another state, for example another host's
   state() / from_state(state)   the state as a flat dict of arrays, and back
   compute()                     the scalars, in percent; NaN if a value is not defined

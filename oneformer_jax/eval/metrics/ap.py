@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from oneformer_jax.eval.metrics.instance_json import InstanceAnnotations, Masks, encode
+from oneformer_jax.eval.metrics.outcome import CONFIDENT, Outcome, of_instances
 from oneformer_jax.eval.metrics.truth import (
     Record,
     check_classes,
@@ -141,7 +142,7 @@ class CocoAP:
         self._images: dict[str, _Image] = {}
         self._result: tuple[dict[str, float], np.ndarray] | None = None
 
-    def update(self, segmentation: Segmentation, record: Record) -> None:
+    def update(self, segmentation: Segmentation, record: Record) -> Outcome:
         """Adds one image.
 
         Args:
@@ -166,6 +167,13 @@ class CocoAP:
             counts=[encode(mask) for mask in segmentation.masks],
         )
         self._add({image_id: _Image(size, truth, detected)})
+        sure = np.flatnonzero(scores >= CONFIDENT)
+        iou = np.zeros((len(truth.classes), len(labels)))
+        if len(sure) and len(truth.classes):
+            found = [{"size": [*size], "counts": detected.counts[p]} for p in sure]
+            wanted = [{"size": [*size], "counts": counts} for counts in truth.counts]
+            iou[:, sure] = coco_mask.iou(found, wanted, truth.crowd.astype(np.uint8)).T
+        return of_instances(truth.classes, truth.crowd, labels, scores, iou)
 
     def _thing_segments(self, record: Record) -> Masks:
         truth = read_segments(record, len(self.is_thing))

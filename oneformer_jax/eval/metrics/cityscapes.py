@@ -15,6 +15,7 @@ import numpy as np
 
 from oneformer_jax.eval.metrics.ap import checked_instances
 from oneformer_jax.eval.metrics.iou import MeanIoU
+from oneformer_jax.eval.metrics.outcome import Outcome, of_instances
 from oneformer_jax.eval.metrics.truth import (
     Record,
     check_mergeable,
@@ -81,7 +82,7 @@ class CityscapesAP:
         self._pairs = np.zeros((0, 3), np.int64)
         self._scores = np.zeros(0, np.float64)
 
-    def update(self, segmentation: Segmentation, record: Record) -> None:
+    def update(self, segmentation: Segmentation, record: Record) -> Outcome:
         """Adds one image: `masks` bool [N, H, W], `scores` float [N], `labels` int [N].
 
         Raises:
@@ -97,9 +98,11 @@ class CityscapesAP:
         row = np.full(len(truth.ids) + 1, -1)
         row[things + 1] = np.arange(len(things))
 
+        crowd, sizes = truth.crowd[things], pixels[1:][things]
         detected: list[tuple[int, ...]] = []
         kept: list[float] = []
         pairs: list[tuple[int, ...]] = []
+        shares = [np.zeros((len(things), 0))]
         for mask, label, score in zip(segmentation.masks, labels, scores, strict=True):
             under = _pixels_under(mask, numbers, len(row))
             if not under.any():
@@ -109,15 +112,18 @@ class CityscapesAP:
                     pairs.append((row[number], len(detected), under[number]))
             detected.append((label, under.sum(), under[0]))
             kept.append(score)
+            on = under[1:][things]
+            union = np.where(crowd, 0, sizes - on) + under.sum()
+            shares.append((on / union)[:, None])
         other = CityscapesAP(self.is_thing)
         other._image_ids = {str(record["image_id"]): None}
-        other._true = np.stack(
-            [truth.classes[things], pixels[1:][things], truth.crowd[things]], axis=-1
-        ).astype(np.int64)
+        other._true = np.stack([truth.classes[things], sizes, crowd], axis=-1).astype(np.int64)
         other._detected = np.array(detected, np.int64).reshape(-1, 3)
         other._pairs = np.array(pairs, np.int64).reshape(-1, 3)
         other._scores = np.array(kept, np.float64)
         self.merge(other)
+        found = (other._detected[:, 0], other._scores, np.concatenate(shares, axis=1))
+        return of_instances(truth.classes[things], crowd, *found)
 
     @property
     def images(self) -> int:
@@ -277,11 +283,12 @@ class CityscapesIoU(MeanIoU):
         # Weighted pixels of the instances of a class: found, all, and found as its category.
         self.weighted = np.zeros((3, len(class_names)), np.float64)
 
-    def update(self, segmentation: Segmentation, record: Record) -> None:
+    def update(self, segmentation: Segmentation, record: Record) -> Outcome:
         """Adds one image, as `MeanIoU.update`."""
         truth = read_segments(record, len(self.true))
         pixels = self._pixels(segmentation.class_map, truth, record)
         self._add(truth.classes, pixels)
+        outcome = self._confuse_segments(truth.classes, pixels)
         size = pixels.sum(axis=1)
         instances = self.is_thing[truth.classes] & ~truth.crowd & (size > 0)
         classes, pixels, size = truth.classes[instances], pixels[instances], size[instances]
@@ -293,6 +300,7 @@ class CityscapesIoU(MeanIoU):
         )
         for total, part in zip(self.weighted, found, strict=True):
             np.add.at(total, classes, part * self._weights[classes] / size)
+        return outcome
 
     def _add(self, classes: np.ndarray, pixels: np.ndarray) -> None:
         super()._add(classes, pixels)

@@ -7,6 +7,7 @@ from typing import Self
 
 import numpy as np
 
+from oneformer_jax.eval.metrics.outcome import Outcome, of_pixels
 from oneformer_jax.eval.metrics.truth import (
     Record,
     Segments,
@@ -20,6 +21,9 @@ from oneformer_jax.eval.metrics.truth import (
 )
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.types import VOID
+
+# True classes, predicted classes and the pixels of these pairs, int64 [N] each.
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class MeanIoU:
@@ -39,8 +43,9 @@ class MeanIoU:
         # A table of all pairs would take 34 GB with K = 65,535.
         self.hits, self.true, self.predicted = np.zeros((3, num_classes), np.int64)
         self.images = 0
+        self._pairs: dict[int, int] = {}  # true class * K + predicted class -> pixels
 
-    def update(self, segmentation: Segmentation, record: Record) -> None:
+    def update(self, segmentation: Segmentation, record: Record) -> Outcome:
         """Adds one image: compares `segmentation.class_map` int [H, W] with the record.
 
         Raises:
@@ -49,8 +54,9 @@ class MeanIoU:
         num_classes = len(self.true)
         if "semantic" not in record:
             truth = read_segments(record, num_classes)
-            self._add(truth.classes, self._pixels(segmentation.class_map, truth, record))
-            return
+            pixels = self._pixels(segmentation.class_map, truth, record)
+            self._add(truth.classes, pixels)
+            return self._confuse_segments(truth.classes, pixels)
         check_size(segmentation.class_map.shape, record)
         check_size(record["semantic"].shape, record)
         true, predicted, lengths = runs(record["semantic"], segmentation.class_map)
@@ -63,6 +69,30 @@ class MeanIoU:
         np.add.at(self.true, true, lengths)
         np.add.at(self.predicted, predicted, lengths)
         self.images += 1
+        return self._confuse(true, predicted, lengths)
+
+    def _confuse_segments(self, classes: np.ndarray, pixels: np.ndarray) -> Outcome:
+        rows, columns = np.nonzero(pixels)
+        return self._confuse(classes[rows], columns, pixels[rows, columns])
+
+    def _confuse(self, true: np.ndarray, predicted: np.ndarray, pixels: np.ndarray) -> Outcome:
+        """Adds the pairs of an image's classes, int [N] with repetitions, and their pixels."""
+        codes, place = np.unique(
+            true.astype(np.int64) * len(self.true) + predicted, return_inverse=True
+        )
+        pixels = np.bincount(place, pixels, len(codes)).astype(np.int64)
+        self._add_pairs(codes, pixels)
+        return of_pixels(*np.divmod(codes, len(self.true)), pixels)
+
+    def _add_pairs(self, codes: np.ndarray, pixels: np.ndarray) -> None:
+        for code, number in zip(codes.tolist(), pixels.tolist(), strict=True):
+            self._pairs[code] = self._pairs.get(code, 0) + number
+
+    def pairs(self) -> Pairs:
+        """Returns the confusion counts of all images, each pair of classes once."""
+        codes = np.array(sorted(self._pairs), np.int64)
+        pixels = np.array([self._pairs[code] for code in codes.tolist()], np.int64)
+        return (*np.divmod(codes, len(self.true)), pixels)
 
     def _pixels(self, class_map: np.ndarray, truth: Segments, record: Record) -> np.ndarray:
         """int64 [G, K]: the pixels of each true segment that are predicted as each class."""
@@ -90,14 +120,17 @@ class MeanIoU:
         self.true += other.true
         self.predicted += other.predicted
         self.images += other.images
+        self._add_pairs(np.array(list(other._pairs)), np.array(list(other._pairs.values())))
 
     def state(self) -> dict[str, np.ndarray]:
-        """Returns the attributes, and the number of images as a scalar."""
+        """Returns the attributes, pairs of classes and the number of images as a scalar."""
         return {
             "hits": self.hits,
             "true": self.true,
             "predicted": self.predicted,
             "images": np.array(self.images, np.int64),
+            "pairs": np.array(list(self._pairs), np.int64),
+            "pair_pixels": np.array(list(self._pairs.values()), np.int64),
         }
 
     @classmethod
@@ -110,6 +143,7 @@ class MeanIoU:
         for name in ("hits", "true", "predicted"):
             setattr(self, name, np.array(state[name]))
         self.images = int(state["images"])
+        self._add_pairs(state["pairs"], state["pair_pixels"])
 
     def per_class(self) -> dict[str, np.ndarray]:
         """Computes IoU and accuracy in percent, float64 [K]; NaN for a class without pixels."""

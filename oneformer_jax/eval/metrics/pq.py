@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import logging
 
+from oneformer_jax.eval.metrics.outcome import Outcome, of_segments
 from oneformer_jax.eval.metrics.truth import (
     Record,
     check_classes,
@@ -40,8 +41,8 @@ class PanopticQuality:
         self.fn = np.zeros(classes, np.int64)
         self.images = 0
 
-    def update(self, segmentation: Segmentation, record: Record) -> None:
-        """Adds one image.
+    def update(self, segmentation: Segmentation, record: Record) -> Outcome:
+        """Adds one image; the outcome's score is its PQ with all classes as one.
 
         Args:
           segmentation: `segments` int [H, W] (0 = nothing) and `segments_info` (`id`,
@@ -109,6 +110,10 @@ class PanopticQuality:
         self.fn += np.bincount(truth.classes[missed], minlength=num_classes)
         self.fp += np.bincount(classes[wrong], minlength=num_classes)
         self.images += 1
+        weight = len(match_classes) + (missed.sum() + wrong.sum()) / 2
+        score = float(100 * iou[matched].sum() / weight) if weight else None
+        apart = np.where(overlap > 0, iou, 0.0)  # an empty union is no overlap
+        return of_segments(truth.classes, classes, apart, missed, wrong, score)
 
     def merge(self, other: PanopticQuality) -> None:
         """Adds the images that `other` has seen."""

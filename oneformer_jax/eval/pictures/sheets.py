@@ -59,7 +59,7 @@ def contact_sheet(
         x = gap
         for c, picture in enumerate(row):
             middle = x + widths[c] // 2
-            text, font = _fit_text(titles[r * columns + c], font_size, widths[c] + gap // 2)
+            text, font = fit_text(titles[r * columns + c], font_size, widths[c] + gap // 2)
             draw.text((middle, y + band / 2), text, font=font, anchor="mm", fill=_INK)
             offset = (heights[r] - picture.shape[0]) // 2
             position = (middle - picture.shape[1] // 2, y + band + offset)
@@ -78,7 +78,7 @@ def _fit(image: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size, method))
 
 
-def _fit_text(text: str, size: int, width: int) -> tuple[str, Font]:
+def fit_text(text: str, size: int, width: int) -> tuple[str, Font]:
     """Shrinks the font, then cuts the text, until it is at most `width` pixels wide."""
     font = ImageFont.load_default(size)
     while font.getlength(text) > width and size > 10:
