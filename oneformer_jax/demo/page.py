@@ -50,7 +50,7 @@ element.addEventListener("click", event => {
 STYLE = """
 .result { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
 svg, .segments { max-height: max(400px, calc(100vh - 370px)); }
-svg { flex: 3 1 400px; min-width: 0; max-width: 100%; }
+svg { flex: 3 1 400px; min-width: 0; max-width: 100%; overflow: hidden; }
 .segments { flex: 2 1 340px; overflow: auto; }
 table { width: 100%; margin: 0; border: 0; border-collapse: collapse;
   color: var(--body-text-color); }
@@ -63,9 +63,9 @@ tr[data-segment], path { cursor: pointer; }
 i { display: inline-block; width: 14px; height: 14px; margin-right: 8px; border-radius: 3px;
   vertical-align: -2px; border: 1px solid var(--border-color-primary); }
 path { fill: transparent; fill-rule: evenodd; stroke: none; }
-path.lit, path.kept { fill: rgb(255 255 255 / 0.35); stroke: white; stroke-width: 3;
+path.lit, path.kept { fill: rgb(255 255 255 / 0.25); stroke: white; stroke-width: 3;
   filter: drop-shadow(0 0 2px black); }
-tr.lit, tr.kept { background: var(--background-fill-secondary); }
+tr.lit, tr.kept { background: var(--color-accent-soft); }
 tr.kept td:first-child { font-weight: 600; }
 tr:focus-visible { outline: 2px solid var(--color-accent); outline-offset: -2px; }
 .error { color: var(--error-text-color, #b91c1c); font-weight: 600; }
@@ -157,8 +157,8 @@ def build(segmenter: Segmenter, threshold: float | None = None) -> Any:
     ) as page:
         gr.Markdown(f"## {view.escape(title)}")
         state = gr.State()
-        with gr.Row(equal_height=True):
-            file = gr.File(label="Image", height=150, elem_id="image")
+        with gr.Row():
+            file = gr.File(label="Image", height=228, elem_id="image")
             with gr.Column():
                 task = gr.Radio(TASKS, value="panoptic", label="Task", elem_id="task")
                 slider = gr.Slider(

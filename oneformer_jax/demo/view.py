@@ -72,7 +72,7 @@ def _figure(picture: np.ndarray, segmentation: Segmentation) -> str:
         name = escape(segmentation.names[i])
         outlines.append(f'<path data-segment="{i}" d="{path}"><title>{name}</title></path>')
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="the segmented image">'
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="xMinYMin" role="img">'
         f'<image width="{width}" height="{height}" href="data:image/jpeg;base64,{data}"/>'
         f"{''.join(outlines)}</svg>"
     )
