@@ -133,7 +133,7 @@ def demo(
     from oneformer_jax.demo import page
     from oneformer_jax.weights import fetch
 
-    page.library()  # before the model is loaded
+    page.check()  # before the model is loaded
     chosen = _prediction_settings(settings or {})
     segmenter = _load(fetch.local_path(weights), which, *chosen)
     if not isinstance(segmenter, oneformer_jax.Segmenter):

@@ -7,6 +7,7 @@ only needs the post-processing; the result is that of `segmenter(image, task, th
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import pathlib
@@ -119,22 +120,18 @@ def write_zip(opened: Opened, threshold: float, folder: str) -> str:
     return path
 
 
-def library() -> Any:
-    """Imports gradio, which then reports nothing to its makers; ValueError if it is missing."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log each request
-    try:
-        import gradio
-    except ImportError:
+def check() -> None:
+    """Raises ValueError if gradio is missing."""
+    if importlib.util.find_spec("gradio") is None:
         raise ValueError(
             'the demo page needs gradio, which is missing: pip install "oneformer-jax[demo]"'
-        ) from None
-    return gradio
+        )
 
 
 def build(segmenter: Segmenter, threshold: float | None = None) -> Any:
     """Makes the page, a `gradio.Blocks`; `threshold` is the first, None takes the model's."""
-    gr = library()
+    import gradio as gr
+
     if threshold is None:
         threshold = segmenter.postprocess.object_mask_threshold
 
@@ -189,12 +186,14 @@ def serve(segmenter: Segmenter, host: str, port: int, threshold: float | None = 
     """Serves the page until Ctrl-C or SIGTERM; then its temporary files are deleted.
 
     Raises:
-      ValueError: gradio is missing.
       OSError: the address cannot be used.
     """
     with tempfile.TemporaryDirectory(prefix="oneformer_demo_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        gr = library()
+        # Gradio reads both when it is imported. It is to report nothing to its makers.
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+        import gradio as gr
+
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log requests to itself
         page = build(segmenter, threshold)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
