@@ -107,7 +107,10 @@ _THRESHOLD = flags.DEFINE_float(
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "predict: segment again what is done.")
 _TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three; export: one.")
 _MAX_PIXELS = flags.DEFINE_integer(
-    "max_pixels", None, "predict: largest image that is read; other modes: data.max_pixels.", 1
+    "max_pixels",
+    None,
+    "predict, demo: largest image that is read; other modes: data.max_pixels.",
+    1,
 )
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "demo: address; 0.0.0.0 is open to the network.")
 _PORT = flags.DEFINE_integer("port", 7860, "demo: port of the page.", 1, 65535)
@@ -466,12 +469,13 @@ def main(argv: Sequence[str]) -> None:
             how = dict(
                 which=_CHECKPOINT.value or "auto",
                 threshold=_THRESHOLD.value,
+                max_pixels=_MAX_PIXELS.value,
                 settings={key: value_of(config, key) for key in keys},
             )
             if mode == "demo":
                 return modes.demo(weights, _HOST.value, _PORT.value, **how)
-            how |= dict(overwrite=_OVERWRITE.value, max_pixels=_MAX_PIXELS.value)
-            modes.predict(weights, _IMAGE.value, _TASK.value, output, **how)
+            chosen = (weights, _IMAGE.value, _TASK.value, output)
+            modes.predict(*chosen, overwrite=_OVERWRITE.value, **how)
     except KeyboardInterrupt:
         if mode == "import":
             fail("stopped; nothing was written", 130)

@@ -126,6 +126,7 @@ def demo(
     *,
     which: str | int = "auto",
     threshold: float | None = None,
+    max_pixels: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Serves a page that segments images: see `demo.page.serve`; the others as for `predict`."""
@@ -133,12 +134,12 @@ def demo(
     from oneformer_jax.demo import page
     from oneformer_jax.weights import fetch
 
-    page.check()  # before the model is loaded
     chosen = _prediction_settings(settings or {})
+    page.check()  # before the model is loaded
     segmenter = _load(fetch.local_path(weights), which, *chosen)
     if not isinstance(segmenter, oneformer_jax.Segmenter):
         raise ValueError(f"{weights} is an exported program; name the weights it was made from")
-    page.serve(segmenter, host, port, threshold)
+    page.serve(segmenter, host, port, threshold=threshold, max_pixels=max_pixels)
 
 
 def _load(path: Any, which: str | int, chosen: dict[str, Any], how: dict[str, Any]) -> Any:

@@ -27,7 +27,7 @@ from oneformer_jax.input_pipeline import images
 from oneformer_jax.types import TASKS
 
 MAX_BYTES = 1 << 26  # of an uploaded file
-MAX_PIXELS = 1 << 26  # of an uploaded image
+MAX_PIXELS = 1 << 26  # of an uploaded image, unless the caller says otherwise
 # Larger images are shrunk to as many pixels: the results of a crowded one take 150 bits a pixel.
 KEPT_PIXELS = 1 << 21
 SESSIONS = 8  # whose last image is kept
@@ -82,16 +82,16 @@ class Opened:
     prediction: Prediction
 
 
-def open_image(segmenter: Segmenter, path: str) -> Opened:
+def open_image(segmenter: Segmenter, path: str, max_pixels: int = MAX_PIXELS) -> Opened:
     """Reads an image file, shrinks it to `KEPT_PIXELS`, and runs the model once for all tasks.
 
     Raises:
-      ImageError: it cannot be read, or is larger than `MAX_BYTES` or `MAX_PIXELS`.
+      ImageError: it cannot be read, or is larger than `MAX_BYTES` or `max_pixels`.
     """
     name = pathlib.Path(path)
     if (length := os.path.getsize(path)) > MAX_BYTES:
         raise images.ImageError(f"{name.name}: {length:,} bytes are more than {MAX_BYTES:,}")
-    image = images.decode_image(images.read_file(path), name.name, max_pixels=MAX_PIXELS)
+    image = images.decode_image(images.read_file(path), name.name, max_pixels=max_pixels)
     height, width = image.shape[:2]
     note = f"{name.name}: {width} x {height} pixels"
     if height * width > KEPT_PIXELS:
@@ -128,8 +128,8 @@ def check() -> None:
         )
 
 
-def build(segmenter: Segmenter, threshold: float | None = None) -> Any:
-    """Makes the page, a `gradio.Blocks`; `threshold` is the first, None takes the model's."""
+def build(segmenter: Segmenter, threshold: float | None, max_pixels: int) -> Any:
+    """Makes the page, a `gradio.Blocks`; see `serve`."""
     import gradio as gr
 
     if threshold is None:
@@ -137,7 +137,7 @@ def build(segmenter: Segmenter, threshold: float | None = None) -> Any:
 
     def opened_and_shown(path: str, task: str, threshold: float) -> tuple[Any, str, None]:
         try:
-            opened = open_image(segmenter, path)
+            opened = open_image(segmenter, path, max_pixels)
             return opened, show(opened, task, threshold), None  # the field is free for the next
         except (ValueError, OSError) as error:
             return None, view.message(str(error), "error"), None
@@ -182,8 +182,21 @@ def build(segmenter: Segmenter, threshold: float | None = None) -> Any:
     return page
 
 
-def serve(segmenter: Segmenter, host: str, port: int, threshold: float | None = None) -> None:
+def serve(
+    segmenter: Segmenter,
+    host: str,
+    port: int,
+    *,
+    threshold: float | None = None,
+    max_pixels: int | None = None,
+) -> None:
     """Serves the page until Ctrl-C or SIGTERM; then its temporary files are deleted.
+
+    Args:
+      segmenter: the model.
+      host, port: the address.
+      threshold: where the slider begins; None is the model's object mask threshold.
+      max_pixels: largest image that is read; None is `MAX_PIXELS`.
 
     Raises:
       OSError: the address cannot be used.
@@ -194,7 +207,7 @@ def serve(segmenter: Segmenter, host: str, port: int, threshold: float | None = 
         import gradio as gr
 
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log requests to itself
-        page = build(segmenter, threshold)
+        page = build(segmenter, threshold, max_pixels or MAX_PIXELS)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             page.launch(

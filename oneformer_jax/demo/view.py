@@ -93,8 +93,9 @@ def _table(segmentation: Segmentation, numbers: list[int]) -> str:
             f"<td>{score}</td><td>{segmentation.areas[i]:,}</td>"
             f"<td>{', '.join(map(str, box.tolist()))}</td></tr>"
         )
-    head = "<tr><th>segment</th><th>score</th><th>area, px</th><th>box (x1, y1, x2, y2)</th></tr>"
-    return (
-        f'<div class="segments"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody>'
-        "</table></div>"
+    head = (
+        "<tr><th>segment</th><th>score</th><th>area, px</th>"
+        '<th title="left, top, right and bottom in pixels">box</th></tr>'
     )
+    table = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="segments">{table}</div>'

@@ -205,16 +205,18 @@ def test_a_large_image_is_shrunk_and_the_page_says_so(segmenter, file, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "limit", "message"),
+    ("max_bytes", "max_pixels", "message"),
     [
-        ("MAX_BYTES", 100, r"^street <1>\.png: [\d,]+ bytes are more than 100$"),
-        ("MAX_PIXELS", 1000, r"^street <1>\.png: .*48 x 70 pixels"),
+        (100, 10_000, r"^street <1>\.png: [\d,]+ bytes are more than 100$"),
+        (100_000, 1000, r"^street <1>\.png: 48 x 70 pixels .* more than data.max_pixels, 1,000"),
     ],
 )
-def test_a_file_over_a_limit_is_refused(segmenter, file, monkeypatch, name, limit, message):
-    monkeypatch.setattr(page, name, limit)
+def test_a_file_over_a_limit_is_refused(
+    segmenter, file, monkeypatch, max_bytes, max_pixels, message
+):
+    monkeypatch.setattr(page, "MAX_BYTES", max_bytes)
     with pytest.raises(ImageError, match=message):
-        page.open_image(segmenter, file)
+        page.open_image(segmenter, file, max_pixels)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n broken"])
@@ -232,3 +234,15 @@ def test_a_missing_library_is_said_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r'pip install "oneformer-jax\[demo\]"'):
         modes.demo("no such weights", "127.0.0.1", 7860)
+
+
+def test_a_key_that_does_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"--config\.optim\.lr does nothing in prediction"):
+        modes.demo("no such weights", "127.0.0.1", 7860, settings={"optim.lr": 0.1})
+
+
+def test_an_exported_program_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(page, "check", lambda: None)
+    monkeypatch.setattr(modes, "_load", lambda *_: object())
+    with pytest.raises(ValueError, match="is an exported program; name the weights"):
+        modes.demo(str(tmp_path), "127.0.0.1", 7860)
