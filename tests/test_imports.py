@@ -16,7 +16,8 @@ RULES = {
     "__main__": ("app", ""),  # python -m oneformer_jax
     "": ("types models train eval weights export input_pipeline.datasets", "jax"),  # the public API
     "app": (
-        "app train compile eval weights export report types input_pipeline input_pipeline.datasets"
+        "app demo train compile eval weights export report types input_pipeline"
+        " input_pipeline.datasets"
         " input_pipeline.eval_loader configs configs.common",
         "absl jax ml_collections",
     ),
@@ -26,6 +27,7 @@ RULES = {
         "jax jax2onnx msgspec numpy onnx safetensors",
     ),
     "report": ("report configs.common", "msgspec"),
+    "demo": ("demo eval types input_pipeline.images", "cv2 gradio numpy PIL"),
     "compile": ("compile train models types kernels.chips", "absl jax ml_collections numpy"),
     "train": (
         "train eval eval.evaluate models types weights kernels.chips kernels.calibrate",

@@ -3,6 +3,7 @@
   python main.py --config=synthetic --workdir=runs/synthetic --mode=train
   python main.py --config=configs/synthetic.py --workdir=runs/synthetic --mode=eval
   python main.py --workdir=runs/synthetic --mode=predict --image=FILE_OR_FOLDER --task=all
+  python main.py --workdir=runs/synthetic --mode=demo
   python main.py --mode=convert --source=FILE_OR_FOLDER --output=runs/converted
   python main.py --mode=export --weights=X --format=onnx --size=512x512 --task=panoptic --output=X
   python main.py --mode=prepare --dataset=coco --source=DIR
@@ -73,6 +74,7 @@ _MODES = {
     "train": "train --config in --workdir, with evaluations and pictures; the default",
     "eval": "evaluate a checkpoint of --workdir",
     "predict": "segment --image with the model of --workdir or --weights",
+    "demo": "serve a page that segments images with the model of --workdir or --weights",
     "convert": "turn --source into --output: weights of one program into those of another",
     "export": "write the model of --workdir or --weights as a StableHLO or ONNX program",
     "prepare": "write the files of --dataset in --source as records",
@@ -89,29 +91,34 @@ _MODE = flags.DEFINE_enum("mode", "train", tuple(_MODES), "What to do.")
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "predict, export: a workdir, an official .pth, a Hugging Face folder, OWNER/NAME@REVISION of "
-    "the hub, or an address (https, gs, s3).",
+    "predict, demo, export: a workdir, an official .pth, a Hugging Face folder, "
+    "OWNER/NAME@REVISION of the hub, or an address (https, gs, s3).",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
-    "eval, predict, export: a step, latest or best; replay: a recorded step. When not given: the "
-    "latest, but predict and export take the best where there are scores.",
+    "eval, predict, demo, export: a step, latest or best; replay: a recorded step. When not given: "
+    "the latest, but predict, demo and export take the best where there are scores.",
 )
 _IMAGE = flags.DEFINE_string(
     "image", None, "predict: an image, a folder of them, a video, or '*.png'."
 )
 _THRESHOLD = flags.DEFINE_float(
-    "threshold", None, "predict: keep segments whose score is above this.", 0.0, 1.0
+    "threshold", None, "predict, demo: keep segments whose score is above this.", 0.0, 1.0
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "predict: segment again what is done.")
 _TASK = flags.DEFINE_enum("task", "all", TASKS, "predict: the task, or all three; export: one.")
 _MAX_PIXELS = flags.DEFINE_integer(
-    "max_pixels", None, "predict: largest image that is read; other modes: data.max_pixels.", 1
+    "max_pixels",
+    None,
+    "predict, demo: largest image that is read; other modes: data.max_pixels.",
+    1,
 )
 _COMPARE = flags.DEFINE_multi_string(
     "compare", [], "report: the workdir of another run; give it again for more."
 )
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "demo: address; 0.0.0.0 is open to the network.")
+_PORT = flags.DEFINE_integer("port", 7860, "demo: port of the page.", 1, 65535)
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
@@ -301,7 +308,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
         print(help_text())
         sys.exit(0)
-    if argument(argv, "mode") == "predict" and argument(argv) is None and overridden_keys(argv):
+    if (
+        argument(argv, "mode") in ("predict", "demo")
+        and argument(argv) is None
+        and overridden_keys(argv)
+    ):
         # They act on the settings of the weights: the config only tells their types.
         argv = [argv[0], f"--config={CONFIGS / 'custom.py'}", *argv[1:]]
     argv = with_config_file(argv)
@@ -423,6 +434,8 @@ def main(argv: Sequence[str]) -> None:
     elif mode == "predict":
         require_flags(image=_IMAGE.value)
         weights, output = prediction_paths()
+    elif mode == "demo":
+        weights = chosen_weights()
     else:
         require_flags(workdir=_WORKDIR.value, config=config)
     for flag, needed in ((_SAVE, "compile"), (_COMPILED, "train"), (_COMPARE, "report")):
@@ -462,17 +475,16 @@ def main(argv: Sequence[str]) -> None:
             modes.inspect_data(config, _OUTPUT.value, limit=_LIMIT.value)
         else:
             keys = [re.sub(r"\[.*", "", key) for key in overridden_keys(sys.argv)]
-            modes.predict(
-                weights,
-                _IMAGE.value,
-                _TASK.value,
-                output,
+            how = dict(
                 which=_CHECKPOINT.value or "auto",
                 threshold=_THRESHOLD.value,
-                overwrite=_OVERWRITE.value,
                 max_pixels=_MAX_PIXELS.value,
                 settings={key: value_of(config, key) for key in keys},
             )
+            if mode == "demo":
+                return modes.demo(weights, _HOST.value, _PORT.value, **how)
+            chosen = (weights, _IMAGE.value, _TASK.value, output)
+            modes.predict(*chosen, overwrite=_OVERWRITE.value, **how)
     except KeyboardInterrupt:
         if mode == "import":
             fail("stopped; nothing was written", 130)

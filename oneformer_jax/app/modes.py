@@ -101,13 +101,11 @@ def predict(
     Raises:
       ValueError: a key that does not act in prediction, or the errors of loading and predicting.
     """
-    import oneformer_jax
     from oneformer_jax.eval import clips, folder, video
-    from oneformer_jax.train import settings as run_settings
-    from oneformer_jax.weights import fetch, files
+    from oneformer_jax.weights import fetch
 
     limit: dict[str, Any] = {} if max_pixels is None else {"max_pixels": max_pixels}
-    chosen, how = _prediction_settings(settings or {})
+    chosen = _prediction_settings(settings or {})
     target = output or os.path.join(weights, "predictions")
     is_clip = clips.is_clip(image)
     if is_clip:
@@ -117,10 +115,7 @@ def predict(
     path = fetch.local_path(weights)
     if output is None and os.fspath(path) != weights:
         raise ValueError(f"{weights} is no folder of a run: name one for the results, --output=...")
-    if how:
-        workdir = None if files.is_foreign(path) else os.fspath(path)
-        chosen["execution"] = run_settings.execution_of(workdir, how)
-    segmenter = oneformer_jax.load(path, checkpoint=which, **chosen)
+    segmenter = _load(path, which, *chosen)
     if is_clip:
         if threshold is not None:
             segmenter = functools.partial(segmenter, threshold=threshold)
@@ -134,6 +129,41 @@ def predict(
     report = folder.predict_files(segmenter, found, target, task, **limit, **options)
     skipped = f", {report.skipped} were done already" if report.skipped else ""
     print(f"{report.segmented} of {len(found)} images segmented{skipped}; results: {target}")
+
+
+def demo(
+    weights: str,
+    host: str,
+    port: int,
+    *,
+    which: str | int = "auto",
+    threshold: float | None = None,
+    max_pixels: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Serves a page that segments images: see `demo.page.serve`; the others as for `predict`."""
+    import oneformer_jax
+    from oneformer_jax.demo import page
+    from oneformer_jax.weights import fetch
+
+    chosen = _prediction_settings(settings or {})
+    page.check()  # before the model is loaded
+    segmenter = _load(fetch.local_path(weights), which, *chosen)
+    if not isinstance(segmenter, oneformer_jax.Segmenter):
+        raise ValueError(f"{weights} is an exported program; name the weights it was made from")
+    page.serve(segmenter, host, port, threshold=threshold, max_pixels=max_pixels)
+
+
+def _load(path: Any, which: str | int, chosen: dict[str, Any], how: dict[str, Any]) -> Any:
+    """Loads a model with the settings that `_prediction_settings` sorted."""
+    import oneformer_jax
+    from oneformer_jax.train import settings as run_settings
+    from oneformer_jax.weights import files
+
+    if how:
+        workdir = None if files.is_foreign(path) else os.fspath(path)
+        chosen["execution"] = run_settings.execution_of(workdir, how)
+    return oneformer_jax.load(path, checkpoint=which, **chosen)
 
 
 def _prediction_settings(

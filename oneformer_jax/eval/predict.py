@@ -24,8 +24,9 @@ from jax.sharding import PartitionSpec as P
 from oneformer_jax import config_rules
 from oneformer_jax.eval.inputs import as_image
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_images
+from oneformer_jax.eval.prediction import Prediction, ranked, with_threshold
 from oneformer_jax.eval.predictor import Predictor, matching
-from oneformer_jax.eval.segmentation import Instances, Segmentation
+from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.input_pipeline.resize import resize_for_test
 from oneformer_jax.models import functional
@@ -255,15 +256,15 @@ class Segmenter:
             semantic task alone, or another kind of image.
         """
         tasks = tasks_of(task)
-        postprocess = self._with_threshold(threshold, tasks)
+        self._with_threshold(threshold, tasks)  # a wrong one is refused before the model runs
         if tta and tasks != ("semantic",):
             raise ValueError(f"tta is for the semantic task only, not for {task!r}")
         found: list[dict[str, Segmentation]]
         if not isinstance(image, (list, tuple)):
-            found = [self._segment_one(as_image(image), tasks, postprocess, threshold, tta)]
+            found = [self._segment_one(as_image(image), tasks, threshold, tta)]
         elif tta:
             each = (as_image(one) for one in image)
-            found = [self._segment_one(one, tasks, postprocess, threshold, tta) for one in each]
+            found = [self._segment_one(one, tasks, threshold, tta) for one in each]
         else:
             source = [
                 {"image": as_image(one), "file_name": f"image {i}"} for i, one in enumerate(image)
@@ -275,6 +276,28 @@ class Segmenter:
         else:
             results = list(found)
         return results if isinstance(image, (list, tuple)) else results[0]
+
+    def predict(self, image: Any, task: str | Sequence[str] = "all") -> Prediction:
+        """Runs the model on one image; the Prediction gives results for any threshold.
+
+        Args:
+          image, task: as for a call. The image is encoded once.
+
+        Raises:
+          ImageError, ValueError: as for a call.
+        """
+        tasks = tasks_of(task)
+        image = as_image(image)
+        view = self._padded(resize_for_test(image, *self.test_size))
+        features = self._encode(view)
+        return Prediction(
+            image=image,
+            logits={one: self._decode(features, one) for one in tasks},
+            image_size=view["image_size"],
+            padded_size=view["image"].shape[1:3],
+            postprocess=self.postprocess,
+            metadata=self.metadata,
+        )
 
     def segment_source(
         self,
@@ -359,44 +382,23 @@ class Segmenter:
                 yield int(index), dict(zip(tasks, results, strict=True))
 
     def _with_threshold(self, threshold: float | None, tasks: Sequence[str]) -> PostprocessConfig:
-        if threshold is None:
-            return self.postprocess
-        if tuple(tasks) == ("semantic",):
+        if threshold is not None and tuple(tasks) == ("semantic",):
             raise ValueError(
                 "threshold: the semantic task gives each pixel its best class, without scores"
             )
-        return dataclasses.replace(self.postprocess, object_mask_threshold=threshold)
+        return with_threshold(self.postprocess, threshold)
 
     def _segment_one(
-        self,
-        image: np.ndarray,
-        tasks: Sequence[str],
-        postprocess: PostprocessConfig,
-        threshold: float | None,
-        tta: bool,
+        self, image: np.ndarray, tasks: Sequence[str], threshold: float | None, tta: bool
     ) -> dict[str, Segmentation]:
-        resized = resize_for_test(image, *self.test_size)
         if tta:
-            return {"semantic": self._averaged(image, resized)}
-        view = self._padded(resized)
-        features = self._encode(view)
-        found = {}
-        for task in tasks:
-            (segmentation,) = segment_images(
-                *self._decode(features, task),
-                view["image_size"],
-                np.array([image.shape[:2]]),
-                view["image"].shape[1:3],
-                task=task,
-                config=postprocess,
-                metadata=self.metadata,
-                images=[image],
-            )
-            found[task] = ranked(segmentation, threshold)
-        return found
+            return {"semantic": self._averaged(image)}
+        prediction = self.predict(image, tasks)
+        return {task: prediction.segmentation(task, threshold) for task in tasks}
 
-    def _averaged(self, image: np.ndarray, resized: np.ndarray) -> Segmentation:
-        """Segments `image` semantically from the views of `resized`."""
+    def _averaged(self, image: np.ndarray) -> Segmentation:
+        """Segments `image` semantically from the views of the augmentation."""
+        resized = resize_for_test(image, *self.test_size)
         views = (
             self._padded(resize_for_test(resized, edge, self.tta.max_size))
             for edge in self.tta.short_edges
@@ -496,17 +498,3 @@ def tasks_of(task: str | Sequence[str]) -> tuple[str, ...]:
     if not tasks:
         raise ValueError(f"no task is given; use some of {', '.join(TASKS)}, or 'all'")
     return tuple(dict.fromkeys(tasks))
-
-
-def ranked(found: Segmentation, threshold: float | None) -> Segmentation:
-    """Sorts instances by falling score, and leaves out those that are not above the threshold.
-
-    Results of the other tasks stay as they are.
-    """
-    if found.task != "instance":
-        return found
-    order = np.argsort(-found.instances.scores, kind="stable")
-    if threshold is not None:
-        order = order[found.instances.scores[order] > threshold]
-    chosen = Instances(*(values[order] for values in found.instances))
-    return dataclasses.replace(found, instances=chosen)

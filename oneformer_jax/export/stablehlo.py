@@ -7,7 +7,6 @@ run their best with different forms of the same sums. The weights are arguments 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import os
@@ -25,7 +24,8 @@ from jax import export
 from oneformer_jax import compilation
 from oneformer_jax.eval.inputs import as_image
 from oneformer_jax.eval.postprocess import segment_batch
-from oneformer_jax.eval.predict import Segmenter, ranked, tasks_of
+from oneformer_jax.eval.predict import Segmenter, tasks_of
+from oneformer_jax.eval.prediction import ranked, with_threshold
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.export import description as descriptions
 from oneformer_jax.export.description import Description
@@ -186,9 +186,7 @@ class ExportedSegmenter:
                 f"threshold: {self._path} gives "
                 + ("final maps" if about.postprocess else "a class for each pixel, without scores")
             )
-        thresholds = about.thresholds
-        if threshold is not None:
-            thresholds = dataclasses.replace(thresholds, object_mask_threshold=threshold)
+        thresholds = with_threshold(about.thresholds, threshold)
         image = as_image(image)
         view = resize_to_fit(image, about.size)
         if about.postprocess and view is not image:

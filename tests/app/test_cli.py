@@ -119,6 +119,8 @@ def test_overrides_are_found_among_the_arguments():
         (("--mode=report", "--workdir=tests"), 1, ("error: tests holds no run",)),
         ((CONFIG, "--workdir=w", "--compare=v"), 2, ("--compare belongs to --mode=report",)),
         (("--mode=predict", "--image=x"), 2, ("needs --workdir=... or --weights=...",)),
+        (("--mode=demo",), 2, ("--mode=demo needs --workdir=... or --weights=...",)),
+        (("--mode=demo", "--weights=x", "--port=99999"), 2, ("--port=99999", "65535")),
         (("--mode=predict", "--image=x", "--workdir=w", "--weights=v"), 2, ("not both",)),
         (("--mode=predict", "--image=x", "--weights=v"), 2, ("needs --output=FOLDER",)),
         (("--mode=predict", "--image=x", "--workdir=main.py"), 2, ("needs --output=FOLDER",)),

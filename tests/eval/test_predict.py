@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from oneformer_jax import compilation
-from oneformer_jax.eval import predict
+from oneformer_jax.eval import predict, prediction
 from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tta import TtaConfig
@@ -90,8 +90,8 @@ def test_segmenter_prepares_the_image_as_the_official_evaluation_does(monkeypatc
             class_logits, mask_logits, image_size, original_size, padded_size, **rest
         )
 
-    segment_images = predict.segment_images
-    monkeypatch.setattr(predict, "segment_images", spy)
+    segment_images = prediction.segment_images
+    monkeypatch.setattr(prediction, "segment_images", spy)
     segmenter()(picture(), task)
     assert seen["image_size"].tolist() == [[64, 93]]
     assert seen["original_size"].tolist() == [[48, 70]]

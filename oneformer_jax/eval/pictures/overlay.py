@@ -133,7 +133,8 @@ def _drawn_size(shape: tuple[int, int], min_size: int, max_pixels: int) -> tuple
     return width, max(1, min(int(height * shrink), max_pixels // width))
 
 
-def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a mask, bool [H, W], to `size`, (width, height)."""
     if mask.shape == size[::-1]:
         return mask
     larger = size[0] > mask.shape[1]
@@ -174,7 +175,7 @@ def _regions(
     for position, (whole, label, score) in enumerate(found):
         if score is not None and score < min_score:
             continue
-        mask = _resized(whole, size)
+        mask = resized(whole, size)
         if not mask.any():
             continue
         name = metadata.class_names[label]
