@@ -397,6 +397,15 @@ for task in protocol.tasks:
         metric.predicted[0] += 2**40
     metric = merge_hosts(metric)
     found[task] = [metric.counts(), {n: repr(v) for n, v in metric.compute().items()}]
+from oneformer_jax.eval.findings import Findings
+from oneformer_jax.eval.metrics.outcome import Outcome
+from tests.eval.test_findings import METADATA as CLASSES, truth_of
+findings = Findings(CLASSES)
+for i in range(process, 9, 2):
+    record, segmented = truth_of(i, "panoptic")
+    findings.add(segmented, record | {"image_id": str(i)}, Outcome(float(i), []))
+examples = json.loads(merge_hosts(findings).state()["json"].tobytes())[2]["panoptic"]
+found["examples"] = [example["image"] for example in examples]
 print("RESULT", json.dumps(found))
 """
 
@@ -435,6 +444,7 @@ def test_two_processes_agree_on_the_whole():
         for out, _ in outputs
     ]
     assert results[0] == results[1]
+    assert results[0]["examples"] == ["0", "1", "2", "6", "7", "8"]
     for task in TASKS:
         whole = Protocol("cityscapes").make_metric(task, cases)
         for update in random_updates(task, 5):
