@@ -115,7 +115,7 @@ _MAX_PIXELS = flags.DEFINE_integer(
     1,
 )
 _COMPARE = flags.DEFINE_multi_string(
-    "compare", [], "report: the workdir of another run; give it again for more."
+    "compare", [], "report: the workdir of another run"
 )
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "demo: address; 0.0.0.0 is open to the network.")
 _PORT = flags.DEFINE_integer("port", 7860, "demo: port of the page.", 1, 65535)
@@ -290,7 +290,7 @@ def help_text() -> str:
     lines += [f"  {name:<10}{text}" for name, text in _MODES.items()]
     lines += ["", "Flags:"]
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
-        default = "" if flag.default in (None, False) else f" (default: {flag.default_as_str})"
+        default = "" if flag.default in (None, False, []) else f" (default: {flag.default_as_str})"
         lines += textwrap.wrap(
             f"--{flag.name}: {' '.join(flag.help.split())}{default}",
             98,

@@ -165,7 +165,7 @@ def test_load_runs_a_model_as_told_or_in_the_dtype_of_its_training(workdir, tmp_
 def test_load_refuses_what_it_does_not_know(workdir, tmp_path):
     with pytest.raises(ValueError, match="objectmask"):
         oneformer_jax.load(workdir, objectmask=0.25)
-    with pytest.raises(ValueError, match="expected a workdir"):
+    with pytest.raises(ValueError, match="accepted are a workdir"):
         oneformer_jax.load(tmp_path)
 
 

@@ -244,5 +244,6 @@ def test_a_key_that_does_nothing_is_refused():
 def test_an_exported_program_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(page, "check", lambda: None)
     monkeypatch.setattr(modes, "_load", lambda *_: object())
+    (tmp_path / "model.json").touch()
     with pytest.raises(ValueError, match="is an exported program; name the weights"):
         modes.demo(str(tmp_path), "127.0.0.1", 7860)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from oneformer_jax.eval import predict
+from oneformer_jax.eval import predict, prediction
 from oneformer_jax.eval.predictor import Predictor
 from oneformer_jax.models import functional
 from oneformer_jax.models.execution import Execution
@@ -55,13 +55,13 @@ def test_all_tasks_at_once_are_bit_equal_to_single_calls(queries, how, size):
 def test_the_logits_of_all_tasks_are_bit_equal_to_those_of_single_calls(monkeypatch):
     """Thresholds could hide a difference."""
     seen = []
-    segment_images = predict.segment_images
+    segment_images = prediction.segment_images
 
     def spy(*logits, **rest):
         seen.append([np.asarray(x) for x in logits[:2]])
         return segment_images(*logits, **rest)
 
-    monkeypatch.setattr(predict, "segment_images", spy)
+    monkeypatch.setattr(prediction, "segment_images", spy)
     image = picture(seed=1)
     segmenter()(image, "all")
     for task in TASKS:

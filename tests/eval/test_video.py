@@ -216,6 +216,7 @@ def test_the_command_takes_videos(tmp_path, monkeypatch, capsys):
     path = clip_files.write(tmp_path / "a.mp4")
     monkeypatch.setattr("oneformer_jax.load", lambda path, checkpoint: by_colour)
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.json").touch()
     modes.predict(str(tmp_path / "run"), str(path), "semantic", str(tmp_path / "out"))
     printed = capsys.readouterr().out
     assert "2 results are in" in printed and "a_mp4_semantic_overlay.mp4" in printed
