@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oneformer_jax import files, remote
+from oneformer_jax import files, remote, report
 from oneformer_jax.eval import inputs
 from oneformer_jax.input_pipeline import array_records, images, sources
 from oneformer_jax.remote import RemoteError
@@ -91,10 +91,14 @@ def test_a_run_in_a_bucket_is_that_of_a_folder_and_goes_on_after_a_stop(
     events = {name for name in names if name.startswith("events.out.tfevents")}
     saved = {name for name in names if name.startswith("checkpoints/")}
     assert len(events) == 2
-    assert names - events - saved == {
-        *("config.json", "model.json", "metadata.json", "metrics.jsonl", "eval/4/results.json"),
-        "pictures/step_0000004.png",
+    examples = {name for name in names if name.startswith("eval/4/examples/")}
+    assert "eval/4/examples/semantic_worst_1.jpg" in examples
+    assert names - events - saved - examples == {
+        *("config.json", "model.json", "metadata.json", "metrics.jsonl", "texts.json"),
+        *("eval/4/results.json", "eval/4/examples.json", "pictures/step_0000004.png"),
+        *("eval/4/confusion.json", "eval/4/confusion.png"),
     }
+    assert report.write_report(url) == f"{url}/report.html"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing was written here
     for name in events:
         (tmp_path / "events").mkdir(exist_ok=True)
