@@ -91,6 +91,7 @@ def test_from_an_export_to_segmented_images(tmp_path):
     assert (tmp_path / "runs" / "inspection" / "samples.png").is_file()
     for text in (trained, evaluated):
         assert "runs/mine/eval/3/results.json" in text
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     results = json.loads((tmp_path / "runs/mine/eval/3/results.json").read_text())
     assert results["images"] == held_back and "instance/AP" in results["metrics"]
     assert "2 of 2 images segmented" in predicted
