@@ -114,9 +114,7 @@ _MAX_PIXELS = flags.DEFINE_integer(
     "predict, demo: largest image that is read; other modes: data.max_pixels.",
     1,
 )
-_COMPARE = flags.DEFINE_multi_string(
-    "compare", [], "report: the workdir of another run"
-)
+_COMPARE = flags.DEFINE_multi_string("compare", [], "report: the workdir of another run")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "demo: address; 0.0.0.0 is open to the network.")
 _PORT = flags.DEFINE_integer("port", 7860, "demo: port of the page.", 1, 65535)
 _OUTPUT = flags.DEFINE_string(
