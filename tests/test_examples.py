@@ -48,3 +48,18 @@ def test_predict_and_fine_tune(tmp_path, monkeypatch):
     )
     assert len(outputs(predicted, "image/png")) == 2
     assert (tmp_path / "output" / "scene_panoptic.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_task_token(tmp_path, monkeypatch):
+    scenes = '{"size": 64, "train_examples": 8, "validation_examples": 4}'
+    small = dict(WORKDIR=tmp_path / "runs", STEPS=2, SCENES=scenes)
+    shown = execute(ROOT / "examples" / "task_token.ipynb", tmp_path, monkeypatch, **small)
+    assert len(outputs(shown, "image/png")) == 2
+    (table,) = [
+        output["text"]
+        for cell in shown.cells
+        for output in cell.get("outputs", ())
+        if "PQ_stuff" in output.get("text", "")
+    ]
+    assert len(table.splitlines()) == 4

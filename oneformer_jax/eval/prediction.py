@@ -66,4 +66,4 @@ def ranked(found: Segmentation, threshold: float | None) -> Segmentation:
     if threshold is not None:
         order = order[found.instances.scores[order] > threshold]
     chosen = Instances(*(values[order] for values in found.instances))
-    return dataclasses.replace(found, instances=chosen)
+    return dataclasses.replace(found, instances=chosen, threshold=threshold)

@@ -52,6 +52,8 @@ class Segmentation:
       class_map: semantic, int32 [H, W] class ids (`types.VOID` only in ground truth).
       instances: instance, their masks, scores and labels.
       image: uint8 [H, W, 3] RGB, or None if it was not kept.
+      threshold: the score that all instances are above, if one was asked for; pictures then show
+        all of them, else those of at least 0.5.
     """
 
     task: str
@@ -61,6 +63,7 @@ class Segmentation:
     class_map: Array = None
     instances: Instances | Any = None
     image: np.ndarray | None = None
+    threshold: float | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -210,6 +213,8 @@ class Segmentation:
         """
         from oneformer_jax.eval.pictures import overlay
 
+        if self.threshold is not None:
+            options.setdefault("min_score", self.threshold)
         image = self.image if image is None else image
         if image is None:
             raise ValueError("this Segmentation holds no image: call overlay(image)")

@@ -1,5 +1,6 @@
 """One result, three tasks: its segments in one order, and the forms that others read."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -85,6 +86,16 @@ def test_coco_results_are_json_and_hold_the_masks(make):
         assert ("score" in entry) == (result.task != "semantic")
     left, top, right, bottom = result.boxes[0]
     assert found[0]["bbox"] == [left, top, right - left, bottom - top]
+
+
+def test_pictures_show_the_instances_that_were_asked_for():
+    weak = dataclasses.replace(
+        instance(), instances=instance().instances._replace(scores=np.full(3, 0.3, np.float32))
+    )
+    np.testing.assert_array_equal(weak.overlay(labels=False), IMAGE)
+    asked = dataclasses.replace(weak, threshold=0.2)
+    assert (asked.overlay(labels=False) != IMAGE).any()
+    np.testing.assert_array_equal(asked.overlay(labels=False, min_score=0.5), IMAGE)
 
 
 def test_save_writes_the_files_of_a_prediction(tmp_path):
