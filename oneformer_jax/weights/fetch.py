@@ -31,6 +31,8 @@ def local_path(name: str | os.PathLike[str]) -> pathlib.Path:
       FileError: it is none of these, or cannot be fetched; one line that says why.
     """
     text = os.fspath(name)
+    if not isinstance(name, str) and remote.is_remote(text):
+        return remote.path_of(text)  # what an earlier call gave
     expanded = os.path.expanduser(text)
     path = pathlib.Path(expanded)
     if os.path.lexists(expanded) or not isinstance(name, str):

@@ -177,7 +177,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong_with_a_bucket(server, b
         ("--mode=predict", "--workdir=gs://nobodys/run", "--image=x"): "no bucket 'nobodys'",
         ("--mode=predict", "--workdir=gs://closed/run", "--image=x.png"): "permission is denied",
         ("--mode=predict", "--workdir=gs://unknown/run", "--image=x.png"): "no valid credentials",
-        ("--mode=predict", "--workdir=az://a/run", "--image=x.png"): "cannot hold checkpoints",
+        ("--mode=predict", "--workdir=az://a/run", "--image=x.png"): "is no URL that this program",
         ("--mode=convert", f"--source={url}", "--output=x"): f"{url} does not exist",
         ("--mode=convert", f"--source={url}", f"--output={url}", "--format=official"): "bucket",
         ("--mode=inspect", f"--output={url}", "--config=synthetic"): "cannot be in a bucket",

@@ -72,7 +72,9 @@ def test_a_bucket_that_breaks_goes_on_where_it_broke(bucket, monkeypatch):
 def test_what_a_bucket_does_not_have_is_one_line(bucket):
     one_line(lambda: fetch.local_path("gs://bucket/no.pth"), "no such file in the bucket")
     # Without the ending of a file of weights it is a workdir, which is read where it is.
-    assert os.fspath(fetch.local_path("gs://bucket/folder")) == "gs://bucket/folder"
+    found = fetch.local_path("gs://bucket/folder")
+    assert os.fspath(found) == "gs://bucket/folder"
+    assert fetch.local_path(found) == found  # a path that was found already
     one_line(lambda: fetch.local_path("gs://bucket/a*b"), "characters that stand for something")
     one_line(lambda: fetch.local_path("gs://"), "use gs://BUCKET/FOLDER")
 
