@@ -122,7 +122,7 @@ class Store:
 
     @property
     def outcomes(self) -> Outcomes:
-        """What is known."""
+        """Outcomes by call and candidate, also those of earlier processes."""
         return self._outcomes
 
     def keep(self, key: str, candidate: str, outcome: Outcome) -> None:

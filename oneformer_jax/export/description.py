@@ -1,4 +1,4 @@
-"""What an exported file tells about itself, and the checks when it is read."""
+"""Describes an exported file to its readers, and checks the description when it is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _Text = Annotated[str, Meta(max_length=10_000)]
 
 
 class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What an exported file holds beside its program.
+    """The description of an exported program.
 
     Attributes:
       format, version: of this description.

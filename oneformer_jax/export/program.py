@@ -1,4 +1,4 @@
-"""What is exported: images to logits, or to maps, as one function of arrays.
+"""Makes the function that is exported: from images to logits, or to maps.
 
 Post-processing runs on the device as a whole here: what `eval.postprocess` finishes on the host,
 query by query, is computed from tables of all pairs of queries.

@@ -1,4 +1,4 @@
-"""What TensorBoard shows first: groups of tags, a layout, and what a run is compared by."""
+"""Arranges TensorBoard: groups of tags, a layout, and the settings by which runs compare."""
 
 from __future__ import annotations
 

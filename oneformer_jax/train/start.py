@@ -1,4 +1,4 @@
-"""What a run starts from: the files of `config.init`, and the architecture of a whole model."""
+"""Starts a run from the files of `config.init`, and takes the architecture of a whole model."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def model_card(
 
 
 def _start(init: Mapping[str, Any]) -> dict[str, str]:
-    """What training started from: an address without secrets, or the last two names of a path."""
+    """Names the start of a training: an address without secrets, or the end of a path."""
     names = {key: str(value) for key, value in init.items() if value}
     return {
         key: download.shown(value) if "://" in value else "/".join(value.split("/")[-2:])

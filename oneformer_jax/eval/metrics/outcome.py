@@ -1,4 +1,4 @@
-"""What a model got right and wrong in one image; each metric's `update` returns it."""
+"""Describes a model's mistakes in one image; each metric's `update` returns it."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class _Verdict(msgspec.Struct):
 
 
 class _Report(msgspec.Struct):
-    """What a process says of itself: its host, and JSON by name."""
+    """The description that a process gives of itself: its host, and JSON by name."""
 
     host: str
     facts: dict[str, str]
