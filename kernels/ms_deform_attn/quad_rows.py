@@ -5,6 +5,15 @@ cell between 4 pixels: 4 corners of 32 channels fill the 128 lanes of a vector r
 is one load of one row. Rows are addressed from scalar memory, one after another; the vector work
 (corner weights, sums, gradients) hides behind the row traffic.
 
+  a map of 2 x 3 pixels      its 3 x 4 cells             row 5 of the table = cell (1, 1)
+  with a border of zeros     (numbers: table rows)
+                                                   lanes  0..31    32..63   64..95   96..127
+   0   0   0   0   0     +----+----+----+----+         +--------+--------+--------+--------+
+   0   a   b   c   0     |  0 |  1 |  2 |  3 |         |   a    |   b    |   d    |   e    |
+   0   d   e   f   0     |  4 |  5 |  6 |  7 |         | 32 ch. | 32 ch. | 32 ch. | 32 ch. |
+   0   0   0   0   0     |  8 |  9 | 10 | 11 |         +--------+--------+--------+--------+
+                         +----+----+----+----+          (y, x)  (y, x+1) (y+1, x) (y+1,x+1)
+
 The code relies on properties of the static schedule (v5e; a bundle is one issue cycle):
   * A scalar load forms its address `immediate + register` free of charge only if the array lies at
     a fixed place and the immediate is a static slice. So the kernels copy indices themselves to a
