@@ -11,7 +11,7 @@ Models, the first part of the variant:
   dinov2_small, dinov2_base, dinov3_base, dinov3_large
               for fine-tuning from Meta's files with few images, at 512 x 512: add
               --config.init.backbone=FILE, and to keep the backbone as it is
-              --config.optim.freeze='("backbone",)'. Not run here with their files.
+              --config.optim.freeze=backbone. Not run here with their files.
 
 Annotations, after a comma:
 
