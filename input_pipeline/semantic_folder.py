@@ -13,7 +13,7 @@ import numpy as np
 from oneformer_jax.files import first_few
 from oneformer_jax.input_pipeline import datasets, images
 from oneformer_jax.input_pipeline.datasets import DatasetInfo
-from oneformer_jax.input_pipeline.files import found_in, read_file
+from oneformer_jax.input_pipeline.files import found_in, read_file, read_text
 from oneformer_jax.input_pipeline.records import (
     RecordError,
     SegmentTable,
@@ -52,12 +52,8 @@ def read_classes(path: str | os.PathLike, ignore_labels: Sequence[int] = (255,))
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no list of classes {path}: {_LAYOUT}; {found_in(path)}")
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8 ({error}); store it anew") from None
     values, names = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         match = re.fullmatch(r"\s*([0-9]{1,9})\s+(\S.*)", line)
