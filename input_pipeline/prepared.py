@@ -96,7 +96,9 @@ class _Table(msgspec.Struct):
     ignore_label: _Int32
 
 
-class _Facts(msgspec.Struct):
+class Facts(msgspec.Struct):
+    """Facts about the records of a split or of a file, an entry each."""
+
     height: list[_Side]
     width: list[_Side]
     has_things: list[bool]
@@ -104,7 +106,7 @@ class _Facts(msgspec.Struct):
 
 class _Metadata(msgspec.Struct):
     info: _Table
-    records: dict[str, _Facts]
+    records: dict[str, Facts]
     fingerprints: dict[str, str] = {}
     left_out: dict[str, list[str]] = {}
     skipped: list[str] = []

@@ -209,7 +209,7 @@ class Export:
             return None
         if self.polygon(picture, [center], where) is None:
             return None
-        # (x cos + y sin)^2 / a^2 + (y cos - x sin)^2 / b^2 <= 1 holds in each row between two roots.
+        # ((x cos + y sin) / a)^2 + ((y cos - x sin) / b)^2 <= 1: in a row, between two roots.
         a, b = np.clip(radii, 1e-6, 1e6)  # beyond, the pixels stay the same
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         rows, columns = np.ogrid[: picture.size[0], : picture.size[1]]

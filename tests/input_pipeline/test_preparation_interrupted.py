@@ -1,5 +1,6 @@
 """Preparations that are killed, stopped, or run into a full disk: what is left, and going on."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -109,6 +110,31 @@ def test_repaired_split_is_not_listed_while_it_is_rewritten(job, monkeypatch):
         job.open(skip_broken=True)
     job.prepare()
     assert len(job.open()) == 5
+
+
+@pytest.mark.parametrize(
+    "damaged, content",
+    [
+        *((".shards/train-00000.json", text) for text in ("", "[]", "{}", '{"height": 5}')),
+        (".shards/train-00000.json", '{"height": [20, 20], "width": [], "has_things": [true]}'),
+        (".shards/train.json", '{"finger'),
+        ("prepare_report.json", "{"),
+        ("prepare_report.json", '{"splits": [1]}'),
+    ],
+)
+def test_notes_of_a_preparation_that_are_damaged_are_made_anew(job, damaged, content):
+    job.make("ade20k").prepare()
+    (job.folder / "dataset_info.json").unlink()
+    (job.folder / damaged).write_text(content)
+    job.prepare()
+    assert len(job.open()) == 5 and job.report()["complete"]
+
+
+def test_a_split_without_its_fingerprint_is_of_another_download(job):
+    job.make("ade20k").prepare()
+    path = job.folder / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprints": {}}))
+    assert "was prepared from other annotations" in job.fail()
 
 
 # Every file of records is larger than that: the writer fails as on a full disk.
