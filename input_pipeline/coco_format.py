@@ -26,7 +26,8 @@ from oneformer_jax.input_pipeline.records import (
     checked_index,
     count_pixels,
     decode_image,
-    decode_panoptic_compact,
+    decode_panoptic,
+    evenly_spread,
     keep_visible,
     make_record,
     read_image_size,
@@ -256,7 +257,7 @@ class CocoFolderSource:
         where = f"{self._json_path}, annotation of {path.name}"
         segments.check(self.info.num_classes, where)
         # A segment that is left out may have lost its id, so an unlisted id may belong to it.
-        numbers = decode_panoptic_compact(
+        numbers = decode_panoptic(
             self._read(path),
             segments,
             str(path),
@@ -282,7 +283,7 @@ class CocoFolderSource:
     def sample_remarks(self, count: int = 16) -> list[Fault]:
         """Remarks on the annotations of `count` images, evenly spread."""
         remarks = []
-        for index in np.unique(np.linspace(0, len(self) - 1, count).astype(int)).tolist():
+        for index in evenly_spread(len(self), count):
             with contextlib.suppress(RecordError):
                 remarks += self.annotation(index).remarks
         return remarks

@@ -162,8 +162,8 @@ def read_file(path: str | os.PathLike[str], error: type[Exception] = ImageError)
 def decode_image(
     data: bytes,
     where: str,
-    *,
     max_pixels: int = MAX_PIXELS,
+    *,
     error: type[Exception] = ImageError,
 ) -> np.ndarray:
     """Decodes a picture into uint8 [H, W, 3], RGB, upright, by the rules of this module.
@@ -183,9 +183,9 @@ def decode_image(
 def decode_samples(
     data: bytes,
     where: str,
+    max_pixels: int = MAX_PIXELS,
     *,
     palette: bool = False,
-    max_pixels: int = MAX_PIXELS,
     error: type[Exception] = ImageError,
 ) -> np.ndarray:
     """Decodes a map of labels (PNG or TIFF) into its exact samples: nothing is scaled.
@@ -205,7 +205,7 @@ def decode_samples(
 
 
 def read_size(
-    data: bytes, where: str, *, max_pixels: int = MAX_PIXELS, error: type[Exception] = ImageError
+    data: bytes, where: str, max_pixels: int = MAX_PIXELS, *, error: type[Exception] = ImageError
 ) -> tuple[int, int]:
     """Reads height and width of the result of `decode_image` in the header alone; same errors."""
     return _checked(lambda header, _: header.upright_size, data, where, max_pixels, error)

@@ -20,6 +20,7 @@ from oneformer_jax.input_pipeline.records import (
     checked_index,
     decode_image,
     decode_labels,
+    evenly_spread,
     make_record,
     read_image_size,
 )
@@ -172,7 +173,7 @@ class SemanticFolderSource:
         if set(self.info.category_ids) != {0, 1} or 255 not in self._ignored:
             return
         found = set()
-        for index in np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int):
+        for index in evenly_spread(len(self), _LOOKED_AT):
             path = self._label_path(self._names[index])
             try:
                 labels = decode_labels(read_file(path), str(path), self.max_pixels)

@@ -112,7 +112,7 @@ def test_panoptic_codes_round_trip():
         (records.encode_panoptic, records.decode_panoptic),
         (lambda m: records.encode_dense(m, table), records.decode_dense),
     ):
-        decoded = decode(encode(ids), table, "here")
+        decoded = records.with_ids(decode(encode(ids), table, "here"), table)
         np.testing.assert_array_equal(decoded, ids)
         assert decoded.dtype == np.int32
     with Image.open(io.BytesIO(records.encode_panoptic(ids))) as image:
