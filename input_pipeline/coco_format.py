@@ -19,7 +19,7 @@ from oneformer_jax.input_pipeline.annotations.panoptic import (
     read_panoptic,
 )
 from oneformer_jax.input_pipeline.datasets import DatasetInfo
-from oneformer_jax.input_pipeline.files import found_in, read_file
+from oneformer_jax.input_pipeline.files import read_file, require
 from oneformer_jax.input_pipeline.records import (
     RecordError,
     SegmentTable,
@@ -52,12 +52,6 @@ class Annotation(NamedTuple):
     remarks: list[Fault]
 
 
-def check_json(path: Path, kind: str, layout: str) -> None:
-    """Raises FileNotFoundError for a missing JSON; the message lists what lies there instead."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {kind} JSON {path}: {layout}; {found_in(path)}")
-
-
 def coco_folder_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
     """Returns the class table of a COCO-panoptic JSON.
 
@@ -65,7 +59,7 @@ def coco_folder_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
       FileNotFoundError: no such file.
       ValueError: not such a JSON, or wrong categories.
     """
-    check_json(Path(json_path), "panoptic", LAYOUT)
+    require(Path(json_path), "panoptic JSON", LAYOUT)
     categories = schemas.read_categories(json_path, LAYOUT, schemas.PanopticCategory)
     return datasets.from_coco_categories(name, categories)
 
@@ -126,12 +120,9 @@ class CocoFolderSource:
     ):
         self._images_dir, self._panoptic_dir = Path(images_dir), Path(panoptic_dir)
         self._json_path, self.skip_broken = Path(json_path), skip_broken
-        check_json(self._json_path, "panoptic", LAYOUT)
-        for kind, folder in (("images", self._images_dir), ("panoptic PNGs", self._panoptic_dir)):
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"no folder of {kind} {folder}: {LAYOUT}; {found_in(folder)}"
-                )
+        require(self._json_path, "panoptic JSON", LAYOUT)
+        require(self._images_dir, "folder of images", LAYOUT, folder=True)
+        require(self._panoptic_dir, "folder of panoptic PNGs", LAYOUT, folder=True)
         given, content = content, content or read_panoptic(json_path)
         if info is None:
             info = datasets.from_coco_categories(self._json_path.stem, content.categories)

@@ -26,6 +26,12 @@ def found_in(path: Path) -> str:
     return f"{folder} holds {first_few(names, _SHOWN_NAMES) or 'nothing'}"
 
 
+def require(path: Path, what: str, layout: str, *, folder: bool = False) -> None:
+    """Raises FileNotFoundError for a missing file or folder; says what lies there instead."""
+    if not (path.is_dir() if folder else path.is_file()):
+        raise FileNotFoundError(f"no {what} {path}: {layout}; {found_in(path)}")
+
+
 def read_file(path: Path, hint: str = "restore the file") -> bytes:
     """Reads an image file that belongs to a record; `hint` names the way out.
 

@@ -103,20 +103,19 @@ class SegmentTable:
                 f"{where}: {len(self)} segments; an image can have at most {_MAX_SEGMENTS}"
             )
 
+    def has_things(self, is_thing: Sequence[bool]) -> bool:
+        """Tells whether one is a thing and no crowd; `is_thing` is by class."""
+        return any(is_thing[k] for k in self.categories[self.crowd == 0].tolist())
+
     def numbered(self) -> SegmentTable:
         """Returns the same segments with the ids 1, 2, ..., for a compact record."""
         return dataclasses.replace(self, ids=np.arange(1, len(self) + 1))
 
     def to_dicts(self) -> list[dict]:
+        columns = (self.ids, self.categories, self.crowd.astype(bool), self.areas)
         return [
-            {"id": id_, "category": category, "iscrowd": bool(crowd), "area": area}
-            for id_, category, crowd, area in zip(
-                self.ids.tolist(),
-                self.categories.tolist(),
-                self.crowd.tolist(),
-                self.areas.tolist(),
-                strict=True,
-            )
+            {"id": id_, "category": category, "iscrowd": crowd, "area": area}
+            for id_, category, crowd, area in zip(*(c.tolist() for c in columns), strict=True)
         ]
 
 

@@ -252,7 +252,7 @@ def open_source(
 
 
 def _checked(name: str, options: Mapping) -> dict:
-    """Returns the options, paths as texts and a single ignored label as a tuple; or a ValueError."""
+    """Checks the options; gives paths as texts, and a single ignored label as a tuple."""
     checked = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
     ignored = checked.get("ignore_label")
     if isinstance(ignored, int):

@@ -158,11 +158,13 @@ class Export:
         if _NOT_UTF8.search(name):
             self.fault("name that is not UTF-8", f"the image name {name!r} is not UTF-8; rename it")
             return None
-        if name.casefold() in self._pictures:
+        if earlier := self._pictures.get(name.casefold()):
+            why = "two files may not have one name in the new folder; rename one"
+            if earlier.path == path:
+                why = "each image may have one annotation"
             self.fault(
                 "image that occurs twice",
-                f"{where}: the image {name} occurs already, from "
-                f"{self._pictures[name.casefold()].path}; each image may have one annotation",
+                f"{where}: the image {name} occurs already, from {earlier.path}; {why}",
             )
             return None
         found = self._pictures[name.casefold()] = Picture(path, name, size, split)
