@@ -29,7 +29,7 @@ from oneformer_jax.progress import logged, progress_log
 # Names of splits in the exports -> ours.
 SPLITS = {
     "train": "train", "training": "train", "default": "train", "": "train",
-    "val": "val", "valid": "val", "validation": "val",
+    "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test",
 }  # fmt: skip
 # Pixels by which a point may lie outside: tools place points on the outer edge.
 SLACK = 1.0
@@ -180,13 +180,13 @@ class Export:
         if not np.isfinite(array).all():
             self.fault("point that is no number", f"{where}: a point is not a finite number")
             return None
-        beyond = np.maximum(-array, array - [width, height]).max(initial=-math.inf)
-        if beyond > SLACK:
-            worst = array[np.maximum(-array, array - [width, height]).max(1).argmax()]
+        beyond = np.maximum(-array, array - [width, height]).max(1)
+        if (beyond > SLACK).any():
+            x, y = array[beyond.argmax()]
             self.fault(
                 "point outside of the image",
-                f"{where}: the point ({worst[0]:g}, {worst[1]:g}) lies outside of {picture.name} "
-                f"of {width} x {height} pixels (width x height); correct it in the tool",
+                f"{where}: the point ({x:g}, {y:g}) lies outside of {picture.name} of {width} x "
+                f"{height} pixels (width x height); correct it in the tool",
             )
             return None
         return np.clip(array, 0, [width, height]).ravel().tolist()
@@ -239,20 +239,19 @@ class Export:
             return
         segmentation: Any = [part for part in parts if isinstance(part, list)]
         masks = [part for part in parts if isinstance(part, np.ndarray)]
+        size = picture.size
         try:
-            if masks:
-                whole = np.logical_or.reduce(masks)
-                if segmentation:
-                    runs = run_lengths.runs_of(segmentation, picture.size)
-                    whole |= run_lengths.mask_of(runs, picture.size)
-                code = coco_mask.encode(np.asfortranarray(whole, np.uint8))
-                segmentation = {"size": list(picture.size), "counts": code["counts"].decode()}
-            else:
-                runs = run_lengths.runs_of(segmentation, picture.size)
-                code = {"size": picture.size, "counts": run_lengths.compress(runs, picture.size)}
+            runs = run_lengths.runs_of(segmentation, size) if segmentation else None
         except SegmentationError as error:
             self.fault(error.kind, f"{where} {error}")
             return
+        if masks:
+            if runs is not None:
+                masks.append(run_lengths.mask_of(runs, size))
+            code = coco_mask.encode(np.asfortranarray(np.logical_or.reduce(masks), np.uint8))
+            segmentation = {"size": list(size), "counts": code["counts"].decode()}
+        else:
+            code = {"size": size, "counts": run_lengths.compress(runs, size)}
         area = int(coco_mask.area(code))
         if not area:
             self.fault("instance without a pixel", f"{where}: {label!r} covers no pixel; remove it")
@@ -391,12 +390,11 @@ def read_lines(path: Path) -> list[str]:
 def split_of(export: Export, name: str, where: object) -> str | None:
     """Returns our name of a split, or None: the test split is dropped, others are faults."""
     split = SPLITS.get(name.strip().lower())
-    if name.strip().lower() in ("test", "testing"):
+    if split == "test":
         export.drop("entries of the test split", where)
-    elif split is None:
-        export.fault(
-            "split of an unknown name",
-            f"{where}: the split {name!r} is none of {', '.join(filter(None, SPLITS))}, test; "
-            "rename it",
-        )
+        return None
+    if split is None:
+        known = ", ".join(filter(None, SPLITS))
+        text = f"{where}: the split {name!r} is none of {known}; rename it"
+        export.fault("split of an unknown name", text)
     return split
