@@ -98,6 +98,12 @@ _RULES = {
     "validation_share": rules.Number(0, 1, below=True, note=" (0 is off)"),
     "split_seed": rules.Integer(0, 2**32 - 1),
     "ignore_label": rules.Tuple(rules.Integer(-1, 65_535), 0, 65_536),
+    "name": rules.Matching(
+        "the name of a folder",
+        empty=True,
+        length=200,
+        test=lambda name: Path(name).name == name != "..",
+    ),
 }
 _TEXT_RULE = rules.Line("a path or a name", empty=True)
 _COCO_FOLDER_OPTIONS = _SIDES_OPTIONS | {

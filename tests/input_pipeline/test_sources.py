@@ -110,6 +110,7 @@ def test_bytes_after_the_end_of_an_image_are_no_truncation(coco_folder):
     [
         ("coco_folder", "skip_broken", "no", "True or False"),
         ("coco_folder", "prepare", "False", "True or False"),
+        *(("coco_folder", "name", name, "the name of a folder") for name in ("..", "a/b", "/a")),
         ("coco_instances", "crowd_as_instances", 0, "True or False"),
         ("coco_instances", "train_images", None, "a path or a name"),
         ("semantic_folder", "label_suffix", 5, "a path or a name"),
