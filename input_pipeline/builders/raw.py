@@ -103,7 +103,6 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
     DATASET: ClassVar[str]
     CLASSES: ClassVar[DatasetInfo]
     EXPECTED: ClassVar[dict[str, int]]
