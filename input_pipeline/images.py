@@ -160,11 +160,7 @@ def read_file(path: str | os.PathLike[str], error: type[Exception] = ImageError)
 
 
 def decode_image(
-    data: bytes,
-    where: str,
-    max_pixels: int = MAX_PIXELS,
-    *,
-    error: type[Exception] = ImageError,
+    data: bytes, where: str, max_pixels: int = MAX_PIXELS, *, error: type[Exception] = ImageError
 ) -> np.ndarray:
     """Decodes a picture into uint8 [H, W, 3], RGB, upright, by the rules of this module.
 
