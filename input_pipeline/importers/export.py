@@ -78,7 +78,7 @@ class Export:
 
     def fault(self, kind: str, message: str) -> None:
         """Notes a fault; `message` is a line that names the place, the value and the way out."""
-        self._faults.append(Fault(kind, message))
+        self._faults.append(Fault(kind, " ".join(message.splitlines())))
 
     def drop(self, what: str, where: object) -> None:
         """Notes that something of the export is left out."""

@@ -171,6 +171,7 @@ def test_labelme_points_and_lines_are_left_out_and_told(tmp_path):
     [
         (exports.shape("cat", [(1, 1), (9, 9)], "rectangle"), "a box is no mask"),
         (exports.shape("cat", CAT, "hexagon"), "is a hexagon of 4 points"),
+        (exports.shape("cat", CAT, "hexa\ngon"), "is a hexa gon of 4 points"),
         (exports.shape("cat", CAT[:2]), "at least three points"),
         (exports.shape("cat", [*CAT, (WIDTH + 2, 5)]), r"the point \(82, 5\) lies outside"),
         (exports.shape("cat", [(1, 1), (1, 1), (1, 1)]), "covers no pixel"),
