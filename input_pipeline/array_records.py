@@ -21,22 +21,16 @@ from oneformer_jax.input_pipeline import images, prepared
 from oneformer_jax.input_pipeline.records import (
     RecordError,
     checked_index,
+    count_pixels,
     decode_dense,
-    decode_dense_compact,
     decode_image,
     decode_labels,
     decode_panoptic,
-    decode_panoptic_compact,
+    keep_visible,
     make_record,
+    with_ids,
 )
 
-# (map stored in the dense form, compact record wanted) -> decoder of the map.
-_DECODERS = {
-    (False, False): decode_panoptic,
-    (False, True): decode_panoptic_compact,
-    (True, False): decode_dense,
-    (True, True): decode_dense_compact,
-}
 _WAY_OUT = (
     "restore the file, prepare the dataset again, or set data.skip_broken=True to leave out the "
     "records that cannot be read"
@@ -194,14 +188,19 @@ class TfdsSource:
         where = f"{where} ({example.file_name})"
         segments = example.segments
         segments.check(self.info.num_classes, where)
-        decode = _DECODERS[self._dense, compact]
+        decode = decode_dense if self._dense else decode_panoptic
         panoptic = decode(example.panoptic_png, segments, where, self.max_pixels)
-        if not compact and example.semantic_png is None:  # ADE20K keeps its annotated areas
-            segments = segments.measured(panoptic, where)
+        if compact:
+            segments = segments.numbered()
+        else:
+            if example.semantic_png is None:  # ADE20K keeps its annotated areas
+                pixels = count_pixels(panoptic, segments)
+                panoptic, segments = keep_visible(panoptic, segments, pixels)
+            panoptic = with_ids(panoptic, segments)
         record = make_record(
             decode_image(example.image, where, self.max_pixels),
             panoptic,
-            segments.numbered() if compact else segments,
+            segments,
             image_id=example.image_id,
             file_name=example.file_name,
             where=where,

@@ -19,14 +19,15 @@ from oneformer_jax.input_pipeline.annotations.panoptic import (
     read_panoptic,
 )
 from oneformer_jax.input_pipeline.datasets import DatasetInfo
-from oneformer_jax.input_pipeline.files import found_in, read_file
+from oneformer_jax.input_pipeline.files import read_file, require
 from oneformer_jax.input_pipeline.records import (
     RecordError,
     SegmentTable,
     checked_index,
     count_pixels,
     decode_image,
-    decode_panoptic_compact,
+    decode_panoptic,
+    evenly_spread,
     keep_visible,
     make_record,
     read_image_size,
@@ -51,12 +52,6 @@ class Annotation(NamedTuple):
     remarks: list[Fault]
 
 
-def check_json(path: Path, kind: str, layout: str) -> None:
-    """Raises FileNotFoundError for a missing JSON; the message lists what lies there instead."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {kind} JSON {path}: {layout}; {found_in(path)}")
-
-
 def coco_folder_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
     """Returns the class table of a COCO-panoptic JSON.
 
@@ -64,7 +59,7 @@ def coco_folder_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
       FileNotFoundError: no such file.
       ValueError: not such a JSON, or wrong categories.
     """
-    check_json(Path(json_path), "panoptic", LAYOUT)
+    require(Path(json_path), "panoptic JSON", LAYOUT)
     categories = schemas.read_categories(json_path, LAYOUT, schemas.PanopticCategory)
     return datasets.from_coco_categories(name, categories)
 
@@ -125,12 +120,9 @@ class CocoFolderSource:
     ):
         self._images_dir, self._panoptic_dir = Path(images_dir), Path(panoptic_dir)
         self._json_path, self.skip_broken = Path(json_path), skip_broken
-        check_json(self._json_path, "panoptic", LAYOUT)
-        for kind, folder in (("images", self._images_dir), ("panoptic PNGs", self._panoptic_dir)):
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"no folder of {kind} {folder}: {LAYOUT}; {found_in(folder)}"
-                )
+        require(self._json_path, "panoptic JSON", LAYOUT)
+        require(self._images_dir, "folder of images", LAYOUT, folder=True)
+        require(self._panoptic_dir, "folder of panoptic PNGs", LAYOUT, folder=True)
         given, content = content, content or read_panoptic(json_path)
         if info is None:
             info = datasets.from_coco_categories(self._json_path.stem, content.categories)
@@ -256,7 +248,7 @@ class CocoFolderSource:
         where = f"{self._json_path}, annotation of {path.name}"
         segments.check(self.info.num_classes, where)
         # A segment that is left out may have lost its id, so an unlisted id may belong to it.
-        numbers = decode_panoptic_compact(
+        numbers = decode_panoptic(
             self._read(path),
             segments,
             str(path),
@@ -282,7 +274,7 @@ class CocoFolderSource:
     def sample_remarks(self, count: int = 16) -> list[Fault]:
         """Remarks on the annotations of `count` images, evenly spread."""
         remarks = []
-        for index in np.unique(np.linspace(0, len(self) - 1, count).astype(int)).tolist():
+        for index in evenly_spread(len(self), count):
             with contextlib.suppress(RecordError):
                 remarks += self.annotation(index).remarks
         return remarks

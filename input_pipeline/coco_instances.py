@@ -15,9 +15,9 @@ from oneformer_jax.input_pipeline.annotations import run_lengths, schemas
 from oneformer_jax.input_pipeline.annotations.faults import Fault, first_message
 from oneformer_jax.input_pipeline.annotations.instances import LAYOUT, NO_PIXEL, read_instances
 from oneformer_jax.input_pipeline.annotations.run_lengths import SegmentationError
-from oneformer_jax.input_pipeline.coco_format import check_categories, check_json
+from oneformer_jax.input_pipeline.coco_format import check_categories
 from oneformer_jax.input_pipeline.datasets import DatasetInfo
-from oneformer_jax.input_pipeline.files import found_in, read_file
+from oneformer_jax.input_pipeline.files import read_file, require
 from oneformer_jax.input_pipeline.records import (
     RecordError,
     SegmentTable,
@@ -44,7 +44,7 @@ def instance_file_info(name: str, json_path: str | os.PathLike) -> DatasetInfo:
       FileNotFoundError: no such file.
       ValueError: not such a JSON, or wrong categories.
     """
-    check_json(Path(json_path), "instance", LAYOUT)
+    require(Path(json_path), "instance JSON", LAYOUT)
     return instance_info(name, schemas.read_categories(json_path, LAYOUT, schemas.Category))
 
 
@@ -86,11 +86,8 @@ class CocoInstanceSource:
     ):
         self._images_dir, self._json_path = Path(images_dir), Path(json_path)
         self.skip_broken = skip_broken
-        check_json(self._json_path, "instance", LAYOUT)
-        if not self._images_dir.is_dir():
-            raise FileNotFoundError(
-                f"no folder of images {self._images_dir}: {LAYOUT}; {found_in(self._images_dir)}"
-            )
+        require(self._json_path, "instance JSON", LAYOUT)
+        require(self._images_dir, "folder of images", LAYOUT, folder=True)
         content = read_instances(json_path)
         if info is None:
             info = instance_info(self._json_path.stem, content.categories)

@@ -9,10 +9,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from oneformer_jax.files import first_few
+from oneformer_jax.files import FileError, first_few, read_bytes
 from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.records import RecordError
 
+TEXT_LIMIT = 1 << 30  # bytes of a text, or of a labelling tool's file
 _SHOWN_NAMES = 8
 
 
@@ -23,6 +24,12 @@ def found_in(path: Path) -> str:
         folder = folder.parent
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     return f"{folder} holds {first_few(names, _SHOWN_NAMES) or 'nothing'}"
+
+
+def require(path: Path, what: str, layout: str, *, folder: bool = False) -> None:
+    """Raises FileNotFoundError for a missing file or folder; says what lies there instead."""
+    if not (path.is_dir() if folder else path.is_file()):
+        raise FileNotFoundError(f"no {what} {path}: {layout}; {found_in(path)}")
 
 
 def read_file(path: Path, hint: str = "restore the file") -> bytes:
@@ -36,6 +43,14 @@ def read_file(path: Path, hint: str = "restore the file") -> bytes:
     except images.ImageError as error:
         reason = str(error).removeprefix(str(path)).strip()
         raise RecordError(f"{path}: cannot be read ({reason}); {hint}") from None
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Reads a text in UTF-8, with or without a byte order mark; FileError if it is none."""
+    try:
+        return read_bytes(path, limit=TEXT_LIMIT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not a text in UTF-8 ({error}); store it anew") from None
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -123,32 +123,34 @@ class _Header:
         return self.size[::-1] if self.turn >= 5 else self.size
 
 
-def list_images(folder: str | os.PathLike[str]) -> list[str]:
+def list_images(folder: str | os.PathLike[str], endings: tuple[str, ...] = ENDINGS) -> list[str]:
     """Lists the image files directly in `folder`, sorted, by their ending in either case.
 
     Hidden files are left out, including the `._NAME` that macOS puts beside NAME.
     """
     if remote.is_remote(folder):
-        return sorted(filter(_is_image, remote.names(remote.path_of(folder))))
+        found = remote.names(remote.path_of(folder))
+        return sorted(name for name in found if _is_named(name, endings))
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _is_image(entry.name) and entry.is_file())
+        return sorted(e.name for e in entries if _is_named(e.name, endings) and e.is_file())
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(ENDINGS)
+def _is_named(name: str, endings: tuple[str, ...]) -> bool:
+    return not name.startswith(".") and name.lower().endswith(endings)
 
 
-def walk_images(folder: str | os.PathLike[str]) -> list[str]:
+def walk_images(folder: str | os.PathLike[str], endings: tuple[str, ...] = ENDINGS) -> list[str]:
     """As `list_images`, subfolders included: paths relative to `folder`, with "/", sorted.
 
-    Hidden folders and the `__MACOSX` of macOS archives are left out.
+    Hidden folders and the `__MACOSX` of macOS archives are left out. Other `endings` name other
+    files.
     """
     found = []
     for path, folders, _ in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         inside = os.path.relpath(path, folder).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
-        found += [prefix + name for name in list_images(path)]
+        found += [prefix + name for name in list_images(path, endings)]
     return sorted(found)
 
 
@@ -158,11 +160,7 @@ def read_file(path: str | os.PathLike[str], error: type[Exception] = ImageError)
 
 
 def decode_image(
-    data: bytes,
-    where: str,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    error: type[Exception] = ImageError,
+    data: bytes, where: str, max_pixels: int = MAX_PIXELS, *, error: type[Exception] = ImageError
 ) -> np.ndarray:
     """Decodes a picture into uint8 [H, W, 3], RGB, upright, by the rules of this module.
 
@@ -181,9 +179,9 @@ def decode_image(
 def decode_samples(
     data: bytes,
     where: str,
+    max_pixels: int = MAX_PIXELS,
     *,
     palette: bool = False,
-    max_pixels: int = MAX_PIXELS,
     error: type[Exception] = ImageError,
 ) -> np.ndarray:
     """Decodes a map of labels (PNG or TIFF) into its exact samples: nothing is scaled.
@@ -203,7 +201,7 @@ def decode_samples(
 
 
 def read_size(
-    data: bytes, where: str, *, max_pixels: int = MAX_PIXELS, error: type[Exception] = ImageError
+    data: bytes, where: str, max_pixels: int = MAX_PIXELS, *, error: type[Exception] = ImageError
 ) -> tuple[int, int]:
     """Reads height and width of the result of `decode_image` in the header alone; same errors."""
     return _checked(lambda header, _: header.upright_size, data, where, max_pixels, error)

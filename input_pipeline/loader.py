@@ -59,10 +59,6 @@ class LoaderConfig:
       num_threads: reading threads without worker processes.
       prefetch: batches kept ready by each worker (at least 2) or by all threads together. Host
         memory is about max(num_workers, 1) * (prefetch + 1) batches, with workers in /dev/shm.
-      seed: of data order, augmentation and task choice, 0 <= seed < 2**32.
-      semantic_prob: probability of the semantic task.
-      instance_prob: probability of the instance task; the rest is panoptic.
-      text_types: whether texts tell things from stuff (`tokenizer.names_type`).
       skip_broken: replace a record that raises RecordError by the next good one instead of raising.
       require_things: leave out records without a non-crowd thing, as official COCO training does.
     """

@@ -88,15 +88,19 @@ class _Feature(msgspec.Struct, rename="camel"):
 
 
 class _Table(msgspec.Struct):
+    """The fields of `DatasetInfo`."""
+
     dataset: str
-    class_names: Annotated[list[str], msgspec.Meta(max_length=65_535)]
-    is_thing: list[bool]
-    colors: list[tuple[_Channel, _Channel, _Channel]]
-    category_ids: list[_Int32]
+    class_names: Annotated[tuple[str, ...], msgspec.Meta(max_length=65_535)]
+    is_thing: tuple[bool, ...]
+    colors: tuple[tuple[_Channel, _Channel, _Channel], ...]
+    category_ids: tuple[_Int32, ...]
     ignore_label: _Int32
 
 
-class _Facts(msgspec.Struct):
+class Facts(msgspec.Struct):
+    """Facts about the records of a split or of a file, an entry each."""
+
     height: list[_Side]
     width: list[_Side]
     has_things: list[bool]
@@ -104,7 +108,7 @@ class _Facts(msgspec.Struct):
 
 class _Metadata(msgspec.Struct):
     info: _Table
-    records: dict[str, _Facts]
+    records: dict[str, Facts]
     fingerprints: dict[str, str] = {}
     left_out: dict[str, list[str]] = {}
     skipped: list[str] = []
@@ -193,14 +197,7 @@ def read(folder: str | os.PathLike[str]) -> Prepared:
     dense, semantic = _form(folder)
     metadata = _read(folder / METADATA, _Metadata, _METADATA_LIMIT)
     try:
-        info = DatasetInfo(
-            dataset=metadata.info.dataset,
-            class_names=tuple(metadata.info.class_names),
-            is_thing=tuple(metadata.info.is_thing),
-            colors=tuple(metadata.info.colors),
-            category_ids=tuple(metadata.info.category_ids),
-            ignore_label=metadata.info.ignore_label,
-        )
+        info = DatasetInfo(**msgspec.structs.asdict(metadata.info))
     except ValueError as error:
         raise _damaged(folder / METADATA, f"its class table is wrong: {error}") from None
     splits = {}

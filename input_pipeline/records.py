@@ -16,6 +16,7 @@ Training reads *compact* records: they have ids that are small enough for a uint
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,50 +103,26 @@ class SegmentTable:
                 f"{where}: {len(self)} segments; an image can have at most {_MAX_SEGMENTS}"
             )
 
-    def measured(self, panoptic: np.ndarray, where: str) -> SegmentTable:
-        """Returns the segments in an id map, int [H, W]; their areas count its pixels."""
-        numbers = number_segments(panoptic, self, where)
-        return keep_visible(numbers, self, count_pixels(numbers, self))[1]
+    def has_things(self, is_thing: Sequence[bool]) -> bool:
+        """Tells whether one is a thing and no crowd; `is_thing` is by class."""
+        return any(is_thing[k] for k in self.categories[self.crowd == 0].tolist())
 
     def numbered(self) -> SegmentTable:
         """Returns the same segments with the ids 1, 2, ..., for a compact record."""
         return dataclasses.replace(self, ids=np.arange(1, len(self) + 1))
 
     def to_dicts(self) -> list[dict]:
+        columns = (self.ids, self.categories, self.crowd.astype(bool), self.areas)
         return [
-            {"id": id_, "category": category, "iscrowd": bool(crowd), "area": area}
-            for id_, category, crowd, area in zip(
-                self.ids.tolist(),
-                self.categories.tolist(),
-                self.crowd.tolist(),
-                self.areas.tolist(),
-                strict=True,
-            )
+            {"id": id_, "category": category, "iscrowd": crowd, "area": area}
+            for id_, category, crowd, area in zip(*(c.tolist() for c in columns), strict=True)
         ]
 
 
-def decode_image(data: bytes, where: str, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
-    """As `images.decode_image`: uint8 [H, W, 3]; a RecordError begins with `where`."""
-    return images.decode_image(data, where, max_pixels=max_pixels, error=RecordError)
-
-
-def read_image_size(
-    data: bytes, where: str, max_pixels: int = images.MAX_PIXELS
-) -> tuple[int, int]:
-    """Reads height and width of the result of `decode_image` in the header alone; same errors."""
-    return images.read_size(data, where, max_pixels=max_pixels, error=RecordError)
-
-
-def decode_labels(data: bytes, where: str, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
-    """Decodes a map of labels into its exact samples: see `images.decode_samples`.
-
-    Returns:
-      uint8 or uint16, [H, W] (a palette's indices) or [H, W, 3] (RGB).
-
-    Raises:
-      RecordError: see `decode_image`.
-    """
-    return images.decode_samples(data, where, max_pixels=max_pixels, error=RecordError)
+# As in `images`: (data, where, max_pixels) -> pixels or (height, width), or a RecordError.
+decode_image = functools.partial(images.decode_image, error=RecordError)
+decode_labels = functools.partial(images.decode_samples, error=RecordError)
+read_image_size = functools.partial(images.read_size, error=RecordError)
 
 
 def encode_panoptic(panoptic: np.ndarray) -> bytes:
@@ -156,20 +133,6 @@ def encode_panoptic(panoptic: np.ndarray) -> bytes:
 
 
 def decode_panoptic(
-    data: bytes, segments: SegmentTable, where: str, max_pixels: int = images.MAX_PIXELS
-) -> np.ndarray:
-    """Decodes a COCO panoptic PNG into segment ids R + 256 G + 65536 B, int32 [H, W].
-
-    Raises:
-      RecordError: truncated, damaged, not an 8-bit RGB image, too large, or an id that `segments`
-        lacks.
-    """
-    ids = _decode_ids(data, where, max_pixels)
-    number_segments(ids, segments, where)  # checks them
-    return ids
-
-
-def decode_panoptic_compact(
     data: bytes,
     segments: SegmentTable,
     where: str,
@@ -177,15 +140,16 @@ def decode_panoptic_compact(
     *,
     unlisted_is_void: bool = False,
 ) -> np.ndarray:
-    """As `decode_panoptic`, but the map of a compact record: uint8 or uint16 [H, W]."""
-    ids = _decode_ids(data, where, max_pixels)
-    return number_segments(ids, segments, where, unlisted_is_void=unlisted_is_void)
+    """Decodes a COCO panoptic PNG, id = R + 256 G + 65536 B, into the map of a compact record.
 
+    Returns:
+      uint8 or uint16 [H, W]: see `number_segments`.
 
-def _decode_ids(data: bytes, where: str, max_pixels: int) -> np.ndarray:
-    pixels = images.decode_samples(
-        data, where, palette=True, max_pixels=max_pixels, error=RecordError
-    )
+    Raises:
+      RecordError: truncated, damaged, not an 8-bit RGB image, too large, or an id that `segments`
+        lacks.
+    """
+    pixels = decode_labels(data, where, max_pixels, palette=True)
     if pixels.dtype != np.uint8 or pixels.ndim != 3:
         raise RecordError(
             f"{where}: a panoptic PNG must be 8-bit RGB with id = R + 256 G + 65536 B, this one is "
@@ -193,7 +157,8 @@ def _decode_ids(data: bytes, where: str, max_pixels: int) -> np.ndarray:
             "it (a grey map of small ids goes into R, with G = B = 0)"
         )
     # The added fourth channel is all ones: the mask removes it.
-    return cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view("<i4")[..., 0] & (_ID_LIMIT - 1)
+    ids = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view("<i4")[..., 0] & (_ID_LIMIT - 1)
+    return number_segments(ids, segments, where, unlisted_is_void=unlisted_is_void)
 
 
 def number_segments(
@@ -270,26 +235,24 @@ def encode_dense(panoptic: np.ndarray, segments: SegmentTable) -> bytes:
     return cv2.imencode(".png", numbers, _DENSE_PNG)[1].tobytes()
 
 
-def decode_dense(
-    data: bytes, segments: SegmentTable, where: str, max_pixels: int = images.MAX_PIXELS
-) -> np.ndarray:
-    """Inverts `encode_dense`: int32 [H, W] of segment ids; RecordError if it is damaged."""
-    return with_ids(decode_dense_compact(data, segments, where, max_pixels), segments)
-
-
 def with_ids(numbers: np.ndarray, segments: SegmentTable) -> np.ndarray:
     """Returns int32 [H, W] of segment ids from a map of table positions + 1."""
     return np.concatenate([[0], segments.ids]).astype(np.int32)[numbers]
 
 
-def decode_dense_compact(
+def decode_dense(
     data: bytes, segments: SegmentTable, where: str, max_pixels: int = images.MAX_PIXELS
 ) -> np.ndarray:
-    """As `decode_dense`, but the map of a compact record: uint8 or uint16 [H, W]."""
-    numbers = images.decode_samples(data, where, max_pixels=max_pixels, error=RecordError)
+    """Decodes the result of `encode_dense`: uint8 or uint16 [H, W]; RecordError if damaged."""
+    numbers = decode_labels(data, where, max_pixels)
     if numbers.ndim != 2 or int(numbers.max()) > len(segments):
         raise RecordError(f"{where}: the map refers to a segment that its table lacks")
     return numbers
+
+
+def evenly_spread(total: int, count: int) -> list[int]:
+    """Returns `count` of the positions 0 .. total - 1, ascending; all of them if there are less."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()
 
 
 def checked_index(index: int, length: int) -> int:

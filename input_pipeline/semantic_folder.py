@@ -13,13 +13,14 @@ import numpy as np
 from oneformer_jax.files import first_few
 from oneformer_jax.input_pipeline import datasets, images
 from oneformer_jax.input_pipeline.datasets import DatasetInfo
-from oneformer_jax.input_pipeline.files import found_in, read_file
+from oneformer_jax.input_pipeline.files import found_in, read_file, read_text, require
 from oneformer_jax.input_pipeline.records import (
     RecordError,
     SegmentTable,
     checked_index,
     decode_image,
     decode_labels,
+    evenly_spread,
     make_record,
     read_image_size,
 )
@@ -50,14 +51,9 @@ def read_classes(path: str | os.PathLike, ignore_labels: Sequence[int] = (255,))
         65,535 of them, or a class with an ignored value.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no list of classes {path}: {_LAYOUT}; {found_in(path)}")
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8 ({error}); store it anew") from None
+    require(path, "list of classes", _LAYOUT)
     values, names = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         match = re.fullmatch(r"\s*([0-9]{1,9})\s+(\S.*)", line)
@@ -119,11 +115,8 @@ class SemanticFolderSource:
         self._images_dir, self._labels_dir = Path(images_dir), Path(labels_dir)
         self.info = info
         self._suffix = label_suffix
-        for kind, folder in (("images", self._images_dir), ("maps", self._labels_dir)):
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"no folder of {kind} {folder}: {_LAYOUT}; {found_in(folder)}"
-                )
+        require(self._images_dir, "folder of images", _LAYOUT, folder=True)
+        require(self._labels_dir, "folder of maps", _LAYOUT, folder=True)
         self._names = self._list_names()
         self._ignored = (info.ignore_label,) if ignore_labels is None else tuple(ignore_labels)
         # Pixel value -> class + 1; 0 is void, K + 1 stands for unlisted values.
@@ -176,7 +169,7 @@ class SemanticFolderSource:
         if set(self.info.category_ids) != {0, 1} or 255 not in self._ignored:
             return
         found = set()
-        for index in np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int):
+        for index in evenly_spread(len(self), _LOOKED_AT):
             path = self._label_path(self._names[index])
             try:
                 labels = decode_labels(read_file(path), str(path), self.max_pixels)

@@ -10,7 +10,7 @@ import numpy as np
 
 from oneformer_jax.input_pipeline.records import checked_index
 
-_TRIED = 1000  # seeds that an error looks through
+_SEEDS, _HASHES = 1000, 1_000_000  # the most that an error looks through
 
 # Methods of sources that take the position of an image.
 _BY_IMAGE = (
@@ -62,7 +62,7 @@ class Side:
         empty = "training" if validation else "validation"
         text = f"with {self} none of the {len(names):,} images is for {empty}"
         if len(names) > 1:
-            for seed in range(_TRIED):
+            for seed in range(min(_SEEDS, _HASHES // len(names))):
                 other = dataclasses.replace(self, seed=seed)
                 if 0 < sum(map(other.holds, names)) < len(names):
                     return f"{text}; set split_seed={seed}, which leaves some on both sides"

@@ -93,10 +93,19 @@ def prepare(builder: tfds.core.DatasetBuilder) -> Path:
 _SYNTHETIC_OPTIONS = {"size": 128, "train_examples": 4000, "validation_examples": 200, "seed": 0}
 # Options of the sources that can make both splits from one folder.
 _SIDES_OPTIONS = {"validation_share": 0.0, "split_seed": 0}
-_SIDES_RULES = {
+# Options that are neither flags nor texts; `builders.synthetic` checks its own.
+_RULES = {
     "validation_share": rules.Number(0, 1, below=True, note=" (0 is off)"),
     "split_seed": rules.Integer(0, 2**32 - 1),
+    "ignore_label": rules.Tuple(rules.Integer(-1, 65_535), 0, 65_536),
+    "name": rules.Matching(
+        "the name of a folder",
+        empty=True,
+        length=200,
+        test=lambda name: Path(name).name == name != "..",
+    ),
 }
+_TEXT_RULE = rules.Line("a path or a name", empty=True)
 _COCO_FOLDER_OPTIONS = _SIDES_OPTIONS | {
     "root": "",
     "train_images": "images",
@@ -227,7 +236,7 @@ def open_source(
     for key in options:
         if key not in OPTIONS[name]:
             raise ValueError(f"unknown option {key!r} of {name}{_nearest(key, OPTIONS[name])}")
-    options = {**OPTIONS[name], **options}
+    options = _checked(name, {**OPTIONS[name], **options})
     if for_inspection and (name == "coco_instances" or not options.get("prepare", True)):
         options["skip_broken"] = True
     data_dir = remote.path_of(data_dir).expanduser()
@@ -236,18 +245,28 @@ def open_source(
         source = _open_synthetic(data_dir, split, options)
     elif name == "coco_folder":
         source = _open_coco_folder(data_dir, split, options)
-        if not for_inspection:
-            check_annotations(source, options["skip_broken"])
     elif name == "coco_instances":
         source = _open_coco_instances(data_dir, split, options)
-        if not for_inspection:
-            check_annotations(source, options["skip_broken"])
     elif name == "semantic_folder":
         source = _open_semantic_folder(data_dir, split, options)
     else:
         source = _open_official(name, data_dir, split, options)
+    if not for_inspection:
+        check_annotations(source, options.get("skip_broken", False))
     source.max_pixels = max_pixels
     return source, source.info
+
+
+def _checked(name: str, options: Mapping) -> dict:
+    """Checks the options; gives paths as texts, and a single ignored label as a tuple."""
+    checked = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    ignored = checked.get("ignore_label")
+    if isinstance(ignored, int):
+        checked["ignore_label"] = (ignored,)
+    kinds = {bool: rules.Flag(), str: _TEXT_RULE}
+    found = {key: _RULES.get(key, kinds.get(type(value))) for key, value in OPTIONS[name].items()}
+    rules.require("dataset.options.", checked, {key: rule for key, rule in found.items() if rule})
+    return checked
 
 
 def _check_bucket(name: str, data_dir: Path, options: Mapping) -> None:
@@ -380,7 +399,6 @@ def _open_semantic_folder(
     if not options[f"{split}_images"]:
         raise ValueError(f"{root} has no {split} split: the option {split}_images is empty")
     ignored = options["ignore_label"]
-    ignored = (ignored,) if isinstance(ignored, int) else tuple(ignored)
     if options["table"]:
         info, ignored = datasets.dataset_info(options["table"]), None
     else:
@@ -407,9 +425,8 @@ def _sides(root: Path, options: Mapping, defaults: Mapping) -> tuple[dict, dict[
       (options, sides); without validation_share the options as they are, and no sides.
 
     Raises:
-      ValueError: a wrong share or seed, or options of a validation split beside the share.
+      ValueError: options of a validation split beside the share.
     """
-    rules.require("dataset.options.", options, _SIDES_RULES)
     share = options["validation_share"]
     if not share:
         return dict(options), {}

@@ -15,7 +15,7 @@ from oneformer_jax.input_pipeline import targets
 from oneformer_jax.input_pipeline.annotations.faults import Fault, FaultsError, summary, write
 from oneformer_jax.input_pipeline.datasets import TASKS, DatasetInfo
 from oneformer_jax.input_pipeline.loader import Source
-from oneformer_jax.input_pipeline.records import RecordError
+from oneformer_jax.input_pipeline.records import RecordError, evenly_spread
 from oneformer_jax.progress import logged
 
 _SHOWN = 12  # classes that a report lists
@@ -71,22 +71,20 @@ def listing_faults(folder: str) -> Iterator[str]:
 def collect(source: Source, info: DatasetInfo, limit: int = 2000) -> Statistics:
     """Counts at most `limit` images (0: all), evenly spread; FaultsError if none can be read."""
     total = len(source)
-    indices = np.unique(np.linspace(0, total - 1, min(limit or total, total)).astype(int))
+    indices = evenly_spread(total, limit or total)
     examine = getattr(source, "examine", None)
     read = getattr(source, "compact", source.__getitem__)
 
     def count(index: int) -> Fault | tuple[tuple, list[Fault]]:
         try:
-            record, remarks = examine(int(index)) if examine else (read(int(index)), [])
+            record, remarks = examine(index) if examine else (read(index), [])
         except RecordError as error:
             return Fault(error.kind, str(error))
         return _count(record, info), remarks
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(logged(pool.map(count, indices), len(indices), "images read"))
-    broken = {
-        int(i): part for i, part in zip(indices, found, strict=True) if isinstance(part, Fault)
-    }
+    broken = {i: part for i, part in zip(indices, found, strict=True) if isinstance(part, Fault)}
     read_parts = [part for part in found if not isinstance(part, Fault)]
     faults = [*getattr(source, "faults", ()), *broken.values()]
     if not read_parts:
@@ -119,11 +117,11 @@ def remarks(source: Source, info: DatasetInfo, limit: int = 1000) -> list[str]:
     classes_of = getattr(source, "classes_of", None)
     if classes_of is None:
         return []
-    indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))
+    indices = evenly_spread(len(source), limit)
 
     def look(index: int):
         try:
-            return classes_of(int(index))
+            return classes_of(index)
         except RecordError as error:
             return str(error)
 

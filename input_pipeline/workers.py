@@ -90,31 +90,22 @@ def explain(error: RuntimeError) -> WorkerError | None:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return WorkerError(f"a loader worker was ended by {name}{_REASONS.get(name, _other)()}")
-
-
-def _killed() -> str:
-    return (
-        ", most likely by the kernel because memory ran out (its log, dmesg, then has a line "
-        '"Out of memory"). Lower data.workers, data.prefetch or data.batch_size, or give the '
-        "machine or container more memory"
-    )
-
-
-def _shared_memory() -> str:
-    free = shutil.disk_usage("/dev/shm").free / 1e6 if os.path.isdir("/dev/shm") else 0
-    return (
-        f", most likely because shared memory ran out (/dev/shm has {free:,.0f} MB free). Make it "
-        "larger (docker run --shm-size=4g), lower data.workers or data.prefetch, or set "
-        "data.workers=0, which needs none"
-    )
-
-
-def _other() -> str:
-    return (
-        "; a library crashed or somebody ended it. Set data.workers=0 to read in threads of the "
-        "main process"
-    )
-
-
-_REASONS = {"SIGKILL": _killed, "SIGBUS": _shared_memory}
+    if name == "SIGKILL":
+        reason = (
+            ", most likely by the kernel because memory ran out (its log, dmesg, then has a line "
+            '"Out of memory"). Lower data.workers, data.prefetch or data.batch_size, or give the '
+            "machine or container more memory"
+        )
+    elif name == "SIGBUS":
+        free = shutil.disk_usage("/dev/shm").free / 1e6 if os.path.isdir("/dev/shm") else 0
+        reason = (
+            f", most likely because shared memory ran out (/dev/shm has {free:,.0f} MB free). Make "
+            "it larger (docker run --shm-size=4g), lower data.workers or data.prefetch, or set "
+            "data.workers=0, which needs none"
+        )
+    else:
+        reason = (
+            "; a library crashed or somebody ended it. Set data.workers=0 to read in threads of "
+            "the main process"
+        )
+    return WorkerError(f"a loader worker was ended by {name}{reason}")

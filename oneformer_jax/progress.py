@@ -11,7 +11,9 @@ from absl import logging
 T = TypeVar("T")
 
 
-def progress_log(total: int | None, what: str = "images") -> Callable[[int], None]:
+def progress_log(
+    total: int | None, what: str = "images", say: Callable[[str], None] | None = None
+) -> Callable[[int], None]:
     """Makes a function of the number done, which logs it with rate and remaining time.
 
     The first line comes after 10 s, later ones every 30 s; none at the end.
@@ -19,6 +21,7 @@ def progress_log(total: int | None, what: str = "images") -> Callable[[int], Non
     Args:
       total: how many there are; None if that is not known.
       what: their name.
+      say: receives the lines; None is the log.
     """
     start = time.monotonic()
     due = start + 10.0
@@ -31,10 +34,14 @@ def progress_log(total: int | None, what: str = "images") -> Callable[[int], Non
         due = now + 30.0
         rate = done / (now - start)
         if total is None:
-            logging.info("%d %s, %.1f a second", done, what, rate)
+            line = f"{done:,} {what}, {rate:.1f} a second"
         else:
             left = duration((total - done) / rate)
-            logging.info("%d of %d %s, %.1f a second, %s left", done, total, what, rate, left)
+            line = f"{done:,} of {total:,} {what}, {rate:.1f} a second, {left} left"
+        if say is None:
+            logging.info("%s", line)
+        else:
+            say(line)
 
     return log
 

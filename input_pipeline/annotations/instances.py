@@ -22,6 +22,10 @@ UNLISTED_IMAGE = "annotation of an image that is not listed"
 UNLISTED_CATEGORY = "category that is not listed"
 NO_FILE_NAME = "image without a file_name"
 FRACTIONS = "coordinates that look like fractions of the image"
+_FRACTIONS_TEXT = (
+    "has no coordinate beyond 0 .. 1, which looks like fractions of the image; multiply x by the "
+    "width and y by the height"
+)
 NO_PIXEL = "annotation that covers no pixel of its image"
 DOUBLE = "annotation that repeats another one"
 _FEW_CROWDS = 0.2  # COCO has one crowd in a hundred annotations
@@ -88,7 +92,7 @@ class InstanceFile:
             ) from None
 
     def crowds_note(self, way_out: str) -> tuple[str, ...]:
-        """Says that suspiciously many are crowds, or ""; FaultsError if all are."""
+        """Returns a note if suspiciously many are crowds, else none; FaultsError if all are."""
         crowds, total = int(self.crowd.sum()), len(self.crowd)
         if not total or crowds <= _FEW_CROWDS * total:
             return ()
@@ -413,13 +417,7 @@ class _Measures:
         fractions = (self.least >= 0) & (self.most <= 1) & (~known | (reach >= _SMALLEST))
         for i in np.flatnonzero(far | fractions).tolist():
             if fractions[i]:
-                kind, text = (
-                    FRACTIONS,
-                    (
-                        "has no coordinate beyond 0 .. 1, which looks like fractions of the image; "
-                        "multiply x by the width and y by the height"
-                    ),
-                )
+                kind, text = FRACTIONS, _FRACTIONS_TEXT
             else:
                 shape = tuple(sizes[i].tolist())
                 kind, text = run_lengths.far_outside(

@@ -10,7 +10,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
@@ -82,7 +81,6 @@ class CocoFolder(LocalBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(

@@ -13,6 +13,7 @@ splits only. The folder of the dataset holds
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -20,15 +21,15 @@ import itertools
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import tensorflow_datasets as tfds
 
-from oneformer_jax.files import read_json, write_atomically
+from oneformer_jax.files import FileError, read_json, write_atomically
 from oneformer_jax.input_pipeline import prepared
 from oneformer_jax.input_pipeline.annotations import faults
 from oneformer_jax.input_pipeline.annotations.faults import Fault
@@ -36,6 +37,7 @@ from oneformer_jax.input_pipeline.builders import raw, schema
 from oneformer_jax.input_pipeline.builders.report import REPORT, SplitReport
 from oneformer_jax.input_pipeline.files import exclusive, sync, writing
 from oneformer_jax.input_pipeline.records import RecordError, decode_image, encode_dense
+from oneformer_jax.progress import progress_log
 
 BUILDERS = {
     "coco": "CocoPanoptic",
@@ -44,10 +46,28 @@ BUILDERS = {
     "mapillary": "MapillaryPanoptic",
 }
 _FORMAT = tfds.core.FileFormat.ARRAY_RECORD
-_PROGRESS_SECONDS = 10
 _MAX_THREADS = 16
 
+# A record without its arrays, its serialised example, (height, width) of its image.
+_Encoded = tuple[raw.RawRecord, bytes, tuple[int, int]]
+_REPORT_LIMIT = 1 << 30  # bytes: it has a line for each missing file
+
 Log = Callable[[str], None]
+
+
+class _Report(msgspec.Struct):
+    splits: dict[str, Any] = {}
+
+
+class _ShardFacts(prepared.Facts):
+    """Facts about a finished file: its records, its size, what was left out or odd.
+
+    `remarks` has, by kind, how many there are and the first.
+    """
+
+    bytes: int = 0
+    left_out: int = 0
+    remarks: dict[str, tuple[int, str]] = msgspec.field(default_factory=dict)
 
 
 def builder_class(dataset: str) -> type[raw.PanopticBuilder]:
@@ -163,8 +183,10 @@ def _write_report(
     log: Log,
 ) -> None:
     path = target / REPORT
-    # A split of an earlier command keeps its entry.
-    earlier = read_json(path).get("splits") or {} if path.is_file() else {}
+    try:  # a split of an earlier command keeps its entry
+        earlier = read_json(path, _Report, limit=_REPORT_LIMIT).splits
+    except FileError:  # none, or a damaged one
+        earlier = {}
     content = {
         "dataset": builder.DATASET,
         "version": str(builder.version),
@@ -286,36 +308,42 @@ class _SplitWork:
         ]
         self._plan = {"fingerprint": raw_split.fingerprint, "files": len(self._shards)}
         self._features = builder.info.features
-        self._progress = _Progress(f"{builder.DATASET} {split}", len(raw_split), log)
+        self._name = f"{builder.DATASET} {split}"
+        self._done = 0
 
     def run(self, skip_broken: bool) -> None:
         store, split, report = self._store, self._split, self._report
-        if store.has(split) and store.metadata["fingerprints"][split] != self._raw.fingerprint:
+        if store.has(split) and store.metadata["fingerprints"].get(split) != self._raw.fingerprint:
             raise ValueError(
                 f"the {split} split in {store.target} was prepared from other annotations or files "
                 "than the source has now; delete that folder to prepare it again, or choose "
                 "another --data_dir"
             )
-        if store.has(split) and not store.metadata["left_out"][split]:
-            self._log(f"{self._progress.name}: complete already")
+        if store.has(split) and not store.metadata["left_out"].get(split):
+            self._log(f"{self._name}: complete already")
             return
         with writing(store.target):
             store.remove(split)
             report.complete = False
             self._begin()
-            facts: list[dict] = []
+            finished = [self._facts(shard) for shard in range(len(self._shards))]
+            to_do = [
+                [index for index in indices if not done and index not in self._raw.missing]
+                for indices, done in zip(self._shards, finished, strict=True)
+            ]
+            total = sum(map(len, to_do))
+            self._progress = progress_log(total, f"records of {self._name}", self._log)
+            facts: list[_ShardFacts] = []
             pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS))
             try:
-                for shard, indices in enumerate(self._shards):
-                    finished = self._facts(shard)
-                    if finished:
-                        self._progress.skip(len(indices))
-                    facts.append(finished or self._write_shard(shard, pool, skip_broken))
+                encode = functools.partial(self._encode, skip_broken=skip_broken)
+                for shard, done in enumerate(finished):
+                    facts.append(done or self._write_shard(shard, pool.map(encode, to_do[shard])))
             finally:
                 pool.shutdown(cancel_futures=True)
-                report.files, report.bytes = len(facts), sum(f["bytes"] for f in facts)
-                report.written = sum(len(f["height"]) for f in facts)
-                report.with_things = sum(sum(f["has_things"]) for f in facts)
+                report.files, report.bytes = len(facts), sum(f.bytes for f in facts)
+                report.written = sum(len(f.height) for f in facts)
+                report.with_things = sum(sum(f.has_things) for f in facts)
                 report.notes += _remark_notes(facts)
             if not report.written:
                 raise ValueError(
@@ -325,26 +353,27 @@ class _SplitWork:
             if report.broken and not skip_broken:
                 return
             store.metadata["records"][split] = {
-                key: list(itertools.chain.from_iterable(f[key] for f in facts))
+                key: list(itertools.chain.from_iterable(getattr(f, key) for f in facts))
                 for key in schema.FACTS
             }
             store.metadata["fingerprints"][split] = self._raw.fingerprint
             store.metadata["left_out"][split] = report.left_out()
-            store.add(split, [len(f["height"]) for f in facts], report.bytes)
+            store.add(split, [len(f.height) for f in facts], report.bytes)
             store.describe(split, report)
 
     def _begin(self) -> None:
         """Removes the remains of a preparation of other files."""
         plan = self._store.shards / f"{self._split}.json"
-        if plan.is_file() and json.loads(plan.read_text("utf-8")) == self._plan:
-            return
+        with contextlib.suppress(FileError):  # none, or a damaged one
+            if read_json(plan) == self._plan:
+                return
         stem = f"{self._store.builder.name}-{self._split}.{_FORMAT.file_suffix}-"
         leftovers = [
             *self._store.target.glob(f"{stem}*"),
             *self._store.shards.glob(f"{self._split}-*.json"),
         ]
         if leftovers:
-            self._log(f"{self._progress.name}: the download has changed; starting anew")
+            self._log(f"{self._name}: the download has changed; starting anew")
         for path in leftovers:
             path.unlink()
         write_atomically(plan, json.dumps(self._plan))
@@ -352,41 +381,39 @@ class _SplitWork:
     def _facts_path(self, shard: int) -> Path:
         return self._store.shards / f"{self._split}-{shard:05d}.json"
 
-    def _facts(self, shard: int) -> dict | None:
+    def _facts(self, shard: int) -> _ShardFacts | None:
         """Facts of a finished file, or None if it must be written (again).
 
         A file that left records out is written again: they may be repaired now.
         """
-        path, facts_path = self._paths[shard], self._facts_path(shard)
-        if not (path.is_file() and facts_path.is_file()):
+        try:
+            facts = read_json(self._facts_path(shard), _ShardFacts)
+        except FileError:  # none, or damaged ones
             return None
-        facts = json.loads(facts_path.read_text("utf-8"))
-        whole = len(facts["height"]) == len(self._shards[shard]) and not facts.get("left_out")
-        return facts if whole and facts["bytes"] == path.stat().st_size else None
+        path, records = self._paths[shard], len(self._shards[shard])
+        whole = {len(getattr(facts, key)) for key in schema.FACTS} == {records}
+        written = path.is_file() and path.stat().st_size == facts.bytes
+        return facts if whole and written and not facts.left_out else None
 
-    def _write_shard(
-        self, shard: int, pool: concurrent.futures.Executor, skip_broken: bool
-    ) -> dict:
-        indices = [i for i in self._shards[shard] if i not in self._raw.missing]
-        self._progress.skip(len(self._shards[shard]) - len(indices))
-        facts: dict[str, Any] = {key: [] for key in schema.FACTS}
+    def _write_shard(self, shard: int, results: Iterable[_Encoded | Fault]) -> _ShardFacts:
+        facts = _ShardFacts([], [], [])
         remarks: list[Fault] = []
-        examples, left_out = [], 0
-        for result in pool.map(functools.partial(self._encode, skip_broken=skip_broken), indices):
-            self._progress.step()
+        examples = []
+        for result in results:
+            self._done += 1
+            self._progress(self._done)
             if isinstance(result, Fault):
                 self._report.broken.append(result)
                 continue
             record, example, shape = result
             self._report.broken += record.left_out
-            left_out += len(record.left_out)
+            facts.left_out += len(record.left_out)
             remarks += record.remarks
             examples.append((len(examples), example))
             for key, value in zip(schema.FACTS, (*shape, record.has_things), strict=True):
-                facts[key].append(value)
-        facts["left_out"] = left_out
+                getattr(facts, key).append(value)
         groups = faults.by_kind(remarks)
-        facts["remarks"] = {kind: [len(found), found[0]] for kind, found in groups.items()}
+        facts.remarks = {kind: (len(found), found[0]) for kind, found in groups.items()}
         path, facts_path = self._paths[shard], self._facts_path(shard)
         facts_path.unlink(missing_ok=True)
         # Neither TFDS nor `_begin` takes this name for a finished file's.
@@ -395,16 +422,14 @@ class _SplitWork:
             with writing(path.parent, RuntimeError):
                 tfds.core.ExampleWriter(_FORMAT).write(str(temporary), examples)
             sync(temporary)
-            facts["bytes"] = temporary.stat().st_size
+            facts.bytes = temporary.stat().st_size
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        write_atomically(facts_path, json.dumps(facts))
+        write_atomically(facts_path, msgspec.json.encode(facts))
         return facts
 
-    def _encode(
-        self, index: int, skip_broken: bool
-    ) -> tuple[raw.RawRecord, bytes, tuple[int, int]] | Fault:
+    def _encode(self, index: int, skip_broken: bool) -> _Encoded | Fault:
         """Serialises a record; returns it with the size of its image, or its fault."""
         try:
             record = self._raw.read(index, skip_broken=skip_broken)
@@ -431,37 +456,12 @@ class _SplitWork:
         return parts, self._features.serialize_example(example), shape
 
 
-def _remark_notes(facts: Sequence[dict]) -> list[str]:
+def _remark_notes(facts: Sequence[_ShardFacts]) -> list[str]:
     """A line for each kind of remark about the records of all files."""
     counts: dict[str, int] = {}
     examples: dict[str, str] = {}
     for found in facts:
-        for kind, (count, example) in found.get("remarks", {}).items():
+        for kind, (count, example) in found.remarks.items():
             counts[kind] = counts.get(kind, 0) + count
             examples.setdefault(kind, example)
     return [f"{count:,} x {kind}, as {examples[kind]}" for kind, count in counts.items()]
-
-
-class _Progress:
-    """Logs the progress now and then."""
-
-    def __init__(self, name: str, total: int, log: Log):
-        self.name = name
-        self._total, self._log, self._done = total, log, 0
-        self._start = self._last = time.monotonic()
-
-    def skip(self, records: int) -> None:
-        """Counts records as done that cost no time."""
-        self._total -= records
-
-    def step(self) -> None:
-        self._done += 1
-        now = time.monotonic()
-        if now - self._last > _PROGRESS_SECONDS:
-            self._last = now
-            rate = self._done / (now - self._start)
-            left = (self._total - self._done) / rate
-            self._log(
-                f"{self.name}: {self._done:,} of {self._total:,} records to do, {rate:.1f}/s, "
-                f"{left / 60:.0f} min left"
-            )

@@ -103,7 +103,6 @@ class PanopticBuilder(tfds.core.DatasetBuilder, skip_registration=True):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
     DATASET: ClassVar[str]
     CLASSES: ClassVar[DatasetInfo]
     EXPECTED: ClassVar[dict[str, int]]
@@ -204,7 +203,7 @@ class LabelMapSplit(RawSplit):
         semantic: str | None = None,
     ):
         self._files, self._convert, self._semantic = files, convert, semantic
-        self._is_thing = np.array(classes.is_thing)
+        self._is_thing = classes.is_thing
         self.names = sorted(set().union(*files.values()))
         self.missing = {}
         for index, name in enumerate(self.names):
@@ -227,7 +226,7 @@ class LabelMapSplit(RawSplit):
             segments=segments,
             image_id=name,
             file_name=image_path.name,
-            has_things=bool(self._is_thing[segments.categories[segments.crowd == 0]].any()),
+            has_things=segments.has_things(self._is_thing),
             semantic=maps.get(self._semantic),
         )
 
@@ -280,8 +279,7 @@ class PanopticJsonSplit(RawSplit):
         image_path, image_id = folder.image_path(index), folder.image_id(index)
         numbers, segments, remarks = folder.annotation(index, skip_broken=skip_broken)
         if self._with_instances is None:
-            is_thing = np.array(folder.info.is_thing)
-            has_things = bool(is_thing[segments.categories[segments.crowd == 0]].any())
+            has_things = segments.has_things(folder.info.is_thing)
         else:
             has_things = image_id in self._with_instances
         return RawRecord(

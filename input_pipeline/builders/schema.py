@@ -175,6 +175,4 @@ def note_record(
     facts = stored["records"].setdefault(split, {key: [] for key in FACTS})
     facts["height"].append(shape[0])
     facts["width"].append(shape[1])
-    facts["has_things"].append(
-        any(info.is_thing[k] for k in segments.categories[segments.crowd == 0])
-    )
+    facts["has_things"].append(segments.has_things(info.is_thing))

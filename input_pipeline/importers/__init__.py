@@ -10,13 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from oneformer_jax.input_pipeline.importers import (
-    cvat,
-    label_studio,
-    labelme,
-    mask_folders,
-    yolo,
-)
+from oneformer_jax import remote
+from oneformer_jax.input_pipeline.importers import cvat, label_studio, labelme, mask_folders, yolo
 from oneformer_jax.input_pipeline.importers.export import Export
 
 # Name of a format -> its importer.
@@ -44,11 +39,13 @@ def import_export(
 
     Raises:
       ValueError: an unknown format, or faults of the export.
-      OSError: `source` is missing, or `data_dir` exists or cannot be written.
+      OSError: `source` is missing, `data_dir` exists or cannot be written, or one is in a bucket.
     """
     if form not in FORMATS:
         raise ValueError(f"unknown format {form!r}; use one of {', '.join(FORMATS)}")
-    source, data_dir = Path(source), Path(data_dir)
+    remote.require_local(source, "the folder of an export")
+    remote.require_local(data_dir, "the new folder of an import")
+    source, data_dir = (Path(os.path.abspath(Path(p).expanduser())) for p in (source, data_dir))
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: there is no such folder; unpack the export first")
     if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):

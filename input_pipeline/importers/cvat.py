@@ -6,14 +6,15 @@ could define entities that expand without end, is refused.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from xml.parsers import expat
 
 import numpy as np
 
 from oneformer_jax import files
+from oneformer_jax.input_pipeline.files import TEXT_LIMIT
 from oneformer_jax.input_pipeline.importers.export import (
-    TEXT_LIMIT,
     Export,
     Picture,
     split_of,
@@ -94,9 +95,10 @@ class _Reader:
         self._open.pop()
         if name == "image":
             self._picture = None
-        # A skeleton's points are labels of their own, inside of it.
         elif name == "name" and self._open[-2:] == ["labels", "label"]:
             self.labels.append(self._text.strip())
+        elif name == "parent" and self._open[-2:] == ["labels", "label"] and self._text.strip():
+            del self.labels[-1:]  # the name before is that of a skeleton's point
         elif name == "attribute" and self._open[-2:-1] == ["image"]:
             self._export.drop("attributes of shapes", self._path.name)
 
@@ -117,7 +119,7 @@ class _Reader:
         paths = [path for folder in folders if (path := export.inside(folder, name))]
         if not paths:
             export.find(export.source, name, where)
-        there = [path for path in paths if path.is_file()]
+        there = [path for path in paths if os.path.isfile(path)]
         if len({path.resolve() for path in there}) > 1:
             export.fault(
                 "image of which there are two",
@@ -142,12 +144,7 @@ class _Reader:
             else:
                 export.instance(picture, label, [part], where)
         else:
-            text = (
-                "a box is no mask: outline the object, or remove it"
-                if kind == "box"
-                else f"only {', '.join(_READ)} are read"
-            )
-            export.fault(f"shape of the kind {kind}", f"{where} is a {kind}; {text}")
+            export.refuse_kind(kind, f"{where} is a {kind}", _READ)
 
     def _polygon(self, picture: Picture, values: dict[str, str], where: str) -> list[float] | None:
         points = [pair.split(",") for pair in values["points"].split(";")]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
@@ -21,16 +23,20 @@ from oneformer_jax.input_pipeline import images
 from oneformer_jax.input_pipeline.annotations import faults, run_lengths
 from oneformer_jax.input_pipeline.annotations.faults import Fault
 from oneformer_jax.input_pipeline.annotations.run_lengths import SegmentationError
+from oneformer_jax.input_pipeline.files import read_text
 from oneformer_jax.progress import logged, progress_log
 
 # Names of splits in the exports -> ours.
 SPLITS = {
     "train": "train", "training": "train", "default": "train", "": "train",
-    "val": "val", "valid": "val", "validation": "val",
+    "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test",
 }  # fmt: skip
-TEXT_LIMIT = 1 << 30  # bytes of an annotation file
 # Pixels by which a point may lie outside: tools place points on the outer edge.
 SLACK = 1.0
+# Longer names of classes are refused by the reader of training, see `annotations.schemas`.
+_LONGEST_NAME = 500
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # bytes of a file's name, as Python keeps them
+_BOXES = ("box", "rectangle", "oriented_rectangle", "rectanglelabels")
 _SHOWN = 3
 
 
@@ -43,26 +49,26 @@ class Picture:
       name: its path in the new folder of images, with "/".
       size: (height, width), upright.
       split: "train" or "val".
-      annotations: COCO's, without ids.
+      annotations: (label, COCO's annotation without ids) of each instance.
     """
 
     path: Path
     name: str
     size: tuple[int, int]
     split: str
-    annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    annotations: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
 
 
 class Export:
     """Collects the images and instances of an export; `write` makes the new folder.
 
     Attributes:
-      source: folder of the export.
+      source: folder of the export, an absolute path.
       classes: names of the classes in their order, if the export lists them.
     """
 
     def __init__(self, source: Path, form: str):
-        self.source, self._form = Path(os.path.abspath(source)), form
+        self.source, self._form = source, form
         self.classes: list[str] | None = None
         self._pictures: dict[str, Picture] = {}
         self._log = progress_log(None, "images examined")
@@ -72,11 +78,18 @@ class Export:
 
     def fault(self, kind: str, message: str) -> None:
         """Notes a fault; `message` is a line that names the place, the value and the way out."""
-        self._faults.append(Fault(kind, message))
+        self._faults.append(Fault(kind, " ".join(message.splitlines())))
 
     def drop(self, what: str, where: object) -> None:
         """Notes that something of the export is left out."""
-        self._dropped[what].append(str(where))
+        self._dropped[what].append(_NOT_UTF8.sub("?", str(where)))
+
+    def refuse_kind(self, kind: str, text: str, known: Iterable[str]) -> None:
+        """Notes the fault of a shape of a kind that is none of the `known`; `text` names it."""
+        way_out = f"only {', '.join(known)} are read"
+        if kind in _BOXES:
+            way_out = "a box is no mask: outline the object, or remove it"
+        self.fault(f"shape of the kind {kind}", f"{text}; {way_out}")
 
     def list_classes(self, names: Sequence[str], where: object) -> None:
         """Takes the list of classes; another one must be equal."""
@@ -120,7 +133,7 @@ class Export:
           split: "train" or "val".
           stated: (height, width) in the export, for comparison.
         """
-        if not path.is_file():
+        if not os.path.isfile(path):  # neither is a name that no system takes
             self.fault(
                 "image that is missing",
                 f"{where}: its image {path} is missing; restore the image or remove its annotation",
@@ -142,11 +155,16 @@ class Export:
         # The names of folders of images say nothing.
         inside = [part for part in parts[:-1] if part not in ("images", "data")]
         name = "/".join([*inside, parts[-1]])
-        if name.casefold() in self._pictures:
+        if _NOT_UTF8.search(name):
+            self.fault("name that is not UTF-8", f"the image name {name!r} is not UTF-8; rename it")
+            return None
+        if earlier := self._pictures.get(name.casefold()):
+            why = "two files may not have one name in the new folder; rename one"
+            if earlier.path == path:
+                why = "each image may have one annotation"
             self.fault(
                 "image that occurs twice",
-                f"{where}: the image {name} occurs already, from "
-                f"{self._pictures[name.casefold()].path}; each image may have one annotation",
+                f"{where}: the image {name} occurs already, from {earlier.path}; {why}",
             )
             return None
         found = self._pictures[name.casefold()] = Picture(path, name, size, split)
@@ -162,13 +180,13 @@ class Export:
         if not np.isfinite(array).all():
             self.fault("point that is no number", f"{where}: a point is not a finite number")
             return None
-        beyond = np.maximum(-array, array - [width, height]).max(initial=-math.inf)
-        if beyond > SLACK:
-            worst = array[np.maximum(-array, array - [width, height]).max(1).argmax()]
+        beyond = np.maximum(-array, array - [width, height]).max(1)
+        if (beyond > SLACK).any():
+            x, y = array[beyond.argmax()]
             self.fault(
                 "point outside of the image",
-                f"{where}: the point ({worst[0]:g}, {worst[1]:g}) lies outside of {picture.name} "
-                f"of {width} x {height} pixels (width x height); correct it in the tool",
+                f"{where}: the point ({x:g}, {y:g}) lies outside of {picture.name} of {width} x "
+                f"{height} pixels (width x height); correct it in the tool",
             )
             return None
         return np.clip(array, 0, [width, height]).ravel().tolist()
@@ -193,11 +211,16 @@ class Export:
             return None
         if self.polygon(picture, [center], where) is None:
             return None
+        # ((x cos + y sin) / a)^2 + ((y cos - x sin) / b)^2 <= 1: in a row, between two roots.
+        a, b = np.clip(radii, 1e-6, 1e6)  # beyond, the pixels stay the same
+        cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         rows, columns = np.ogrid[: picture.size[0], : picture.size[1]]
         x, y = columns + 0.5 - center[0], rows + 0.5 - center[1]
-        cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-        along, across = x * cos + y * sin, y * cos - x * sin
-        return (along / radii[0]) ** 2 + (across / radii[1]) ** 2 <= 1
+        square = (cos / a) ** 2 + (sin / b) ** 2
+        middle = y * cos * sin * (1 / b**2 - 1 / a**2) / square
+        with np.errstate(invalid="ignore"):  # no root above and below the ellipse: NaN
+            half = np.sqrt(square - (y / (a * b)) ** 2) / square
+        return (x >= middle - half) & (x <= middle + half)
 
     def instance(
         self,
@@ -216,33 +239,30 @@ class Export:
             return
         segmentation: Any = [part for part in parts if isinstance(part, list)]
         masks = [part for part in parts if isinstance(part, np.ndarray)]
+        size = picture.size
         try:
-            if masks:
-                whole = np.logical_or.reduce(masks)
-                if segmentation:
-                    runs = run_lengths.runs_of(segmentation, picture.size)
-                    whole |= run_lengths.mask_of(runs, picture.size)
-                code = coco_mask.encode(np.asfortranarray(whole, np.uint8))
-                segmentation = {"size": list(picture.size), "counts": code["counts"].decode()}
-            else:
-                runs = run_lengths.runs_of(segmentation, picture.size)
-                code = {"size": picture.size, "counts": run_lengths.compress(runs, picture.size)}
+            runs = run_lengths.runs_of(segmentation, size) if segmentation else None
         except SegmentationError as error:
             self.fault(error.kind, f"{where} {error}")
             return
+        if masks:
+            if runs is not None:
+                masks.append(run_lengths.mask_of(runs, size))
+            code = coco_mask.encode(np.asfortranarray(np.logical_or.reduce(masks), np.uint8))
+            segmentation = {"size": list(size), "counts": code["counts"].decode()}
+        else:
+            code = {"size": size, "counts": run_lengths.compress(runs, size)}
         area = int(coco_mask.area(code))
         if not area:
             self.fault("instance without a pixel", f"{where}: {label!r} covers no pixel; remove it")
             return
-        picture.annotations.append(
-            {
-                "label": label,
-                "iscrowd": 0,
-                "area": area,
-                "bbox": coco_mask.toBbox(code).tolist(),
-                "segmentation": segmentation,
-            }
-        )
+        annotation = {
+            "iscrowd": 0,
+            "area": area,
+            "bbox": coco_mask.toBbox(code).tolist(),
+            "segmentation": segmentation,
+        }
+        picture.annotations.append((label, annotation))
 
     # -------------------------------------------------------------------- the new folder
 
@@ -251,7 +271,7 @@ class Export:
 
         Raises:
           FaultsError: the export has faults.
-          ValueError: it has no instance.
+          ValueError: it has no instance, or no image for training.
         """
         names = self._class_names()
         if self._faults:
@@ -265,6 +285,12 @@ class Export:
                 f"{self.source} has no instance that the format {self._form!r} knows: is it an "
                 f"export of another kind?" + (f" Left out: {dropped}" if dropped else "")
             )
+        splits = {picture.split for picture in pictures}
+        if "train" not in splits:
+            raise ValueError(
+                f"all {len(pictures):,} images of {self.source} are for validation, none for "
+                "training; give the export a split train"
+            )
         data_dir.parent.mkdir(parents=True, exist_ok=True)
         lines = []
         with files.replacing(data_dir) as folder:
@@ -274,7 +300,7 @@ class Export:
                 shutil.copyfile(picture.path, target)
             for split in ("train", "val"):
                 chosen = [picture for picture in pictures if picture.split == split]
-                if not chosen:
+                if split not in splits:
                     continue
                 content = _coco(chosen, names)
                 text = json.dumps(content, allow_nan=False, ensure_ascii=False)
@@ -284,9 +310,8 @@ class Export:
                     f"  {split}: {len(chosen):,} images, {len(content['annotations']):,} instances"
                     + (f" ({bare:,} images have none)" if bare else "")
                 )
-        splits = {picture.split for picture in pictures}
         given = "" if "val" in splits else " --config.dataset.options.validation_share=0.2"
-        used = {entry["label"] for picture in pictures for entry in picture.annotations}
+        used = {label for picture in pictures for label, _ in picture.annotations}
         unused = [name for name in names if name not in used]
         lines.insert(0, f"{data_dir} holds {len(names):,} classes: {files.first_few(names, 10)}")
         if unused:
@@ -324,22 +349,20 @@ class Export:
                     f"the classes {files.first_few(map(repr, alike))} look alike; give one class "
                     "one spelling, and two classes distinct names",
                 )
-        if any(not name for name in names):
-            self.fault("class without a name", "the list of classes has an empty name")
+        for name in names:
+            if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+                self.fault(
+                    "name of a class that cannot be used",
+                    f"the classes have a name that is empty, longer than {_LONGEST_NAME} "
+                    f"characters, or has some that cannot be printed: {name!r:.60}; rename it",
+                )
         return names
 
 
 def _coco(pictures: Sequence[Picture], names: Sequence[str]) -> dict[str, Any]:
     """Makes the content of a COCO instance JSON; ids count from 1."""
     ids = {name: number for number, name in enumerate(names, 1)}
-    annotations = [
-        {"id": 0, "image_id": image_id, "category_id": ids[entry["label"]], **entry}
-        for image_id, picture in enumerate(pictures, 1)
-        for entry in picture.annotations
-    ]
-    for number, annotation in enumerate(annotations, 1):
-        annotation["id"] = number
-        del annotation["label"]
+    numbers = itertools.count(1)
     return {
         "images": [
             {
@@ -350,30 +373,28 @@ def _coco(pictures: Sequence[Picture], names: Sequence[str]) -> dict[str, Any]:
             }
             for image_id, picture in enumerate(pictures, 1)
         ],
-        "annotations": annotations,
+        "annotations": [
+            {"id": next(numbers), "image_id": image_id, "category_id": ids[label], **annotation}
+            for image_id, picture in enumerate(pictures, 1)
+            for label, annotation in picture.annotations
+        ],
         "categories": [{"id": id_, "name": name} for name, id_ in ids.items()],
     }
 
 
 def read_lines(path: Path) -> list[str]:
     """Reads a text file's lines without blank ones; FileError if it is no text in UTF-8."""
-    data = files.read_bytes(path, limit=TEXT_LIMIT)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise files.FileError(f"{path} is not a text in UTF-8 ({error}); store it anew") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def split_of(export: Export, name: str, where: object) -> str | None:
     """Returns our name of a split, or None: the test split is dropped, others are faults."""
     split = SPLITS.get(name.strip().lower())
-    if name.strip().lower() in ("test", "testing"):
-        export.drop("test splits", where)
-    elif split is None:
-        export.fault(
-            "split of an unknown name",
-            f"{where}: the split {name!r} is none of {', '.join(filter(None, SPLITS))}, test; "
-            "rename it",
-        )
+    if split == "test":
+        export.drop("entries of the test split", where)
+        return None
+    if split is None:
+        known = ", ".join(filter(None, SPLITS))
+        text = f"{where}: the split {name!r} is none of {known}; rename it"
+        export.fault("split of an unknown name", text)
     return split

@@ -16,18 +16,13 @@ import numpy as np
 
 from oneformer_jax import files
 from oneformer_jax.input_pipeline import images
-from oneformer_jax.input_pipeline.importers.export import TEXT_LIMIT, Export, Picture
+from oneformer_jax.input_pipeline.files import TEXT_LIMIT
+from oneformer_jax.input_pipeline.importers.export import Export, Picture
 
-_LABELS = {
-    "polygonlabels": "polygonlabels",
-    "brushlabels": "brushlabels",
-    "ellipselabels": "ellipselabels",
-}
 _DROPPED = (
     "keypointlabels", "keypoint", "choices", "rating", "textarea", "relation", "number", "datetime",
     "taxonomy", "pairwise", "vectorlabels",
 )  # fmt: skip
-_BOXES = ("rectanglelabels", "rectangle")
 _UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")
 _ALPHA = 4  # a pixel has four values, of which the last is the mask
 
@@ -131,7 +126,12 @@ def _image_of(
             f"{where}: its data has {len(addresses)} addresses of images instead of one",
         )
         return None
-    parts = urlsplit(addresses[0])
+    try:
+        parts = urlsplit(addresses[0], allow_fragments=False)
+    except ValueError as error:
+        text = f"{where}: the address {addresses[0]!r:.200} of its image is none: {error}"
+        export.fault("address that cannot be read", text)
+        return None
     address = parse_qs(parts.query).get("d", [unquote(parts.path)])[0]
     name = address.replace("\\", "/").rsplit("/", 1)[-1]
     there = by_name.get(name) or by_name.get(_UPLOAD.sub("", name, count=1), [])
@@ -149,16 +149,10 @@ def _read_region(export: Export, picture: Picture, region: _Region, where: str) 
     if region.type in _DROPPED:
         export.drop(f"regions of the kind {region.type}", where)
         return
-    key = _LABELS.get(region.type)
-    if key is None:
-        text = (
-            "a box is no mask: outline the object, or remove it"
-            if region.type in _BOXES
-            else f"only {', '.join(_LABELS)} are read"
-        )
-        export.fault(f"region of the kind {region.type}", f"{where} is of {region.type}; {text}")
+    if region.type not in _READERS:
+        export.refuse_kind(region.type, f"{where} is of {region.type}", _READERS)
         return
-    labels = region.value.get(key)
+    labels = region.value.get(region.type)
     if not (isinstance(labels, list) and len(labels) == 1 and isinstance(labels[0], str)):
         export.fault("region without one label", f"{where} has the labels {labels!r:.60}, not one")
         return
@@ -169,7 +163,7 @@ def _read_region(export: Export, picture: Picture, region: _Region, where: str) 
         )
         return
     try:
-        part = _READERS[key](export, picture, region.value, where)
+        part = _READERS[region.type](export, picture, region.value, where)
     except (msgspec.ValidationError, ValueError) as error:
         export.fault("region that cannot be read", f"{where} cannot be read: {error}")
         return
@@ -198,7 +192,7 @@ def _brush(export: Export, picture: Picture, value: dict, where: str) -> np.ndar
     return samples.reshape(height, width, _ALPHA)[..., -1] > 0
 
 
-_READERS = {"polygonlabels": _polygon, "ellipselabels": _ellipse, "brushlabels": _brush}
+_READERS = {"polygonlabels": _polygon, "brushlabels": _brush, "ellipselabels": _ellipse}
 
 
 def decode_brush(data: bytes, count: int) -> np.ndarray:

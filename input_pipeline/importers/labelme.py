@@ -7,10 +7,8 @@ is a labels.txt, it is the list of classes.
 from __future__ import annotations
 
 import base64
-import binascii
 import collections
 import math
-import os
 from pathlib import Path
 
 import msgspec
@@ -18,15 +16,15 @@ import numpy as np
 
 from oneformer_jax import files
 from oneformer_jax.input_pipeline import images
+from oneformer_jax.input_pipeline.files import TEXT_LIMIT
 from oneformer_jax.input_pipeline.importers.export import (
-    TEXT_LIMIT,
     Export,
     Picture,
     read_lines,
 )
 
 _LINES = ("point", "points", "line", "linestrip")
-_BOXES = ("rectangle", "oriented_rectangle")
+_READ = ("polygon", "mask", "circle")
 _NO_CLASS = ("__ignore__", "_background_")  # of labelme's own lists
 
 
@@ -51,14 +49,9 @@ def read(export: Export) -> None:
     if labels.is_file():
         names = [name for name in read_lines(labels) if name not in _NO_CLASS]
         export.list_classes(names, labels)
-    found = sorted(
-        Path(folder) / name
-        for folder, _, names in os.walk(export.source)
-        for name in names
-        if name.lower().endswith(".json") and not name.startswith(".")
-    )
     used = set()
-    for path in found:
+    for name in images.walk_images(export.source, (".json",)):
+        path = export.source / name
         try:
             content = files.read_json(path, _File, limit=TEXT_LIMIT)
         except files.FileError as error:
@@ -80,7 +73,7 @@ def read(export: Export) -> None:
 def _read_shapes(export: Export, picture: Picture, shapes: list[_Shape], path: Path) -> None:
     groups = collections.defaultdict(list)
     for number, shape in enumerate(shapes):
-        where = f"{path}, shape {number} ({shape.label})"
+        where = f"{path}, shape {number} ({shape.label!r:.60})"
         if shape.shape_type in _LINES or shape.label in _NO_CLASS:
             kind = shape.label if shape.label in _NO_CLASS else shape.shape_type
             export.drop(f"shapes of the kind {kind}", path)
@@ -94,23 +87,19 @@ def _read_shapes(export: Export, picture: Picture, shapes: list[_Shape], path: P
 def _part(
     export: Export, picture: Picture, shape: _Shape, where: str
 ) -> list[float] | np.ndarray | None:
+    what = f"{where} is a {shape.shape_type} of {len(shape.points)} points"
+    if shape.shape_type not in _READ:
+        export.refuse_kind(shape.shape_type, what, _READ)
+        return None
     if shape.shape_type == "polygon":
         return export.polygon(picture, shape.points, where)
-    if shape.shape_type == "circle" and len(shape.points) == 2:
-        radius = math.dist(*shape.points)
-        return export.ellipse(picture, shape.points[0], (radius, radius), 0.0, where)
-    if shape.shape_type == "mask" and len(shape.points) == 2 and shape.mask:
+    if len(shape.points) != 2:
+        export.fault("shape that has not two points", f"{what}; it needs two: draw it anew")
+        return None
+    if shape.shape_type == "mask":
         return _mask(export, picture, shape, where)
-    text = (
-        "a box is no mask: outline the object, or remove it"
-        if shape.shape_type in _BOXES
-        else "only polygon, mask and circle are read"
-    )
-    export.fault(
-        f"shape of the kind {shape.shape_type}",
-        f"{where} is a {shape.shape_type} of {len(shape.points)} points; {text}",
-    )
-    return None
+    radius = math.dist(*shape.points)
+    return export.ellipse(picture, shape.points[0], (radius, radius), 0.0, where)
 
 
 def _mask(export: Export, picture: Picture, shape: _Shape, where: str) -> np.ndarray | None:
@@ -122,8 +111,11 @@ def _mask(export: Export, picture: Picture, shape: _Shape, where: str) -> np.nda
     right, bottom = min(right, picture.size[1] - 1), min(bottom, picture.size[0] - 1)
     try:
         data = base64.b64decode(shape.mask or "", validate=True)
-        samples = images.decode_samples(data, where, max_pixels=math.prod(picture.size))
-    except (binascii.Error, images.ImageError) as error:
+        samples = images.decode_samples(data, f"{where}: its mask")
+    except images.ImageError as error:
+        export.fault("mask that cannot be decoded", str(error))
+        return None
+    except ValueError as error:  # of base64
         export.fault("mask that cannot be decoded", f"{where}: its mask cannot be decoded: {error}")
         return None
     if samples.shape != (bottom - top + 1, right - left + 1):

@@ -6,6 +6,7 @@ instance.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ import numpy as np
 
 from oneformer_jax import files
 from oneformer_jax.input_pipeline import images
+from oneformer_jax.input_pipeline.files import read_text
 from oneformer_jax.input_pipeline.importers.export import Export, Picture, read_lines, split_of
 
 _YAMLS = ("data.yaml", "dataset.yaml", "data.yml")
@@ -45,16 +47,26 @@ def read(export: Export) -> None:
     listed = export.source / "classes.txt"
     if listed.is_file():
         export.list_classes(read_lines(listed), listed)
-    used: set[Path] = set()
-    folders: set[Path] = set()
+    used: set[Path] = set()  # texts
+    folders: set[Path] = set()  # of images
     for name, given in (("train", data.train), ("val", data.val), ("test", data.test or "")):
         if given and (split := split_of(export, name, path)):
             for place in [given] if isinstance(given, str) else given:
-                _read_split(export, path, data.path or "", place, split, used, folders)
-    texts = {text for folder in folders for text in folder.glob("**/*.txt")}
+                there, found = _images_of(export, path, data.path or "", place)
+                folders |= there | {image.parent for image in found}
+                used |= {_read_image(export, path, split, image) for image in found} - {None}
+    _check_texts(export, folders, used)
+
+
+def _check_texts(export: Export, folders: set[Path], used: set[Path]) -> None:
+    """Finds the texts beside folders of images that no image uses."""
+    known = {export.source / name.rsplit(".", 1)[0] for name in images.walk_images(export.source)}
+    beside = [_exchange(export, folder, "images", "labels") for folder in folders]
+    there = [folder for folder in beside if folder is not None and folder.is_dir()]
+    texts = {folder / name for folder in there for name in images.walk_images(folder, (".txt",))}
     for text in sorted(texts - used):
-        folder = Path(*("images" if part == "labels" else part for part in text.parent.parts))
-        if any((folder / f"{text.stem}{ending}").exists() for ending in images.ENDINGS):
+        folder = _exchange(export, text.parent, "labels", "images")
+        if folder is not None and folder / text.stem in known:
             export.drop("texts of images in no split", text.name)
         else:
             export.fault(
@@ -69,80 +81,72 @@ def _read_yaml(path: Path) -> _Data:
     try:
         content = yaml.safe_load(files.read_bytes(path, limit=_YAML_LIMIT))
         return msgspec.convert(content, _Data, strict=False)
-    except (yaml.YAMLError, msgspec.ValidationError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except files.FileError:
+        raise
+    except Exception as error:  # PyYAML raises many types
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise files.FileError(f"{path} is no data.yaml of YOLO: {reason}") from None
 
 
-def _read_split(
-    export: Export,
-    path: Path,
-    root: str,
-    place: str,
-    split: str,
-    used: set[Path],
-    folders: set[Path],
-) -> None:
-    """Reads the images of a folder or of a list of files; adds to the texts and their folders."""
-    folder, found = _images_of(export, path, root, place)
-    if folder is not None and (text := _text_of(folder / "any.jpg")):
-        folders.add(text.parent)
-    for image in found:
-        text = _text_of(image)
-        if text is None:
-            export.fault(
-                "image in no folder images",
-                f"{image}: the texts lie in a folder labels beside the folder images, which its "
-                "path lacks",
-            )
-            continue
-        used.add(text)
-        folders.add(text.parent)
-        picture = export.picture(image, path, split=split)
-        if picture is not None and text.is_file():
-            _read_text(export, picture, text)
+def _read_image(export: Export, path: Path, split: str, image: Path) -> Path | None:
+    """Reads an image with its text; returns the path of the text, or None after a fault."""
+    folder = _exchange(export, image.parent, "images", "labels")
+    if folder is None:
+        export.fault(
+            "image in no folder images",
+            f"{image}: the texts lie in a folder labels beside the folder images, which its "
+            "path lacks",
+        )
+        return None
+    text = folder / f"{image.stem}.txt"
+    picture = export.picture(image, path, split=split)
+    if picture is not None and text.is_file():
+        _read_text(export, picture, text)
+    return text
 
 
-def _images_of(export: Export, path: Path, root: str, place: str) -> tuple[Path | None, list[Path]]:
-    """Lists the images of a split, and its folder if it is one."""
+def _exchange(export: Export, folder: Path, name: str, other: str) -> Path | None:
+    """Replaces the last `name` in a folder of the export by `other`; None if it has none."""
+    parts = list(folder.relative_to(export.source).parts)
+    if name not in parts:
+        return None
+    parts[-1 - parts[::-1].index(name)] = other
+    return export.source.joinpath(*parts)
+
+
+def _images_of(export: Export, path: Path, root: str, place: str) -> tuple[set[Path], list[Path]]:
+    """Lists the images of a split; also gives its folder, if it is no list of files."""
     # Some tools write "../train/images" for a folder beside data.yaml.
     plain = place.replace("\\", "/")
     while plain.startswith("../"):
         plain = plain[3:]
     candidates = (f"{root}/{place}" if root else place, place, plain)
     paths = (export.inside(export.source, candidate) for candidate in candidates)
-    inside = [path for path in paths if path is not None and path.exists()]
+    inside = [path for path in paths if path is not None and os.path.exists(path)]
     if not inside:
         export.fault(
             "split that is missing",
             f"{path}: there is no folder or list {place!r} in {export.source}; correct the path",
         )
-        return None, []
+        return set(), []
     chosen = inside[0]
     if chosen.is_dir():
-        return chosen, [chosen / name for name in images.walk_images(chosen)]
+        return {chosen}, [chosen / name for name in images.walk_images(chosen)]
     listed = []
     for line in read_lines(chosen):
         image = export.find(chosen.parent, line, chosen)
-        if image is not None and not image.is_file():
+        if image is not None and not os.path.isfile(image):
             # Lists may begin with the name of the folder that held the export.
             image = export.find(export.source, line.split("/", 1)[-1], chosen)
         if image is not None:
             listed.append(image)
-    return None, listed
-
-
-def _text_of(image: Path) -> Path | None:
-    parts = list(image.parts)
-    positions = [i for i, part in enumerate(parts[:-1]) if part == "images"]
-    if not positions:
-        return None
-    parts[positions[-1]] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    return set(), listed
 
 
 def _read_text(export: Export, picture: Picture, text: Path) -> None:
-    for number, line in enumerate(read_lines(text), 1):
+    for number, line in enumerate(read_text(text).splitlines(), 1):
+        if not line.strip():
+            continue
         where = f"{text}, line {number}"
         try:
             values = [float(value) for value in line.split()]

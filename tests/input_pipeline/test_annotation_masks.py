@@ -8,7 +8,7 @@ import pytest
 
 from oneformer_jax.eval.metrics.instance_json import InstanceAnnotations
 from oneformer_jax.eval.metrics.pq import PanopticQuality
-from oneformer_jax.input_pipeline import sources, statistics
+from oneformer_jax.input_pipeline import records, sources, statistics
 from oneformer_jax.input_pipeline.annotations import faults, instances, panoptic
 from oneformer_jax.input_pipeline.annotations.faults import Fault, FaultsError
 from oneformer_jax.input_pipeline.coco_instances import HIDDEN
@@ -174,7 +174,9 @@ def test_a_thing_that_is_not_drawn_makes_no_prepared_image_with_things(pictures,
 
 def test_areas_of_records_prepared_earlier_are_counted_when_they_are_read():
     table = SegmentTable.from_lists([5, 9, 7], [0, 1, 0], [0, 0, 0], [1, 999, 4])
-    measured = table.measured(np.array([[5, 5, 0], [9, 0, 0]]), "here")
+    numbers = records.number_segments(np.array([[5, 5, 0], [9, 0, 0]]), table, "here")
+    pixels = records.count_pixels(numbers, table)
+    numbers, measured = records.keep_visible(numbers, table, pixels)
     assert (measured.ids.tolist(), measured.areas.tolist()) == ([5, 9], [2, 1])
 
 

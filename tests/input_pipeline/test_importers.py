@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from oneformer_jax.input_pipeline import importers
+from oneformer_jax.input_pipeline.importers.export import Export, Picture
 from tests.input_pipeline import exports
 from tests.input_pipeline.exports import (
     BLOB,
@@ -169,12 +171,23 @@ def test_labelme_points_and_lines_are_left_out_and_told(tmp_path):
     [
         (exports.shape("cat", [(1, 1), (9, 9)], "rectangle"), "a box is no mask"),
         (exports.shape("cat", CAT, "hexagon"), "is a hexagon of 4 points"),
+        (exports.shape("cat", CAT, "hexa\ngon"), "is a hexa gon of 4 points"),
         (exports.shape("cat", CAT[:2]), "at least three points"),
         (exports.shape("cat", [*CAT, (WIDTH + 2, 5)]), r"the point \(82, 5\) lies outside"),
         (exports.shape("cat", [(1, 1), (1, 1), (1, 1)]), "covers no pixel"),
         (exports.shape(" ", CAT), "has no label"),
         (exports.shape("cat", [(5, 5), (5, 5)], "circle"), "its radii are 0"),
+        (exports.shape("cat", [(5, 5)] * 3, "circle"), "circle of 3 points; it needs two"),
         (exports.shape("cat", [(1, 1), (3, 3)], "mask", mask="no base64"), "cannot be decoded"),
+        (exports.shape("cat", [(1, 1), (3, 3)], "mask", mask="\xe9"), "cannot be decoded"),
+        (exports.shape("cat", [(1, 1), (3, 3)], "mask"), "its mask: cannot be decoded"),
+        (
+            exports.shape("cat", [(1, 1), (3, 3)], "mask", mask=exports.png(np.ones((90, 90)))),
+            r"has the shape \[90, 90\], its box \[3, 3\]",
+        ),
+        (exports.shape("a\nb", CAT, "hexagon"), r"shape 1 \('a\\nb'\) is a hexagon"),
+        (exports.shape("a\nb", CAT), r"cannot be printed: 'a\\nb'"),
+        (exports.shape("x" * 501, CAT), "longer than 500 characters"),
         (
             exports.shape("cat", [(1, 1), (3, 3)], "mask", mask=exports.png(BLOB)),
             r"has the shape \[60, 80\], its box \[3, 3\]",
@@ -185,13 +198,17 @@ def test_labelme_shapes_that_are_no_masks_are_refused(tmp_path, shape, message):
     root = labelme(tmp_path, exports.shape("dog", DOG), shape)
     with pytest.raises(ValueError, match=message) as caught:
         importers.import_export("labelme", root, tmp_path / "out")
-    assert "a.json, shape 1" in str(caught.value) and not (tmp_path / "out").exists()
+    named = "a.json, shape 1" in str(caught.value) or "the classes have" in str(caught.value)
+    assert named and not (tmp_path / "out").exists()
 
 
 def test_labelme_files_that_disagree_are_refused(tmp_path):
     root = labelme(tmp_path, exports.shape("cat", CAT))
     exports.labelme_json(root / "twice.json", "a.jpg", [exports.shape("dog", DOG)])
     assert "the image a.jpg occurs already" in refused("labelme", root)
+    exports.image(root / "images" / "a.jpg")
+    exports.labelme_json(root / "twice.json", "images/a.jpg", [exports.shape("dog", DOG)])
+    assert "two files may not have one name in the new folder" in refused("labelme", root)
     (root / "twice.json").write_text('{"shapes": [], "imagePath": "../../secret.jpg"}')
     assert "leads out of" in refused("labelme", root)
     (root / "twice.json").write_text('{"some": "other JSON"}')
@@ -199,6 +216,55 @@ def test_labelme_files_that_disagree_are_refused(tmp_path):
     (root / "twice.json").unlink()
     (root / "labels.txt").write_text("__ignore__\n_background_\ndog\n")
     assert "the label 'cat' is not in the export's list" in refused("labelme", root)
+
+
+def test_labelme_folders_that_are_hidden_are_not_read(tmp_path):
+    root = labelme(tmp_path, exports.shape("cat", CAT))
+    exports.labelme_json(root / ".checkpoints" / "a.json", "lost.jpg", [])
+    exports.labelme_json(root / "__MACOSX" / "a.json", "lost.jpg", [])
+    imported("labelme", root)
+
+
+def test_names_of_images_that_no_system_or_json_takes_are_named(tmp_path):
+    root = labelme(tmp_path, exports.shape("cat", CAT))
+    exports.labelme_json(root / "b.json", "x" * 300 + ".jpg", [])
+    message = refused("labelme", root)
+    assert f"{root / 'b.json'}: its image" in message and "is missing" in message
+    (root / "b.json").unlink()
+    strange = os.fsdecode(b"caf\xe9.jpg")
+    exports.image(root / strange)
+    _, report = imported("labelme", root)
+    assert "images without a JSON (caf?.jpg)" in report
+    root = exports.mask_folders(tmp_path / "other" / "export")
+    exports.image(root / "images" / strange)
+    assert r"'caf\udce9.jpg' is not UTF-8" in refused("mask_folders", root)
+
+
+@pytest.mark.parametrize("turn", [0, 30, 90, 137])
+def test_ellipses_are_drawn_where_their_equation_holds(tmp_path, turn):
+    export = Export(tmp_path, "cvat")
+    picture = Picture(tmp_path / "a.jpg", "a.jpg", (90, 120), "train")
+    rows, columns = np.mgrid[:90, :120] + 0.5
+    for center, radii in (((60, 45), (30, 11)), ((2, 88), (50, 1e9)), ((60.2, 44.9), (0.3, 40))):
+        x, y = columns - center[0], rows - center[1]
+        cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
+        expected = ((x * cos + y * sin) / radii[0]) ** 2 + ((y * cos - x * sin) / radii[1]) ** 2
+        found = export.ellipse(picture, center, radii, turn, "here")
+        np.testing.assert_array_equal(found, expected <= 1)
+
+
+def test_folders_are_taken_as_in_a_shell_and_none_is_in_a_bucket(tmp_path, monkeypatch):
+    root = labelme(tmp_path, exports.shape("cat", CAT))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    imported("labelme", Path("~/export"), Path("~/out"))
+    assert (tmp_path / "out" / "images" / "a.jpg").is_file()
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    imported("labelme", root, Path("."))
+    assert (tmp_path / "new" / "instances_train.json").is_file()
+    for source, out in ((str(root), "gs://bucket/out"), ("s3://bucket/export", "out")):
+        with pytest.raises(OSError, match="cannot be in a bucket"):
+            importers.import_export("labelme", source, out)
 
 
 def test_classes_that_look_alike_are_refused(tmp_path):

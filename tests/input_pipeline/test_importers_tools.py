@@ -104,6 +104,17 @@ def test_cvat_long_texts_take_no_time(tmp_path):
     imported("cvat", root)
 
 
+def test_cvat_points_of_skeletons_are_no_classes(tmp_path):
+    root = exports.cvat(tmp_path / "export")
+    path = root / "annotations.xml"
+    parts = "".join(
+        f"<label><name>1</name><type>points</type><parent>{parent}</parent></label>"
+        for parent in ("hand", "foot")
+    )
+    path.write_text(path.read_text().replace("</labels>", f"{parts}</labels>"))
+    assert "2 classes: cat, dog" in imported("cvat", root)[1]
+
+
 def test_cvat_subsets_are_splits(tmp_path):
     root = exports.cvat(tmp_path / "export")
     for subset, name in (("Train", "a.jpg"), ("Validation", "b.png"), ("Test", "c.png")):
@@ -121,7 +132,7 @@ def test_cvat_subsets_are_splits(tmp_path):
     out, report = imported("cvat", root)
     assert instances_of(out)[0][0] == "Train/a.jpg"
     assert instances_of(out, "val")[0][0] == "Validation/b.png"
-    assert "1 test splits" in report and "classes without an instance: dog" in report
+    assert "1 entries of the test split" in report and "classes without an instance: dog" in report
 
 
 # --- YOLO ---
@@ -146,7 +157,7 @@ def test_yolo_lines_that_are_no_polygons_are_refused(tmp_path, line, message):
     (root / "labels" / "train" / "a.txt").write_text(f"{exports.yolo_line(0, CAT)}\n\n{line}\n")
     with pytest.raises(ValueError, match=message) as caught:
         importers.import_export("yolo", root, tmp_path / "out")
-    assert "a.txt, line 2" in str(caught.value)
+    assert "a.txt, line 3" in str(caught.value), "blank lines count"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +172,12 @@ def test_yolo_lines_that_are_no_polygons_are_refused(tmp_path, line, message):
         ("names: [cat, dog]\ntrain: /etc\n", "no folder or list '/etc'"),
         ("names: !!python/object/apply:os.system [id]\n", "no data.yaml of YOLO"),
         ("a: &a [x,x]\nb: &b [*a,*a]\nnames: [*b, *b]\n", "no data.yaml of YOLO"),
+        ("names: [cat]\nnc: !!int ''\n", "no data.yaml of YOLO"),
+        ("names: [cat]\nnc: !!bool perhaps\n", "no data.yaml of YOLO"),
+        ("names: [cat]\nnc: !!timestamp never\n", "no data.yaml of YOLO"),
+        (f"names: [cat]\ntrain: {'x' * 300}\n", "no folder or list 'xxx"),
+        ("names: [cat, dog]\nval: images/val\n", "1 images of"),
+        ('names: ["cat", "\\ud800"]\ntrain: images/train\n', "cannot be printed: '\\ud800'"),
     ],
 )
 def test_yolo_descriptions_that_are_wrong_or_hostile_are_refused(tmp_path, yaml, message):
@@ -183,6 +200,22 @@ def test_yolo_texts_and_images_belong_together(tmp_path):
     shutil.rmtree(out)
     (root / "labels" / "train" / "lost.txt").write_text(exports.yolo_line(0, CAT))
     assert "lost.txt belongs to no image" in refused("yolo", root)
+
+
+@pytest.mark.parametrize("above", ["images", "labels"])
+def test_yolo_folders_above_the_export_play_no_part(tmp_path, above):
+    root = exports.yolo(tmp_path / above / "export")
+    exports.image(root / "images" / "train" / "SPARE.JPG")
+    (root / "labels" / "train" / "SPARE.txt").write_text("")
+    (root / "train.txt").write_text("images/train/a.jpg\n")
+    (root / "data.yaml").write_text("train: train.txt\nval: images/val\nnames: [cat, dog]\n")
+    out, report = imported("yolo", root)
+    assert len(instances_of(out)) == 2 and len(instances_of(out, "val")) == 1
+    assert "1 texts of images in no split (SPARE.txt)" in report
+    shutil.rmtree(out)
+    (root / "images").rename(root / "pictures")
+    (root / "data.yaml").write_text("train: pictures/train\nnames: [cat, dog]\n")
+    assert "its path lacks" in refused("yolo", root), "these images have no texts"
 
 
 def test_yolo_layouts_of_other_tools_are_read(tmp_path):
@@ -271,6 +304,16 @@ def test_label_studio_says_what_it_leaves_out(tmp_path):
     assert label == "cat" and mask.sum() == pytest.approx(np.pi * 20 * 6, rel=0.05)
     assert "regions of the kind choices" in report and "1 predictions (task 1)" in report
     assert "1 tasks that are not annotated (task 2)" in report
+
+
+def test_label_studio_addresses_are_read_or_named(tmp_path):
+    task = exports.task(7, "s3://[bucket/a.jpg", [exports.studio_polygon(CAT)])
+    message = refused("label_studio", studio(tmp_path, task))
+    assert "task 7: the address 's3://[bucket/a.jpg'" in message and "Invalid IPv6" in message
+    root = studio(tmp_path, task | {"data": {"image": "/data/upload/1/0a1b2c3d-a%20#1.jpg"}})
+    (root / "a.jpg").rename(root / "a #1.jpg")
+    out, _ = imported("label_studio", root)
+    assert instances_of(out)[0][0] == "a #1.jpg"
 
 
 def test_label_studio_tasks_that_are_ambiguous_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Preparations that are killed, stopped, or run into a full disk: what is left, and going on."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -22,6 +23,27 @@ def job(tmp_path, monkeypatch):
     return official.Job(tmp_path, monkeypatch)
 
 
+# Runs every case in a fork of one process that has imported what they need.
+_FORKING = """
+import json, os, sys
+from oneformer_jax.input_pipeline import sources
+from oneformer_jax.input_pipeline.builders import preparation, synthetic
+for line in sys.stdin:
+    code, *arguments = json.loads(line)
+    said, saying = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(saying, 1)
+        os.dup2(saying, 2)
+        sys.argv[1:] = arguments
+        exec(code)
+        sys.exit()
+    os.close(saying)
+    with open(said) as stream:
+        text = stream.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([code, text]), flush=True)
+"""
 _PREPARE = """
 import sys
 from oneformer_jax.input_pipeline.builders import preparation
@@ -36,16 +58,31 @@ except OSError as error:
 """
 
 
-def _run(job, code="", **options):
-    return subprocess.run(
-        [sys.executable, "-c", _PREPARE, job.dataset, str(job.root), str(job.data_dir), code],
+@pytest.fixture(scope="module")
+def forking():
+    """Runs code with arguments in a process of its own; gives its exit code and what it said."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _FORKING],
         cwd=ROOT,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
-        check=False,
-        **options,
     )
+
+    def run(code, *arguments):
+        process.stdin.write(json.dumps([code, *map(str, arguments)]) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield run
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
+@pytest.fixture
+def run(forking):
+    """Runs a preparation after some code."""
+    return lambda job, code: forking(_PREPARE, job.dataset, job.root, job.data_dir, code)
 
 
 # The moments at which a kill leaves most behind: the function, and the how manieth call of it.
@@ -73,10 +110,10 @@ setattr(owner, name, kill)
         ("preparation", "decode_image", 7, True),  # while the second split is read
     ],
 )
-def test_killed_preparation_goes_on(job, owner, name, call, trains):
+def test_killed_preparation_goes_on(job, run, owner, name, call, trains):
     job.make("cityscapes")
-    killed = _run(job, _KILL.format(owner=owner, name=name, call=call))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, said = run(job, _KILL.format(owner=owner, name=name, call=call))
+    assert code == -signal.SIGKILL, said
     assert sources.is_prepared(job.folder) == trains
     if trains:
         assert len(job.open()) == 5 and job.open()[4]["image"].shape == (20, 30, 3)
@@ -111,6 +148,31 @@ def test_repaired_split_is_not_listed_while_it_is_rewritten(job, monkeypatch):
     assert len(job.open()) == 5
 
 
+@pytest.mark.parametrize(
+    "damaged, content",
+    [
+        *((".shards/train-00000.json", text) for text in ("", "[]", "{}", '{"height": 5}')),
+        (".shards/train-00000.json", '{"height": [20, 20], "width": [], "has_things": [true]}'),
+        (".shards/train.json", '{"finger'),
+        ("prepare_report.json", "{"),
+        ("prepare_report.json", '{"splits": [1]}'),
+    ],
+)
+def test_notes_of_a_preparation_that_are_damaged_are_made_anew(job, damaged, content):
+    job.make("ade20k").prepare()
+    (job.folder / "dataset_info.json").unlink()
+    (job.folder / damaged).write_text(content)
+    job.prepare()
+    assert len(job.open()) == 5 and job.report()["complete"]
+
+
+def test_a_split_without_its_fingerprint_is_of_another_download(job):
+    job.make("ade20k").prepare()
+    path = job.folder / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprints": {}}))
+    assert "was prepared from other annotations" in job.fail()
+
+
 # Every file of records is larger than that: the writer fails as on a full disk.
 _LIMIT = """
 import resource, signal
@@ -129,27 +191,20 @@ except OSError as error:
 """
 
 
-def test_full_disk_while_other_datasets_are_prepared(tmp_path):
-    failed = subprocess.run(
-        [sys.executable, "-c", _SYNTHETIC, str(tmp_path), _LIMIT],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert failed.returncode == 1
-    assert f"OSError: cannot write to {tmp_path}" in failed.stderr
+def test_full_disk_while_other_datasets_are_prepared(forking, tmp_path):
+    code, said = forking(_SYNTHETIC, tmp_path, _LIMIT)
+    assert code == 1
+    assert f"OSError: cannot write to {tmp_path}" in said
     assert not list(tmp_path.rglob("*.array_record*"))
 
 
-def test_full_disk_is_explained_and_goes_on(job):
+def test_full_disk_is_explained_and_goes_on(job, run):
     job.make("cityscapes")
-    failed = _run(job, _LIMIT)
-    assert failed.returncode == 1
-    assert f"OSError: cannot write to {job.folder} (" in failed.stderr
-    assert "File too large" in failed.stderr and "GB are free there" in failed.stderr
-    assert "The same command resumes" in failed.stderr
+    code, said = run(job, _LIMIT)
+    assert code == 1
+    assert f"OSError: cannot write to {job.folder} (" in said
+    assert "File too large" in said and "GB are free there" in said
+    assert "The same command resumes" in said
     assert not job.records() and not sources.is_prepared(job.folder)
     assert not list(job.folder.rglob("*.incomplete"))
     job.prepare()

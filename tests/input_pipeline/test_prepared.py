@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -215,30 +216,32 @@ def test_preparing_anew_tells_of_a_damaged_description(folder, tmp_path):
 ATTACK = """
 import sys
 from oneformer_jax.input_pipeline import sources
-try:
-    sources.TfdsSource(sys.argv[1], "train")
-except ValueError as error:
-    print("refused", error)
+for folder in sys.argv[1:]:
+    try:
+        sources.TfdsSource(folder, "train")
+    except ValueError as error:
+        print("refused", error)
 loaded = {"tensorflow", "trap"} & set(sys.modules)
 assert not loaded, loaded
 """
 
 
-@pytest.mark.parametrize("where", ["top", "feature"])
-def test_no_class_that_features_json_names_is_imported(folder, tmp_path, where):
+def test_no_class_that_features_json_names_is_imported(folder, tmp_path):
     (tmp_path / "trap.py").write_text("open(__file__ + '.sprung', 'w')\nclass Trap: pass")
     trap = {"pythonClassName": "trap.Trap", "content": {}, "type": "trap.Trap"}
 
-    def change(content):
-        part = content if where == "top" else content["featuresDict"]["features"]["image"]
-        part.update(trap)
-
-    prepared_scenes.edit(folder, FEATURES, change)
+    places = {
+        "top": lambda content: content,
+        "feature": lambda content: content["featuresDict"]["features"]["image"],
+    }
+    for where, part in places.items():
+        shutil.copytree(folder, tmp_path / where)
+        prepared_scenes.edit(tmp_path / where, FEATURES, lambda c, part=part: part(c).update(trap))
     traps = tmp_path / "tensorflow"
     traps.mkdir()
     (traps / "__init__.py").write_text("raise AssertionError('tensorflow was imported')")
     result = subprocess.run(
-        [sys.executable, "-c", ATTACK, str(folder)],
+        [sys.executable, "-c", ATTACK, *(str(tmp_path / where) for where in places)],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"},
         capture_output=True,
         text=True,

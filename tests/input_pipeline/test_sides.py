@@ -230,3 +230,26 @@ def test_the_error_of_an_empty_side_names_a_seed_that_works(made):
         opened("coco_instances", made, "train", share=0.05, seed=seed)
     better = int(str(caught.value).split("split_seed=")[2].split(",")[0])
     assert len(opened("coco_instances", made, "validation", share=0.05, seed=better))
+
+
+class Names:
+    """200,000 of them."""
+
+    def __len__(self):
+        return 200_000
+
+    def name_of(self, index):
+        return str(index)
+
+
+def test_an_error_about_an_empty_side_looks_through_few_seeds(monkeypatch):
+    looked = []
+
+    def holds(self, name):
+        looked.append(name)
+        return False
+
+    monkeypatch.setattr(Side, "holds", holds)
+    with pytest.raises(ValueError, match="set another validation_share"):
+        Side("validation", 1e-12, 0).of(Names())
+    assert len(looked) <= 1_500_000

@@ -105,6 +105,28 @@ def test_bytes_after_the_end_of_an_image_are_no_truncation(coco_folder):
     np.testing.assert_array_equal(_source(coco_folder)[0]["image"], expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value", "wanted"),
+    [
+        ("coco_folder", "skip_broken", "no", "True or False"),
+        ("coco_folder", "prepare", "False", "True or False"),
+        *(("coco_folder", "name", name, "the name of a folder") for name in ("..", "a/b", "/a")),
+        ("coco_instances", "crowd_as_instances", 0, "True or False"),
+        ("coco_instances", "train_images", None, "a path or a name"),
+        ("semantic_folder", "label_suffix", 5, "a path or a name"),
+        ("semantic_folder", "ignore_label", "0,255", "a tuple of 0 to 65536 values"),
+        ("semantic_folder", "ignore_label", (255, "0"), "a tuple of 0 to 65536 values"),
+        ("semantic_folder", "ignore_label", (True,), "a tuple of 0 to 65536 values"),
+        ("coco", "skip_broken", "no", "True or False"),
+    ],
+)
+def test_options_of_a_wrong_kind_are_named(tmp_path, name, option, value, wanted):
+    with pytest.raises(ValueError) as caught:
+        sources.open_source(name, data_dir=tmp_path, split="train", options={option: value})
+    message = str(caught.value)
+    assert message.startswith(f"dataset.options.{option} is {value!r}; it must be {wanted}")
+
+
 def test_panoptic_codes_round_trip():
     ids = np.array([[0, 1, 255], [256, 65_536, 2**24 - 1]], np.int32)
     table = records.SegmentTable.from_lists(ids.ravel()[1:], [0] * 5, [0] * 5, [1] * 5)
@@ -112,7 +134,7 @@ def test_panoptic_codes_round_trip():
         (records.encode_panoptic, records.decode_panoptic),
         (lambda m: records.encode_dense(m, table), records.decode_dense),
     ):
-        decoded = decode(encode(ids), table, "here")
+        decoded = records.with_ids(decode(encode(ids), table, "here"), table)
         np.testing.assert_array_equal(decoded, ids)
         assert decoded.dtype == np.int32
     with Image.open(io.BytesIO(records.encode_panoptic(ids))) as image:
