@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -16,8 +17,6 @@ from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, gelu, layer_norm, split_key
 from oneformer_jax.rules import Integer, Number, Rule, Tuple
-
-STRIDES = (4, 8, 16, 32)
 
 
 def stages(rule: Rule) -> Tuple:
@@ -164,6 +163,19 @@ def check_image(image: jax.Array) -> None:
     """Raises a ValueError unless `image` is [B, H, W, 3]."""
     if image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(f"a backbone's image must be [B, H, W, 3], got shape {image.shape}")
+
+
+def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
+    """Pads [B, H, W, C] with zeros below and to the right, up to multiples of `multiple`."""
+    down, right = (-size % multiple for size in x.shape[1:3])
+    return jnp.pad(x, ((0, 0), (0, down), (0, right), (0, 0))) if down or right else x
+
+
+def partition_windows(x: jax.Array, size: int) -> jax.Array:
+    """Cuts [B, H, W, C], H and W multiples of `size`, into [B, G, size * size, C], by rows."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    return x.swapaxes(2, 3).reshape(batch, -1, size * size, channels)
 
 
 def linear(

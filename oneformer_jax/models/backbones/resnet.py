@@ -47,20 +47,16 @@ class ResNetConfig(StagedConfig):
     norm: str = "frozen"
     stem_width: int = 64
 
-    @classmethod
-    def r50(cls, **overrides) -> ResNetConfig:
-        """Returns the config of ResNet-50."""
-        return cls(**({"depths": (3, 4, 6, 3)} | overrides))
-
-    @classmethod
-    def r101(cls, **overrides) -> ResNetConfig:
-        """Returns the config of ResNet-101."""
-        return cls(**({"depths": (3, 4, 23, 3)} | overrides))
-
     @property
     def channels(self) -> tuple[int, int, int, int]:
         """Channels of res2 to res5."""
         return tuple(4 * self.stem_width * 2**stage for stage in range(4))
+
+
+PUBLISHED = {
+    "resnet50": ResNetConfig(depths=(3, 4, 6, 3)),
+    "resnet101": ResNetConfig(depths=(3, 4, 23, 3)),
+}
 
 
 class ResNet(nnx.Module):
