@@ -174,7 +174,7 @@ def test_heads_that_tensors_do_not_tell(tmp_path):
     assert convert.read_model(path, config=config).config == config
     with pytest.raises(ValueError, match="give num_heads"):
         convert.read_model(path, num_heads=5)
-    with pytest.raises(ValueError, match=r"unknown model fields \['num_head'\]"):
+    with pytest.raises(ValueError, match=r"unknown fields 'num_head' .did you mean 'num_heads'"):
         convert.read_model(path, num_head=2)
     with pytest.raises(ValueError, match="not both"):
         convert.read_model(path, config=config, num_heads=2)

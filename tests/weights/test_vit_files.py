@@ -233,7 +233,7 @@ def test_a_whole_model_of_ours_keeps_its_transformer(tmp_path):
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05 in config.json, norm_epsilon is 1e-06"),
         ({"rope_theta": 10.0}, "rope_theta is 10.0 in config.json, rope_base is 100.0 here"),
         ({"hidden_act": "relu"}, "hidden_act is relu in config.json, gelu here"),
-        ({"num_attention_heads": "two"}, "config.json holds an unexpected value: .*`int"),
+        ({"num_attention_heads": "two"}, "config.json has an unexpected value: .*`int"),
     ],
 )
 def test_what_config_json_says_otherwise_is_refused(tmp_path, noted, message):
