@@ -102,6 +102,14 @@ def put(value, *keys):
         (put(5, "metadata"), "metadata has an unexpected value"),
         (put(["a"], "metadata", "class_names"), "metadata has an unexpected value|class names"),
         (put("red", "metadata", "colors"), "metadata has an unexpected value"),
+        (
+            put([[256, 0, 0]] * 5, "metadata", "colors"),
+            "metadata .*colors has values beyond 0 to 255",
+        ),
+        (
+            put([[0, -1, 0]] * 5, "metadata", "colors"),
+            "metadata .*colors has values beyond 0 to 255",
+        ),
         (put(1.5, "metadata", "ignore_label"), "metadata has an unexpected value"),
         (put(-5, "settings", "short_edge"), "settings has an unexpected value.*short_edge"),
         (put(10**9, "settings", "topk"), "settings has an unexpected value.*topk"),
