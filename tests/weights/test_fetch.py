@@ -129,6 +129,13 @@ def test_a_file_or_folder_of_something_else_names_all_forms(tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", ["model.pth", "model.stablehlo"])
+def test_a_checkpoint_of_what_has_none_is_refused(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"{name} is .*; leave .*(it out|checkpoint)"):
+        oneformer_jax.load(tmp_path / name, checkpoint=5)
+
+
 def test_the_public_load_names_all_forms(tmp_path):
     one_line(lambda: oneformer_jax.load(str(tmp_path / "no")), "does not exist", "OWNER/NAME")
 
