@@ -123,7 +123,9 @@ def load(
             **overrides,
         )
     if checkpoint != "auto":
-        raise ValueError(f"{path} is no workdir, so it has no checkpoint {checkpoint}; leave it out")
+        raise ValueError(
+            f"{path} is no workdir, so it has no checkpoint {checkpoint}; leave it out"
+        )
     fields = {f.name for f in dataclasses.fields(OneFormerConfig)}
     architecture = {name: value for name, value in overrides.items() if name in fields}
     overrides = {name: value for name, value in overrides.items() if name not in fields}

@@ -221,7 +221,7 @@ def write_model(
       settings: test size and thresholds, of which `SETTINGS` are kept.
 
     Raises:
-      FileError: `path` is taken.
+      FileError: the folder `path` has files in it.
       ValueError: an unknown format, arrays of another model, or a model that the format cannot
         hold.
     """

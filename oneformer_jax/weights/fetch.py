@@ -8,7 +8,7 @@ import re
 
 from oneformer_jax import remote
 from oneformer_jax.files import FileError, did_you_mean
-from oneformer_jax.weights.accepted import FORMS
+from oneformer_jax.weights import FORMS
 from oneformer_jax.weights.pickle_reader import quoted
 
 _HUB_NAME = re.compile(

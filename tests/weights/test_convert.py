@@ -485,6 +485,8 @@ def test_the_program_converts_in_every_direction(tmp_path, capsys):
     paths = {name: str(tmp_path / name) for name in ("run", "b.pth", "hf", "run2")}
     modes.convert(str(tmp_path / "a.pth"), paths["run"])
     modes.convert(paths["run"], paths["hf"], "hugging_face")
+    with pytest.raises(ValueError, match=r"is a workdir, .* leave out --model=coco:swin_large"):
+        modes.convert(paths["run"], paths["hf"], "hugging_face", "coco:swin_large")
     modes.convert(paths["hf"], paths["b.pth"], "official")
     modes.convert(paths["b.pth"], paths["run2"], "workdir")
     assert "official checkpoint: ConvNeXt" in capsys.readouterr().out
