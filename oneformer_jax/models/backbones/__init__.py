@@ -1,8 +1,9 @@
 """Backbones: modules from an image to four maps, chosen by their config.
 
 A backbone is called as `backbone(image, key=None, train=False)` with a normalised float image
-[B, H, W, 3] and returns res2, res3, res4, res5: [B, h, w, C] at the strides 4, 8, 16, 32. Its
-config has `channels`, the four numbers of channels.
+[B, H, W, 3] and returns res2, res3, res4, res5: [B, h, w, C] at the strides 4, 8, 16, 32, in the
+compute dtype. `key` is the PRNG key of the stochastic depth; None is deterministic. Only batch norm
+asks for `train`. The config has `channels`, the four numbers of channels.
 """
 
 from __future__ import annotations

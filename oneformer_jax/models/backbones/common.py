@@ -117,16 +117,10 @@ class WideningBackbone(nnx.Module):
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features.
+        """Extracts features, see `oneformer_jax.models.backbones`, of an image of any size.
 
-        Args:
-          image: float [B, H, W, 3], normalised. Any size: maps are padded where they must be.
-          key: PRNG key of the stochastic depth; None is deterministic.
-          train: not used, since no layer here keeps statistics; every backbone takes it.
-
-        Returns:
-          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
-          in the compute dtype.
+        Maps are padded where they must be; those of the stride s are [B, ceil(H / s),
+        ceil(W / s), C].
         """
         check_image(image)
         x = self.patch_embed(image.astype(self.dtype))

@@ -103,17 +103,10 @@ class ConvNeXt(nnx.Module):
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features.
+        """Extracts features, see `oneformer_jax.models.backbones`, of an image of at least 32 x 32.
 
-        Args:
-          image: float [B, H, W, 3], normalised, at least 32 x 32. What is left of sides that are no
-            multiples of the strides is not seen, as in the official model.
-          key: PRNG key of the stochastic depth; None is deterministic.
-          train: not used, since no layer here keeps statistics; every backbone takes it.
-
-        Returns:
-          res2, res3, res4, res5: [B, H // s, W // s, C] at the strides s = 4, 8, 16, 32, in the
-          compute dtype.
+        The maps of the stride s are [B, H // s, W // s, C]: what is left of sides that are no
+        multiples of it is not seen, as in the official model.
         """
         check_image(image)
         if min(image.shape[1:3]) < 32:

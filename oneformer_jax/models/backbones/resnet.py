@@ -87,17 +87,15 @@ class ResNet(nnx.Module):
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features.
+        """Extracts features, see `oneformer_jax.models.backbones`, of an image of any size.
+
+        The maps of the stride s are [B, ceil(H / s), ceil(W / s), C]. Nothing here is random.
 
         Args:
-          image: float [B, H, W, 3], normalised, of any size.
-          key: not used, since nothing here is random; every backbone takes it.
+          image: float [B, H, W, 3], normalised.
+          key: not used.
           train: with norm "batch", normalise by the statistics of this batch and update the
             running ones; without it, and with norm "frozen", the stored ones are used.
-
-        Returns:
-          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
-          in the compute dtype.
 
         Raises:
           ValueError: not an image, or batch statistics of a single value.

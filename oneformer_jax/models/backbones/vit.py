@@ -180,15 +180,10 @@ class ViT(nnx.Module):
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features; see `oneformer_jax.models.backbones`. Any size of image is taken.
+        """Extracts features, see `oneformer_jax.models.backbones`, of an image of any size.
 
-        Args:
-          image: float [B, H, W, 3], normalised. It is zero padded to whole patches.
-          key: PRNG key of the stochastic depth; None is deterministic.
-          train: not used, since no layer here keeps statistics; every backbone takes it.
-
-        Returns:
-          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32.
+        It is zero padded to whole patches. The maps of the stride s are [B, ceil(H / s),
+        ceil(W / s), C].
         """
         depths, grid = self.tokens(image, key)
         size = image.shape[1:3]
