@@ -148,7 +148,7 @@ def parse_json(
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Gives a temporary name beside `path`; what lies there becomes `path` if the block ends well.
 
-    The content is on the disk before it gets its name: after a power cut `path` is old or new,
+    A file's content is on the disk before it gets its name: after a power cut `path` is old or new,
     never half. A block that raises leaves `path` as it was and no temporary file. The folder of
     `path` must exist, and it is none of a bucket.
     """
@@ -169,7 +169,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def remove_leftovers(folder: str | os.PathLike[str], older_than: float = 60.0) -> list[str]:
-    """Removes what `replacing` left directly in `folder` when its process was killed.
+    """Removes the files that `replacing` left directly in `folder` when its process was killed.
 
     Younger files, by `older_than` seconds, may belong to a process that writes just now. A folder
     that is missing, or in a bucket, has none. Returns the paths of the removed files.
