@@ -249,6 +249,7 @@ def test_what_config_json_says_otherwise_is_refused(tmp_path, noted, message):
             "other dinov3-license (README.md)",
         ),
         ("---\nlicense: apache-2.0\n---\n", "apache-2.0 (README.md)"),
+        pytest.param("---\nlicense: mit\n---\n" + "x" * (1 << 20), "mit (README.md)", id="long"),
         ("license: mine\n", "the DINOv3 License, if this is the released file"),
         (None, "the DINOv3 License, if this is the released file"),
         ("---\nlicense: \x1b[2Jred\n---\n", r"'\x1b[2Jred' (README.md)"),
