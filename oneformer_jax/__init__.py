@@ -96,7 +96,10 @@ def load(
     if os.path.splitext(path)[1] in (".stablehlo", ".onnx"):
         from oneformer_jax.export import stablehlo
 
-        options = dict(config=config, metadata=metadata, execution=execution, mesh=mesh)
+        step = None if checkpoint == "auto" else checkpoint
+        options = dict(
+            config=config, metadata=metadata, checkpoint=step, execution=execution, mesh=mesh
+        )
         given = [name for name, value in (options | overrides).items() if value is not None]
         if given:
             raise ValueError(
@@ -118,6 +121,10 @@ def load(
             execution=execution or Execution(dtype=dtype),
             mesh=mesh,
             **overrides,
+        )
+    if checkpoint != "auto":
+        raise ValueError(
+            f"{path} is no workdir, so it has no checkpoint {checkpoint}; leave it out"
         )
     fields = {f.name for f in dataclasses.fields(OneFormerConfig)}
     architecture = {name: value for name, value in overrides.items() if name in fields}

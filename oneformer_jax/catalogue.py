@@ -10,6 +10,7 @@ trained. How it is applied stands here; how it was trained, in the recipe of the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 NUM_CLASSES = {"ade20k": 150, "coco": 133, "cityscapes": 19, "mapillary": 65}
@@ -40,7 +41,7 @@ class Published:
       backbone: its published size.
       norm: of a ResNet: "batch" where its norms were trained, "" where they were constants.
       wide: whether the head is that of width 1024, `WIDE_HEAD`.
-      object_mask_threshold, overlap_threshold: of the panoptic output.
+      overlap_threshold: of the panoptic output.
     """
 
     dataset: str
@@ -52,7 +53,6 @@ class Published:
     backbone: str
     norm: str
     wide: bool
-    object_mask_threshold: float
     overlap_threshold: float = 0.8
 
     @property
@@ -64,6 +64,11 @@ class Published:
     def config(self) -> str:
         """The recipe's file and variant."""
         return f"configs/{self.dataset}.py:{self.variant}"
+
+    @property
+    def object_mask_threshold(self) -> float:
+        """Least score of a query in the panoptic output."""
+        return 0.5 if self.dataset == "ade20k" else 0.8
 
     @property
     def topk(self) -> int:
@@ -81,72 +86,61 @@ class Published:
         return {"norm": self.norm} if self.norm else {}
 
 
-def _published(
+def _model(
     dataset: str,
     variant: str,
     num_queries: int,
-    sizes: tuple[int, int],
     file: str = "",
     *,
-    backbone: str | None = None,
+    res: int = 0,
+    backbone: str = "",
     norm: str = "",
     wide: bool = False,
 ) -> Published:
-    return Published(
-        *(dataset, variant, num_queries, *sizes, file),
-        backbone=backbone or variant.split(",")[0],
-        norm=norm,
-        wide=wide,
-        object_mask_threshold=0.5 if dataset == "ade20k" else 0.8,
-    )
+    """Fills in what follows; `res` is another short edge, with a long one of up to four times."""
+    sizes = (res, 4 * res) if res else _SIZES[dataset]
+    backbone = backbone or variant.split(",")[0]
+    return Published(dataset, variant, num_queries, *sizes, file, backbone, norm, wide)
 
 
-def _ade20k(variant: str, num_queries: int, res: int, file: str = "", **fields) -> Published:
-    return _published("ade20k", variant, num_queries, (res, 4 * res), file, **fields)
-
-
-def _coco(variant: str, num_queries: int, file: str = "", **fields) -> Published:
-    return _published("coco", variant, num_queries, (800, 1333), file, **fields)
-
-
-def _cityscapes(variant: str, num_queries: int, file: str = "", **fields) -> Published:
-    return _published("cityscapes", variant, num_queries, (1024, 2048), file, **fields)
-
-
-def _mapillary(variant: str, num_queries: int, file: str = "", **fields) -> Published:
-    return _published("mapillary", variant, num_queries, (2048, 2048), file, **fields)
-
+# Short edge and longest side of test images.
+_SIZES = {"coco": (800, 1333), "cityscapes": (1024, 2048), "mapillary": (2048, 2048)}
+_ade20k, _coco, _cityscapes, _mapillary = (
+    functools.partial(_model, dataset) for dataset in ("ade20k", "coco", "cityscapes", "mapillary")
+)
 
 MODELS = (
-    _ade20k("resnet50", 150, 512),
-    _ade20k("swin_tiny", 150, 512),
-    _ade20k("swin_large,res=640", 250, 640, "250_16_swin_l_oneformer_ade20k_160k"),
-    _ade20k("swin_large,res=896", 250, 896, "896x896_250_16_swin_l_oneformer_ade20k_160k"),
-    _ade20k("swin_large,res=1280", 250, 1280, "1280x1280_250_16_swin_l_oneformer_ade20k_160k"),
-    _ade20k("convnext_large", 250, 640, "250_16_convnext_l_oneformer_ade20k_160k"),
-    _ade20k("convnext_xlarge", 250, 640, "250_16_convnext_xl_oneformer_ade20k_160k"),
-    _ade20k("dinat_large,res=640", 250, 640, "250_16_dinat_l_oneformer_ade20k_160k"),
-    _ade20k("dinat_large,res=896", 250, 896, "896x896_250_16_dinat_l_oneformer_ade20k_160k"),
+    _ade20k("resnet50", 150, res=512),
+    _ade20k("swin_tiny", 150, res=512),
+    _ade20k("swin_large,res=640", 250, "250_16_swin_l_oneformer_ade20k_160k", res=640),
+    _ade20k("swin_large,res=896", 250, "896x896_250_16_swin_l_oneformer_ade20k_160k", res=896),
+    _ade20k("swin_large,res=1280", 250, "1280x1280_250_16_swin_l_oneformer_ade20k_160k", res=1280),
+    _ade20k("convnext_large", 250, "250_16_convnext_l_oneformer_ade20k_160k", res=640),
+    _ade20k("convnext_xlarge", 250, "250_16_convnext_xl_oneformer_ade20k_160k", res=640),
+    _ade20k("dinat_large,res=640", 250, "250_16_dinat_l_oneformer_ade20k_160k", res=640),
+    _ade20k("dinat_large,res=896", 250, "896x896_250_16_dinat_l_oneformer_ade20k_160k", res=896),
     _ade20k(
         "dinat_large,res=1280",
         250,
-        1280,
         "1280x1280_250_16_dinat_l_oneformer_ade20k_160k",
+        res=1280,
         backbone="dinat_large_wide",
     ),
     _ade20k(
         "dinat_large,res=1280,pretrain=coco",
         150,
-        1280,
         "coco_pretrain_1280x1280_150_16_dinat_l_oneformer_ade20k_160k",
+        res=1280,
         backbone="dinat_large_wide",
     ),
-    _ade20k("internimage_huge", 250, 896, "896x896_250_16_intern_image_h_oneformer_ade20k_160k"),
+    _ade20k(
+        "internimage_huge", 250, "896x896_250_16_intern_image_h_oneformer_ade20k_160k", res=896
+    ),
     _ade20k(
         "internimage_huge,head=1024,pretrain=coco",
         250,
-        896,
         "coco_pretrain_896x896_250_16_intern_image_h_oneformer_ade20k_160k",
+        res=896,
         wide=True,
     ),
     _coco("resnet50", 150),
@@ -180,9 +174,7 @@ MODELS = (
         backbone="dinat_large_7x7",
     ),
     _cityscapes("internimage_huge", 250, "250_16_intern_image_h_oneformer_cityscapes_90k"),
-    _published(
-        "cityscapes", "internimage_huge,head=1024,pretrain=mapillary", 250, (896, 3584), wide=True
-    ),
+    _cityscapes("internimage_huge,head=1024,pretrain=mapillary", 250, res=896, wide=True),
     _mapillary("resnet50", 150, norm="batch"),
     _mapillary("swin_large", 250, "250_16_swin_l_oneformer_mapillary_300k"),
     _mapillary("convnext_large", 250, "250_16_convnext_l_oneformer_mapillary_300k"),
@@ -207,9 +199,9 @@ MODELS = (
 
 # Vision transformers at the published sizes of images.
 UNPUBLISHED = (
-    _ade20k("dinov2_base", 150, 512),
-    _ade20k("dinov3_base", 150, 512),
-    _ade20k("dinov3_large", 250, 640),
+    _ade20k("dinov2_base", 150, res=512),
+    _ade20k("dinov3_base", 150, res=512),
+    _ade20k("dinov3_large", 250, res=640),
     _coco("dinov3_base", 150),
     _coco("dinov3_large", 150),
     _cityscapes("dinov3_large", 250),

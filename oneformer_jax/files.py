@@ -41,7 +41,7 @@ class FileError(ValueError):
 def open_regular(path: str | os.PathLike[str], *, error: type[Exception] = FileError) -> BinaryIO:
     """Opens a regular file for reading.
 
-    A pipe or a device, which may never end, is refused before it is opened for reading.
+    A pipe or a device, which may never end, is refused before anything waits for it.
 
     Raises:
       error: it is missing, not a regular file, or cannot be read; the message names it.
@@ -55,6 +55,8 @@ def open_regular(path: str | os.PathLike[str], *, error: type[Exception] = FileE
         raise error(f"{path} is missing") from None
     except OSError as cause:
         raise error(f"{path} cannot be read ({cause.strerror})") from cause
+    except ValueError:  # it has a zero
+        raise error(f"{os.fspath(path)!r} is no name of a file") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise error(f"{path} is not a regular file")
@@ -76,9 +78,7 @@ def _reading_remotely(path: str | os.PathLike[str], error: type[Exception]) -> I
 def read_bytes(
     path: str | os.PathLike[str], *, limit: int, error: type[Exception] = FileError
 ) -> bytes:
-    """Reads a regular file of at most `limit` bytes.
-
-    A pipe or a device, which may never end, is refused before it is opened for reading.
+    """Reads a regular file of at most `limit` bytes; see `open_regular`.
 
     Raises:
       error: it is missing, not a regular file, cannot be read, or is larger; the message names it.
@@ -86,20 +86,16 @@ def read_bytes(
     if remote.is_remote(path):
         with _reading_remotely(path, error):
             data = remote.read(remote.path_of(path), limit)
-        return _within(limit, data, path, error)
-    with open_regular(path, error=error) as file:
-        try:
-            # No more than its size: Python sets aside all of the memory that is asked for.
-            size = min(limit, os.fstat(file.fileno()).st_size) + 1
-            data = file.read(size)
-            if len(data) == size <= limit:  # it has grown, or does not tell its size
-                data += file.read(limit + 1 - size)
-        except OSError as cause:
-            raise error(f"{path} cannot be read ({cause.strerror})") from cause
-    return _within(limit, data, path, error)
-
-
-def _within(limit: int, data: bytes, path: str | os.PathLike[str], error: type[Exception]) -> bytes:
+    else:
+        with open_regular(path, error=error) as file:
+            try:
+                # No more than its size: Python sets aside all of the memory that is asked for.
+                size = min(limit, os.fstat(file.fileno()).st_size) + 1
+                data = file.read(size)
+                if len(data) == size <= limit:  # it has grown, or does not tell its size
+                    data += file.read(limit + 1 - size)
+            except OSError as cause:
+                raise error(f"{path} cannot be read ({cause.strerror})") from cause
     if len(data) > limit:
         raise error(f"{path} has more than {limit:,} bytes, the most that such a file may have")
     return data
@@ -152,7 +148,7 @@ def parse_json(
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Gives a temporary name beside `path`; what lies there becomes `path` if the block ends well.
 
-    The content is on the disk before it gets its name: after a power cut `path` is old or new,
+    A file's content is on the disk before it gets its name: after a power cut `path` is old or new,
     never half. A block that raises leaves `path` as it was and no temporary file. The folder of
     `path` must exist, and it is none of a bucket.
     """
@@ -173,7 +169,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def remove_leftovers(folder: str | os.PathLike[str], older_than: float = 60.0) -> list[str]:
-    """Removes what `replacing` left directly in `folder` when its process was killed.
+    """Removes the files that `replacing` left directly in `folder` when its process was killed.
 
     Younger files, by `older_than` seconds, may belong to a process that writes just now. A folder
     that is missing, or in a bucket, has none. Returns the paths of the removed files.

@@ -242,7 +242,11 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, int) and value.bit_length() > 1000:  # too many digits for repr
         return f"an integer of {value.bit_length():,} bits"
-    text = re.sub(r"://[^/@\s]*@", "://...@", repr(value))
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a value of too many levels"
+    text = re.sub(r"://[^/@\s]*@", "://...@", text)
     text = re.sub(r"(://[^\s?'\"]*\?)[^\s'\"]*", r"\1...", text)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
@@ -281,7 +285,8 @@ def refuse(owner: str, values: Mapping[str, Any], found: Mapping[str, str]) -> N
 def require_names(what: str, given: Any, known: tuple[str, ...], needed: tuple[str, ...]) -> None:
     """Raises a ValueError for unknown names in `given`, with the nearest known, or missing ones."""
     if unknown := [name for name in given if name not in known]:
-        hints = first_few(f"{name!r}{did_you_mean(name, known)}" for name in map(str, unknown))
+        first = [f"{shown(n)}{did_you_mean(n[:_SHOWN], known)}" for n in map(str, unknown[:5])]
+        hints = first_few(first + unknown[5:])
         raise ValueError(f"{what}: unknown fields {hints}; known are {', '.join(known)}")
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"{what}: fields {', '.join(missing)} must be given")

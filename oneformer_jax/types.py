@@ -178,6 +178,8 @@ class Metadata:
                 raise ValueError(
                     f"metadata of {self.dataset}: {self.num_classes} class names, {found} {field}"
                 )
+        if any(not 0 <= value <= 255 for color in self.colors for value in color):
+            raise ValueError(f"metadata of {self.dataset}: colors has values beyond 0 to 255")
 
     @property
     def num_classes(self) -> int:
@@ -192,15 +194,3 @@ class Metadata:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Metadata:
-        fields = json.loads(text)
-        return cls(
-            dataset=fields["dataset"],
-            class_names=tuple(fields["class_names"]),
-            is_thing=tuple(bool(x) for x in fields["is_thing"]),
-            colors=tuple(tuple(c) for c in fields["colors"]),
-            category_ids=tuple(fields["category_ids"]),
-            ignore_label=fields["ignore_label"],
-        )

@@ -37,6 +37,8 @@ def test_a_regular_file_is_opened_and_nothing_else(tmp_path):
             files.open_regular(path, error=KeyError)
     with pytest.raises(files.FileError, match="is missing"):
         files.open_regular(tmp_path / "b")
+    with pytest.raises(files.FileError, match=r"'a\\x00b' is no name of a file"):
+        files.open_regular("a\0b")
 
 
 def test_a_link_to_a_device_is_refused(tmp_path):

@@ -223,6 +223,10 @@ def convert(
             {"eval": found.settings},
             step=0,
         )
+    elif model:
+        raise ValueError(
+            f"{path} is a workdir, which holds its own model; leave out --model={model}"
+        )
     else:
         trained = checkpoint.load_for_inference(path)
     if form == "workdir":

@@ -108,7 +108,7 @@ class Findings:
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
         thing_labels, metadata, examples = json.loads(state["json"].tobytes())
-        result = cls(Metadata.from_json(metadata), thing_labels=thing_labels)
+        result = cls(files.parse_json(metadata, Metadata), thing_labels=thing_labels)
         result._examples = examples
         return result
 

@@ -120,8 +120,6 @@ def read(texts: Mapping[str, str] | None, where: str) -> Description:
         found = msgspec.convert(fields, Description)
     except msgspec.ValidationError as error:
         raise FileError(f"{where} holds an unexpected value: {str(error)[:300]}") from None
-    if any(not 0 <= value <= 255 for color in found.metadata.colors for value in color):
-        raise FileError(f"{where}: metadata.colors has values beyond 0 to 255")
     if found.metadata.num_classes > 65_535:
         raise FileError(
             f"{where}: metadata has {found.metadata.num_classes:,} classes, over 65,535"

@@ -53,17 +53,9 @@ def attend(
     return _forward(q, k, v, mask, bias, factor, key, rate, chunk)[0]
 
 
-def _forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    bias: jax.Array | None,
-    factor: jax.Array | None,
-    key: jax.Array | None,
-    rate: float,
-    chunk: int,
-) -> tuple[jax.Array, Any]:
+def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
+    """Returns the result, and what the backward pass takes; the arguments are those of `attend`."""
+    q, k, v, mask, bias, factor, key, rate, chunk = arguments
     parts = _chunks(k, v, mask, chunk)
 
     def visit(part: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -133,15 +133,8 @@ class TransformerDecoder(nnx.Module):
         if self.queries == "learned":
             self.query_feat = nnx.Embed(config.num_queries, width, embedding_init=normal, rngs=rngs)
         else:
-            self.class_input_proj = conv(
-                config.mask_dim,
-                width,
-                1,
-                bias=True,
-                init=initial.c2_xavier,
-                rngs=rngs,
-                dtype=dtype,
-            )
+            fill = dict(bias=True, init=initial.c2_xavier)
+            self.class_input_proj = conv(config.mask_dim, width, 1, **fill, rngs=rngs, dtype=dtype)
             self.class_transformer = QueryInit(config, rngs=rngs, execution=execution)
         count, options = config.decoder_layers, dict(rngs=rngs, dtype=dtype)
         how = dict(remat=execution.remat, scan=execution.scan_layers)

@@ -73,16 +73,6 @@ class ParamKeys(Rngs):
         return Draw(self._seed, self._count - 1)
 
 
-def zeros(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
-    """Zeros, whatever the draw."""
-    return constant(0.0)(draw, shape, dtype)
-
-
-def ones(draw: Draw, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
-    """Ones, whatever the draw."""
-    return constant(1.0)(draw, shape, dtype)
-
-
 def constant(value: float) -> Initializer:
     """Returns an initialiser with one value for all elements."""
 
@@ -127,6 +117,7 @@ def variance_scaling(scale: float, mode: str, distribution: str) -> Initializer:
     return init
 
 
+zeros = constant(0.0)
 xavier = variance_scaling(1.0, "fan_avg", "uniform")
 # Xavier on PyTorch's packed [3D, D] projection, seen from one of its three parts.
 packed_xavier = variance_scaling(0.5, "fan_avg", "uniform")

@@ -164,12 +164,8 @@ class OneFormer(nnx.Module):
             )
             self.num_context = config.num_context
             if self.num_context:
-                self.prompt_ctx = nnx.Embed(
-                    self.num_context,
-                    config.hidden_dim,
-                    embedding_init=initial.normal(),
-                    rngs=rngs,
-                )
+                init = dict(embedding_init=initial.normal(), rngs=rngs)
+                self.prompt_ctx = nnx.Embed(self.num_context, config.hidden_dim, **init)
             self.logit_scale = nnx.Param(jnp.asarray(-np.log(0.07), jnp.float32))
 
     def __call__(

@@ -76,22 +76,9 @@ class MSDeformAttn(nnx.Module):
         self.attention_weights = linear(
             width, samples, kernel_init=initial.zeros, bias_init=initial.zeros, rngs=rngs
         )
-        self.value_proj = linear(
-            width,
-            width,
-            kernel_init=initial.xavier,
-            bias_init=initial.zeros,
-            rngs=rngs,
-            dtype=dtype,
-        )
-        self.output_proj = linear(
-            width,
-            width,
-            kernel_init=initial.xavier,
-            bias_init=initial.zeros,
-            rngs=rngs,
-            dtype=dtype,
-        )
+        init = dict(kernel_init=initial.xavier, bias_init=initial.zeros)
+        self.value_proj = linear(width, width, **init, rngs=rngs, dtype=dtype)
+        self.output_proj = linear(width, width, **init, rngs=rngs, dtype=dtype)
 
     def _offset_bias(self, key, shape, dtype=jnp.float32):
         """Head h looks along the angle 2πh/heads; its points lie at 1, 2, 3... pixels."""
@@ -136,12 +123,9 @@ class EncoderLayer(nnx.Module):
             implementation=implementation,
         )
         self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
-        self.linear1 = linear(
-            width, config.encoder_ffn, kernel_init=initial.xavier, rngs=rngs, dtype=dtype
-        )
-        self.linear2 = linear(
-            config.encoder_ffn, width, kernel_init=initial.xavier, rngs=rngs, dtype=dtype
-        )
+        init = dict(kernel_init=initial.xavier, rngs=rngs, dtype=dtype)
+        self.linear1 = linear(width, config.encoder_ffn, **init)
+        self.linear2 = linear(config.encoder_ffn, width, **init)
         self.norm2 = layer_norm(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x, positions, spatial_shapes, reference, key: Key = None) -> jax.Array:
@@ -227,20 +211,15 @@ class PixelDecoder(nnx.Module):
 
     def __init__(self, config, channels, *, rngs: ParamKeys, execution: Execution = Execution()):
         """`channels` are those of res2..res5; `config` is the OneFormerConfig."""
-        width, dtype = config.hidden_dim, execution.compute_dtype
+        width, how = config.hidden_dim, dict(rngs=rngs, dtype=execution.compute_dtype)
         self.input_proj = nnx.List(  # res5, res4, res3
-            ConvNorm(c, width, 1, bias=True, init=initial.xavier, rngs=rngs, dtype=dtype)
-            for c in channels[:0:-1]
+            ConvNorm(c, width, 1, bias=True, init=initial.xavier, **how) for c in channels[:0:-1]
         )
         self.transformer = DeformableTransformer(config, rngs=rngs, execution=execution)
         fill = initial.c2_xavier
-        self.adapter_1 = ConvNorm(
-            channels[0], width, 1, bias=False, init=fill, rngs=rngs, dtype=dtype
-        )
-        self.layer_1 = ConvNorm(width, width, 3, bias=False, init=fill, rngs=rngs, dtype=dtype)
-        self.mask_features = conv(
-            width, config.mask_dim, 1, bias=True, init=fill, rngs=rngs, dtype=dtype
-        )
+        self.adapter_1 = ConvNorm(channels[0], width, 1, bias=False, init=fill, **how)
+        self.layer_1 = ConvNorm(width, width, 3, bias=False, init=fill, **how)
+        self.mask_features = conv(width, config.mask_dim, 1, bias=True, init=fill, **how)
 
     def __call__(self, features, key: Key = None) -> tuple[jax.Array, list[jax.Array]]:
         """Maps res2..res5 [B, H/s, W/s, C_s] to features of stride 4 and of strides 32, 16, 8.

@@ -25,20 +25,10 @@ class TextMLP(nnx.Module):
     """The feed-forward part of a block, with QuickGELU x·σ(1.702x)."""
 
     def __init__(self, width: int, num_layers: int, *, rngs, dtype):
-        self.c_fc = linear(
-            width,
-            4 * width,
-            kernel_init=initial.normal((2 * width) ** -0.5),
-            rngs=rngs,
-            dtype=dtype,
-        )
-        self.c_proj = linear(
-            4 * width,
-            width,
-            kernel_init=initial.normal(width**-0.5 * (2 * num_layers) ** -0.5),
-            rngs=rngs,
-            dtype=dtype,
-        )
+        wide = initial.normal((2 * width) ** -0.5)
+        deep = initial.normal(width**-0.5 * (2 * num_layers) ** -0.5)
+        self.c_fc = linear(width, 4 * width, kernel_init=wide, rngs=rngs, dtype=dtype)
+        self.c_proj = linear(4 * width, width, kernel_init=deep, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.c_fc(x)

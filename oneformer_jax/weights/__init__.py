@@ -17,3 +17,10 @@ reading.py        the reading of a file, made once: its format, and our names an
 convert.py        whole models in and out
 start.py          what a training run starts from
 """
+
+# All that users may name as weights, for messages.
+FORMS = (
+    "a workdir or one of its checkpoints/STEP, an official .pth or another file of weights, a "
+    "Hugging Face folder, a model of the hub (OWNER/NAME or OWNER/NAME@REVISION), an https:// "
+    "address, or a gs:// or s3:// path"
+)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from oneformer_jax import catalogue
+from oneformer_jax import catalogue, config_rules, rules
 from oneformer_jax.catalogue import Published
 from oneformer_jax.files import FileError
 from oneformer_jax.models import backbones
@@ -36,6 +36,9 @@ _MARKS = {
     "resnet": "backbone.stem.conv1.kernel",
     "internimage": "backbone.levels.0.blocks.0.dcn.dw_conv.kernel",
 }
+
+# Fields without which the others cannot be read off the shapes.
+_READ_EARLY = ("num_heads", "encoder_points", "num_context")
 
 
 class Found(NamedTuple):
@@ -73,29 +76,30 @@ def recognise(
       FileError: the tensors are not those of a OneFormer, or of one beyond all sizes.
       ValueError: a field that is unknown, or that the caller has to give.
     """
-    known = {field.name for field in dataclasses.fields(OneFormerConfig)}
-    if unknown := sorted(set(given) - known):
-        raise ValueError(f"{path}: unknown model fields {unknown}; known are {sorted(known)}")
+    rules.require_names(
+        path, given, tuple(field.name for field in dataclasses.fields(OneFormerConfig)), ()
+    )
     reader = _Reader(shapes, path)
     kind = reader.kind()
-    for source in (noted, given):
-        descriptions.check_fields(source, path, kind)
     fields = {k: v for k, v in {**noted, **given}.items() if k != "backbone"}
     options = {**noted.get("backbone", {}), **given.get("backbone", {})}
     backbone = getattr(reader, f"read_{kind}")()
     told = {"backbone": dict(options), **fields}
     if kind == "resnet" and "norm" not in options:
         options["norm"] = "frozen" if frozen_norm else "batch"
-    head = reader.head(fields)
-    descriptions.check_fields({**head, "backbone": backbone}, path, kind)
     dilated = kind != "dinat" or "dilations" in options
     if not dilated:  # they come last: the published model is found without them
         options["dilations"] = tuple((1,) * depth for depth in backbone["depths"])
     try:
+        early = {f"model.{name}": fields[name] for name in _READ_EARLY if name in fields}
+        config_rules.require(early)
         made = backbones.backbone_config(kind, **(backbone | options))
-        config = OneFormerConfig(backbone=made, **(head | fields))
+        config = OneFormerConfig(backbone=made, **(reader.head(fields) | fields))
+    except FileError:
+        raise
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
+    descriptions.require_few_layers(config, path)
     matches = find(config, path)
     if not dilated:
         made = dataclasses.replace(made, dilations=_dilations(matches, path))

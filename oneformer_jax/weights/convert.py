@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from oneformer_jax import catalogue
+from oneformer_jax import catalogue, rules
 from oneformer_jax.files import FileError, first_few
 from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.backbones import SwinConfig
@@ -102,6 +102,11 @@ def read_model(
     """
     if config is not None and fields:
         raise ValueError(f"give either config or {', '.join(fields)}, not both")
+    if not isinstance(backbone := fields.get("backbone", {}), Mapping):
+        raise ValueError(
+            f"backbone is {rules.shown(backbone)}; it must be a dict of fields of the backbone's "
+            "config, as {'dilations': ...}; config takes the name of a whole model"
+        )
     found = reading.read_model(path)
     file, shapes = found.file, found.shapes
     where = f"{file.path}: {files.OWN_KEY}"
@@ -120,13 +125,13 @@ def read_model(
     # The scale belongs to the criterion, which a model without the text branch may have too.
     branch = set(functional.TEXT_PARTS) - {"logit_scale"}
     text = any(name.split(".")[0] in branch for name in shapes)
-    params, stats, left_out = _read(found, config, text)
     settings = own.settings or ({name: getattr(row, name) for name in SETTINGS} if row else {})
     if own.metadata is not None and own.metadata.num_classes != config.num_classes:
         raise FileError(
             f"{where}: metadata has {own.metadata.num_classes} classes, the model has "
             f"{config.num_classes}"
         )
+    params, stats, left_out = _read(found, config, text)
     datasets = [
         name for name, count in catalogue.NUM_CLASSES.items() if count == config.num_classes
     ]
@@ -216,7 +221,7 @@ def write_model(
       settings: test size and thresholds, of which `SETTINGS` are kept.
 
     Raises:
-      FileError: `path` is taken.
+      FileError: the folder `path` has files in it.
       ValueError: an unknown format, arrays of another model, or a model that the format cannot
         hold.
     """

@@ -13,14 +13,13 @@ import base64
 import contextlib
 import errno
 import hashlib
-import logging as std_logging
 import os
 import pathlib
 import re
 import shutil
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import filelock
@@ -30,15 +29,15 @@ import requests
 from absl import logging
 from tqdm.auto import tqdm
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 from oneformer_jax.files import FileError
+from oneformer_jax.weights.pickle_reader import quoted
 
 MOST_BYTES = 64 << 30  # the largest published model has about 6 GiB
 ATTEMPTS = 4  # in a row that bring nothing new
 TIMEOUT = (10, 60)  # seconds until a connection stands, and between two pieces
 _PIECE = 1 << 16  # bytes; those of a piece that breaks off are lost
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
-_DIGEST = re.compile("[0-9a-f]{64}")
 pause: Callable[[float], None] = time.sleep
 
 
@@ -88,7 +87,7 @@ class _Stream(NamedTuple):
     pieces: Iterator[bytes]
 
 
-class _Remote(NamedTuple):
+class _Source(NamedTuple):
     """An address and how it is read.
 
     Attributes:
@@ -111,12 +110,7 @@ def shown(address: str) -> str:
     scheme, _, rest = address.partition("://")
     host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
     more = "?..." if "?" in rest.partition("#")[0] else ""
-    return plain(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{more}")
-
-
-def plain(text: str) -> str:
-    """Returns a text in one line of at most 300 characters."""
-    return text if text.isprintable() and len(text) <= 300 else repr(text[:300])
+    return quoted(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{more}", 300)
 
 
 def from_web(address: str) -> pathlib.Path:
@@ -147,46 +141,44 @@ def from_web(address: str) -> pathlib.Path:
     session = _Session(bool(pinned))
     if reason := session.unsafe(address):
         raise FileError(f"{where} {reason}")
-    remote = _Remote(where, lambda start, tag: _open_web(session, address, start, tag))
-    return _kept(address, remote, pinned)
+    source = _Source(where, lambda start, tag: _open_web(session, address, start, tag))
+    return _kept(address, source, pinned)
 
 
 def from_bucket(address: str) -> pathlib.Path:
-    """Fetches a file of a bucket, such as gs:// or s3://, by fsspec.
+    """Fetches a file of a bucket, whose URL `remote.path_of` has taken.
 
     Raises:
-      FileError: the package for this kind of bucket is missing, or the file cannot be read.
+      FileError: the file cannot be read.
     """
-    # It logs the tracebacks of what we tell in one line.
-    std_logging.getLogger("gcsfs").setLevel(std_logging.CRITICAL)
-    remote = _Remote(shown(address), lambda start, tag: _open_bucket(address, start, tag))
-    return _kept(address, remote, "")
+    source = _Source(shown(address), lambda start, tag: _open_bucket(address, start, tag))
+    return _kept(address, source, "")
 
 
 # ------------------------------------------------------------------ the cache
 
 
-def _kept(address: str, remote: _Remote, pinned: str) -> pathlib.Path:
+def _kept(address: str, source: _Source, pinned: str) -> pathlib.Path:
     """The file of an address in the cache, fetched if need be; one process does it at a time."""
     name = urllib.parse.unquote(urllib.parse.urlsplit(address).path.rstrip("/").rpartition("/")[2])
     name = re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII).lstrip(".")[-100:]
     if not name:
-        raise FileError(f"{remote.address} names no file")
+        raise FileError(f"{source.address} names no file")
     digest = hashlib.sha256(address.encode()).hexdigest()[:24]
     target = files.user_cache() / "weights" / digest / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(target.parent.with_suffix(".lock")):
-            return _current(target, remote, pinned)
+            return _current(target, source, pinned)
     except OSError as error:
         reason = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"fails ({error})"
         raise FileError(
-            f"{remote.address}: the cache {target.parent} {reason}; free some space, or set "
+            f"{source.address}: the cache {target.parent} {reason}; free some space, or set "
             "XDG_CACHE_HOME to another folder. The same command goes on from what has come"
         ) from error
 
 
-def _current(target: pathlib.Path, remote: _Remote, pinned: str) -> pathlib.Path:
+def _current(target: pathlib.Path, source: _Source, pinned: str) -> pathlib.Path:
     record = _recorded(target)
     if record is not None and pinned == record.sha256:
         return target
@@ -194,9 +186,9 @@ def _current(target: pathlib.Path, remote: _Remote, pinned: str) -> pathlib.Path
         if record is not None and not pinned:
             return target
         raise FileError(
-            f"{remote.address} is not in the cache, and HF_HUB_OFFLINE forbids the network"
+            f"{source.address} is not in the cache, and HF_HUB_OFFLINE forbids the network"
         )
-    return _fetch(target, remote, pinned, record)
+    return _fetch(target, source, pinned, record)
 
 
 def _recorded(path: pathlib.Path) -> _Record | None:
@@ -217,7 +209,7 @@ def _write_record(path: pathlib.Path, record: _Record) -> None:
 
 
 def _fetch(
-    target: pathlib.Path, remote: _Remote, pinned: str, kept: _Record | None
+    target: pathlib.Path, source: _Source, pinned: str, kept: _Record | None
 ) -> pathlib.Path:
     """Fetches a file, or finds that the kept one is still the same."""
     if kept is not None and not kept.tag and not pinned:
@@ -232,10 +224,10 @@ def _fetch(
         if kept is not None and not pinned and not start:
             start, tag = -1, kept.tag
         try:
-            with remote.open(start, tag) as stream:
+            with source.open(start, tag) as stream:
                 if stream is None:
                     return target
-                size, digest = _receive(part, stream, remote.address, pinned)
+                size, digest = _receive(part, stream, source.address, pinned)
                 tag = stream.tag
             break
         except _Passing as error:
@@ -243,22 +235,23 @@ def _fetch(
             if isinstance(error, _Unfit):
                 part.unlink(missing_ok=True)
             if kept is not None and not pinned:
-                logging.warning("%s: %s; the file of the cache is used", remote.address, error)
+                logging.warning("%s: %s; the file of the cache is used", source.address, error)
                 return target
             if isinstance(error, _Away):
-                raise FileError(f"{remote.address}: {error}") from error
+                raise FileError(f"{source.address}: {error}") from error
             if failures >= ATTEMPTS:
                 raise FileError(
-                    f"{remote.address}: {error}; tried {ATTEMPTS} times. The same command goes on "
+                    f"{source.address}: {error}; tried {ATTEMPTS} times. The same command goes on "
                     "from what has come"
                 ) from None
-            logging.warning("%s: %s; trying again", remote.address, error)
+            logging.warning("%s: %s; trying again", source.address, error)
             pause(2.0 ** (failures - 1))
+    _record_of(target).unlink(missing_ok=True)  # it never tells of other content, even in a crash
     part.replace(target)
-    _write_record(target, _Record(remote.address, tag, size, digest))
+    _write_record(target, _Record(source.address, tag, size, digest))
     _record_of(part).unlink(missing_ok=True)
     logging.info(
-        "%s has %s bytes, SHA-256 %s; kept as %s", remote.address, f"{size:,}", digest, target
+        "%s has %s bytes, SHA-256 %s; kept as %s", source.address, f"{size:,}", digest, target
     )
     return target
 
@@ -439,23 +432,18 @@ def _is_etag(tag: str) -> bool:
 
 
 def _told_digest(response: requests.Response) -> str:
-    """SHA-256 of the whole file in the headers of an answer or of those that led to it, or ""."""
-    for one in (response, *response.history):
-        if found := _digest_in(one.headers):
-            return found
-    return ""
-
-
-def _digest_in(headers: Mapping[str, str]) -> str:
-    linked = headers.get("X-Linked-ETag", "").strip('"')  # of the hub
-    if _DIGEST.fullmatch(linked):
-        return linked
+    """SHA-256 of the whole file, as the headers of an answer tell it, or ""."""
+    for answer in (response, *response.history):
+        # The hub tells of the file that it leads to; other headers speak of the answer itself.
+        linked = answer.headers.get("X-Linked-ETag", "").strip('"')
+        if re.fullmatch("[0-9a-f]{64}", linked):
+            return linked
     for name, pattern in (
         ("Repr-Digest", r"sha-256=:([\w+/=]{44}):"),
         ("Digest", r"(?i:sha-256)=([\w+/=]{44})"),
         ("x-amz-checksum-sha256", r"^([\w+/=]{44})$"),
     ):
-        if match := re.search(pattern, headers.get(name, ""), re.ASCII):
+        if match := re.search(pattern, response.headers.get(name, ""), re.ASCII):
             with contextlib.suppress(ValueError):
                 return base64.b64decode(match[1], validate=True).hex()
     return ""
@@ -471,15 +459,10 @@ def _open_bucket(address: str, start: int, tag: str) -> Iterator[_Stream | None]
         system, path = fsspec.core.url_to_fs(address)
         info = system.info(path)
         found = str(system.ukey(path))
-    except ImportError as error:
-        raise FileError(
-            f"{where} cannot be read: {plain(str(error))}; gs:// and s3:// need pip install "
-            '"oneformer-jax[gcs]" or "oneformer-jax[s3]"'
-        ) from error
     except FileNotFoundError:
         raise FileError(f"{where}: there is no such file in the bucket") from None
     except Exception as error:  # each kind of bucket has its own kinds, and tries again by itself
-        raise _Away(f"it cannot be read ({type(error).__name__}: {plain(str(error))})") from error
+        raise _Away(remote.explain(address, error)) from error
     if info.get("type") != "file":
         raise FileError(f"{where} is a folder; give a file in it")
     if start < 0 and found == tag:
@@ -494,7 +477,6 @@ def _open_bucket(address: str, start: int, tag: str) -> Iterator[_Stream | None]
                 while piece := file.read(_PIECE):
                     yield piece
         except Exception as error:
-            reason = f"{type(error).__name__}: {plain(str(error))}"
-            raise _Passing(f"reading broke off ({reason})") from error
+            raise _Passing(f"reading broke off: {remote.explain(address, error)}") from error
 
     yield _Stream(start, info.get("size"), found, "", pieces())

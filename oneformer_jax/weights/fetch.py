@@ -8,7 +8,8 @@ import re
 
 from oneformer_jax import remote
 from oneformer_jax.files import FileError, did_you_mean
-from oneformer_jax.weights.accepted import FORMS
+from oneformer_jax.weights import FORMS
+from oneformer_jax.weights.pickle_reader import quoted
 
 _HUB_NAME = re.compile(
     r"(?:hf://)?([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}?)(?:@([\w./-]{1,255}))?", re.A
@@ -37,9 +38,9 @@ def local_path(name: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(expanded)
     if os.path.lexists(expanded) or not isinstance(name, str):
         if path.is_dir() and path.parent.name != "checkpoints" and not _has_marks(path):
-            from oneformer_jax.weights.download import plain
-
-            raise FileError(f"the folder {plain(text)} holds no weights; accepted are {FORMS}")
+            raise FileError(
+                f"the folder {quoted(text, 300)} holds no weights; accepted are {FORMS}"
+            )
         return path
     scheme, found, _ = text.partition("://")
     if found and scheme != "hf":
@@ -47,22 +48,21 @@ def local_path(name: str | os.PathLike[str]) -> pathlib.Path:
 
         if scheme in ("http", "https"):
             return download.from_web(text)
-        if scheme in ("gs", "gcs", "s3") and "::" not in text:  # which fsspec reads as a chain
-            if text.endswith(_ENDINGS):
-                return download.from_bucket(text)
+        if scheme in ("gs", "s3"):
             try:
-                return remote.path_of(text)  # a workdir, which is read where it is
+                place = remote.path_of(text)
             except remote.RemoteError as error:
                 raise FileError(f"{error}") from error
+            # A workdir is read where it is.
+            return download.from_bucket(text) if text.endswith(_ENDINGS) else place
         raise FileError(f"{download.shown(text)} is of no known kind; accepted are {FORMS}")
     match = _HUB_NAME.fullmatch(text)
     owner = text.split("/")[0]
     here = owner in (".", "..", "~") or (os.path.isdir(owner) and not found)
     if match is None or here or text.endswith(_ENDINGS):
         hint = f" (hf://{match[0]} is that of the hub)" if match and here else ""
-        from oneformer_jax.weights.download import plain
-
-        raise FileError(f"{plain(text)} does not exist{_similar(path)}{hint}; accepted are {FORMS}")
+        shown = quoted(text, 300)
+        raise FileError(f"{shown} does not exist{_similar(path)}{hint}; accepted are {FORMS}")
     from oneformer_jax.weights import hub
 
     try:

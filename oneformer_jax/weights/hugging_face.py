@@ -12,6 +12,7 @@ from oneformer_jax.files import FileError
 from oneformer_jax.models import backbones
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import Metadata
+from oneformer_jax.weights import descriptions
 from oneformer_jax.weights.architecture import POINTS
 from oneformer_jax.weights.pickle_reader import quoted
 
@@ -79,11 +80,7 @@ def noted(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     if (kind := config.get("model_type")) != "oneformer":
         name = f"a {quoted(kind)!r} model" if isinstance(kind, str) else quoted(kind)
         raise FileError(f"{path}: config.json is of {name}, not of a oneformer")
-    try:
-        found = msgspec.convert(config, _Config)
-    except msgspec.ValidationError as error:
-        why = quoted(str(error), 300)
-        raise FileError(f"{path}: config.json holds an unexpected value: {why}") from None
+    found = descriptions.convert(config, _Config, path, "config.json")
     _require_fixed(found, "", path)
     # The port knows one number of points.
     fields: dict[str, Any] = {"num_heads": found.num_attention_heads, "encoder_points": POINTS}

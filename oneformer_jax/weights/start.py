@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oneformer_jax.files import FileError, first_few, read_bytes
+from oneformer_jax.files import FileError, first_few, open_regular
 from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.backbones import BackboneConfig
 from oneformer_jax.weights import names, reading, vit
 from oneformer_jax.weights.pickle_reader import quoted
 from oneformer_jax.weights.reading import Read
 
-_MAX_README = 1 << 20  # bytes
+_MAX_README = 1 << 20  # bytes that are looked at
 
 # Of a classifier, which has no place in a segmentation model: its head and the norm before it.
 _CLASSIFIER = r"backbone\.((stem\.)?fc|head|norm|avgpool|classifier)\."
@@ -103,7 +103,8 @@ def _told_licence(path: str) -> str:
     page = os.path.join(path, "README.md")
     if not os.path.isfile(page):
         return ""
-    text = read_bytes(page, limit=_MAX_README).decode("utf-8", "replace")
+    with open_regular(page) as file:
+        text = file.read(_MAX_README).decode("utf-8", "replace")
     head = re.match(r"---\s*\n(.*?)\n---", text, re.S)
     told = dict(re.findall(r"^(license\w*):[ \t]*(\S.*?)[ \t]*$", head[1], re.M)) if head else {}
     words = [told[key] for key in ("license", "license_name", "license_link") if key in told]

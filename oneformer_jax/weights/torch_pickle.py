@@ -21,13 +21,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from oneformer_jax.files import FileError, open_regular
-from oneformer_jax.weights import pickle_reader
-from oneformer_jax.weights.accepted import FORMS
+from oneformer_jax.weights import FORMS, pickle_reader
 from oneformer_jax.weights.pickle_reader import Damaged, Refused, quoted
-from oneformer_jax.weights.tensors import Kind, Tensor, stored
+from oneformer_jax.weights.tensors import Kind, stored
 from oneformer_jax.weights.torch_forms import Forms, Storage, allowed
-
-__all__ = ["FileError", "Tensor", "load", "save"]
 
 # First object of the stream format, and its version.
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C

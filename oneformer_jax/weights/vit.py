@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from oneformer_jax.files import FileError
 from oneformer_jax.models.backbones import ViTConfig
+from oneformer_jax.weights import descriptions
 from oneformer_jax.weights.pickle_reader import quoted
 from oneformer_jax.weights.tensors import Tensor
 
@@ -127,11 +128,7 @@ def contradictions(
     """
     if not isinstance(backbone, ViTConfig):
         return []
-    try:
-        noted = msgspec.convert(config or {}, _Config)
-    except msgspec.ValidationError as error:
-        why = quoted(str(error), 300)
-        raise FileError(f"{path}: config.json holds an unexpected value: {why}") from None
+    noted = descriptions.convert(config or {}, _Config, path, "config.json")
     pairs = [
         ("num_attention_heads", noted.num_attention_heads, "num_heads", backbone.num_heads),
         ("layer_norm_eps", noted.layer_norm_eps, "norm_epsilon", backbone.norm_epsilon),

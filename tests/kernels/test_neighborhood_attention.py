@@ -26,7 +26,8 @@ from oneformer_jax.kernels.neighborhood_attention.shapes import (
     SEVEN,
     WIDE,
 )
-from oneformer_jax.models.backbones.dinat import DILATIONS, DinatConfig
+from oneformer_jax.models.backbones.dinat import DILATIONS
+from oneformer_jax.models.backbones.dinat import PUBLISHED as PUBLISHED_DINATS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -376,7 +377,7 @@ class TestDoor:
     def test_real_shapes_are_those_of_the_backbone(self):
         for name, dilations in (("base", BASE), ("wide", WIDE), ("7x7", SEVEN)):
             assert DILATIONS[name] == dilations
-        config = DinatConfig.large()
+        config = PUBLISHED_DINATS["dinat_large"]
         assert config.num_heads == HEADS
         assert {c // n for c, n in zip(config.channels, HEADS, strict=True)} == {HEAD_DIM}
 

@@ -1,5 +1,6 @@
 """Backbones by name: sizes, overrides, JSON, refusals, and which kernels they are told to use."""
 
+import dataclasses
 import json
 
 import jax
@@ -39,7 +40,8 @@ def test_configs_survive_json(config):
 
 def test_names_and_overrides():
     config = backbones.backbone_config("swin_tiny", drop_path_rate=0.1)
-    assert config == backbones.SwinConfig.tiny(drop_path_rate=0.1)
+    tiny = backbones.backbone_config("swin_tiny")
+    assert config == dataclasses.replace(tiny, drop_path_rate=0.1) != tiny
     assert config.channels == (96, 192, 384, 768)
     assert backbones.backbone_config("resnet101").depths == (3, 4, 23, 3)
     assert backbones.backbone_config("resnet", depths=[1, 1, 1, 1], stem_width=16).channels == (

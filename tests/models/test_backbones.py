@@ -342,6 +342,8 @@ def shapes_of(config) -> dict[str, tuple[type, int]]:
     [
         ("swin_tiny", {}, 27.521),
         ("swin_large", {}, 195.201),
+        ("dinat_large", {}, 199.610),
+        ("dinat_large_7x7", {}, 199.409),
         ("resnet50", {"norm": "frozen"}, 23.455),
         ("resnet50", {"norm": "batch"}, 23.508),
     ],

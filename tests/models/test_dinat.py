@@ -120,20 +120,13 @@ def test_drop_path_drops_whole_samples():
 
 
 def test_published_models():
-    expected = {
-        "ade20k": (11, "base", (240.763, 223.220, 199.610)),
-        "cityscapes": (7, "7x7", (240.528, 222.985, 199.409)),
-    }
-    for dataset, (kernel_size, table, counts) in expected.items():
+    expected = {"ade20k": (11, "base"), "cityscapes": (7, "7x7")}
+    for dataset, (kernel_size, table) in expected.items():
         variant = "dinat_large,res=640" if dataset == "ade20k" else "dinat_large"
         config = OneFormerConfig.published(f"{dataset}:{variant}")
         assert config.num_queries == 250
         assert config.backbone.kernel_size == kernel_size
         assert config.backbone.dilations == DILATIONS[table]
-        params = functional.abstract(config, training=True).params
-        trees = params, functional.inference_params(params), params["backbone"]
-        for tree, millions in zip(trees, counts, strict=True):
-            assert round(sum(x.size for x in jax.tree.leaves(tree)) / 1e6, 3) == millions
     assert OneFormerConfig.published("coco:dinat_large").num_queries == 150
     wide = OneFormerConfig.published("ade20k:dinat_large,res=1280")
     assert (wide.num_queries, wide.backbone.kernel_size) == (250, 11)

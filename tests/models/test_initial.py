@@ -59,7 +59,7 @@ def test_variances_are_those_of_flax(mode, distribution):
 
 def test_constants():
     assert np.array_equal(initial.zeros(draw(), (2,), jnp.float32), [0, 0])
-    assert np.array_equal(initial.ones(draw(), (2,), jnp.bfloat16), [1, 1])
+    assert np.array_equal(initial.constant(1.0)(draw(), (2,), jnp.bfloat16), [1, 1])
 
 
 def test_without_a_seed_nothing_is_drawn(monkeypatch):

@@ -16,21 +16,23 @@ MEGABYTES = 700  # of a process that has 40 after its imports
 SECONDS = 10
 
 
-def opened(path: pathlib.Path) -> dict:
-    """What `child.py` says about a file."""
-    run = subprocess.run(
-        [sys.executable, str(CHILD), str(path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+@pytest.fixture(scope="module")
+def opened():
+    """A function from the path of a file to what `child.py` says about it."""
+    command = [sys.executable, str(CHILD)]
+    streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, **streams) as process:
+
+        def ask(path: pathlib.Path) -> dict:
+            print(path, file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield ask
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
-def test_a_hostile_file_is_refused_in_one_line(name, tmp_path):
+def test_a_hostile_file_is_refused_in_one_line(name, tmp_path, opened):
     make, message = ATTACKS[name]
     path = make(tmp_path)
     found = opened(path)

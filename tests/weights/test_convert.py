@@ -174,7 +174,7 @@ def test_heads_that_tensors_do_not_tell(tmp_path):
     assert convert.read_model(path, config=config).config == config
     with pytest.raises(ValueError, match="give num_heads"):
         convert.read_model(path, num_heads=5)
-    with pytest.raises(ValueError, match=r"unknown model fields \['num_head'\]"):
+    with pytest.raises(ValueError, match=r"unknown fields 'num_head' .did you mean 'num_heads'"):
         convert.read_model(path, num_head=2)
     with pytest.raises(ValueError, match="not both"):
         convert.read_model(path, config=config, num_heads=2)
@@ -485,6 +485,8 @@ def test_the_program_converts_in_every_direction(tmp_path, capsys):
     paths = {name: str(tmp_path / name) for name in ("run", "b.pth", "hf", "run2")}
     modes.convert(str(tmp_path / "a.pth"), paths["run"])
     modes.convert(paths["run"], paths["hf"], "hugging_face")
+    with pytest.raises(ValueError, match=r"is a workdir, .* leave out --model=coco:swin_large"):
+        modes.convert(paths["run"], paths["hf"], "hugging_face", "coco:swin_large")
     modes.convert(paths["hf"], paths["b.pth"], "official")
     modes.convert(paths["b.pth"], paths["run2"], "workdir")
     assert "official checkpoint: ConvNeXt" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from oneformer_jax.files import parse_json
 from oneformer_jax.models import functional
 from oneformer_jax.models.backbones import DinatConfig, InternImageConfig
 from oneformer_jax.models.oneformer import OneFormerConfig
@@ -49,34 +50,66 @@ def put(value, *keys):
     [
         (
             put(10**9, "model", "decoder_layers"),
-            "model.decoder_layers is 1000000000; expected 0 to 128",
+            "model.decoder_layers is 1000000000; it must be an integer from 1 to 100",
         ),
         (put(10**5, "model", "decoder_layers"), "model.decoder_layers is 100000"),
         (put(-1, "model", "encoder_layers"), "model.encoder_layers is -1"),
         (put(10**9, "model", "hidden_dim"), "model.hidden_dim is 1000000000"),
         (put(-32, "model", "hidden_dim"), "model.hidden_dim is -32"),
-        (put(1.5, "model", "num_heads"), "model.num_heads has an unexpected value: .*`float`"),
-        (put("8", "model", "num_heads"), "model.num_heads has an unexpected value: .*`str`"),
-        (put(0, "model", "num_heads"), "model.num_heads is 0; expected 1 to"),
-        (put(None, "model", "num_queries"), "model.num_queries has an unexpected value"),
-        (put([1] * 9, "model", "backbone", "depths"), "depths"),
-        (put([1, 1, 10**9, 1], "model", "backbone", "depths"), "backbone.depths is 1000000000"),
-        (put([1] * 10**5, "model", "backbone", "num_heads"), "num_heads has 100,000 values"),
-        (put([[1]] * 4, "model", "backbone", "num_heads"), "num_heads has an unexpected value"),
-        (put(10**5, "model", "backbone", "window_size"), "backbone.window_size is 100000"),
-        (put(-8, "model", "backbone", "embed_dim"), "backbone.embed_dim is -8"),
-        (put(1e300, "model", "backbone", "mlp_ratio"), "backbone.mlp_ratio is 1e.300"),
-        (put("vit\x1b[2J", "model", "backbone", "kind"), r"kind is 'vit\\x1b\[2J'; known are swin"),
-        (put([], "model", "backbone", "kind"), "kind is a list"),
-        (put("swin", "model", "backbone"), "model.backbone.kind is"),
-        (put(1, "model", "backbone", "depth"), "model.backbone.depth .did you mean 'depths'"),
-        (put(1, "model", "decoder_layer"), "model.decoder_layer .did you mean 'decoder_layers'"),
+        (put(1.5, "model", "num_heads"), "model.num_heads is 1.5; it must be an integer"),
+        (put("8", "model", "num_heads"), "model.num_heads is '8'; it must be an integer"),
+        (put(0, "model", "num_heads"), "model.num_heads is 0; it must be an integer from 1 to"),
+        (put(None, "model", "num_queries"), "model.num_queries is None; it must be an integer"),
+        (
+            put([1] * 9, "model", "backbone", "depths"),
+            "SwinConfig: depths is .*a tuple of 4 values",
+        ),
+        (
+            put([1, 1, 10**9, 1], "model", "backbone", "depths"),
+            r"SwinConfig: depths is \(1, 1, 1000000000, 1\); it must be",
+        ),
+        (put([1] * 10**5, "model", "backbone", "num_heads"), "num_heads is .*a tuple of 4 values"),
+        (
+            put([[1]] * 4, "model", "backbone", "num_heads"),
+            r"num_heads is \(\(1,\), .*; it must be",
+        ),
+        (put(10**5, "model", "backbone", "window_size"), "window_size is 100000; it must be"),
+        (put(-8, "model", "backbone", "embed_dim"), "embed_dim is -8; it must be"),
+        (put(1e300, "model", "backbone", "mlp_ratio"), "mlp_ratio is 1e.300; it must be"),
+        (
+            put("vit\x1b[2J", "model", "backbone", "kind"),
+            r"unknown backbone kind 'vit\\x1b\[2J'; use one of swin",
+        ),
+        (put("v" * 10**6, "model", "backbone", "kind"), "unknown backbone kind 'vvv.*use one of"),
+        (put([], "model", "backbone", "kind"), r"unknown backbone kind \[\]"),
+        (put("swin", "model", "backbone"), "backbone is 'swin'; it must be fields with values"),
+        (
+            put(1, "model", "backbone", "depth"),
+            "swin: unknown fields 'depth' .did you mean 'depths'",
+        ),
+        (
+            put(1, "model", "decoder_layer"),
+            "model: unknown fields 'decoder_layer' .did you mean 'decoder_layers'",
+        ),
+        (put(1, "model", "d" * 10**6), "model: unknown fields 'ddd.*known are num_classes"),
+        (
+            lambda own: own["model"].update(dict.fromkeys(map(str, range(10**5)), 1)),
+            "model: unknown fields '0', .*and 99,995 more; known are num_classes",
+        ),
         (put([], "model"), "model has an unexpected value"),
         (lambda own: own["model"].pop("num_classes"), "num_classes"),
         (lambda own: own["model"]["backbone"].pop("embed_dim"), "embed_dim"),
         (put(5, "metadata"), "metadata has an unexpected value"),
         (put(["a"], "metadata", "class_names"), "metadata has an unexpected value|class names"),
         (put("red", "metadata", "colors"), "metadata has an unexpected value"),
+        (
+            put([[256, 0, 0]] * 5, "metadata", "colors"),
+            "metadata .*colors has values beyond 0 to 255",
+        ),
+        (
+            put([[0, -1, 0]] * 5, "metadata", "colors"),
+            "metadata .*colors has values beyond 0 to 255",
+        ),
         (put(1.5, "metadata", "ignore_label"), "metadata has an unexpected value"),
         (put(-5, "settings", "short_edge"), "settings has an unexpected value.*short_edge"),
         (put(10**9, "settings", "topk"), "settings has an unexpected value.*topk"),
@@ -97,7 +130,7 @@ def test_a_description_that_cannot_be_is_refused_soon_with_its_key(
 
 
 def test_the_deepest_description_that_passes_is_refused_within_seconds(tmp_path, saved):
-    def change(own, depth=descriptions.MAX_ALL_LAYERS - 13):
+    def change(own, depth=descriptions.MAX_LAYERS - 13):
         own["model"] |= dict.fromkeys(("encoder_layers", "query_init_layers", "text_layers"), 1)
         own["model"] |= {"decoder_layers": 10, "backbone": own["model"]["backbone"]}
         own["model"]["backbone"]["depths"] = [1, 1, depth - 3 - 64, 65]
@@ -107,9 +140,17 @@ def test_the_deepest_description_that_passes_is_refused_within_seconds(tmp_path,
     with pytest.raises(FileError, match="tensors are missing"):
         convert.read_model(tmp_path)
     assert time.process_time() - begin < 30
-    described(tmp_path, saved, lambda own: change(own, descriptions.MAX_ALL_LAYERS))
+    described(tmp_path, saved, lambda own: change(own, descriptions.MAX_LAYERS))
     with pytest.raises(FileError, match="a model of 173 layers; at most 160"):
         convert.read_model(tmp_path)
+
+
+def test_a_value_of_many_levels_is_refused_whatever_their_number():
+    described = json.dumps(make_config("swin").to_dict() | {"num_heads": "DEEP"})
+    for depth in range(1, 1200, 3):
+        text = described.replace('"DEEP"', "[" * depth + "]" * depth)
+        with pytest.raises(FileError, match=r"num_heads is|nested too deeply"):
+            descriptions.model_config(parse_json(text), "a.json")
 
 
 def test_classes_of_another_number_than_the_models_are_refused(tmp_path, saved):
@@ -130,8 +171,15 @@ def test_fields_of_the_caller_replace_those_of_the_description(saved):
         dataclasses.replace(found.config, text_causal=config.text_causal, backbone=config.backbone)
         == config
     )
-    with pytest.raises(FileError, match=r"unknown model field model\.text_casual .did you mean"):
+    with pytest.raises(FileError, match=r"unknown fields 'text_casual' .did you mean"):
         convert.read_model(path, text_casual=False)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_backbone_of_the_caller_that_is_no_dict_is_refused(saved, tmp_path, own):
+    path = saved[0] if own else strip(saved[0])
+    with pytest.raises(ValueError, match="backbone is 'swin_large'; it must be a dict of fields"):
+        convert.read_model(path, backbone="swin_large")
 
 
 # ------------------------------------------------------------------ config.json
@@ -232,7 +280,7 @@ def test_the_points_follow_from_heads_that_are_given():
             recognised(config, **fields)
     with pytest.raises(ValueError, match=r"model\.num_heads is 0"):
         recognised(config, num_heads=0)
-    with pytest.raises(ValueError, match=r"model\.num_heads has an unexpected value"):
+    with pytest.raises(ValueError, match=r"model\.num_heads is '2'; it must be"):
         recognised(config, num_heads="2")
 
 

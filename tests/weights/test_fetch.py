@@ -82,7 +82,7 @@ def test_names_of_the_hub(name, expected, tmp_path, monkeypatch):
     [
         *("nowhere", "", "a/b/c", "/no/where", "./a/b", "../a", "runs/synthetik", "a/b.pth"),
         *("a b/c", "a/b@", "a/b@x y", "x" * 5000, "a\0b", "a/\n", "@v1", "ftp://host/file"),
-        *("file:///etc/passwd", "memory://x", "gs://a::file:///etc/passwd", "C:\\weights"),
+        *("file:///etc/passwd", "memory://x", "gcs://bucket/a.pth", "C:\\weights"),
         *("hf://a", "hf://a/b/c", "://", "a/b\n", "x\ny"),
     ],
 )
@@ -127,6 +127,13 @@ def test_a_file_or_folder_of_something_else_names_all_forms(tmp_path):
         one_line(
             lambda name=name: oneformer_jax.load(str(tmp_path / name)), part, "OWNER/NAME", "s3://"
         )
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.stablehlo"])
+def test_a_checkpoint_of_what_has_none_is_refused(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"{name} is .*; leave .*(it out|checkpoint)"):
+        oneformer_jax.load(tmp_path / name, checkpoint=5)
 
 
 def test_the_public_load_names_all_forms(tmp_path):
@@ -279,6 +286,14 @@ def test_a_checksum_of_a_redirect_counts(server):
         b"", answer=[(302, {"Location": url, "X-Linked-ETag": bytes(32).hex()})]
     )
     one_line(lambda: fetch.local_path(f"{server.url}/web/here.pth"), "the server says 000")
+
+
+def test_a_checksum_of_the_redirects_own_content_does_not_count(server):
+    url = serve(server, "there.pth")
+    own = base64.b64encode(hashlib.sha256(b"moved").digest()).decode()
+    headers = {"Repr-Digest": f"sha-256=:{own}:", "Digest": f"SHA-256={own}"}
+    server.web["/web/here.pth"] = File(b"", answer=[(302, {"Location": url} | headers)])
+    assert fetch.local_path(f"{server.url}/web/here.pth").read_bytes() == CONTENT
 
 
 def test_a_known_checksum_needs_no_network(server):
@@ -435,6 +450,25 @@ def test_a_changed_or_damaged_cache_is_fetched_again(server):
     assert fetch.local_path(url).read_bytes() == CONTENT
     (path.parent / "model.pth.json").write_text("[")
     assert fetch.local_path(url).read_bytes() == CONTENT
+
+
+def test_a_stop_before_the_record_is_written_leaves_no_record_of_other_content(server, monkeypatch):
+    url = serve(server)
+    pinned = f"{url}#sha256={SHA}"
+    path = fetch.local_path(pinned)
+    server.web["/web/model.pth"] = File(CONTENT[::-1], '"two"')
+    written = download._write_record
+
+    def stopped(file, record):
+        if file == path:
+            raise KeyboardInterrupt
+        written(file, record)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(download, "_write_record", stopped)
+        fetch.local_path(url)
+    server.web["/web/model.pth"] = File(CONTENT)
+    assert fetch.local_path(pinned).read_bytes() == CONTENT
 
 
 def test_a_server_without_versions_is_asked_once(server):

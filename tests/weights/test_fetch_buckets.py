@@ -8,6 +8,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
+from oneformer_jax import remote
 from oneformer_jax.weights import download, fetch
 from tests.weights.test_fetch import CONTENT, one_line
 
@@ -75,15 +76,14 @@ def test_what_a_bucket_does_not_have_is_one_line(bucket):
     found = fetch.local_path("gs://bucket/folder")
     assert os.fspath(found) == "gs://bucket/folder"
     assert fetch.local_path(found) == found  # a path that was found already
-    one_line(lambda: fetch.local_path("gs://bucket/a*b"), "characters that stand for something")
-    one_line(lambda: fetch.local_path("gs://"), "use gs://BUCKET/FOLDER")
+    for name in ("gs://bucket/a*b", "gs://bucket/a*b.pth", "gs://bucket/../b.pth"):
+        one_line(lambda name=name: fetch.local_path(name), "characters that stand for something")
+    for name in ("gs://", "gs://a::file:///etc/passwd", "gs://a::file:///etc/passwd.pth"):
+        one_line(lambda name=name: fetch.local_path(name), "use gs://BUCKET/FOLDER")
 
 
 def test_a_bucket_whose_package_is_missing_is_one_line(server, monkeypatch):
-    def missing(_):
-        raise ImportError("Please install s3fs")
-
-    monkeypatch.setattr(download.fsspec.core, "url_to_fs", missing)
+    monkeypatch.setattr(remote.importlib.util, "find_spec", lambda _: None)
     one_line(lambda: fetch.local_path("s3://bucket/a.pth"), '"oneformer-jax[s3]"')
 
 
@@ -96,6 +96,12 @@ def test_a_bucket_that_is_away_is_one_line_or_the_cache_serves(bucket, monkeypat
     monkeypatch.setattr(Bucket, "info", away)
     assert fetch.local_path("gs://bucket/folder/model.pth") == path
     one_line(lambda: fetch.local_path("gs://bucket/a.pth"), "RuntimeError", "no credentials")
+
+    def refused(*_, **__):
+        raise PermissionError("Forbidden, 403")
+
+    monkeypatch.setattr(Bucket, "info", refused)
+    one_line(lambda: fetch.local_path("gs://bucket/a.pth"), "ask its owner for the right to read")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(download.fsspec.core, "url_to_fs", away)
     assert fetch.local_path("gs://bucket/folder/model.pth") == path

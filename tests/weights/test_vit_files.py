@@ -233,7 +233,7 @@ def test_a_whole_model_of_ours_keeps_its_transformer(tmp_path):
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05 in config.json, norm_epsilon is 1e-06"),
         ({"rope_theta": 10.0}, "rope_theta is 10.0 in config.json, rope_base is 100.0 here"),
         ({"hidden_act": "relu"}, "hidden_act is relu in config.json, gelu here"),
-        ({"num_attention_heads": "two"}, "config.json holds an unexpected value: .*`int"),
+        ({"num_attention_heads": "two"}, "config.json has an unexpected value: .*`int"),
     ],
 )
 def test_what_config_json_says_otherwise_is_refused(tmp_path, noted, message):
@@ -249,6 +249,7 @@ def test_what_config_json_says_otherwise_is_refused(tmp_path, noted, message):
             "other dinov3-license (README.md)",
         ),
         ("---\nlicense: apache-2.0\n---\n", "apache-2.0 (README.md)"),
+        pytest.param("---\nlicense: mit\n---\n" + "x" * (1 << 20), "mit (README.md)", id="long"),
         ("license: mine\n", "the DINOv3 License, if this is the released file"),
         (None, "the DINOv3 License, if this is the released file"),
         ("---\nlicense: \x1b[2Jred\n---\n", r"'\x1b[2Jred' (README.md)"),

@@ -1,23 +1,24 @@
 """Backbones: modules from an image to four maps, chosen by their config.
 
 A backbone is called as `backbone(image, key=None, train=False)` with a normalised float image
-[B, H, W, 3] and returns res2, res3, res4, res5: [B, h, w, C] at the strides 4, 8, 16, 32. Its
-config has `channels`, the four numbers of channels.
+[B, H, W, 3] and returns res2, res3, res4, res5: [B, h, w, C] at the strides 4, 8, 16, 32, in the
+compute dtype. `key` is the PRNG key of the stochastic depth; None is deterministic. Only batch norm
+asks for `train`. The config has `channels`, the four numbers of channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from oneformer_jax.models.backbones import convnext, dinat, internimage, resnet, swin, vit
 from oneformer_jax.models.backbones.convnext import ConvNeXt, ConvNeXtConfig
 from oneformer_jax.models.backbones.dinat import DiNAT, DinatConfig
 from oneformer_jax.models.backbones.internimage import InternImage, InternImageConfig
 from oneformer_jax.models.backbones.resnet import ResNet, ResNetConfig
 from oneformer_jax.models.backbones.swin import Swin, SwinConfig
-from oneformer_jax.models.backbones.vit import DINOV2, DINOV3, ViT, ViTConfig
+from oneformer_jax.models.backbones.vit import ViT, ViTConfig
 from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.rules import require_names, shown
@@ -36,49 +37,13 @@ _KINDS = {
     "vit": (ViTConfig, ViT),
 }
 
-PUBLISHED: dict[str, Callable[..., BackboneConfig]] = {
-    "swin_tiny": SwinConfig.tiny,
-    "swin_large": SwinConfig.large,
-    "convnext_large": ConvNeXtConfig.large,
-    "convnext_xlarge": ConvNeXtConfig.xlarge,
-    "dinat_large": DinatConfig.large,
-    "dinat_large_wide": DinatConfig.large_wide,
-    "dinat_large_7x7": DinatConfig.large_7x7,
-    "internimage_huge": InternImageConfig.huge,
-    "resnet50": ResNetConfig.r50,
-    "resnet101": ResNetConfig.r101,
-    **{f"dinov2_{size}": functools.partial(ViTConfig.dinov2, size) for size in DINOV2},
-    **{
-        f"dinov2_{size}_registers": functools.partial(ViTConfig.dinov2, size, registers=4)
-        for size in DINOV2
-    },
-    **{f"dinov3_{size}": functools.partial(ViTConfig.dinov3, size) for size in DINOV3},
+PUBLISHED: dict[str, BackboneConfig] = {
+    name: config
+    for module in (swin, convnext, dinat, internimage, resnet, vit)
+    for name, config in module.PUBLISHED.items()
 }
 
 NAMES = (*PUBLISHED, *_KINDS)
-
-__all__ = [
-    "NAMES",
-    "PUBLISHED",
-    "BackboneConfig",
-    "ConvNeXt",
-    "ConvNeXtConfig",
-    "DiNAT",
-    "DinatConfig",
-    "InternImage",
-    "InternImageConfig",
-    "ResNet",
-    "ResNetConfig",
-    "Swin",
-    "SwinConfig",
-    "ViT",
-    "ViTConfig",
-    "backbone_config",
-    "build_backbone",
-    "from_dict",
-    "kind_of",
-    "to_dict",
-]
 
 
 def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
@@ -92,18 +57,16 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
     Raises:
       ValueError: an unknown name or field, a missing field, or a value that a field can't have.
     """
-    if name in PUBLISHED:
-        make = PUBLISHED[name]
-        config_class = type(make())
-    elif name in _KINDS:
-        make = config_class = _KINDS[name][0]
-    else:
+    if name not in NAMES:
         raise ValueError(f"unknown backbone {name!r}; use one of {', '.join(NAMES)}")
-    fields = dataclasses.fields(config_class)
+    published = PUBLISHED.get(name)
+    fields = dataclasses.fields(published or _KINDS[name][0])
     known = tuple(f.name for f in fields)
-    needed = tuple(f.name for f in fields if f.default is dataclasses.MISSING)
-    require_names(f"backbone {name}", overrides, known, needed if make is config_class else ())
-    return make(**overrides)
+    needed = () if published else tuple(f.name for f in fields if f.default is dataclasses.MISSING)
+    require_names(f"backbone {name}", overrides, known, needed)
+    return (
+        dataclasses.replace(published, **overrides) if published else _KINDS[name][0](**overrides)
+    )
 
 
 def build_backbone(
@@ -135,7 +98,7 @@ def from_dict(fields: dict[str, Any]) -> BackboneConfig:
     fields = dict(fields)
     kind = fields.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(f"unknown backbone kind {kind!r}; use one of {', '.join(_KINDS)}")
+        raise ValueError(f"unknown backbone kind {shown(kind)}; use one of {', '.join(_KINDS)}")
     return backbone_config(kind, **fields)
 
 

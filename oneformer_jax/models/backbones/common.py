@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -16,8 +17,6 @@ from oneformer_jax.models.execution import Execution
 from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, gelu, layer_norm, split_key
 from oneformer_jax.rules import Integer, Number, Rule, Tuple
-
-STRIDES = (4, 8, 16, 32)
 
 
 def stages(rule: Rule) -> Tuple:
@@ -118,16 +117,10 @@ class WideningBackbone(nnx.Module):
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features.
+        """Extracts features, see `oneformer_jax.models.backbones`, of an image of any size.
 
-        Args:
-          image: float [B, H, W, 3], normalised. Any size: maps are padded where they must be.
-          key: PRNG key of the stochastic depth; None is deterministic.
-          train: not used, since no layer here keeps statistics; every backbone takes it.
-
-        Returns:
-          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
-          in the compute dtype.
+        Maps are padded where they must be; those of the stride s are [B, ceil(H / s),
+        ceil(W / s), C].
         """
         check_image(image)
         x = self.patch_embed(image.astype(self.dtype))
@@ -164,6 +157,19 @@ def check_image(image: jax.Array) -> None:
     """Raises a ValueError unless `image` is [B, H, W, 3]."""
     if image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(f"a backbone's image must be [B, H, W, 3], got shape {image.shape}")
+
+
+def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
+    """Pads [B, H, W, C] with zeros below and to the right, up to multiples of `multiple`."""
+    down, right = (-size % multiple for size in x.shape[1:3])
+    return jnp.pad(x, ((0, 0), (0, down), (0, right), (0, 0))) if down or right else x
+
+
+def partition_windows(x: jax.Array, size: int) -> jax.Array:
+    """Cuts [B, H, W, C], H and W multiples of `size`, into [B, G, size * size, C], by rows."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    return x.swapaxes(2, 3).reshape(batch, -1, size * size, channels)
 
 
 def linear(

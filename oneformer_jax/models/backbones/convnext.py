@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from oneformer_jax.models import initial
 from oneformer_jax.models.backbones.common import (
     DEPTHS,
     DROP_PATH,
     StagedConfig,
     check_image,
     drop_path_rates,
+    linear,
+    linear_init,
     random_items,
     stages,
 )
@@ -30,9 +31,6 @@ from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, drop_path, gelu, split_key
 from oneformer_jax.models.stack import Stack, run
 from oneformer_jax.rules import Integer, Number, Rule
-
-# The official trunc_normal_ of deviation 0.02 cuts at the values ±2, a hundred deviations away.
-_init = initial.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +55,16 @@ class ConvNeXtConfig(StagedConfig):
     drop_path_rate: float = 0.4
     layer_scale_init: float = 1.0
 
-    @classmethod
-    def large(cls, **overrides) -> ConvNeXtConfig:
-        """Returns the config of ConvNeXt-L."""
-        return cls(**(dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)) | overrides))
-
-    @classmethod
-    def xlarge(cls, **overrides) -> ConvNeXtConfig:
-        """Returns the config of ConvNeXt-XL."""
-        return cls(**(dict(depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048)) | overrides))
-
     @property
     def channels(self) -> tuple[int, int, int, int]:
         """Channels of res2 to res5."""
         return self.dims
+
+
+PUBLISHED = {
+    "convnext_large": ConvNeXtConfig(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+    "convnext_xlarge": ConvNeXtConfig(depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048)),
+}
 
 
 class ConvNeXt(nnx.Module):
@@ -109,17 +103,10 @@ class ConvNeXt(nnx.Module):
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features.
+        """Extracts features, see `oneformer_jax.models.backbones`, of an image of at least 32 x 32.
 
-        Args:
-          image: float [B, H, W, 3], normalised, at least 32 x 32. What is left of sides that are no
-            multiples of the strides is not seen, as in the official model.
-          key: PRNG key of the stochastic depth; None is deterministic.
-          train: not used, since no layer here keeps statistics; every backbone takes it.
-
-        Returns:
-          res2, res3, res4, res5: [B, H // s, W // s, C] at the strides s = 4, 8, 16, 32, in the
-          compute dtype.
+        The maps of the stride s are [B, H // s, W // s, C]: what is left of sides that are no
+        multiples of it is not seen, as in the official model.
         """
         check_image(image)
         if min(image.shape[1:3]) < 32:
@@ -150,13 +137,13 @@ class ConvNeXtBlock(nnx.Module):
             (7, 7),
             padding=3,
             feature_group_count=dim,
-            kernel_init=_init,
+            kernel_init=linear_init,
             dtype=dtype,
             rngs=rngs,
         )
         self.norm = _layer_norm(dim, rngs=rngs, dtype=dtype)
-        self.pwconv1 = nnx.Linear(dim, 4 * dim, kernel_init=_init, dtype=dtype, rngs=rngs)
-        self.pwconv2 = nnx.Linear(4 * dim, dim, kernel_init=_init, dtype=dtype, rngs=rngs)
+        self.pwconv1 = linear(dim, 4 * dim, rngs=rngs, dtype=dtype)
+        self.pwconv2 = linear(4 * dim, dim, rngs=rngs, dtype=dtype)
         self.gamma = nnx.Param(jnp.full((dim,), scale, jnp.float32))
 
     def __call__(self, x: jax.Array, key: Key, rate: float | jax.Array) -> jax.Array:
@@ -175,7 +162,7 @@ def _patches(inputs: int, outputs: int, size: int, *, rngs: ParamKeys, dtype) ->
         (size, size),
         strides=size,
         padding="VALID",
-        kernel_init=_init,
+        kernel_init=linear_init,
         dtype=dtype,
         rngs=rngs,
     )

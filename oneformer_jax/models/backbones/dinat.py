@@ -102,27 +102,13 @@ class DinatConfig(WideningConfig):
             f"hold an integer for each block, in each stage as depths {self.depths} says",
         )
 
-    @classmethod
-    def large(cls, **overrides) -> DinatConfig:
-        """Returns DiNAT-L with 11 x 11 neighbours."""
-        fields = dict(
-            embed_dim=192,
-            depths=(3, 4, 18, 5),
-            num_heads=(6, 12, 24, 48),
-            kernel_size=11,
-            dilations=DILATIONS["base"],
-        )
-        return cls(**(fields | overrides))
 
-    @classmethod
-    def large_wide(cls, **overrides) -> DinatConfig:
-        """Returns DiNAT-L with 11 x 11 neighbours and wider dilations, for 1280 pixels."""
-        return cls.large(**({"dilations": DILATIONS["wide"]} | overrides))
-
-    @classmethod
-    def large_7x7(cls, **overrides) -> DinatConfig:
-        """Returns DiNAT-L with 7 x 7 neighbours."""
-        return cls.large(**({"kernel_size": 7, "dilations": DILATIONS["7x7"]} | overrides))
+_LARGE = dict(embed_dim=192, depths=(3, 4, 18, 5), num_heads=(6, 12, 24, 48))
+PUBLISHED = {
+    "dinat_large": DinatConfig(**_LARGE, kernel_size=11, dilations=DILATIONS["base"]),
+    "dinat_large_wide": DinatConfig(**_LARGE, kernel_size=11, dilations=DILATIONS["wide"]),
+    "dinat_large_7x7": DinatConfig(**_LARGE, kernel_size=7, dilations=DILATIONS["7x7"]),
+}
 
 
 class DiNAT(NormalizedBackbone):

@@ -88,16 +88,15 @@ class InternImageConfig(WideningConfig):
             f"lie in 0 to {self.depths[2] - 1}, the blocks of the third stage",
         )
 
-    @classmethod
-    def huge(cls, **overrides) -> InternImageConfig:
-        """Returns the config of InternImage-H."""
-        fields = dict(
-            embed_dim=320,
-            depths=(6, 6, 32, 6),
-            groups=(10, 20, 40, 80),
-            norm_after=(5, 11, 17, 23, 29),
-        )
-        return cls(**(fields | overrides))
+
+PUBLISHED = {
+    "internimage_huge": InternImageConfig(
+        embed_dim=320,
+        depths=(6, 6, 32, 6),
+        groups=(10, 20, 40, 80),
+        norm_after=(5, 11, 17, 23, 29),
+    )
+}
 
 
 class InternImage(WideningBackbone):

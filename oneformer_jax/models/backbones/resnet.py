@@ -47,20 +47,16 @@ class ResNetConfig(StagedConfig):
     norm: str = "frozen"
     stem_width: int = 64
 
-    @classmethod
-    def r50(cls, **overrides) -> ResNetConfig:
-        """Returns the config of ResNet-50."""
-        return cls(**({"depths": (3, 4, 6, 3)} | overrides))
-
-    @classmethod
-    def r101(cls, **overrides) -> ResNetConfig:
-        """Returns the config of ResNet-101."""
-        return cls(**({"depths": (3, 4, 23, 3)} | overrides))
-
     @property
     def channels(self) -> tuple[int, int, int, int]:
         """Channels of res2 to res5."""
         return tuple(4 * self.stem_width * 2**stage for stage in range(4))
+
+
+PUBLISHED = {
+    "resnet50": ResNetConfig(depths=(3, 4, 6, 3)),
+    "resnet101": ResNetConfig(depths=(3, 4, 23, 3)),
+}
 
 
 class ResNet(nnx.Module):
@@ -91,17 +87,15 @@ class ResNet(nnx.Module):
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features.
+        """Extracts features, see `oneformer_jax.models.backbones`, of an image of any size.
+
+        The maps of the stride s are [B, ceil(H / s), ceil(W / s), C]. Nothing here is random.
 
         Args:
-          image: float [B, H, W, 3], normalised, of any size.
-          key: not used, since nothing here is random; every backbone takes it.
+          image: float [B, H, W, 3], normalised.
+          key: not used.
           train: with norm "batch", normalise by the statistics of this batch and update the
             running ones; without it, and with norm "frozen", the stored ones are used.
-
-        Returns:
-          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32,
-          in the compute dtype.
 
         Raises:
           ValueError: not an image, or batch statistics of a single value.

@@ -26,6 +26,8 @@ from oneformer_jax.models.backbones.common import (
     WideningConfig,
     linear,
     linear_init,
+    pad_to_multiple,
+    partition_windows,
     random_items,
     torch_conv,
 )
@@ -70,19 +72,16 @@ class SwinConfig(WideningConfig):
         super().__post_init__()
         self.require_divisible("num_heads")
 
-    @classmethod
-    def tiny(cls, **overrides) -> SwinConfig:
-        """Returns the config of Swin-T."""
-        fields = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7)
-        return cls(**(fields | overrides))
 
-    @classmethod
-    def large(cls, **overrides) -> SwinConfig:
-        """Returns Swin-L with windows of 12, as pre-trained at 384 pixels."""
-        fields = dict(
-            embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12
-        )
-        return cls(**(fields | overrides))
+PUBLISHED = {
+    "swin_tiny": SwinConfig(
+        embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7
+    ),
+    # As pre-trained at 384 pixels.
+    "swin_large": SwinConfig(
+        embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12
+    ),
+}
 
 
 class Swin(NormalizedBackbone):
@@ -102,7 +101,7 @@ class PatchEmbed(nnx.Module):
         self.norm = layer_norm(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        return self.norm(self.proj(_pad_to_multiple(image, PATCH)))
+        return self.norm(self.proj(pad_to_multiple(image, PATCH)))
 
 
 class Stage(nnx.Module):
@@ -178,7 +177,7 @@ class SwinBlock(nnx.Module):
         attention_key, mlp_key = split_key(key, 2)
         # The padding comes after the norm and is attended to: zeros, which the projection's bias
         # turns into keys and values. The shift is kept on maps smaller than a window.
-        y = _pad_to_multiple(self.norm1(x), self.window_size)
+        y = pad_to_multiple(self.norm1(x), self.window_size)
         padded = y.shape[1:3]
         y = jnp.roll(y, (-self.shift, -self.shift), (1, 2)) if self.shift else y
         y = self.attn(partition_windows(y, self.window_size), regions)
@@ -223,17 +222,10 @@ class PatchMerging(nnx.Module):
         self.reduction = linear(4 * width, 2 * width, use_bias=False, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = _pad_to_multiple(x, 2)
+        x = pad_to_multiple(x, 2)
         # (row, column) offsets in the official order: down before right.
         parts = [x[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
         return self.reduction(self.norm(jnp.concatenate(parts, axis=-1)))
-
-
-def partition_windows(x: jax.Array, size: int) -> jax.Array:
-    """Cuts [B, H, W, C], H and W multiples of `size`, into [B, G, size * size, C], by rows."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // size, size, width // size, size, channels)
-    return x.swapaxes(2, 3).reshape(batch, -1, size * size, channels)
 
 
 def merge_windows(x: jax.Array, size: int, shape: tuple[int, int]) -> jax.Array:
@@ -268,9 +260,3 @@ def shift_regions(height: int, width: int, size: int) -> np.ndarray:
     rows, columns = region.shape
     region = region.reshape(rows // size, size, columns // size, size).swapaxes(1, 2)
     return region.reshape(-1, size * size).astype(np.int32)
-
-
-def _pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
-    """Zeros below and to the right of [B, H, W, C], up to multiples of `multiple`."""
-    down, right = (-size % multiple for size in x.shape[1:3])
-    return jnp.pad(x, ((0, 0), (0, down), (0, right), (0, 0))) if down or right else x

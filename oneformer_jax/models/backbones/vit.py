@@ -29,6 +29,8 @@ from oneformer_jax.models.backbones.common import (
     check_image,
     linear,
     linear_init,
+    pad_to_multiple,
+    partition_windows,
     random_items,
     torch_conv,
 )
@@ -43,25 +45,6 @@ from oneformer_jax.rules import Flag, Integer, Number, Rule, Word
 # 1029 tokens, 12 heads of 64: 26 ms of its time against 71 ms, `jax.nn.dot_product_attention` 106).
 CHUNKS = {"cpu": (256, 128)}
 ACCELERATOR_CHUNKS = (2048, 1024)
-
-_SIZES: dict[str, dict[str, Any]] = {
-    "small": dict(embed_dim=384, depth=12, num_heads=6, mlp_dim=1536, drop_path_rate=0.1),
-    "base": dict(embed_dim=768, depth=12, num_heads=12, mlp_dim=3072, drop_path_rate=0.1),
-    "large": dict(embed_dim=1024, depth=24, num_heads=16, mlp_dim=4096, drop_path_rate=0.3),
-}
-_GATED = dict(gated=True, drop_path_rate=0.3)
-DINOV2: dict[str, dict[str, Any]] = {
-    **_SIZES,
-    "giant": dict(embed_dim=1536, depth=40, num_heads=24, mlp_dim=4096, **_GATED),
-}
-DINOV3: dict[str, dict[str, Any]] = {
-    **_SIZES,
-    "small_plus": _SIZES["small"] | {"gated": True},
-    "huge_plus": dict(embed_dim=1280, depth=32, num_heads=20, mlp_dim=5120, **_GATED),
-    "7b": dict(
-        embed_dim=4096, depth=40, num_heads=32, mlp_dim=8192, qkv_bias=False, **_GATED
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +127,32 @@ class ViTConfig(RuledConfig):
         width = self.embed_dim
         return width // 4, width // 2, width, width
 
-    @classmethod
-    def dinov2(cls, size: str, registers: int = 0, **overrides: Any) -> ViTConfig:
-        """Returns a DINOv2 of patches of 14 pixels: a size of `DINOV2`, with 0 or 4 registers."""
-        kind = dict(registers=4, position_offset=0.0, antialias=True) if registers else {}
-        return cls(**(DINOV2[size] | kind | overrides))
 
-    @classmethod
-    def dinov3(cls, size: str, **overrides: Any) -> ViTConfig:
-        """Returns a DINOv3 of patches of 16 pixels: a size of `DINOV3`."""
-        kind = dict(patch_size=16, positions=0, registers=4, key_bias=False, norm_epsilon=1e-5)
-        return cls(**(kind | DINOV3[size] | overrides))
+_SIZES: dict[str, dict[str, Any]] = {
+    "small": dict(embed_dim=384, depth=12, num_heads=6, mlp_dim=1536, drop_path_rate=0.1),
+    "base": dict(embed_dim=768, depth=12, num_heads=12, mlp_dim=3072, drop_path_rate=0.1),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16, mlp_dim=4096, drop_path_rate=0.3),
+}
+_GATED = dict(gated=True, drop_path_rate=0.3)
+_DINOV2: dict[str, dict[str, Any]] = {
+    **_SIZES,
+    "giant": dict(embed_dim=1536, depth=40, num_heads=24, mlp_dim=4096, **_GATED),
+}
+_REGISTERS = dict(registers=4, position_offset=0.0, antialias=True)
+_DINOV3: dict[str, dict[str, Any]] = {
+    **_SIZES,
+    "small_plus": _SIZES["small"] | {"gated": True},
+    "huge_plus": dict(embed_dim=1280, depth=32, num_heads=20, mlp_dim=5120, **_GATED),
+    "7b": dict(
+        embed_dim=4096, depth=40, num_heads=32, mlp_dim=8192, qkv_bias=False, **_GATED
+    ),
+}  # fmt: skip
+_ROTARY = dict(patch_size=16, positions=0, registers=4, key_bias=False, norm_epsilon=1e-5)
+PUBLISHED = {
+    **{f"dinov2_{size}": ViTConfig(**fields) for size, fields in _DINOV2.items()},
+    **{f"dinov2_{size}_registers": ViTConfig(**x, **_REGISTERS) for size, x in _DINOV2.items()},
+    **{f"dinov3_{size}": ViTConfig(**fields, **_ROTARY) for size, fields in _DINOV3.items()},
+}
 
 
 class ViT(nnx.Module):
@@ -182,15 +180,10 @@ class ViT(nnx.Module):
     def __call__(
         self, image: jax.Array, key: Key = None, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Extracts features; see `oneformer_jax.models.backbones`. Any size of image is taken.
+        """Extracts features, see `oneformer_jax.models.backbones`, of an image of any size.
 
-        Args:
-          image: float [B, H, W, 3], normalised. It is zero padded to whole patches.
-          key: PRNG key of the stochastic depth; None is deterministic.
-          train: not used, since no layer here keeps statistics; every backbone takes it.
-
-        Returns:
-          res2, res3, res4, res5: [B, ceil(H / s), ceil(W / s), C] at the strides s = 4, 8, 16, 32.
+        It is zero padded to whole patches. The maps of the stride s are [B, ceil(H / s),
+        ceil(W / s), C].
         """
         depths, grid = self.tokens(image, key)
         size = image.shape[1:3]
@@ -219,12 +212,11 @@ class ViT(nnx.Module):
         config = self.config
         x = self.patch_embed(image.astype(self.dtype))
         batch, *grid, width = x.shape
-        height, right = grid
         x = x.reshape(batch, -1, width)
         first = self.cls_token[...]
         if config.positions:
             positions = interpolate_positions(
-                self.pos_embed[0, 1:], (height, right), config.position_offset, config.antialias
+                self.pos_embed[0, 1:], tuple(grid), config.position_offset, config.antialias
             )
             first = first + self.pos_embed[:, :1]
             x = x + positions.astype(self.dtype)
@@ -234,7 +226,7 @@ class ViT(nnx.Module):
         turn = None
         if not config.positions:
             head = width // config.num_heads
-            turn = rotary_table((height, right), head, config.rope_base, prefix.shape[1])
+            turn = rotary_table(grid, head, config.rope_base, prefix.shape[1])
         whole = config.maps == "last"
 
         def step(x, item, block):
@@ -245,7 +237,7 @@ class ViT(nnx.Module):
         x, outputs = run(step, x, self.blocks, items=random_items(key, rates))
         ends = [-(-config.depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
         chosen = [x] if whole else [outputs[end] for end in ends]
-        return [self.norm(x) for x in chosen], (height, right)
+        return [self.norm(x) for x in chosen], tuple(grid)
 
 
 class PatchEmbed(nnx.Module):
@@ -257,12 +249,10 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """[B, H, W, 3] to [B, h, w, C]."""
-        patch = self.patch
-        down, right = (-size % patch for size in image.shape[1:3])
-        image = jnp.pad(image, ((0, 0), (0, down), (0, right), (0, 0)))
+        image = pad_to_multiple(image, self.patch)
         batch, height, width, _ = image.shape
-        x = image.reshape(batch, height // patch, patch, width // patch, patch, 3)
-        x = x.swapaxes(2, 3).reshape(batch, height // patch, width // patch, -1)
+        x = partition_windows(image, self.patch)
+        x = x.reshape(batch, height // self.patch, width // self.patch, -1)
         kernel = self.proj.kernel[...]
         kernel = kernel.reshape(-1, kernel.shape[-1]).astype(x.dtype)
         return x @ kernel + self.proj.bias[...].astype(x.dtype)
