@@ -75,6 +75,13 @@ class Gpu:
         """
 
 
+# Variables with which libtpu compiles on a machine without a TPU.
+TPU_COMPILER = {
+    "TPU_SKIP_MDS_QUERY": "1",  # or it asks the metadata server of a TPU machine
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # any value: it is required, but not used
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or it aborts beside another process
+}
 TPUS = {
     "v4": Tpu(("TPU v4",), 275e12, 1.05e9, "v4:1x1x1", "megacore"),
     "v5e": Tpu(("TPU v5 lite",), 197e12, 1.5e9, "v5e:1x1"),

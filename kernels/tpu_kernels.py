@@ -1,6 +1,9 @@
-"""Helpers of TPU kernels that read rows of a table one by one, at indices from scalar memory."""
+"""Helpers of the TPU kernels: memory, settings, and tables whose rows are read one by one."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,6 +12,44 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 SUBLANES = 8
+ROW_BYTES = 4 * LANES  # of a row of a table in vector memory
+INTERPRETED_VMEM = 64 << 20  # of v5p and v7x
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Returns the least multiple that is not below the number."""
+    return -(-number // multiple) * multiple
+
+
+def vector_memory(operation: str, given: int | None, interpret: Any) -> int:
+    """Returns the bytes of vector memory to plan for: those given, or of the chip compiled for.
+
+    Raises:
+      NotImplementedError: it is no TPU.
+    """
+    if given is not None:
+        return given
+    if interpret:
+        return INTERPRETED_VMEM
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError as error:
+        raise NotImplementedError(
+            f"{operation}: 'pallas_tpu' runs on TPUs, and this program is for {error}"
+        ) from error
+
+
+def launch(order: Sequence[str], vmem_bytes: int, interpret: Any) -> dict[str, Any]:
+    """Returns arguments of `pl.pallas_call`.
+
+    Args:
+      order: "parallel" or "arbitrary" for each axis of the grid: cores may share its steps or not.
+      vmem_bytes: vector memory of the kernel.
+      interpret: as in `pl.pallas_call`.
+    """
+    limit = None if interpret else vmem_bytes
+    parameters = pltpu.CompilerParams(dimension_semantics=tuple(order), vmem_limit_bytes=limit)
+    return {"compiler_params": parameters, "interpret": interpret}
 
 
 def index_scratch(rows: int):
@@ -48,15 +89,50 @@ def fetch_indices(index_hbm, indices, arrived, *, part, tile_axis: int):
     return copy(t, slot).wait, slot
 
 
-def fill_with_zeros(ref):
-    """Zeroes an array of rows, a multiple of 8."""
-    step = 8 * SUBLANES
+def fill_with_zeros(ref, step: int = 8 * SUBLANES):
+    """Zeroes an array of rows, a multiple of 8, so many at a time."""
     whole, rest = divmod(ref.shape[0], step)
 
     def fill(i, _):
-        ref[pl.ds(pl.multiple_of(i * step, step), step), :] = jnp.zeros((step, LANES), ref.dtype)
+        rows = pl.ds(pl.multiple_of(i * step, step), step)
+        ref[rows, :] = jnp.zeros((step, ref.shape[1]), ref.dtype)
 
     if whole:
         lax.fori_loop(0, whole, fill, None)
     if rest:
-        ref[pl.ds(whole * step, rest), :] = jnp.zeros((rest, LANES), ref.dtype)
+        ref[pl.ds(whole * step, rest), :] = jnp.zeros((rest, ref.shape[1]), ref.dtype)
+
+
+def loop(count: int, body: Callable[[Any], None], unroll: int):
+    """Calls body(0), body(1)... in a loop of `unroll` calls, which divides count.
+
+    With unroll = count there is no loop, and body gets Python numbers.
+    """
+    if unroll == count > 1:
+        for i in range(count):
+            body(i)
+    else:
+
+        def bodies(i, _):
+            for j in range(unroll):
+                body(i * unroll + j)
+
+        lax.fori_loop(0, count // unroll, bodies, None)
+
+
+def load_ahead(count: int, load: Callable, add: Callable, buffers: Sequence[Any]):
+    """Calls load(i, buffer) and then add(i, buffer) for all blocks i, an even number of them.
+
+    One block is added while the next is loaded into the other of two buffers.
+    """
+    one, other = buffers
+    load(0, one)
+
+    def body(i, carry):
+        load(2 * i + 1, other)
+        add(2 * i, one)
+        load(jnp.minimum(2 * i + 2, count - 1), one)
+        add(2 * i + 1, other)
+        return carry
+
+    lax.fori_loop(0, count // 2, body, 0)

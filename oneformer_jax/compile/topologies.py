@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from oneformer_jax.kernels.chips import GPUS, TPUS, Gpu
+from oneformer_jax.kernels.chips import GPUS, TPU_COMPILER, TPUS, Gpu
 
 # For a slice with fewer chips than a full host of the default 2 x 2 x 1.
 _ONE_CHIP = [1, 1, 1]
@@ -86,13 +86,7 @@ def open_topology(name: str, slices: int = 1) -> Topology:
 
 
 def _tpu_topology(name: str, kind: str, shape: tuple[int, ...], slices: int) -> Topology:
-    # libtpu would ask the metadata server of a TPU machine, and abort beside another process.
-    for variable, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),  # any value: it is required, but not used
-    ):
+    for variable, value in TPU_COMPILER.items():
         os.environ.setdefault(variable, value)
     options: dict[str, Any] = {}
     if TPUS[kind].chip_config:
