@@ -301,5 +301,8 @@ def gpu_rows(report: Mapping[str, Any], labels: Mapping[str, Any]) -> list[dict[
 
 
 if __name__ == "__main__":
-    request = process.request()
-    tpu.serve(request, tpu_report) if "cases" in request else gpu.serve(request, gpu_report)
+    asked = process.request()
+    if "cases" in asked:
+        tpu.serve(asked, tpu_report)
+    else:
+        gpu.serve(asked, gpu_report)
