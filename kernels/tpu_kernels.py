@@ -10,6 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from oneformer_jax.kernels import dispatch
+
 LANES = 128
 SUBLANES = 8
 ROW_BYTES = 4 * LANES  # of a row of a table in vector memory
@@ -35,7 +37,8 @@ def vector_memory(operation: str, given: int | None, interpret: Any) -> int:
         return pltpu.get_tpu_info().vmem_capacity_bytes
     except ValueError as error:
         raise NotImplementedError(
-            f"{operation}: 'pallas_tpu' runs on TPUs, and this program is for {error}"
+            f"{operation}: 'pallas_tpu' runs on TPUs, and this program is for "
+            f"{dispatch.device_kind()!r}; use 'xla'"
         ) from error
 
 

@@ -42,7 +42,7 @@ class TestEveryOperation:
         assert len(found) == 1 + bool(op.trial.differentiated)
         assert all(record["milliseconds"] > 0 and record["batch"] == 2 for record in found)
         refused = operation.measure(op, SMALL[name], "pallas_tpu", **options)
-        assert all("runs on TPUs" in record["error"] for record in refused)
+        assert all("runs on TPUs, and this program is for 'cpu'" in r["error"] for r in refused)
         lines = records.table([*found, *refused]).splitlines()
         assert len(lines) == 2 + len(found) + len(refused)
         assert len({line.count("|") for line in lines}) == 1
