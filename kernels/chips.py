@@ -19,6 +19,7 @@ class Tpu:
       peak_flops: FLOP/s of a jax device; a v7x chip is two.
       clock: cycles per second: the peak rate over the matrix units' operations per cycle.
       one_chip: name of a topology of a single chip.
+      longest: chips along the longest side of the largest slice.
       chip_config: "megacore" if the two cores of a chip are one device.
     """
 
@@ -26,6 +27,7 @@ class Tpu:
     peak_flops: float
     clock: float
     one_chip: str
+    longest: int
     chip_config: str | None = None
 
 
@@ -75,12 +77,19 @@ class Gpu:
         """
 
 
+# Variables with which libtpu compiles on a machine without a TPU.
+TPU_COMPILER = {
+    "TPU_SKIP_MDS_QUERY": "1",  # or it asks the metadata server of a TPU machine
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # any value: it is required, but not used
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or it aborts beside another process
+}
 TPUS = {
-    "v4": Tpu(("TPU v4",), 275e12, 1.05e9, "v4:1x1x1", "megacore"),
-    "v5e": Tpu(("TPU v5 lite",), 197e12, 1.5e9, "v5e:1x1"),
-    "v5p": Tpu(("TPU v5", "TPU v5p"), 459e12, 1.75e9, "v5p:1x1x1", "megacore"),
-    "v6e": Tpu(("TPU v6 lite",), 918e12, 1.75e9, "v6e:1x1"),
-    "tpu7x": Tpu(("TPU7x",), 1153.5e12, 2.2e9, "tpu7x:1x1x1"),
+    "v4": Tpu(("TPU v4",), 275e12, 1.05e9, "v4:1x1x1", 16, "megacore"),
+    "v5e": Tpu(("TPU v5 lite",), 197e12, 1.5e9, "v5e:1x1", 16),
+    "v5p": Tpu(("TPU v5", "TPU v5p"), 459e12, 1.75e9, "v5p:1x1x1", 28, "megacore"),
+    "v6e": Tpu(("TPU v6 lite",), 918e12, 1.75e9, "v6e:1x1", 16),
+    "tpu7x": Tpu(("TPU7x",), 1153.5e12, 2.2e9, "tpu7x:1x1x1", 24),
 }
 GPUS = {
     "a100": Gpu(

@@ -179,22 +179,16 @@ def _describe(
 
 def _known(call: Call) -> str | None:
     """Returns what this process found for a call outside of `noting`, if it is for its device."""
-    if not any(TABLES.values()) or device_kind() != jax.local_devices()[0].device_kind:
+    if not any(TABLES.values()) or dispatch.device_kind() != jax.local_devices()[0].device_kind:
         return None
     keys = [call.key(gradients) for gradients in (True, False)]
     found = (TABLES[everywhere].get(key) for key in keys for everywhere in (True, False))
     return next(filter(None, found), None)
 
 
-def device_kind() -> str:
-    """Returns JAX's name of the device that is traced for; see `dispatch.platform`."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
-
-
 def preferred(call: Call) -> str:
     """Returns the static preference for a call on the device that is traced for."""
-    kind = device_kind()
+    kind = dispatch.device_kind()
     targets = [name for name, chip in chips.TPUS.items() if kind in chip.kinds]
     if not recorded_targets(call.operation).intersection(targets):
         return "xla"
@@ -206,8 +200,7 @@ def recorded_targets(operation: str) -> frozenset[str]:
     """Returns the TPUs, keys of `chips.TPUS`, with recorded schedules of an operation's kernels."""
     path = pathlib.Path(__file__).with_name(operation) / "tpu_cycles.json"
     records = json.loads(path.read_text("utf-8"))
-    ours = (r for r in records if r.get("implementation", "pallas_tpu") == "pallas_tpu")
-    return frozenset(record["target"] for record in ours)
+    return frozenset(r["target"] for r in records if r["implementation"] == "pallas_tpu")
 
 
 @functools.cache

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
-_TRACED_FOR: contextvars.ContextVar[str] = contextvars.ContextVar("traced_for", default="")
+from oneformer_jax.kernels import chips
+
+# Platform and kind of device; "" is not said.
+_TRACED_FOR: contextvars.ContextVar[tuple[str, str]] = contextvars.ContextVar(
+    "traced_for", default=("", "")
+)
 OLDEST_CAPABILITY = 8.0  # Ampere: the oldest that Pallas:Triton compiles for
 
 
@@ -25,16 +30,32 @@ def platform() -> str:
     (`jax.sharding.use_abstract_mesh`), which may stand for devices that are not there, else that of
     the default device.
     """
-    if named := _TRACED_FOR.get():
-        return named
+    return _TRACED_FOR.get()[0] or _of_mesh("platform") or jax.default_backend()
+
+
+def device_kind() -> str:
+    """Returns JAX's name of the device that is traced for; see `platform`."""
+    return _TRACED_FOR.get()[1] or _of_mesh("device_kind") or jax.devices()[0].device_kind
+
+
+def compute_capability() -> str | None:
+    """Returns that of the NVIDIA GPU that is traced for, as "9.0"; None for another device."""
+    kind, device = device_kind(), jax.devices()[0]
+    if kind == device.device_kind:
+        return compute_capability_of(device)
+    known = (gpu.capability for gpu in chips.GPUS.values() if kind in gpu.kinds)
+    return next((".".join(map(str, capability)) for capability in known), None)
+
+
+def _of_mesh(attribute: str) -> str | None:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "platform", None) or jax.default_backend()
+    return getattr(device, attribute, None)
 
 
 @contextlib.contextmanager
-def tracing_for(name: str) -> Iterator[None]:
-    """Sets `platform` for what is traced within: a program may be exported for other machines."""
-    token = _TRACED_FOR.set(name)
+def tracing_for(name: str, kind: str = "") -> Iterator[None]:
+    """Sets `platform` and `device_kind` for what is traced within: programs for other machines."""
+    token = _TRACED_FOR.set((name, kind))
     try:
         yield
     finally:
@@ -131,20 +152,16 @@ def merge_mapped_axes(call: Callable) -> Callable:
     return mapped
 
 
-def vmem_of_this_chip(operation: str) -> int:
-    """Bytes of vector memory of a core of the TPU that is compiled for.
-
-    Raises:
-      NotImplementedError: it is no TPU.
-    """
-    from jax.experimental.pallas import tpu as pltpu
-
-    try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
-    except ValueError as error:
-        raise NotImplementedError(
-            f"{operation}: 'pallas_tpu' runs on TPUs, and this program is for {error}"
-        ) from error
+def check_array(operation: str, name: str, array: jax.Array, axes: str, *dtypes: Any) -> None:
+    """Raises a ValueError unless an argument has `axes`, as "[B, P, 2]", and one of the dtypes."""
+    count = axes.count(",") + 1
+    if array.ndim != count:
+        raise ValueError(
+            f"{operation}: {name} must have {count} axes {axes}, got shape {array.shape}"
+        )
+    if array.dtype not in dtypes:
+        names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        raise ValueError(f"{operation}: {name} must be {names}, got {array.dtype}")
 
 
 def compute_capability_of(device: jax.Device) -> str | None:
@@ -153,7 +170,7 @@ def compute_capability_of(device: jax.Device) -> str | None:
 
 
 def nvidia_capability(operation: str, compute_capability: str | None) -> float:
-    """Returns the compute capability of an NVIDIA GPU as a number; None for a device that has none.
+    """Returns the compute capability of an NVIDIA GPU as a number.
 
     Raises:
       NotImplementedError: it is no NVIDIA GPU, or older than `OLDEST_CAPABILITY`.

@@ -66,28 +66,14 @@ class Trial(abc.ABC):
           call: the call.
           candidate: its name; None is the reference.
         """
-        run = self.reference(call) if candidate is None else self.function(call, candidate)
-        positions = self.differentiated
-
-        def both(gradient: jax.Array | None, *arrays: jax.Array) -> list[jax.Array]:
-            if not positions:
-                return [run(*arrays)]
-
-            def of(*chosen: jax.Array) -> jax.Array:
-                every = list(arrays)
-                for position, array in zip(positions, chosen, strict=True):
-                    every[position] = array
-                return run(*every)
-
-            out, pull_back = jax.vjp(of, *(arrays[i] for i in positions))
-            return [out, *pull_back(gradient.astype(out.dtype))]
-
-        return both
+        return with_gradients(self._named(call, candidate), self.differentiated)
 
     def forward(self, call: Call, candidate: str | None) -> Callable[..., Any]:
         """As `with_gradients`, of the output alone."""
-        run = self.reference(call) if candidate is None else self.function(call, candidate)
-        return lambda gradient, *arrays: [run(*arrays)]
+        return with_gradients(self._named(call, candidate), ())
+
+    def _named(self, call: Call, candidate: str | None) -> Callable[..., jax.Array]:
+        return self.reference(call) if candidate is None else self.function(call, candidate)
 
     def abstract_inputs(self, call: Call) -> list[Any]:
         """Returns the arguments of `with_gradients` without numbers."""
@@ -106,3 +92,27 @@ class Trial(abc.ABC):
         if gradient is not None:
             gradient = rng.standard_normal(gradient.shape, np.float32).astype(gradient.dtype)
         return [gradient, *arrays]
+
+
+def with_gradients(run: Callable[..., jax.Array], positions: Sequence[int]) -> Callable[..., Any]:
+    """Makes the function (output's gradient, *arrays) -> [output, *gradients] of a function.
+
+    Args:
+      run: a function of arrays.
+      positions: those of its arguments that have gradients; without any, the first may be None.
+    """
+
+    def both(gradient: jax.Array | None, *arrays: jax.Array) -> list[jax.Array]:
+        if not positions:
+            return [run(*arrays)]
+
+        def of(*chosen: jax.Array) -> jax.Array:
+            every = list(arrays)
+            for position, array in zip(positions, chosen, strict=True):
+                every[position] = array
+            return run(*every)
+
+        out, pull_back = jax.vjp(of, *(arrays[i] for i in positions))
+        return [out, *pull_back(gradient.astype(out.dtype))]
+
+    return both

@@ -43,9 +43,8 @@ def linear_sum_assignment(
       cost: float32 [B, Q, M]. NaN counts as 1e30, and what is beyond +-1e30 as that; columns that
         are not valid may hold anything.
       valid: bool [B, M].
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or "auto",
-        what the device has shown to be right and fastest, or else a static preference (see
-        `oneformer_jax.kernels.choice`). A named implementation is never replaced by another one.
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or "auto" (see
+        `oneformer_jax.kernels.choice`). A named one is never replaced by another one.
       mesh: the mesh over all of whose axes the problems are split. Each device then solves its own,
         without communication. Under a sharded `jit` the kernels need the mesh, here or set by
         `jax.set_mesh`; "xla" too, or else its problems may be gathered on every device. Axes that
@@ -72,20 +71,13 @@ def linear_sum_assignment(
 
 
 def _check(cost, valid) -> None:
-    if cost.ndim != 3:
-        raise ValueError(
-            f"linear_sum_assignment: cost must have 3 axes [B, Q, M], got shape {cost.shape}"
-        )
+    dispatch.check_array("linear_sum_assignment", "cost", cost, "[B, Q, M]", jnp.float32)
+    dispatch.check_array("linear_sum_assignment", "valid", valid, "[B, M]", jnp.bool_)
     if valid.shape != (cost.shape[0], cost.shape[2]):
         raise ValueError(
             f"linear_sum_assignment: valid must be {(cost.shape[0], cost.shape[2])} for cost "
             f"{cost.shape}, got {valid.shape}"
         )
-    for name, array, dtype in (("cost", cost, jnp.float32), ("valid", valid, jnp.bool_)):
-        if array.dtype != dtype:
-            raise ValueError(
-                f"linear_sum_assignment: {name} must be {jnp.dtype(dtype).name}, got {array.dtype}"
-            )
 
 
 def solve(assign: Callable, cost: jax.Array, valid: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,13 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from oneformer_jax.kernels.assignment import (
-    IMPLEMENTATIONS,
-    api,
-    linear_sum_assignment,
-    pallas_gpu,
-    xla,
-)
+from oneformer_jax.kernels.assignment import xla
 from oneformer_jax.kernels.assignment.shapes import KINDS, PUBLISHED, Case
 from oneformer_jax.kernels.bench import tpu
 from oneformer_jax.kernels.bench.operation import Operation
@@ -72,19 +66,10 @@ class Assignment(Operation[Case]):
             jax.ShapeDtypeStruct((batch * problems, columns), jnp.bool_),
         ]
 
-    def inputs(self, case: Case, batch: int, dtype: str) -> list[np.ndarray]:
+    def inputs(self, case: Case, batch: int, dtype: str) -> list[Any]:
         costs = np.concatenate([case.costs(seed) for seed in range(batch)])
         valid = np.arange(case.columns) < case.valid
-        return [costs, np.broadcast_to(valid, (len(costs), case.columns))]
-
-    def call(self, case: Case, implementation: str) -> Callable[..., jax.Array]:
-        return functools.partial(linear_sum_assignment, implementation=implementation)
-
-    def gpu_call(
-        self, case: Case, implementation: str, capability: str, **options: Any
-    ) -> Callable[..., jax.Array]:
-        kernel = functools.partial(pallas_gpu.assign, compute_capability=capability)
-        return functools.partial(api.solve, xla.assign if implementation == "xla" else kernel)
+        return [None, costs, np.broadcast_to(valid, (len(costs), case.columns))]
 
     def count(self, target: str, case: Case, program: str, dump: pathlib.Path) -> dict[str, Any]:
         """Returns issue cycles of one step of all problems, and of the rest of the kernel.
@@ -93,26 +78,28 @@ class Assignment(Operation[Case]):
         memory count as if they solved, too. Of the two kernels for more columns than rows, one is
         counted.
         """
-        text = tpu.schedules(dump, "linear_sum_assignment")[0]
-        none, one = (tpu.issue_cycles(text, steps=steps) for steps in (0, 1))
+        texts = tpu.schedules(dump, "linear_sum_assignment")
+        if not texts:
+            return {}
+        none, one = (tpu.issue_cycles(texts[0], steps=steps) for steps in (0, 1))
         return {"step_cycles": round(one - none), "other_cycles": round(none)}
 
     def predict(self, record: Mapping[str, Any], case: Case) -> list[dict[str, Any]]:
-        """Returns one line, with the steps of the case's problems and their time."""
+        """Returns one line; of a kernel, with the steps of the case's problems and their time."""
+        (row,) = super().predict(record, case)
+        if "step_cycles" not in record:
+            return [row]
         steps = count_steps(case)
         cycles = record["other_cycles"] + steps * record["step_cycles"]
-        (row,) = super().predict(record, case)
         milliseconds = 1e3 * cycles / tpu.TARGETS[record["target"]].clock
         return [{**row, "steps": steps, "milliseconds": milliseconds}]
 
 
 OPERATION = Assignment(
     name="assignment",
-    implementations=IMPLEMENTATIONS,
     rivals={"scipy": solve_with_scipy},
     # by rows, columns, kind of costs and valid columns: "150x100-places-20"
     cases=_cases(),
     dtypes=("float32",),
-    differentiated=(),
     key=("sizes",),
 )

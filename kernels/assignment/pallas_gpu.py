@@ -27,22 +27,18 @@ def assign(
     count: jax.Array,
     *,
     interpret: bool = False,
-    compute_capability: str | None = None,
 ) -> jax.Array:
     """As `oneformer_jax.kernels.assignment.xla.assign`.
 
     Args:
       interpret: run the kernel in Pallas's interpreter, on any device.
-      compute_capability: of the GPU to compile for, such as "9.0"; by default the first device's.
 
     Raises:
       NotImplementedError: the device is no NVIDIA GPU of 8.0 or newer, or there are too many
         columns.
     """
     if not interpret:
-        if compute_capability is None:
-            compute_capability = dispatch.compute_capability_of(jax.devices()[0])
-        dispatch.nvidia_capability("linear_sum_assignment", compute_capability)
+        dispatch.nvidia_capability("linear_sum_assignment", dispatch.compute_capability())
     problems, rows, columns = cost.shape
     width = max(_WARP, pl.next_power_of_2(columns))
     if width > MAX_COLUMNS:

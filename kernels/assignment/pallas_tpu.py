@@ -14,15 +14,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels import tpu_kernels
 from oneformer_jax.kernels.assignment import lockstep
+from oneformer_jax.kernels.tpu_kernels import LANES, SUBLANES, round_up
 
-LANES, SUBLANES = 128, 8
 # Bounds the code of a step. Each problem beyond 20 adds 12 cycles to a step.
 MAX_BLOCK = 40
-MIB = 2**20
-VMEM_RESERVE = 2 * MIB  # for the state and the compiler
-INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x
+VMEM_RESERVE = 2 << 20  # for the state and the compiler
 
 
 def assign(
@@ -42,12 +40,9 @@ def assign(
     Raises:
       NotImplementedError: the device is no TPU, or 8 problems exceed its memory.
     """
-    if vmem_bytes is None:
-        vmem_bytes = (
-            INTERPRETED_VMEM if interpret else dispatch.vmem_of_this_chip("linear_sum_assignment")
-        )
+    vmem_bytes = tpu_kernels.vector_memory("linear_sum_assignment", vmem_bytes, interpret)
     problems, rows, columns = cost.shape
-    width = _round_up(columns, LANES)
+    width = round_up(columns, LANES)
     block = block_size(problems, rows, columns, vmem_bytes)
     padding = (0, -problems % block)
     cost = jnp.pad(
@@ -71,11 +66,7 @@ def assign(
         out_specs=pl.BlockSpec((block, width), lambda i: (i, 0)),
         out_shape=jax.ShapeDtypeStruct((count.shape[0], width), jnp.int32),
         scratch_shapes=[pltpu.VMEM((block, width), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),  # v4 and v5p have two cores
-            vmem_limit_bytes=None if interpret else vmem_bytes,
-        ),
-        interpret=interpret,
+        **tpu_kernels.launch(["parallel"], vmem_bytes, interpret),  # v4 and v5p have two cores
     )(order, count, cost)
     return owner[:problems, :columns]
 
@@ -87,7 +78,7 @@ def block_size(problems: int, rows: int, columns: int, vmem_bytes: int) -> int:
       NotImplementedError: the problems of one register's sublanes do not fit.
     """
     # Twice, because the next block's costs are fetched meanwhile.
-    each = 2 * 4 * _round_up(rows, SUBLANES) * _round_up(columns, LANES)
+    each = 2 * 4 * round_up(rows, SUBLANES) * round_up(columns, LANES)
     fits = (vmem_bytes - VMEM_RESERVE) // each
     most = min(MAX_BLOCK, fits)
     if problems <= most:
@@ -100,11 +91,7 @@ def block_size(problems: int, rows: int, columns: int, vmem_bytes: int) -> int:
             f"{max(vmem_bytes - VMEM_RESERVE, 0)} of {vmem_bytes} bytes of vector memory are free; "
             "use 'xla'"
         )
-    return _round_up(-(-problems // -(-problems // most)), SUBLANES)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    return round_up(-(-problems // -(-problems // most)), SUBLANES)
 
 
 def _kernel(order_ref, count_ref, cost_ref, owner_ref, rows_ref, *, rows: int):

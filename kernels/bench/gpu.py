@@ -5,21 +5,19 @@ Needs no GPU or driver, but jax's CUDA packages of its own version (0.10 to 0.12
     pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 
 The compilers read the folder of their dumps from the environment, and can abort the process for old
-GPUs, so each report comes from its own process: `run` starts it, and `serve` is its main program.
+GPUs, so each report comes from its own process (`process`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +25,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from oneformer_jax.kernels.chips import GPUS
+from oneformer_jax.kernels.bench import process
+from oneformer_jax.kernels.chips import GPUS, Gpu
 
 TARGETS = GPUS
 _PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
@@ -43,11 +42,11 @@ def missing() -> str | None:
     return None
 
 
-def compute_capability(target: str) -> str:
-    """Returns the compute capability of one of `TARGETS`; ValueError for an unknown one."""
+def chip(target: str) -> Gpu:
+    """Returns one of `TARGETS`; ValueError for an unknown one."""
     if target not in TARGETS:
         raise ValueError(f"gpu: unknown target {target!r}; use one of {', '.join(TARGETS)}")
-    return ".".join(map(str, TARGETS[target].capability))
+    return TARGETS[target]
 
 
 def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,65 +64,50 @@ def run(module: str, target: str, request: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: an unknown target.
       RuntimeError: the CUDA packages are missing, or the compiler failed (with its output).
     """
-    capability = compute_capability(target)
+    gpu = chip(target)
     if (what := missing()) is not None:
         raise RuntimeError(f"gpu: needs {what}")
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",  # cached programs are not dumped
-            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*",
-            "MOSAIC_GPU_DUMP_PTXAS": "1",
-            "TF_CPP_MIN_LOG_LEVEL": "2",
-        }
-        command = [sys.executable, "-m", module, target, json.dumps(dict(request)), folder]
-        root = pathlib.Path(__file__).resolve().parents[2]
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                cwd=root,
-                capture_output=True,
-                text=True,
-                timeout=_TIMEOUT_SECONDS,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(
-                f"gpu: compiling for {target} took over {_TIMEOUT_SECONDS} s"
-            ) from error
-        if done.returncode:
-            raise RuntimeError(
-                f"gpu: compiling for {target} failed (exit code {done.returncode}):\n"
-                f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
-            )
-        found = json.loads(pathlib.Path(folder, "report.json").read_text("utf-8"))
     known = {
         "target": target,
-        "device_kind": TARGETS[target].kinds[0],
-        "compute_capability": capability,
+        "device_kind": gpu.kinds[0],
+        "compute_capability": ".".join(map(str, gpu.capability)),
         "jax": jax.__version__,
     }
-    return known | found
+    request = {**request, "target": target}
+    return known | process.run(module, request, _variables, _TIMEOUT_SECONDS)
 
 
-def serve(report: Callable[[dict[str, Any], Callable[..., dict]], dict[str, Any]]) -> None:
+def _variables(folder: str) -> dict[str, str]:
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # cached programs are not dumped
+        "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+
+
+def serve(
+    request: Mapping[str, Any],
+    report: Callable[[Mapping[str, Any], Callable[..., dict]], dict[str, Any]],
+) -> None:
     """Runs the main program of a module that `run` starts.
 
     Args:
+      request: of `process.request`.
       report: called with the request and a function `compile_(name, function, arguments)`, which
         compiles for the target (`arguments` are abstract) and returns {"kernels": [{"name",
         "registers" per thread, "spill_bytes" stored per thread, "stack_bytes" per thread}],
         "temp_bytes", "argument_bytes", "output_bytes", "compile_seconds"}. The kernels include
         those that XLA made of its own operations.
     """
-    target, request, folder = sys.argv[1], json.loads(sys.argv[2]), pathlib.Path(sys.argv[3])
-    device = _topology(target).devices[0]
+    device = _topology(request["target"]).devices[0]
+    folder = pathlib.Path(request["folder"])
 
     def compile_(name: str, function: Callable, arguments: Sequence[jax.ShapeDtypeStruct]) -> dict:
         return _compile(function, arguments, device, folder / name)
 
-    result = report(request, compile_)
-    (folder / "report.json").write_text(json.dumps(result), "utf-8")
+    process.answer(request, report(request, compile_))
 
 
 def kernel_resources(text: str) -> list[dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pathlib
 import time
@@ -11,10 +12,11 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
-from oneformer_jax.kernels.bench import gpu, records, tpu
+from oneformer_jax.kernels import choice, dispatch
+from oneformer_jax.kernels.bench import gpu, process, records, tpu
+from oneformer_jax.kernels.trial import Trial, with_gradients
 
 Case = TypeVar("Case")
-Array = jax.Array | jax.ShapeDtypeStruct
 
 PASSES = ("forward", "backward")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -26,23 +28,24 @@ class Operation(Generic[Case]):
 
     Attributes:
       name: name of its folder, and of its kernels: `NAME_forward` and `NAME_backward`.
-      implementations: those of its api, plain JAX first.
       cases: the published calls by name.
       dtypes: dtypes of its arrays, the default first.
-      differentiated: positions of the arguments that have gradients.
-      key: fields that identify a recorded call, beside the compiler and the target.
-      rivals: other libraries' implementations on the host, by name: functions of `inputs`.
+      key: fields that identify a recorded call, beside the compiler, target and implementation.
+      rivals: other libraries' implementations on the host, by name: functions of the arrays.
       cores: target -> cores of the chip that share a kernel's loops; 1 by default.
     """
 
     name: str
-    implementations: Sequence[str]
     cases: Mapping[str, Case]
     dtypes: Sequence[str] = ("float32", "bfloat16")
-    differentiated: Sequence[int] = (0,)
     key: Sequence[str] = ()
     rivals: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     cores: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def trial(self) -> Trial:
+        """Its implementations, and their gradients."""
+        return choice.load_trial(self.name)
 
     @property
     def recorded(self) -> pathlib.Path:
@@ -57,27 +60,22 @@ class Operation(Generic[Case]):
         """Returns the arrays of a call of `batch` images."""
         raise NotImplementedError
 
-    def call(self, case: Case, implementation: str) -> Callable[..., jax.Array]:
-        """Returns the operation, as a function of these arrays."""
-        raise NotImplementedError
+    def static(self, case: Case) -> dict[str, Any]:
+        """Returns the other arguments of a call."""
+        return {}
 
-    def inputs(self, case: Case, batch: int, dtype: str) -> Sequence[jax.Array]:
-        """Arrays of numbers, normally distributed by default."""
-        arguments = self.arguments(case, batch, dtype)
-        keys = jax.random.split(jax.random.key(0), len(arguments))
-        return [
-            jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, arguments, strict=True)
-        ]
+    def call(self, case: Case, batch: int, dtype: str) -> choice.Call:
+        """Returns the call of `batch` images."""
+        arrays = ((x.shape, str(x.dtype)) for x in self.arguments(case, batch, dtype))
+        return choice.Call(self.name, tuple(arrays), tuple(sorted(self.static(case).items())))
+
+    def inputs(self, case: Case, batch: int, dtype: str) -> list[Any]:
+        """Draws the output's gradient, or None, and the arrays; by default as `Trial` does."""
+        return self.trial.drawn_inputs(self.call(case, batch, dtype))
 
     def least_bytes(self, case: Case, batch: int, dtype: str) -> Mapping[str, int]:
         """Counts the bytes by pass if every array is read or written once; {} if unknown."""
         return {}
-
-    def gpu_call(
-        self, case: Case, implementation: str, capability: str, **options: Any
-    ) -> Callable:
-        """As `call`, to compile for a GPU ahead of time."""
-        raise NotImplementedError(f"{self.name} has no kernel for GPUs")
 
     def count(self, target: str, case: Case, program: str, dump: pathlib.Path) -> dict[str, Any]:
         """Reads figures of the compiled kernels from their schedules.
@@ -87,7 +85,7 @@ class Operation(Generic[Case]):
           cycles on one core. Cycles are missing if some kernels are equal: the compiler dumps one.
         """
         found = {}
-        for name in PASSES[: 1 + bool(self.differentiated)]:
+        for name in PASSES:
             texts = tpu.schedules(dump, f"{self.name}_{name}")
             calls = tpu.count_calls(program, f"{self.name}_{name}")
             if not texts:
@@ -105,8 +103,11 @@ class Operation(Generic[Case]):
 
     def predict(self, record: Mapping[str, Any], case: Case) -> list[dict[str, Any]]:
         """Returns the lines of a table for a record of a TPU target: one per pass."""
-        shared = {key: value for key, value in record.items() if not isinstance(value, dict)}
-        shared = _in_megabytes(shared)
+        shared = {
+            key.replace("_bytes", "_megabytes"): value / 1e6 if key.endswith("_bytes") else value
+            for key, value in record.items()
+            if not isinstance(value, dict)
+        }
         passes = [name for name in PASSES if name in record]
         return [{**shared, "pass": name, **record[name]} for name in passes] or [shared]
 
@@ -114,42 +115,10 @@ class Operation(Generic[Case]):
         """Returns a line below the table, or ""."""
         return ""
 
-    def passes(self, case: Case, implementation: str) -> dict[str, Callable]:
-        """Names the timed functions; they take the output's gradient, if any, and the arrays."""
-        call = self.call(case, implementation)
-        if not self.differentiated:
-            return {"forward": call}
-        return {
-            "forward": lambda gradient, *arrays: call(*arrays),
-            "forward and backward": with_gradients(call, self.differentiated),
-        }
-
 
 def load(name: str) -> Operation:
     """Returns the operation of one of `choice.OPERATIONS`."""
     return importlib.import_module(f"oneformer_jax.kernels.{name}.bench").OPERATION
-
-
-def with_gradients(call: Callable, differentiated: Sequence[int]) -> Callable:
-    """Makes the function (output's gradient, *arrays) -> (output, *gradients)."""
-
-    def both(gradient, *arrays):
-        def of(*chosen):
-            every = list(arrays)
-            for index, array in zip(differentiated, chosen, strict=True):
-                every[index] = array
-            return call(*every)
-
-        out, pull_back = jax.vjp(of, *(arrays[i] for i in differentiated))
-        return out, *pull_back(gradient)
-
-    return both
-
-
-def output_gradient(call: Callable, arrays: Sequence[Array]) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of the gradient of a call's output."""
-    out = jax.eval_shape(call, *arrays)
-    return jax.ShapeDtypeStruct(out.shape, out.dtype)
 
 
 # ------------------------------------------------------------------ on this machine's device
@@ -165,24 +134,24 @@ def measure(
     """
     device = jax.devices()[0]
     known = operation.labels(case, dtype) | {"batch": batch, "implementation": implementation}
-    arrays = list(operation.inputs(case, batch, dtype))
+    gradient, *arrays = operation.inputs(case, batch, dtype)
     if implementation in operation.rivals:
-        took = records.median_milliseconds(
-            lambda: operation.rivals[implementation](*arrays), repeats
-        )
+        run = functools.partial(operation.rivals[implementation], *arrays)
+        took = records.median_milliseconds(run, repeats) if repeats else None
         return [{**known, "device": "host", "pass": "forward", "milliseconds": took}]
-    if operation.differentiated:
-        gradient = output_gradient(operation.call(case, operation.implementations[0]), arrays)
-        arrays.insert(0, jax.random.normal(jax.random.key(1), gradient.shape, gradient.dtype))
-    arrays = jax.device_put(arrays, device)
+    call, trial = operation.call(case, batch, dtype), operation.trial
+    arrays = jax.device_put([gradient, *arrays], device)
     least = operation.least_bytes(case, batch, dtype)
+    passes = {"forward": trial.forward, "forward and backward": trial.with_gradients}
+    if gradient is None:
+        del passes["forward and backward"]
     found = []
-    for name, function in operation.passes(case, implementation).items():
+    for name, make in passes.items():
         record = {**known, "device": device.device_kind, "pass": name}
         found.append(record)
         try:
             start = time.perf_counter()
-            compiled = jax.jit(function).lower(*arrays).compile()
+            compiled = jax.jit(make(call, implementation)).lower(*arrays).compile()
         except NotImplementedError as error:
             record["error"] = str(error)
             continue
@@ -231,7 +200,7 @@ def compile_for_tpu(
     """
     dtype = dtype or operation.dtypes[0]
     cases = [[operation.name, name, dtype, implementation] for name in names]
-    return list(tpu.run(__spec__.name, target, cases, memory=memory))
+    return tpu.run(__spec__.name, target, cases, memory=memory)
 
 
 def tpu_report(target: str, request: Sequence[str], dump: pathlib.Path) -> dict[str, Any]:
@@ -239,15 +208,10 @@ def tpu_report(target: str, request: Sequence[str], dump: pathlib.Path) -> dict[
     name, case_name, dtype, implementation = request
     operation = load(name)
     case = operation.cases[case_name]
-    arrays = list(operation.arguments(case, 1, dtype))
-    call = operation.call(case, implementation)
-    function = call
-    if operation.differentiated:
-        plain = operation.call(case, operation.implementations[0])
-        arrays.insert(0, output_gradient(plain, arrays))
-        function = with_gradients(call, operation.differentiated)
+    call, trial = operation.call(case, 1, dtype), operation.trial
+    function = trial.with_gradients(call, implementation)
     start = time.perf_counter()
-    compiled = tpu.compile_for(target, function, arrays)
+    compiled = tpu.compile_for(target, function, trial.abstract_inputs(call))
     seconds = time.perf_counter() - start
     program = compiled.as_text()
     record = {
@@ -279,7 +243,7 @@ def compile_for_gpu(
     The backward pass is compiled alone: arguments and the output's gradient in, gradients out.
 
     `target` is one of `gpu.TARGETS`, `name` one of the operation's cases; `options` are those of
-    `Operation.gpu_call`.
+    the implementation's function.
 
     Returns:
       The result of `gpu.run`, with "forward" and, if it has gradients, "backward" of `gpu.serve`.
@@ -288,35 +252,33 @@ def compile_for_gpu(
       NotImplementedError: the implementation does not run on the target.
       ValueError, RuntimeError: see `gpu.run`.
     """
-    capability = gpu.compute_capability(target)
-    # Refuses before a process is started.
-    operation.gpu_call(operation.cases[name], implementation, capability, **options)
+    if implementation not in operation.trial.implementations:
+        raise NotImplementedError(f"{operation.name} has no kernel for GPUs")
     request = {
         "operation": operation.name,
         "case": name,
         "implementation": implementation,
         "dtype": dtype or operation.dtypes[0],
         "batch": batch,
-        "capability": capability,
         "options": options,
     }
+    # Refuses before a process is started.
+    with dispatch.tracing_for("gpu", gpu.chip(target).kinds[0]):
+        gpu_report(request, lambda _, function, arguments: jax.eval_shape(function, *arguments))
     return gpu.run(__spec__.name, target, request)
 
 
 def gpu_report(request: Mapping[str, Any], compile_: Callable) -> dict[str, Any]:
     """Returns the record of one call; runs in the separate process."""
     operation = load(request["operation"])
-    case = operation.cases[request["case"]]
-    call = operation.gpu_call(
-        case, request["implementation"], request["capability"], **request["options"]
-    )
-    arrays = operation.arguments(case, request["batch"], request["dtype"])
-    found = {"forward": compile_("forward", call, arrays)}
-    if operation.differentiated:
-        plain = operation.call(case, operation.implementations[0])
-        both = with_gradients(call, operation.differentiated)
+    call = operation.call(operation.cases[request["case"]], request["batch"], request["dtype"])
+    trial = operation.trial
+    run = functools.partial(trial.function(call, request["implementation"]), **request["options"])
+    found = {"forward": compile_("forward", run, call.abstract)}
+    if trial.differentiated:
+        both = with_gradients(run, trial.differentiated)
         found["backward"] = compile_(
-            "backward", lambda *x: both(*x)[1:], [output_gradient(plain, arrays), *arrays]
+            "backward", lambda *x: both(*x)[1:], trial.abstract_inputs(call)
         )
     return found
 
@@ -338,19 +300,9 @@ def gpu_rows(report: Mapping[str, Any], labels: Mapping[str, Any]) -> list[dict[
     return rows
 
 
-def _in_megabytes(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with its bytes in megabytes."""
-    return {
-        key.replace("_bytes", "_megabytes"): value / 1e6 if key.endswith("_bytes") else value
-        for key, value in record.items()
-    }
-
-
 if __name__ == "__main__":
-    import sys
-
-    # `gpu.run` names the target first, `tpu.run` gives one JSON object.
-    if sys.argv[1].startswith("{"):
-        tpu.serve(tpu_report)
+    asked = process.request()
+    if "cases" in asked:
+        tpu.serve(asked, tpu_report)
     else:
-        gpu.serve(gpu_report)
+        gpu.serve(asked, gpu_report)

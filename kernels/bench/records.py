@@ -6,7 +6,8 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 
 def median_milliseconds(call: Callable[[], object], repeats: int) -> float:
@@ -25,17 +26,19 @@ def write(path: pathlib.Path, records: Iterable[dict]) -> None:
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
 
 
-def table(records: list[dict]) -> str:
-    """Formats records as Markdown, one line each, with a column for every key."""
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Formats records as Markdown, one line each, with a column for every key; None is empty."""
     columns = list(dict.fromkeys(key for record in records for key in record))
 
-    def cell(value) -> str:
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
         if isinstance(value, float):
             return f"{value:.3g}" if value < 100 else f"{value:.0f}"
         return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
 
     lines = [columns, ["---"] * len(columns)]
-    lines += [[cell(record.get(key, "")) for key in columns] for record in records]
+    lines += [[cell(record.get(key)) for key in columns] for record in records]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

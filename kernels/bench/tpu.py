@@ -5,8 +5,8 @@ for one. With its dump flags it also writes the final schedule of every kernel: 
 one issued per cycle. Bundles times the trip counts of the loops around them are the kernel's issue
 cycles, without waits for memory.
 
-The flags must be in the environment before JAX starts, so each report comes from its own process:
-`run` starts it, and `serve` is its main program.
+The flags must be in the environment before JAX starts, so reports come from a process of their own
+(`process`).
 """
 
 from __future__ import annotations
@@ -14,44 +14,23 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from oneformer_jax.kernels.chips import TPUS
+from oneformer_jax.kernels.bench import process
+from oneformer_jax.kernels.chips import TPU_COMPILER, TPUS
 
 # Fields of the reports that depend on XLA's optimisations.
-OF_XLA = ("temporary_bytes", "traffic_bytes", "xla_milliseconds")
+OF_XLA = ("temporary_bytes", "xla_milliseconds")
 MISSING = 'libtpu is not installed (pip install "jax[tpu]")'
-
-
 TARGETS = TPUS
 
 
-def environment(dump: str | os.PathLike) -> dict[str, str]:
-    """Variables that let libtpu compile without a TPU and write its schedules to `dump`."""
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or libtpu aborts a second process
-        "LIBTPU_INIT_ARGS": (
-            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-            " --xla_jf_dump_llo_pass_label_regex=final_bundles"
-        ),
-    }
-
-
 def run(
-    module: str, target: str, cases: Sequence[Any], *, memory: bool = True, dump: bool = True
-) -> Iterator[dict[str, Any]]:
+    module: str, target: str, cases: Sequence[Any], *, memory: bool = True
+) -> list[dict[str, Any]]:
     """Runs `module`, with `serve` as its main program, in a process that dumps its schedules.
 
     Args:
@@ -60,9 +39,8 @@ def run(
       cases: passed to the module as JSON, for a report each.
       memory: False skips XLA's own optimisations, which takes half the time and changes nothing
         about the kernels.
-      dump: write the schedules, a large part of the time to compile.
 
-    Yields:
+    Returns:
       The module's report of each case; without `memory` it lacks the fields `OF_XLA`.
 
     Raises:
@@ -71,44 +49,36 @@ def run(
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(MISSING)
-    with tempfile.TemporaryDirectory(prefix="llo_") as folder:
-        request = json.dumps({"target": target, "cases": list(cases), "dump": folder})
-        variables = {**os.environ, **environment(folder)}
-        if not dump:
-            del variables["LIBTPU_INIT_ARGS"]
-        if not memory:
-            variables["JAX_OPTIMIZATION_LEVEL"] = "O0"
-        process = subprocess.run(
-            [sys.executable, "-m", module, request],
-            env=variables,
-            cwd=pathlib.Path(__file__).resolve().parents[2],
-            capture_output=True,
-            text=True,
-        )
-    if process.returncode:
-        raise RuntimeError(f"compiling for {target} failed:\n{process.stderr[-4000:]}")
-    for line in process.stdout.splitlines():
-        result = json.loads(line)
-        if not memory:
-            for name in OF_XLA:
-                result.pop(name, None)
-        yield result
+
+    def variables(folder: str) -> dict[str, str]:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        flags += " --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        found = TPU_COMPILER | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags}
+        return found if memory else found | {"JAX_OPTIMIZATION_LEVEL": "O0"}
+
+    reports = process.run(module, {"target": target, "cases": list(cases)}, variables)
+    left_out = () if memory else OF_XLA
+    return [{k: v for k, v in report.items() if k not in left_out} for report in reports]
 
 
-def serve(report: Callable[[str, Any, pathlib.Path], dict[str, Any]]) -> None:
-    """Runs the main program of a module that `run` starts; prints a line of JSON for each case.
+def serve(
+    request: Mapping[str, Any], report: Callable[[str, Any, pathlib.Path], dict[str, Any]]
+) -> None:
+    """Runs the main program of a module that `run` starts.
 
     Args:
+      request: of `process.request`.
       report: called with the target, the case and the folder of the case's dumps. The version of
         the compiler and the target are added to its result.
     """
-    request = json.loads(sys.argv[1])
-    dump = pathlib.Path(request["dump"])
-    known = {"libtpu": importlib.metadata.version("libtpu"), "target": request["target"]}
+    target, dump = request["target"], pathlib.Path(request["folder"])
+    known = {"libtpu": importlib.metadata.version("libtpu"), "target": target}
+    found = []
     for case in request["cases"]:
-        print(json.dumps(known | report(request["target"], case, dump)), flush=True)
+        found.append(known | report(target, case, dump))
         for file in dump.iterdir():
             file.unlink()
+    process.answer(request, found)
 
 
 def schedules(dump: pathlib.Path, kernel: str) -> list[str]:
@@ -130,10 +100,10 @@ def compile_for(target: str, function, arguments):
     from jax.sharding import Mesh, SingleDeviceSharding
 
     device = _device(target)
-    arguments = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
-        for x in arguments
-    ]
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
+        list(arguments),
+    )
     # The mesh tells Pallas which chip to compile for.
     mesh = Mesh([device], ("chip",)).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):

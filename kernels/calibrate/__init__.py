@@ -10,13 +10,8 @@ nothing; a candidate that ended or hung the process is left out from then on.
     python -m oneformer_jax.kernels.calibrate --config=coco:swin_large   # prints the table alone
 """
 
-from oneformer_jax.kernels.calibrate.chooser import (
-    Chooser,
-    as_text,
-    known_rows,
-    open_store,
-    try_calls,
-)
+from oneformer_jax.kernels.bench.records import table as as_text
+from oneformer_jax.kernels.calibrate.chooser import Chooser, known_rows, open_store, try_calls
 from oneformer_jax.kernels.calibrate.store import environment_of, withdraw
 
 __all__ = [

@@ -75,15 +75,14 @@ class Attempts:
 
         with _watched(RUN_SECONDS, hung):
             try:
-                out = jax.block_until_ready(run(*self._inputs))
-                error = float(_largest_error(self._compared(out), self._expected))
+                error = float(_largest_error(self._compared(run(*self._inputs)), self._expected))
+                if not error <= self._tolerance:  # NaN is wrong, too
+                    finite = error if math.isfinite(error) else None  # JSON has no others
+                    return Outcome(error=finite, fault=f"wrong by {error:.0e}")
+                return Outcome(time_call(self.call, candidate, lambda: run(*self._inputs)), error)
             except Exception as failure:
                 self._check_device(what, mark)
                 return Outcome(fault=f"failed: {one_line(failure)}")
-            if not error <= self._tolerance:  # NaN is wrong, too
-                finite = error if math.isfinite(error) else None  # JSON has no others
-                return Outcome(error=finite, fault=f"wrong by {error:.0e}")
-            return Outcome(time_call(self.call, candidate, lambda: run(*self._inputs)), error)
 
     def _compared(self, out: Sequence[jax.Array]) -> list[jax.Array]:
         first, *gradients = out

@@ -66,24 +66,6 @@ def open_store(folder: str | os.PathLike[str], log: Callable[[str], Any]) -> Sto
     return Store(folder, environment_of(jax.local_devices()[0]), log)
 
 
-def as_text(rows: Sequence[Row]) -> str:
-    """Formats the table for a log."""
-    return records.table(
-        [{name: "" if value is None else value for name, value in row.items()} for row in rows]
-    )
-
-
-class Budget:
-    """Seconds that are left for measuring."""
-
-    def __init__(self, seconds: float):
-        self._end = time.monotonic() + seconds
-
-    @property
-    def left(self) -> float:
-        return self._end - time.monotonic()
-
-
 def try_calls(calls: Sequence[Call], gradients: bool, store: Store, seconds: float) -> None:
     """Tries the candidates of calls that the store lacks, and keeps the outcomes in it.
 
@@ -93,14 +75,15 @@ def try_calls(calls: Sequence[Call], gradients: bool, store: Store, seconds: flo
       store: the user's outcomes.
       seconds: in which all must be done.
     """
-    budget = Budget(seconds)
+    end = time.monotonic() + seconds
     for call in calls:
         key = call.key(gradients)
         known = store.outcomes.get(key, {})
         untried = [name for name in candidates(call) if name not in known]
-        if not untried or budget.left < LEAST_SECONDS:
+        left = end - time.monotonic()
+        if not untried or left < LEAST_SECONDS:
             continue
-        limit = min(attempt.COMPILE_SECONDS, budget.left)
+        limit = min(attempt.COMPILE_SECONDS, left)
         try:
             attempts = attempt.Attempts(call, gradients, jax.local_devices()[0], limit)
         except (attempt.TooLong, jax.errors.JaxRuntimeError) as error:
@@ -109,11 +92,11 @@ def try_calls(calls: Sequence[Call], gradients: bool, store: Store, seconds: flo
                 store.keep(key, name, Outcome(fault=why))
             continue
         for name in untried:
-            if budget.left < LEAST_SECONDS:
+            left = end - time.monotonic()
+            if left < LEAST_SECONDS:
                 break
-            limit = min(attempt.COMPILE_SECONDS, budget.left)
             with store.trying(key, name) as mark:
-                outcome = attempts.attempt(name, limit, mark)
+                outcome = attempts.attempt(name, min(attempt.COMPILE_SECONDS, left), mark)
                 store.keep(key, name, outcome)
 
 
@@ -234,7 +217,7 @@ class Chooser:
         if not rows:
             return
         if measured:
-            self._log(f"Kernels, measured on this device:\n{as_text(rows)}")
+            self._log(f"Kernels, measured on this device:\n{records.table(rows)}")
         else:
             picks = [r for r in rows if r["verdict"].startswith("chosen")]
             names = dict.fromkeys(f"{r['operation']} {r['candidate']}" for r in picks)

@@ -127,21 +127,27 @@ class Store:
 
     def keep(self, key: str, candidate: str, outcome: Outcome) -> None:
         """Adds an outcome, and writes the file with what other processes have added meanwhile."""
+        import fcntl  # not on Windows, which has no accelerator of JAX's
+
         self._outcomes.setdefault(key, {})[candidate] = outcome
         if not self._usable:
             return
+        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            for other, found in self._read().items():
-                self._outcomes[other] = found | self._outcomes.get(other, {})
-            calls = {
-                key: {name: dataclasses.astuple(outcome) for name, outcome in found.items()}
-                for key, found in self._outcomes.items()
-            }
-            text = json.dumps({"environment": self.environment, "calls": calls}, indent=1)
-            temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
-            temporary.write_text(text, "utf-8")
-            temporary.replace(self.path)
+            with open(self.path.with_suffix(".lock"), "wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+                for other, found in self._read().items():
+                    self._outcomes[other] = found | self._outcomes.get(other, {})
+                calls = {
+                    key: {name: dataclasses.astuple(outcome) for name, outcome in found.items()}
+                    for key, found in self._outcomes.items()
+                }
+                text = json.dumps({"environment": self.environment, "calls": calls}, indent=1)
+                temporary.write_text(text, "utf-8")
+                temporary.replace(self.path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             self._give_up(error)
 
     @contextlib.contextmanager
@@ -151,27 +157,31 @@ class Store:
         Yields a function that adds to the marker how the process ends. What ends it in Python, and
         SIGTERM, convicts nobody.
         """
-        import fcntl  # not on Windows, which has no accelerator of JAX's
+        import fcntl
 
         marker = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}.trying")
         with contextlib.ExitStack() as stack:
 
             def write(fault: str) -> None:
-                if self._usable:
+                if not self._usable:
+                    return
+                record = {"call": key, "candidate": candidate, "fault": fault}
+                try:
                     file.seek(0)
-                    json.dump({"call": key, "candidate": candidate, "fault": fault}, file)
+                    file.write(json.dumps(record).encode())
                     file.truncate()
-                    file.flush()
+                except OSError as error:  # the disk is full; the process still has to end
+                    self._give_up(error)
 
             if self._usable:
                 try:
                     _MARKERS.add(marker)
                     stack.callback(_remove, marker)
-                    file = stack.enter_context(open(marker, "x", encoding="utf-8"))
+                    file = stack.enter_context(open(marker, "xb", buffering=0))
                     fcntl.flock(file, fcntl.LOCK_EX)  # not every file system has locks
-                    write("ended the process of an earlier start")
                 except OSError as error:
                     self._give_up(error)
+            write("ended the process of an earlier start")
             stack.enter_context(_withdrawing())
             yield write
 

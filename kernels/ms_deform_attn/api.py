@@ -86,9 +86,8 @@ def ms_deform_attn(
       sampling_locations: float32 [B, Q, N, L, P, 2], (x, y) over the map of its level: 0 is the
         left or upper edge, 1 the right or lower edge.
       attention_weights: float32 or bfloat16 [B, Q, N, L, P].
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or "auto",
-        what the device has shown to be right and fastest, or else a static preference (see
-        `oneformer_jax.kernels.choice`). A named implementation is never replaced by another one.
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", "pallas_gpu", or "auto" (see
+        `oneformer_jax.kernels.choice`). A named one is never replaced by another one.
       mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
         images, without communication. The compiler splits "xla" by itself, but not the kernels:
         under a sharded `jit` they need the mesh, here or set by `jax.set_mesh`. Axes that are
@@ -119,20 +118,10 @@ def ms_deform_attn(
 
 def _check(value, spatial_shapes, sampling_locations, attention_weights) -> SpatialShapes:
     """The shapes as a tuple of int pairs; ValueError if the arguments do not fit together."""
-    arrays = {
-        "value": (value, 4, "[B, S, N, D]"),
-        "sampling_locations": (sampling_locations, 6, "[B, Q, N, L, P, 2]"),
-        "attention_weights": (attention_weights, 5, "[B, Q, N, L, P]"),
-    }
-    for name, (array, ndim, axes) in arrays.items():
-        if array.ndim != ndim:
-            raise ValueError(
-                f"ms_deform_attn: {name} must have {ndim} axes {axes}, got shape {array.shape}"
-            )
-        allowed = (jnp.float32,) if name == "sampling_locations" else (jnp.float32, jnp.bfloat16)
-        if array.dtype not in allowed:
-            names = " or ".join(jnp.dtype(d).name for d in allowed)
-            raise ValueError(f"ms_deform_attn: {name} must be {names}, got {array.dtype}")
+    check, half = functools.partial(dispatch.check_array, "ms_deform_attn"), jnp.bfloat16
+    check("value", value, "[B, S, N, D]", jnp.float32, half)
+    check("sampling_locations", sampling_locations, "[B, Q, N, L, P, 2]", jnp.float32)
+    check("attention_weights", attention_weights, "[B, Q, N, L, P]", jnp.float32, half)
     try:
         shapes = tuple((operator.index(h), operator.index(w)) for h, w in spatial_shapes)
     except (TypeError, ValueError) as error:

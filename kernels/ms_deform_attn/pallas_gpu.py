@@ -96,7 +96,7 @@ def ms_deform_attn(
     Args:
       value: float32 or bfloat16 [B, S, N, D], D of at most 128.
       deterministic: give gradients of equal bits in every run; costs a sort of all points.
-      backend: None for the first device's (see `backend_for`); a name to compile ahead of time.
+      backend: None for that of the GPU that is traced for (see `backend_for`).
       interpret: run the kernels in Pallas's interpreter, on any device; needs `backend`.
 
     Raises:
@@ -121,14 +121,14 @@ def _checked_backend(backend: Backend | None, interpret: bool) -> Backend:
             "ms_deform_attn: backend='mosaic' needs jax 0.11 or newer, not "
             f"{jax.__version__}; use backend='triton'"
         )
-    device = jax.devices()[0]
-    if interpret or (backend is not None and device.platform != "gpu"):
-        return backend  # compiled ahead of time: this machine's devices do not matter
-    best = backend_for(dispatch.compute_capability_of(device))
+    if interpret:
+        return backend
+    capability = dispatch.compute_capability()
+    best = backend_for(capability)
     if backend == "mosaic" != best:
         raise NotImplementedError(
             "ms_deform_attn: backend='mosaic' needs a GPU of compute capability 9.0 or 10.x, not "
-            f"{dispatch.compute_capability_of(device)}; use backend='triton'"
+            f"{capability}; use backend='triton'"
         )
     return backend or best
 

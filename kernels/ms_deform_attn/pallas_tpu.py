@@ -17,16 +17,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels import dispatch, tpu_kernels
 from oneformer_jax.kernels.ms_deform_attn import quad_rows
 from oneformer_jax.kernels.ms_deform_attn.reference import (
     SpatialShapes,
     cell_coordinates,
     split_levels,
 )
-
-MIB = 2**20
-INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +63,7 @@ def ms_deform_attn(
     Raises:
       NotImplementedError: the device is no TPU, or a row of cells exceeds its memory.
     """
-    if vmem_bytes is None:
-        vmem_bytes = INTERPRETED_VMEM if interpret else dispatch.vmem_of_this_chip("ms_deform_attn")
+    vmem_bytes = tpu_kernels.vector_memory("ms_deform_attn", vmem_bytes, interpret)
     settings = Settings(spatial_shapes, vmem_bytes, interpret)
     points = sampling_locations.shape[4]
     out = 0
@@ -262,7 +258,7 @@ def _tile(locations) -> int:
 
 
 def _padded_width(width: int) -> int:
-    return -(-width // quad_rows.CHANNELS) * quad_rows.CHANNELS
+    return tpu_kernels.round_up(width, quad_rows.CHANNELS)
 
 
 def _forward(settings: Settings, tile: int, cells, points, table) -> jax.Array:

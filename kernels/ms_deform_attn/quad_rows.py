@@ -41,17 +41,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from oneformer_jax.kernels.tpu_rows import (
+from oneformer_jax.kernels.tpu_kernels import (
     LANES,
+    ROW_BYTES,
     SUBLANES,
     fetch_indices,
     fill_with_zeros,
     index_scratch,
+    launch,
+    load_ahead,
+    loop,
 )
 
 CHANNELS = LANES // 4  # of one corner
 MAX_SAMPLES = CHANNELS  # a query's weights take one lane per sample and corner
-ROW_BYTES = 4 * LANES
 MAX_TILE = 512  # queries of a grid step
 MAX_TILE_SAMPLES = 12 * MAX_TILE  # bounds the scratch of the backward kernel
 GROUP = 4  # points of one level whose rows are read before any is written
@@ -59,6 +62,8 @@ GROUP = 4  # points of one level whose rows are read before any is written
 UPDATED_BLOCKS = 4  # divides 128 / 8
 DENSE_PARTS = 4  # of 128 queries
 VMEM_RESERVE = 10 * 2**20  # for blocks, scratch and the compiler
+# Cores may share the heads; a head's tiles add to one table, in order.
+ORDER = ("parallel", "arbitrary")
 
 # Corner c of a row is pixel (y + CORNERS[c][0], x + CORNERS[c][1]) of cell (y, x).
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -129,8 +134,7 @@ def forward(
             rows,
             rows,
         ],
-        compiler_params=_compiler_params(vmem_bytes, interpret),
-        interpret=interpret,
+        **launch(ORDER, vmem_bytes, interpret),
     )(order, points, table)
 
 
@@ -186,8 +190,7 @@ def backward(
             pltpu.SemaphoreType.DMA,
             pltpu.VMEM((2 * table.shape[1], LANES), jnp.float32),
         ],
-        compiler_params=_compiler_params(vmem_bytes, interpret),
-        interpret=interpret,
+        **launch(ORDER, vmem_bytes, interpret),
     )(order, cells, points, gradient, table)
 
 
@@ -198,14 +201,6 @@ def _block(samples: int) -> int:
 
 def _points_spec(samples: int, tile: int, groups: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, 3, samples, tile), lambda n, t: (n // groups, 0, 0, t))
-
-
-def _compiler_params(vmem_bytes: int, interpret) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        # Cores may share the heads; a head's tiles add to one table, in order.
-        dimension_semantics=("parallel", "arbitrary"),
-        vmem_limit_bytes=None if interpret else vmem_bytes,
-    )
 
 
 def _forward_kernel(
@@ -237,7 +232,7 @@ def _forward_kernel(
                 row = indices.at[k * SUBLANES + u][slot, j]
                 rows_ref[pl.ds(k * block + q, 1), :] = table[pl.ds(row, 1), :]
 
-        _loop(block, load, block if unroll else 1)
+        loop(block, load, block if unroll else 1)
 
     def add_rows(i, rows_ref):
         for v in range(block // SUBLANES):
@@ -249,17 +244,7 @@ def _forward_kernel(
                 total += rows * _broadcast_sample(weights, k)
             sums_ref[queries, :] = total
 
-    blocks = tile // block
-    load_rows(0, buffers[0])
-
-    def body(i, carry):
-        load_rows(2 * i + 1, buffers[1])
-        add_rows(2 * i, buffers[0])
-        load_rows(jnp.minimum(2 * i + 2, blocks - 1), buffers[0])
-        add_rows(2 * i + 1, buffers[1])
-        return carry
-
-    lax.fori_loop(0, blocks // 2, body, 0)
+    load_ahead(tile // block, load_rows, add_rows, buffers)
     corners = _from_lanes(sums_ref[...].T)
     out_ref[...] = sum(corners[1:], corners[0])
 
@@ -335,7 +320,7 @@ def _backward_kernel(
                     pair[pl.ds(row + 1, 1), :] = total + added_ref[pl.ds(k * tile + query, 1), :]
 
         count = UPDATED_BLOCKS * SUBLANES
-        _loop(count, update, count if unroll else 1)
+        loop(count, update, count if unroll else 1)
 
     def multiply(i):
         """Forms the gradients of corner weights, products of rows and output gradients, and points.
@@ -363,9 +348,9 @@ def _backward_kernel(
         d_points_ref[2, :, queries] = upper + fraction_y * (lower - upper)
 
     parts = tile // LANES
-    _loop(parts, make_additions, math.gcd(parts, DENSE_PARTS) if unroll else 1)
-    _loop(blocks // UPDATED_BLOCKS, update_rows, 1)
-    _loop(parts, multiply, math.gcd(parts, DENSE_PARTS) if unroll else 1)
+    loop(parts, make_additions, math.gcd(parts, DENSE_PARTS) if unroll else 1)
+    loop(blocks // UPDATED_BLOCKS, update_rows, 1)
+    loop(parts, multiply, math.gcd(parts, DENSE_PARTS) if unroll else 1)
 
     @pl.when(t == pl.num_programs(1) - 1)
     def _():
@@ -390,24 +375,7 @@ def _copy_every_other(rows, pair, first: int, into_pair: bool, done, at_once: bo
         def copy_row(i):
             copy(rows.at[pl.ds(i, 1)], pair.at[pl.ds(2 * i + first, 1)])
 
-        _loop(rows.shape[0], copy_row, 1)
-
-
-def _loop(count: int, body, unroll: int):
-    """Calls body(0), body(1)... in a loop of `unroll` calls, which divides count.
-
-    With unroll = count there is no loop, and body gets Python numbers.
-    """
-    if unroll == count > 1:
-        for i in range(count):
-            body(i)
-    else:
-
-        def bodies(i, _):
-            for j in range(unroll):
-                body(i * unroll + j)
-
-        lax.fori_loop(0, count // unroll, bodies, None)
+        loop(rows.shape[0], copy_row, 1)
 
 
 def _aligned(row):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -29,19 +30,18 @@ class MsDeformAttn(Trial):
             forms.remove("dense")
         first, *kernels = super().candidates(call, device)
         capability = dispatch.compute_capability_of(device)
-        if "pallas_gpu" in kernels and pallas_gpu.backend_for(capability) == "mosaic":
-            kernels.append("pallas_gpu/triton")
+        with contextlib.suppress(NotImplementedError):  # its refusal is a verdict of the table
+            if "pallas_gpu" in kernels and pallas_gpu.backend_for(capability) == "mosaic":
+                kernels.append("pallas_gpu/triton")
         return [first, *kernels, *(f"xla/{form}" for form in forms)]
 
     def function(self, call: Call, candidate: str) -> Callable[..., jax.Array]:
         shapes = dict(call.static)["spatial_shapes"]
         run = api.load(candidate)
-        return lambda value, locations, weights: run(value, shapes, locations, weights)
+        return lambda value, *points, **options: run(value, shapes, *points, **options)
 
     def reference(self, call: Call) -> Callable[..., jax.Array]:
-        shapes = dict(call.static)["spatial_shapes"]
-        run = api.XLA_FORMS["gather"]
-        return lambda value, locations, weights: run(value, shapes, locations, weights)
+        return self.function(call, "xla/gather")
 
     def inputs(self, call: Call, rng: np.random.Generator) -> list[np.ndarray]:
         """Points all over the maps and a little beyond, weights that add up to 1.

@@ -52,9 +52,8 @@ def neighborhood_attention(
         the dilation.
       kernel_size: edge of the neighbourhood, odd.
       dilation: distance between neighbours.
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", or "auto",
-        what the device has shown to be right and fastest, or else a static preference (see
-        `oneformer_jax.kernels.choice`). A named implementation is never replaced by another one.
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", or "auto" (see
+        `oneformer_jax.kernels.choice`). A named one is never replaced by another one.
       mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
         images; only the gradient of `rpb` is added up. The compiler splits "xla" by itself, but not
         the kernel: under a sharded `jit` it needs the mesh, here or set by `jax.set_mesh`. Axes
@@ -101,15 +100,8 @@ def _check(query, key, value, rpb, kernel_size, dilation) -> None:
         raise ValueError(f"neighborhood_attention: kernel_size must be odd, got {kernel_size}")
     arrays = {"query": query, "key": key, "value": value, "rpb": rpb}
     for name, array in arrays.items():
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise ValueError(
-                f"neighborhood_attention: {name} must be float32 or bfloat16, got {array.dtype}"
-            )
-    if query.ndim != 5:
-        raise ValueError(
-            "neighborhood_attention: query must have 5 axes [B, H, W, N, D], "
-            f"got shape {query.shape}"
-        )
+        axes = "[N, 2k-1, 2k-1]" if name == "rpb" else "[B, H, W, N, D]"
+        dispatch.check_array("neighborhood_attention", name, array, axes, jnp.float32, jnp.bfloat16)
     for name in ("key", "value"):
         if (arrays[name].shape, arrays[name].dtype) != (query.shape, query.dtype):
             raise ValueError(

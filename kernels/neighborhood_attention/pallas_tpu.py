@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels import tpu_kernels
 from oneformer_jax.kernels.neighborhood_attention import tile_kernels
-from oneformer_jax.kernels.neighborhood_attention.strips import LANES, MAX_KEYS, Plan, plan
+from oneformer_jax.kernels.neighborhood_attention.strips import MAX_KEYS, Plan, plan
 from oneformer_jax.kernels.neighborhood_attention.tile_kernels import Settings
+from oneformer_jax.kernels.tpu_kernels import LANES
 
-MIB = 2**20
-INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x
 NARROWEST = 32  # lanes of the narrowest head
 
 
@@ -46,10 +45,7 @@ def neighborhood_attention(
     Raises:
       NotImplementedError: the device is no TPU, or heads, neighbourhood or map are too large.
     """
-    if vmem_bytes is None:
-        vmem_bytes = (
-            INTERPRETED_VMEM if interpret else dispatch.vmem_of_this_chip("neighborhood_attention")
-        )
+    vmem_bytes = tpu_kernels.vector_memory("neighborhood_attention", vmem_bytes, interpret)
     batch, height, width, _, channels = query.shape
     if channels > LANES:
         raise NotImplementedError(

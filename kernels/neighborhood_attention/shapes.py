@@ -14,24 +14,29 @@ HEADS = (6, 12, 24, 48)
 HEAD_DIM = 32
 
 # Dilation of every block, by stage.
-BASE = (
-    (1, 20, 1),
-    (1, 5, 1, 10),
-    (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5),
-    (1, 2, 1, 2, 1),
-)
-WIDE = (
-    (1, 28, 1),
-    (1, 7, 1, 14),
-    (1, 3, 1, 5, 1, 5, 1, 7, 1, 3, 1, 5, 1, 5, 1, 7, 1, 7),
-    (1, 3, 1, 3, 1),
-)
-SEVEN = (
-    (1, 18, 1),
-    (1, 5, 1, 9),
-    (1, 2, 1, 3, 1, 4, 1, 2, 1, 3, 1, 4, 1, 2, 1, 3, 1, 4),
-    (1, 2, 1, 2, 1),
-)
+DILATIONS = {
+    # 11 x 11 neighbours: COCO, Mapillary, ADE20K at 640 and 896 pixels
+    "base": (
+        (1, 20, 1),
+        (1, 5, 1, 10),
+        (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5),
+        (1, 2, 1, 2, 1),
+    ),
+    # 11 x 11 neighbours: ADE20K at 1280 pixels
+    "wide": (
+        (1, 28, 1),
+        (1, 7, 1, 14),
+        (1, 3, 1, 5, 1, 5, 1, 7, 1, 3, 1, 5, 1, 5, 1, 7, 1, 7),
+        (1, 3, 1, 3, 1),
+    ),
+    # 7 x 7 neighbours: Cityscapes
+    "7x7": (
+        (1, 18, 1),
+        (1, 5, 1, 9),
+        (1, 2, 1, 3, 1, 4, 1, 2, 1, 3, 1, 4, 1, 2, 1, 3, 1, 4),
+        (1, 2, 1, 2, 1),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +78,7 @@ class ModelShape:
     name: str
     image_size: tuple[int, int]
     kernel_size: int = 11
-    dilations: tuple[tuple[int, ...], ...] = BASE
+    dilations: tuple[tuple[int, ...], ...] = DILATIONS["base"]
 
     def calls(self) -> list[CallShape]:
         """Returns every distinct call, with the number of blocks that make it."""
@@ -91,7 +96,7 @@ PUBLISHED = (
     ModelShape("COCO test, 800 x 1333 padded", (800, 1344)),
     ModelShape("ADE20K 640", (640, 640)),
     ModelShape("ADE20K 896", (896, 896)),
-    ModelShape("ADE20K 1280", (1280, 1280), dilations=WIDE),
-    ModelShape("Cityscapes training crop", (512, 1024), 7, SEVEN),
-    ModelShape("Cityscapes test", (1024, 2048), 7, SEVEN),
+    ModelShape("ADE20K 1280", (1280, 1280), dilations=DILATIONS["wide"]),
+    ModelShape("Cityscapes training crop", (512, 1024), 7, DILATIONS["7x7"]),
+    ModelShape("Cityscapes test", (1024, 2048), 7, DILATIONS["7x7"]),
 )

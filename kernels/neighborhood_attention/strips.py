@@ -23,15 +23,12 @@ import functools
 
 import numpy as np
 
-LANES = 128
-SUBLANES = 8  # rows of a register: blocks of columns of the map, which lie along them
+from oneformer_jax.kernels.tpu_kernels import LANES, SUBLANES, round_up
+
+# Blocks of columns of the map are of SUBLANES, the rows of a register, along which they lie.
 ROW_BLOCK = 2  # rows of the map: 2 x 8 pixels fill a register of bfloat16
 MAX_QUERIES = 512  # of a tile
 MAX_KEYS = 768
-
-
-def round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)

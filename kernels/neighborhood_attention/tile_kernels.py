@@ -33,13 +33,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from oneformer_jax.kernels.neighborhood_attention.strips import (
-    LANES,
-    ROW_BLOCK,
-    SUBLANES,
-    Cut,
-    Plan,
-)
+from oneformer_jax.kernels.neighborhood_attention.strips import ROW_BLOCK, Cut, Plan
+from oneformer_jax.kernels.tpu_kernels import LANES, SUBLANES, fill_with_zeros, launch
 
 BLOCKED = -1e30  # added to the logit of an unseen key; finite, as a query may see none
 TILES_PER_STEP = 8  # of maps that are one strip: several residue classes make a step
@@ -48,6 +43,8 @@ TILES_PER_STEP = 8  # of maps that are one strip: several residue classes make a
 TILES_PER_BODY = 2
 # Rows of a product: each matrix unit gets one part.
 ROWS_PER_PRODUCT = 64
+# Cores may share the groups of heads; the steps of one add to its arrays, in order.
+ORDER = ("parallel", "arbitrary", "arbitrary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +109,7 @@ def forward(settings: Settings, query, key, value, table) -> jax.Array:
             scratch_shapes=[specs.region(key.dtype), specs.region(value.dtype)],
         ),
         out_shape=jax.ShapeDtypeStruct(query.shape, value.dtype),
-        compiler_params=_compiler_params(settings),
-        interpret=settings.interpret,
+        **launch(ORDER, settings.vmem_bytes, settings.interpret),
     )(*_places(p), query, *[key] * p.parts, *[value] * p.parts, table, *_masks(p))
 
 
@@ -143,17 +139,8 @@ def backward(settings: Settings, query, key, value, table, gradient) -> tuple[ja
             jax.ShapeDtypeStruct(value.shape, value.dtype),
             jax.ShapeDtypeStruct(table.shape, jnp.float32),
         ],
-        compiler_params=_compiler_params(settings),
-        interpret=settings.interpret,
+        **launch(ORDER, settings.vmem_bytes, settings.interpret),
     )(*_places(p), query, *[key] * p.parts, *[value] * p.parts, table, *_masks(p), gradient)
-
-
-def _compiler_params(settings: Settings) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        # Cores may share the groups of heads; the steps of one add to its arrays, in order.
-        dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=None if settings.interpret else settings.vmem_bytes,
-    )
 
 
 def _classes_per_step(plan: Plan, batch: int) -> int:
@@ -285,12 +272,12 @@ def _backward_kernel(row_places, column_places, q_ref, *refs, settings):
     @pl.when((a == 0) & (strip == 0))
     def _():
         for offset, stack in np.ndindex(d_table_ref.shape[:2]):
-            _fill_with_zeros(d_table_ref.at[offset, stack], p.columns.keys)
+            fill_with_zeros(d_table_ref.at[offset, stack], p.columns.keys)
 
     @pl.when(strip == 0)
     def _():
-        _fill_with_zeros(d_k_sum, p.columns.keys)
-        _fill_with_zeros(d_v_sum, p.columns.keys)
+        fill_with_zeros(d_k_sum, p.columns.keys)
+        fill_with_zeros(d_v_sum, p.columns.keys)
 
     if p.parts > 1:
 
@@ -415,17 +402,6 @@ def _move_on(p: Plan, step: int, refs):
             ref[pixels, :] = block.reshape(-1, LANES)
 
     _each_row_block(p, step, move)
-
-
-def _fill_with_zeros(ref, size: int):
-    """Zeroes an array of rows, `size` at a time; `size` divides their number."""
-
-    def fill(i, _):
-        ref[pl.ds(pl.multiple_of(i * size, SUBLANES), size), :] = jnp.zeros(
-            (size, ref.shape[1]), ref.dtype
-        )
-
-    lax.fori_loop(0, ref.shape[0] // size, fill, None)
 
 
 def _load(ref, tile: _Tile):

@@ -38,9 +38,8 @@ def sample_features(
       features: float32 or bfloat16 [B, h, w, D].
       points: float32 [B, P, 2], (x, y) over the map: 0 is the left or upper edge, 1 the right or
         lower edge.
-      implementation: "xla" (plain JAX, any device), "pallas_tpu", or "auto",
-        what the device has shown to be right and fastest, or else a static preference (see
-        `oneformer_jax.kernels.choice`). A named implementation is never replaced by another one.
+      implementation: "xla" (plain JAX, any device), "pallas_tpu", or "auto" (see
+        `oneformer_jax.kernels.choice`). A named one is never replaced by another one.
       mesh: the mesh over all of whose axes the batch is split. Each device then works on its own
         images, without communication. The compiler splits "xla" by itself, but not the kernels:
         under a sharded `jit` they need the mesh, here or set by `jax.set_mesh`. Axes that are
@@ -85,18 +84,10 @@ sample.defvjp(_sample_forward, _sample_backward)
 
 
 def _check(features, points) -> None:
-    arrays = {
-        "features": (features, 4, "[B, h, w, D]", (jnp.float32, jnp.bfloat16)),
-        "points": (points, 3, "[B, P, 2]", (jnp.float32,)),
-    }
-    for name, (array, ndim, axes, dtypes) in arrays.items():
-        if array.ndim != ndim:
-            raise ValueError(
-                f"sample_features: {name} must have {ndim} axes {axes}, got shape {array.shape}"
-            )
-        if array.dtype not in dtypes:
-            names = " or ".join(jnp.dtype(d).name for d in dtypes)
-            raise ValueError(f"sample_features: {name} must be {names}, got {array.dtype}")
+    check = functools.partial(dispatch.check_array, "sample_features")
+    check("features", features, "[B, h, w, D]", jnp.float32, jnp.bfloat16)
+    check("points", points, "[B, P, 2]", jnp.float32)
+    for name, array in (("features", features), ("points", points)):
         if not all(array.shape):
             raise ValueError(f"sample_features: {name} is empty, of shape {array.shape}")
     if points.shape != (features.shape[0], points.shape[1], 2):

@@ -28,20 +28,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from oneformer_jax.kernels.tpu_rows import (
+from oneformer_jax.kernels.tpu_kernels import (
     LANES,
     SUBLANES,
     fetch_indices,
     fill_with_zeros,
     index_scratch,
+    launch,
+    load_ahead,
+    loop,
 )
 
 ROWS = 4  # that a point reads from the table: two and the two below them
 GROUP = 32  # points of one loop body
 STEP = 8  # points whose rows are read before any is written
-ROW_BYTES = 4 * LANES
 MAX_TILE = 8 * LANES  # points of a grid step
 VMEM_RESERVE = 10 * 2**20  # for blocks, scratch and the compiler
+# Cores may share the maps; the points of a map add to one table, in order.
+ORDER = ("parallel", "parallel", "arbitrary")
 
 
 def tile_size(points: int) -> int:
@@ -105,8 +109,7 @@ def forward(
             rows,
             rows,
         ],
-        compiler_params=_compiler_params(vmem_bytes, interpret),
-        interpret=interpret,
+        **launch(ORDER, vmem_bytes, interpret),
     )(_scalar_order(index, tile), weights, table)
 
 
@@ -151,8 +154,7 @@ def backward(
             pltpu.SemaphoreType.DMA((2,)),
             *rounded,
         ],
-        compiler_params=_compiler_params(vmem_bytes, interpret),
-        interpret=interpret,
+        **launch(ORDER, vmem_bytes, interpret),
     )(jnp.concatenate([indices, shared], axis=2), weights, gradient)
 
 
@@ -167,14 +169,6 @@ def _weights_spec(count: int, tile: int) -> pl.BlockSpec:
 
 def _points_spec(tile: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, tile, LANES), lambda a, d, t: (a, t, d))
-
-
-def _compiler_params(vmem_bytes: int, interpret) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        # Cores may share the maps; the points of a map add to one table, in order.
-        dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=None if interpret else vmem_bytes,
-    )
 
 
 def _scalar_order(index: jax.Array, tile: int) -> jax.Array:
@@ -218,7 +212,7 @@ def _forward_kernel(
             for k, offset in enumerate((0, width)):
                 rows_ref[pl.ds(ROWS * q + 2 * k, 2), :] = table[pl.ds(first + offset, 2), :]
 
-        _loop(GROUP, load, unroll)
+        loop(GROUP, load, GROUP if unroll else 1)
 
     def add_rows(i, rows_ref):
         for first in range(0, GROUP, SUBLANES):
@@ -231,17 +225,7 @@ def _forward_kernel(
                     total += pixel * _broadcast_lane(weights, len(pixels) * c + k)
             out_ref[points, :] = total
 
-    groups = tile // GROUP
-    load_rows(0, buffers[0])
-
-    def body(i, carry):
-        load_rows(2 * i + 1, buffers[1])
-        add_rows(2 * i, buffers[0])
-        load_rows(jnp.minimum(2 * i + 2, groups - 1), buffers[0])
-        add_rows(2 * i + 1, buffers[1])
-        return carry
-
-    lax.fori_loop(0, groups // 2, body, 0)
+    load_ahead(tile // GROUP, load_rows, add_rows, buffers)
 
 
 def _backward_kernel(
@@ -285,10 +269,7 @@ def _backward_kernel(
 
     blocks = 2 * GROUP // SUBLANES
 
-    def some_blocks(i, _):
-        _loop(blocks, lambda j: make_additions(i * blocks + j), unroll)
-
-    lax.fori_loop(0, tile // SUBLANES // blocks, some_blocks, None)
+    loop(tile // SUBLANES, make_additions, blocks if unroll else 1)
     await_indices()
 
     def pairs(i, q):
@@ -353,15 +334,6 @@ def _backward_kernel(
         lax.fori_loop(0, count, round_and_write, None)
         for n in range(max(count - 2, 0), count):
             write(n).wait()
-
-
-def _loop(count: int, body, unroll: bool):
-    """Calls body(0), body(1)... with Python numbers if unrolled, else in a loop."""
-    if unroll:
-        for i in range(count):
-            body(i)
-    else:
-        lax.fori_loop(0, count, lambda i, _: body(i), None)
 
 
 def _unpacked(x):

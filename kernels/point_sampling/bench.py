@@ -7,7 +7,6 @@ share of the training step.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from oneformer_jax.kernels.bench import tpu
 from oneformer_jax.kernels.bench.operation import Operation
-from oneformer_jax.kernels.point_sampling import IMPLEMENTATIONS, band_rows, sample_features
+from oneformer_jax.kernels.point_sampling import band_rows
 from oneformer_jax.kernels.point_sampling.shapes import PUBLISHED, CallShape
 
 
@@ -31,23 +30,12 @@ class PointSampling(Operation[CallShape]):
             jax.ShapeDtypeStruct((batch, case.points, 2), jnp.float32),
         ]
 
-    def inputs(self, case: CallShape, batch: int, dtype: str) -> list[jax.Array]:
-        """Arrays with uniform points."""
-        features, points = super().inputs(case, batch, dtype)
-        return [features, jax.random.uniform(jax.random.key(2), points.shape)]
-
-    def call(self, case: CallShape, implementation: str) -> Callable[..., jax.Array]:
-        return lambda features, points: sample_features(
-            features, points, implementation=implementation
-        )
-
     def cycles(self, text: str, case: CallShape, cores: int) -> float:
         return uniform_cycles(text, case, cores)
 
 
 OPERATION = PointSampling(
     name="point_sampling",
-    implementations=IMPLEMENTATIONS,
     cases={shape.name: shape for shape in PUBLISHED},
     key=("call", "dtype"),
     # they share the groups of channels

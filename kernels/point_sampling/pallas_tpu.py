@@ -14,12 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from oneformer_jax.kernels import dispatch
+from oneformer_jax.kernels import dispatch, tpu_kernels
 from oneformer_jax.kernels.point_sampling import band_rows
 from oneformer_jax.kernels.point_sampling.band_rows import LANES, VMEM_RESERVE
-
-MIB = 2**20
-INTERPRETED_VMEM = 64 * MIB  # of v5p and v7x
 
 
 def forward(
@@ -36,7 +33,7 @@ def forward(
     Raises:
       NotImplementedError: the device is no TPU, or two rows of the map exceed its memory.
     """
-    vmem_bytes = vmem_bytes or _vmem(interpret)
+    vmem_bytes = tpu_kernels.vector_memory("sample_features", vmem_bytes, interpret)
     _, height, width, depth = features.shape
     packed = features.dtype == jnp.bfloat16
     features = _padded(features, even=packed)
@@ -73,7 +70,7 @@ def backward(
     vmem_bytes: int | None = None,
 ) -> jax.Array:
     """As `reference.backward`, with `interpret` and `vmem_bytes` of `forward`."""
-    vmem_bytes = vmem_bytes or _vmem(interpret)
+    vmem_bytes = tpu_kernels.vector_memory("sample_features", vmem_bytes, interpret)
     _, height, width, depth = like.shape
     rows, columns = max(height, 2), max(width, 2)
     tile = band_rows.tile_size(points.shape[1])
@@ -126,10 +123,6 @@ def bands(height: int, width: int, itemsize: int, vmem_bytes: int) -> list[tuple
     count = -(-(height - 1) // (most - 1))
     step = -(-(height - 1) // count)
     return [(start, min(start + step, height - 1) + 1) for start in range(0, height - 1, step)]
-
-
-def _vmem(interpret) -> int:
-    return INTERPRETED_VMEM if interpret else dispatch.vmem_of_this_chip("sample_features")
 
 
 def _padded(features: jax.Array, even: bool) -> jax.Array:

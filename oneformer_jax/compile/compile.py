@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
-import ctypes
 import dataclasses
 import os
 import threading
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from oneformer_jax.compilation import release_memory
 from oneformer_jax.compile import hlo, topologies
 from oneformer_jax.compile.topologies import Topology
 from oneformer_jax.kernels import chips
@@ -193,19 +193,16 @@ def spare_the_host() -> None:
     """Sets up a process that only compiles."""
     # A program for another machine's device cannot be read back, and one that was cannot be saved.
     jax.config.update("jax_enable_compilation_cache", False)
+
     # Each of the compiler's threads has its own pool of memory, whose free part is of no use to the
     # others, so it goes back to the system regularly. Two pools for all threads would save 5 % of
-    # the memory, but cost up to half as much time again, as threads wait for each other. Only
-    # glibc's allocator has the call.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        threading.Thread(target=_give_back, args=(libc,), name="malloc_trim", daemon=True).start()
+    # the memory, but cost up to half as much time again, as threads wait for each other.
+    def give_back() -> None:
+        while True:
+            time.sleep(TRIM_SECONDS)
+            release_memory()
 
-
-def _give_back(libc: ctypes.CDLL) -> None:
-    while True:
-        time.sleep(TRIM_SECONDS)
-        libc.malloc_trim(0)
+    threading.Thread(target=give_back, name="release memory", daemon=True).start()
 
 
 def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:

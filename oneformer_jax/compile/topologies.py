@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from oneformer_jax.kernels.chips import GPUS, TPUS, Gpu
+from oneformer_jax.kernels.chips import GPUS, TPU_COMPILER, TPUS, Gpu
 
 # For a slice with fewer chips than a full host of the default 2 x 2 x 1.
 _ONE_CHIP = [1, 1, 1]
@@ -69,7 +69,7 @@ def open_topology(name: str, slices: int = 1) -> Topology:
         stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
         limit = (stats or {}).get("bytes_limit")
         return Topology(f"this machine ({devices[0].device_kind})", devices, limit)
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     kinds = (*TPUS, *GPUS)
     if not match or match[1] not in kinds:
         raise ValueError(
@@ -82,17 +82,17 @@ def open_topology(name: str, slices: int = 1) -> Topology:
         if len(shape) != 1 or slices != 1:
             raise ValueError(f"mesh.topology is {name!r}; a GPU mesh is KIND:NUMBER, in one slice")
         return _gpu_topology(name, GPUS[kind], shape[0])
+    sides, longest = TPUS[kind].one_chip.count("1x") + 1, TPUS[kind].longest
+    if len(shape) > sides or max(shape) > longest:  # of which libtpu would end the process
+        raise ValueError(
+            f"mesh.topology is {name!r}; a slice of {kind} has up to {sides} sides of up to "
+            f"{longest} chips, as in {EXAMPLES}"
+        )
     return _tpu_topology(name, kind, shape, slices)
 
 
 def _tpu_topology(name: str, kind: str, shape: tuple[int, ...], slices: int) -> Topology:
-    # libtpu would ask the metadata server of a TPU machine, and abort beside another process.
-    for variable, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),  # any value: it is required, but not used
-    ):
+    for variable, value in TPU_COMPILER.items():
         os.environ.setdefault(variable, value)
     options: dict[str, Any] = {}
     if TPUS[kind].chip_config:

@@ -207,26 +207,15 @@ def published_calls(dry: bool) -> list[tuple[Any, bool]]:
 
     The operations take turns, so that a run that is cut off has some of each.
     """
-    import jax
-
     from oneformer_jax.kernels import choice
     from oneformer_jax.kernels.bench import operation
 
     by_operation = []
-    for name in choice.OPERATIONS:
-        op = operation.load(name)
-        cases = [
-            (op.arguments(case, 1, dtype), case)
-            for case in op.cases.values()
-            for dtype in op.dtypes
-        ]
+    for op in map(operation.load, choice.OPERATIONS):
+        calls = [op.call(case, 1, dtype) for case in op.cases.values() for dtype in op.dtypes]
         if dry:
-            cases = [min(cases, key=lambda pair: sum(x.size for x in pair[0]))]
-        with choice.noting() as notes:
-            for arrays, case in cases:
-                run = op.call(case, "auto")
-                jax.eval_shape(lambda *x, run=run: run(*x), *arrays)
-        by_operation.append(list(notes.calls))
+            calls = [min(calls, key=lambda call: sum(x.size for x in call.abstract))]
+        by_operation.append(list(dict.fromkeys(calls)))
     longest = max(map(len, by_operation))
     return [(calls[i], True) for i in range(longest) for calls in by_operation if i < len(calls)]
 

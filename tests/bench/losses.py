@@ -5,12 +5,12 @@ python -m tests.bench.losses --small         # the synthetic default
 """
 
 import argparse
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from oneformer_jax.kernels.bench.records import median_milliseconds
 from oneformer_jax.models.execution import Kernels
 from oneformer_jax.models.losses import LossConfig, compute_losses
 from oneformer_jax.types import Predictions
@@ -52,13 +52,8 @@ def measure(
 
     args = (predictions, targets, jax.random.key(1))
     step = jax.jit(jax.value_and_grad(loss)).lower(*args).compile()
-    jax.block_until_ready(step(*args))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(step(*args))
-        times.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(times)), step.memory_analysis().temp_size_in_bytes / 2**20
+    took = median_milliseconds(lambda: jax.block_until_ready(step(*args)), repeats)
+    return took, step.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def main() -> None:

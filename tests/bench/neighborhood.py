@@ -6,12 +6,12 @@ python -m tests.bench.neighborhood --gather --repeats 0    # memory only, as the
 """
 
 import argparse
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from oneformer_jax.kernels.bench.records import median_milliseconds
 from oneformer_jax.kernels.neighborhood_attention import neighborhood_attention
 
 WIDTH = 32  # of a head
@@ -74,13 +74,11 @@ def measure(attention, shape, dtype, kernel_size, dilation, repeats) -> list[tup
     results = []
     for function in (forward, gradients):
         run = jax.jit(function).lower(*arrays).compile()
-        times = []
-        for _ in range(repeats + bool(repeats)):
-            start = time.perf_counter()
-            jax.block_until_ready(run(*arrays))
-            times.append(time.perf_counter() - start)
+        took = np.nan
+        if repeats:
+            took = median_milliseconds(lambda: jax.block_until_ready(run(*arrays)), repeats)  # noqa: B023
         memory = run.memory_analysis().temp_size_in_bytes / arrays[0].nbytes
-        results.append((1e3 * float(np.median(times[1:] or [np.nan])), memory))
+        results.append((took, memory))
     return results
 
 

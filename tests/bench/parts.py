@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +33,7 @@ from oneformer_jax.models.oneformer import normalize_images
 from oneformer_jax.train import optim
 from oneformer_jax.types import Features, Predictions
 from tests.bench.peer_models import SIZES, Ours, Size, task_tokens, write_weights
-from tests.bench.peers import machine
+from tests.bench.peers import chosen, machine, suitable_sizes, timed
 
 # (name, function, arguments, whether it has gradients)
 Part = tuple[str, Callable, tuple, bool]
@@ -68,7 +66,6 @@ def parts(size: Size, folder: str) -> Iterator[Part]:
     yield "decoder", method(predict), (params, mask_features, *encoded), True
     predictions = jax.jit(method(predict))(params, mask_features, *encoded)
 
-    table, ids = ours.batch["text_ids"], None
     table = given["text_table"]
     table = jnp.asarray(table[:, : int(np.argmax(table, 1).max()) + 1])
     ids = given["text_ids"]
@@ -171,17 +168,10 @@ def with_gradients(function: Callable) -> Callable:
 def measure(function: Callable, arguments: tuple, repeats: int) -> dict[str, float]:
     """Compiles and times a function: medians of `repeats` calls after a first one."""
     compiled = jax.jit(function).lower(*arguments).compile()
-    jax.block_until_ready(compiled(*arguments))
-    walls, processors = [], []
-    for _ in range(repeats):
-        wall, processor = time.perf_counter(), time.process_time()
-        jax.block_until_ready(compiled(*arguments))
-        walls.append(time.perf_counter() - wall)
-        processors.append(time.process_time() - processor)
+    times = timed(lambda: jax.block_until_ready(compiled(*arguments)), repeats)
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     return {
-        "wall_seconds": statistics.median(walls),
-        "processor_seconds": statistics.median(processors),
+        **times,
         "flops": cost.get("flops", 0.0),
         "bytes": cost.get("bytes accessed", 0.0),
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -209,12 +199,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    on_accelerator = jax.default_backend() != "cpu"
-    sizes = [n for n in options.sizes.split(",") if n] or [
-        name for name, size in SIZES.items() if size.accelerator == on_accelerator
-    ]
-    if unknown := [name for name in sizes if name not in SIZES]:
-        parser.error(f"--sizes {','.join(unknown)}: use some of {','.join(SIZES)}")
+    sizes = chosen(parser, "sizes", options.sizes or suitable_sizes(), tuple(SIZES))
     print(machine(), flush=True)
     results = []
     for name in sizes:

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,23 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter()
     call()
     first = time.perf_counter()
-    call()  # warm
+    times = timed(call, request["repeats"])
+    return {
+        **times,
+        "load_seconds": loaded - start,
+        "first_seconds": first - start,
+        "resident_bytes": peak_bytes(),
+        "program_bytes": peer.memory(),
+        "images_per_second": size.batch / times["wall_seconds"],
+        **({"flops": peer.flops(name), "peak_flops": peak()} if request["peer"] == "ours" else {}),
+    }
+
+
+def timed(call: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Times `call`, which must block until done: medians after a call to warm up."""
+    call()
     walls, processors = [], []
-    for _ in range(request["repeats"]):
+    for _ in range(repeats):
         wall, processor = time.perf_counter(), time.process_time()
         call()
         walls.append(time.perf_counter() - wall)
@@ -73,13 +88,25 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "wall_seconds": statistics.median(walls),
         "processor_seconds": statistics.median(processors),
-        "load_seconds": loaded - start,
-        "first_seconds": first - start,
-        "resident_bytes": peak_bytes(),
-        "program_bytes": peer.memory(),
-        "images_per_second": size.batch / statistics.median(walls),
-        **({"flops": peer.flops(name), "peak_flops": peak()} if request["peer"] == "ours" else {}),
     }
+
+
+def chosen(
+    parser: argparse.ArgumentParser, option: str, given: str, known: Sequence[str]
+) -> list[str]:
+    """The words of an option, with commas between, all of them known."""
+    words = given.split(",")
+    if unknown := [word for word in words if word not in known]:
+        parser.error(f"--{option} {','.join(unknown)}: use some of {','.join(known)}")
+    return words
+
+
+def suitable_sizes() -> str:
+    """The sizes that suit this device, with commas between."""
+    import jax
+
+    on_accelerator = jax.default_backend() != "cpu"
+    return ",".join(n for n, size in SIZES.items() if size.accelerator == on_accelerator)
 
 
 def peak() -> float:
@@ -220,22 +247,14 @@ def main() -> int:
         result = work(json.loads(options.work[0]))
         pathlib.Path(options.work[1]).write_text(json.dumps(result))
         return 0
-    import jax
-
-    on_accelerator = jax.default_backend() != "cpu"
-    sizes = [n for n in options.sizes.split(",") if n] or [
-        name for name, size in SIZES.items() if size.accelerator == on_accelerator
-    ]
-    lists = {"sizes": (sizes, SIZES), "works": (options.works.split(","), WORKS)}
-    lists["peers"] = (options.peers.split(","), PEERS)
-    for name, (given, known) in lists.items():
-        if unknown := [word for word in given if word not in known]:
-            parser.error(f"--{name} {','.join(unknown)}: use some of {','.join(known)}")
+    sizes = chosen(parser, "sizes", options.sizes or suitable_sizes(), tuple(SIZES))
+    works = chosen(parser, "works", options.works, WORKS)
+    names = chosen(parser, "peers", options.peers, PEERS)
     if what := missing("transformers"):
         print(f"bench: {what} must be installed: the weights of all peers come from it")
         return 1
     peers = []
-    for peer in lists["peers"][0]:
+    for peer in names:
         if what := missing(peer):
             print(f"{peer} is left out: {what} is not installed")
         else:
@@ -248,7 +267,7 @@ def main() -> int:
             write_weights(SIZES[size], folder)
             for peer in (p for p in peers if p != "ours"):
                 print(f"{size}, {peer}: {compare(peer, size, folder, scratch)}", flush=True)
-            for name in lists["works"][0]:
+            for name in works:
                 request = dict(size=size, work=name, folder=folder, repeats=options.repeats)
                 found: dict[str, list] = {peer: [] for peer in peers}
                 for _ in range(options.rounds):

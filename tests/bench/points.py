@@ -17,7 +17,7 @@ import math
 import pathlib
 import re
 
-from oneformer_jax.kernels.bench import records, tpu
+from oneformer_jax.kernels.bench import process, records, tpu
 from oneformer_jax.kernels.point_sampling import bench, sample_features, shapes
 
 SLOTS, NUM_POINTS, CANDIDATES, SLOTS_AT_A_TIME, PREDICTIONS = 100, 12544, 37632, 8, 10
@@ -186,6 +186,6 @@ if __name__ == "__main__":
     import sys
 
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
-        tpu.serve(report)
+        tpu.serve(process.request(), report)
     else:
         main()

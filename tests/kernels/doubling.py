@@ -48,6 +48,13 @@ def fail_late():
     raise RuntimeError("illegal instruction")
 
 
+def fail_after_the_first(calls=[]):  # noqa: B006
+    calls.append(1)
+    if len(calls) > 1:
+        calls.clear()
+        raise RuntimeError("out of memory")
+
+
 @jax.custom_vjp
 def _wrong_backward(x):
     return 2 * x
@@ -65,6 +72,7 @@ CANDIDATES = {
     "refuses": refuse,
     "does not compile": fail,
     "fails": lambda x: on_host(x, fail_late),
+    "fails when timed": lambda x: on_host(x, fail_after_the_first),
     "slow": lambda x: on_host(x, lambda: time.sleep(0.05)),
     "compiles forever": lambda x: (time.sleep(2), 2 * x)[1],
     "hangs": lambda x: on_host(x, threading.Event().wait),

@@ -2,18 +2,25 @@
 
 import dataclasses
 import fnmatch
+import functools
 import json
+import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oneformer_jax.kernels import choice
+from oneformer_jax.kernels import choice, dispatch
 from oneformer_jax.kernels.assignment import bench as assignment_bench
+from oneformer_jax.kernels.assignment import linear_sum_assignment
 from oneformer_jax.kernels.assignment.shapes import Case
-from oneformer_jax.kernels.bench import cli, gpu, operation, records, tpu
+from oneformer_jax.kernels.bench import cli, gpu, operation, process, records, tpu
+from oneformer_jax.kernels.ms_deform_attn import ms_deform_attn
 from oneformer_jax.kernels.ms_deform_attn import shapes as ms_shapes
+from oneformer_jax.kernels.neighborhood_attention import neighborhood_attention
 from oneformer_jax.kernels.neighborhood_attention import shapes as na_shapes
+from oneformer_jax.kernels.point_sampling import sample_features
 from oneformer_jax.kernels.point_sampling import shapes as point_shapes
 
 OPERATIONS = {name: operation.load(name) for name in choice.OPERATIONS}
@@ -23,7 +30,6 @@ SMALL = {
     "point_sampling": point_shapes.CallShape("test", 20, (4, 5), 3),
     "assignment": Case("test", rows=5, columns=4, valid=2, problems=3),
 }
-LIBTPU = "0.0.42.1"  # the version of the figures in docs/kernels.md
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -33,10 +39,10 @@ class TestEveryOperation:
         found = operation.measure(op, SMALL[name], "xla", **options)
         passes = ["forward", "forward and backward"][: len(found)]
         assert [record["pass"] for record in found] == passes
-        assert len(found) == 1 + bool(op.differentiated)
+        assert len(found) == 1 + bool(op.trial.differentiated)
         assert all(record["milliseconds"] > 0 and record["batch"] == 2 for record in found)
         refused = operation.measure(op, SMALL[name], "pallas_tpu", **options)
-        assert all("runs on TPUs" in record["error"] for record in refused)
+        assert all("runs on TPUs, and this program is for 'cpu'" in r["error"] for r in refused)
         lines = records.table([*found, *refused]).splitlines()
         assert len(lines) == 2 + len(found) + len(refused)
         assert len({line.count("|") for line in lines}) == 1
@@ -44,8 +50,7 @@ class TestEveryOperation:
     def test_labels_and_recorded_fields_tell_every_case_apart(self, name):
         op = OPERATIONS[name]
         labels = [str(op.labels(case, dtype)) for case in op.cases.values() for dtype in op.dtypes]
-        fields = [key for key in op.key if key != "implementation"]
-        assert set(fields) <= set(op.labels(next(iter(op.cases.values())), op.dtypes[0]))
+        assert set(op.key) <= set(op.labels(next(iter(op.cases.values())), op.dtypes[0]))
         if name != "neighborhood_attention":  # models share maps
             assert len(set(labels)) == len(labels)
 
@@ -57,6 +62,11 @@ class TestEveryOperation:
             (["--target=v3"], "invalid choice"),
             (["--dtype=float16"], "use one of"),
             (["--implementations", "cuda"], "use any of xla"),
+            (["--implementations", "scipy", "--target=v5e"], "use any of xla"),
+            (["--no-memory"], "--no-memory needs"),
+            (["--no-memory", "--target=h200"], "--no-memory needs"),
+            (["--batch=0"], "'0' is no whole number of at least 1"),
+            (["--repeats=-1"], "'-1' is no whole number of at least 0"),
         ],
     )
     def test_options_that_do_not_fit(self, name, arguments, message, capsys):
@@ -73,15 +83,16 @@ class TestEveryOperation:
     def test_recorded_cycles_are_of_published_cases(self, name):
         op = OPERATIONS[name]
         published = {
-            tuple(str(op.labels(case, dtype).get(key)) for key in op.key if key != "implementation")
+            tuple(str(op.labels(case, dtype).get(key)) for key in op.key)
             for case in op.cases.values()
             for dtype in op.dtypes
         }
         recorded = json.loads(op.recorded.read_text("utf-8"))
         assert recorded
         for record in recorded:
-            found = tuple(str(record[key]) for key in op.key if key != "implementation")
+            found = tuple(str(record[key]) for key in op.key)
             assert found in published and record["target"] in tpu.TARGETS
+            assert record["implementation"] in op.trial.implementations
 
 
 class TestTables:
@@ -100,6 +111,31 @@ class TestTables:
         assert cli.main([*arguments, "--implementations", "xla", "--cases", "o*"]) == 0
         assert "| test |" in capsys.readouterr().out
         assert len(json.loads((tmp_path / "found.json").read_text())) == 2
+
+    def test_a_file_that_cannot_be_written_is_named(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(operation, "measure", lambda *_, **__: [{"milliseconds": 1.0}])
+        path = tmp_path / "none" / "found.json"
+        assert cli.main(["point_sampling", "--json", str(path)]) == 1
+        output, errors = capsys.readouterr()
+        assert "| milliseconds |" in output and str(path) in errors
+
+    def test_a_record_of_another_implementation_stands_beside_the_kernels(
+        self, tmp_path, monkeypatch
+    ):
+        op = OPERATIONS["assignment"]
+        name = next(iter(op.cases))
+        labels = op.labels(op.cases[name], "float32")
+        known = {"libtpu": "1", "target": "v5e", "implementation": "pallas_tpu", **labels}
+        monkeypatch.setattr(operation, "ROOT", tmp_path)
+        op.recorded.parent.mkdir()
+        records.write(op.recorded, [known | {"step_cycles": 5, "temporary_bytes": 7}])
+        found = known | {"implementation": "xla", "temporary_bytes": 8}
+        monkeypatch.setattr(operation, "compile_for_tpu", lambda *_, **__: [found])
+        options = ["--target=v5e", f"--cases={name}", "--implementations=xla", "--record"]
+        assert cli.main(["assignment", *options]) == 0
+        kernel, plain = json.loads(op.recorded.read_text("utf-8"))
+        assert (kernel["step_cycles"], kernel["temporary_bytes"]) == (5, 7)
+        assert plain["temporary_bytes"] == 8
 
     def test_a_record_is_a_line_for_each_pass(self):
         record = dict(target="v5e", temporary_bytes=2e6, forward=dict(cycles=1), backward={})
@@ -120,9 +156,9 @@ class TestDeformableAttention:
 
     def test_points_lie_around_their_query(self):
         op, case = OPERATIONS["ms_deform_attn"], SMALL["ms_deform_attn"]
-        value, locations, weights = op.inputs(case, 2, "bfloat16")
+        _, value, locations, weights = op.inputs(case, 2, "bfloat16")
         assert value.dtype == jnp.bfloat16 and locations.shape == (2, 42, 1, 3, 1, 2)
-        assert jnp.abs(locations - 0.5).max() < 20 and weights.shape == (2, 42, 1, 3, 1)
+        assert np.abs(locations - 0.5).max() < 20 and weights.shape == (2, 42, 1, 3, 1)
 
 
 class TestNeighborhoodAttention:
@@ -146,6 +182,9 @@ class TestNeighborhoodAttention:
             "xla_milliseconds": 0.5,
             "temporary_bytes": 1e6,
         }
+        some = found | {"forward": {"kernels": 2}}  # equal kernels, of which one is counted
+        (row,) = op.predict(some | op.labels(op.cases[names[0]], "bfloat16"), op.cases[names[0]])
+        assert row["XLA ms"] == 0.5 and "milliseconds" not in row
         rows = []
         for name in names:
             labels = op.labels(op.cases[name], "bfloat16")
@@ -183,6 +222,54 @@ class TestAssignment:
         (row,) = OPERATIONS["assignment"].predict(record, case)
         assert row["steps"] == 1 and row["milliseconds"] == pytest.approx(1e3 * 150 / 1.5e9)
 
+    def test_plain_jax_has_no_kernel_whose_cycles_count(self, tmp_path):
+        op, case = OPERATIONS["assignment"], SMALL["assignment"]
+        assert op.count("v5e", case, "", tmp_path) == {}
+        (row,) = op.predict(dict(target="v5e", temporary_bytes=10**6), case)
+        assert row == dict(target="v5e", temporary_megabytes=1.0)
+
+
+def test_a_compilers_process_runs_in_the_folder_of_its_parent(tmp_path, monkeypatch):
+    """It finds the modules that its parent finds, and its errors are told."""
+    (tmp_path / "probe.py").write_text(
+        "import os\n"
+        "from oneformer_jax.kernels.bench import process\n"
+        "request = process.request()\n"
+        "process.answer(request, [os.getcwd(), os.environ['A_FOLDER'], request['a']])\n"
+        "if request['a'] == 0:\n"
+        "    raise SystemExit('no such chip')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = functools.partial(process.run, "probe", variables=lambda folder: {"A_FOLDER": folder})
+    where, folder, number = run({"target": "v5e", "a": 7})
+    assert (where, number) == (str(tmp_path), 7) and not pathlib.Path(folder).exists()
+    with pytest.raises(RuntimeError, match=r"compiling for v5e failed \(exit code 1\):\nno such"):
+        run({"target": "v5e", "a": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "api"),
+    [
+        (
+            "ms_deform_attn",
+            lambda case: lambda value, *points: ms_deform_attn(value, case.spatial_shapes, *points),
+        ),
+        (
+            "neighborhood_attention",
+            lambda case: functools.partial(
+                neighborhood_attention, kernel_size=case.kernel_size, dilation=case.dilation
+            ),
+        ),
+        ("point_sampling", lambda case: sample_features),
+        ("assignment", lambda case: linear_sum_assignment),
+    ],
+)
+def test_a_published_call_is_what_the_api_is_asked_for(name, api):
+    op, case = OPERATIONS[name], SMALL[name]
+    with choice.noting() as notes:
+        jax.eval_shape(lambda *x: api(case)(*x), *op.arguments(case, 2, op.dtypes[0]))
+    assert list(notes.calls) == [op.call(case, 2, op.dtypes[0])]
+
 
 class TestGpus:
     def test_unknown_targets_and_missing_kernels_are_refused(self):
@@ -194,8 +281,6 @@ class TestGpus:
     @pytest.mark.parametrize("name", ["ms_deform_attn", "assignment"])
     def test_both_implementations_are_compiled(self, name, monkeypatch):
         """The compiler is left out: what it would be given must trace."""
-        import jax
-
         traced = {}
 
         def compile_(label, function, arguments):
@@ -210,7 +295,10 @@ class TestGpus:
         monkeypatch.setattr(gpu, "run", run)
         op = OPERATIONS[name]
         first = next(iter(op.cases))
-        report = operation.compile_for_gpu(op, "h200", first, "xla")
-        assert set(traced) == set(operation.PASSES[: 1 + bool(op.differentiated)])
+        for implementation in ("xla", "pallas_gpu"):
+            traced.clear()
+            with dispatch.tracing_for("gpu", "NVIDIA H200"):  # as in the process of its own
+                report = operation.compile_for_gpu(op, "h200", first, implementation)
+        assert set(traced) == set(operation.PASSES[: 1 + bool(op.trial.differentiated)])
         rows = operation.gpu_rows(report, {})
         assert [row["registers"] for row in rows] == [8] * len(traced)

@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -87,6 +89,7 @@ def test_the_fastest_right_candidate_is_chosen(tmp_path):
         ("refuses", "refuses: numbers above 3 are too many"),
         ("does not compile", "did not compile: the compiler is lost"),
         ("fails", "failed: "),
+        ("fails when timed", "failed: "),
         ("slow", "slower"),
     ],
 )
@@ -334,6 +337,43 @@ def test_processes_that_measure_at_once_lose_nothing(tmp_path):
         "call": {"xla", "kernel"},
         "another": {"xla"},
     }
+
+
+def test_processes_that_write_at_the_same_moment_lose_nothing(tmp_path, monkeypatch):
+    environment = store.environment_of(jax.devices()[0])
+    one, other = (store.Store(tmp_path, environment, print) for _ in range(2))
+    meanwhile = threading.Thread(
+        target=other.keep, args=("call", "kernel", store.Outcome(2.0, 0.0))
+    )
+    read = one._read
+
+    def read_slowly():
+        found = read()
+        meanwhile.start()
+        meanwhile.join(0.3)  # it has to wait for `one`, which has not written yet
+        return found
+
+    monkeypatch.setattr(one, "_read", read_slowly)
+    one.keep("call", "xla", store.Outcome(1.0, 0.0))
+    meanwhile.join()
+    found = store.Store(tmp_path, environment, print).outcomes
+    assert set(found["call"]) == {"xla", "kernel"}
+
+
+def test_a_full_disk_does_not_stop_the_end_of_a_hung_process(tmp_path):
+    lines = []
+    one = store.Store(tmp_path, store.environment_of(jax.devices()[0]), lines.append)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with one.trying("key", "kernel") as mark:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            mark("hung an earlier start")
+            one.keep("key", "kernel", store.Outcome(1.0, 0.0))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = lines
+    assert "cannot be written (File too large)" in line
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
 def test_two_processes_choose_alike(tmp_path):

@@ -19,9 +19,7 @@ from oneformer_jax.kernels.ms_deform_attn.reference import (
     ms_deform_attn_gather,
 )
 from oneformer_jax.kernels.ms_deform_attn.shapes import PUBLISHED, SMALL_DEFAULT, CallShape
-
-# Most of the time of these tests is the compiler's, and its care is wasted on maps of 4 x 5.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+from tests.kernels.common import check_nothing_travels, cotangent, jit
 
 
 def loop_reference(value, shapes, locations, weights):
@@ -58,10 +56,6 @@ def loop_reference(value, shapes, locations, weights):
                 grads[1][b, q, n, l, p, 1] += a * share_x * slope_y * h * (v @ g)
                 grads[2][b, q, n, l, p] += share_x * share_y * (v @ g)
     return out.reshape(batch, queries, -1), *grads
-
-
-def cotangent(shape):
-    return np.random.default_rng(7).normal(size=shape).astype(np.float32)
 
 
 def make_inputs(
@@ -236,9 +230,7 @@ class MsDeformAttnTests:
         for name, array in zip(self.NAMES, results, strict=True):
             assert array.sharding.is_equivalent_to(sharding, array.ndim), name
         # Images are independent: no device needs anything of another one.
-        text = compiled.as_text()
-        for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-            assert collective not in text, f"{collective} in the sharded program"
+        check_nothing_travels(compiled)
 
 
 class XlaTests(MsDeformAttnTests):
@@ -335,11 +327,20 @@ class TestChoice:
 
     def test_the_platform_is_that_of_the_mesh_that_is_traced_for(self):
         assert api.dispatch.platform() == "cpu"
-        device = SimpleNamespace(platform="tpu")
-        mesh = SimpleNamespace(abstract_device=device)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
-            assert api.dispatch.platform() == "tpu"
+        assert api.dispatch.compute_capability() is None
+        for platform, kind, capability in (
+            ("tpu", "TPU v5 lite", None),
+            ("gpu", "NVIDIA H100 80GB HBM3", "9.0"),
+            ("gpu", "NVIDIA A100-SXM4-40GB", "8.0"),
+            ("gpu", "a GPU of another maker", None),
+        ):
+            device = SimpleNamespace(platform=platform, device_kind=kind)
+            mesh = SimpleNamespace(abstract_device=device)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(jax.sharding, "get_abstract_mesh", lambda mesh=mesh: mesh)
+                assert api.dispatch.platform() == platform
+                assert api.dispatch.device_kind() == kind
+                assert api.dispatch.compute_capability() == capability
 
     @pytest.mark.parametrize("shape", [SMALL_DEFAULT, *PUBLISHED], ids=lambda s: s.name)
     @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,11 @@ import pytest
 import test_neighborhood_attention as shared
 from jax.experimental.pallas import tpu as pltpu
 
-from oneformer_jax.kernels.bench import operation
 from oneformer_jax.kernels.neighborhood_attention import api, pallas_tpu, strips, tile_kernels
 from oneformer_jax.kernels.neighborhood_attention.bench import OPERATION
 from oneformer_jax.kernels.neighborhood_attention.shapes import HEAD_DIM, PUBLISHED
+from tests.kernels.common import LIBTPU, MIB, check_schedules, cotangent, jit, recorded
 
-MIB = 2**20
 STRICT = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
 
 
@@ -36,7 +34,7 @@ class TestInterpreted(shared.NeighborhoodAttentionTests):
 def test_nothing_is_read_out_of_bounds_or_before_it_is_written(height, width, dilation):
     arrays = shared.make_inputs(height, width, 3)
 
-    @shared.jit
+    @jit
     def run(*arrays):
         out, pull_back = jax.vjp(
             functools.partial(
@@ -47,7 +45,7 @@ def test_nothing_is_read_out_of_bounds_or_before_it_is_written(height, width, di
             ),
             *arrays,
         )
-        return out, *pull_back(jnp.asarray(shared.cotangent(out.shape)))
+        return out, *pull_back(jnp.asarray(cotangent(out.shape)))
 
     expected = shared.loop_reference(*arrays, 3, dilation)
     shared.NeighborhoodAttentionTests().compare(run(*arrays), expected)
@@ -120,8 +118,6 @@ class TestPlan:
             attend(5000, 40, 3, interpret=True, vmem_bytes=16 * MIB)
 
 
-RECORDED = json.loads(OPERATION.recorded.read_text("utf-8"))
-LIBTPU = "0.0.42.1"  # the version of the figures in docs/kernels.md
 # The quick tests take a map in strips and one in residue classes.
 QUICK = [("v5e", 0), ("v5e", 1), ("v5p", 0)]
 TRAINING = PUBLISHED[0].calls()
@@ -130,41 +126,23 @@ TRAINING = PUBLISHED[0].calls()
 class TestSchedule:
     """Static issue cycles of the compiled kernels, against the recorded ones."""
 
-    def compare(self, target, call, memory):
-        try:
-            (found,) = operation.compile_for_tpu(
-                OPERATION, target, [f"1024x1024-{call.heads}-{call.dilation}"], memory=memory
-            )
-        except ModuleNotFoundError as error:
-            pytest.skip(str(error))
-        same = [
-            r
-            for r in RECORDED
-            if all(r[k] == found[k] for k in ("libtpu", "target", *OPERATION.key))
-        ]
-        if not same:  # another version of the compiler schedules differently
-            pytest.skip(f"no recorded cycles for libtpu {found['libtpu']}, {target}, {call}")
-        (recorded,) = same
-        for name in ("forward", "backward"):
-            assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
-                f"{name} {target} {call}: record with python -m oneformer_jax.kernels.bench"
-            )
-        if memory and "temporary_bytes" in recorded:
-            assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]
+    def check(self, target, call, memory):
+        name = f"1024x1024-{call.heads}-{call.dilation}"
+        check_schedules(OPERATION, target, [name], memory=memory)
 
     @pytest.mark.parametrize(("target", "index"), QUICK)
     def test_two_maps(self, target, index):
-        self.compare(target, TRAINING[index], memory=False)
+        self.check(target, TRAINING[index], memory=False)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("call", TRAINING, ids=lambda c: f"{c.height}-{c.heads}-{c.dilation}")
     @pytest.mark.parametrize("target", ["v5e", "v5p"])
     def test_every_map_of_the_training_crop(self, target, call):
-        self.compare(target, call, memory=True)
+        self.check(target, call, memory=True)
 
     def test_what_was_recorded_is_there(self):
         """Every map for v5e, and what the quick tests need for other targets."""
-        records = [r for r in RECORDED if r["libtpu"] == LIBTPU and "forward" in r]
-        recorded = {(r["target"], r["map"][0], r["heads"], r["dilation"]) for r in records}
+        records = [r for r in recorded(OPERATION) if r["libtpu"] == LIBTPU and "forward" in r]
+        found = {(r["target"], r["map"][0], r["heads"], r["dilation"]) for r in records}
         expected = {("v5e", call) for call in TRAINING} | {(t, TRAINING[i]) for t, i in QUICK}
-        assert recorded >= {(t, call.height, call.heads, call.dilation) for t, call in expected}
+        assert found >= {(t, call.height, call.heads, call.dilation) for t, call in expected}

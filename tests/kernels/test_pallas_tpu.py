@@ -1,7 +1,6 @@
 """The TPU kernels: their numbers in Pallas' interpreters, their plan, and their static cycles."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,20 @@ import test_ms_deform_attn as shared
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from oneformer_jax.kernels.bench import operation
 from oneformer_jax.kernels.bench.tpu import TARGETS
 from oneformer_jax.kernels.ms_deform_attn import api, pallas_tpu, quad_rows
 from oneformer_jax.kernels.ms_deform_attn.bench import OPERATION
 from oneformer_jax.kernels.ms_deform_attn.shapes import PUBLISHED
+from tests.kernels.common import (
+    LIBTPU,
+    MIB,
+    check_nothing_travels,
+    check_schedules,
+    cotangent,
+    jit,
+    recorded,
+)
 
-MIB = 2**20
 # Table rows beyond the numbers that the kernels may read count as reads out of bounds, and what no
 # one has written is NaN: `interpret=True` hides both.
 STRICT = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
@@ -40,7 +46,7 @@ class TestInterpreted(shared.MsDeformAttnTests):
         arguments = shared.make_inputs(shapes, batch=8)
         sharding = NamedSharding(mesh, PartitionSpec("data"))
 
-        @shared.jit
+        @jit
         def run(*arguments):
             def call(value, locations, weights):
                 return shared.ms_deform_attn(
@@ -48,25 +54,23 @@ class TestInterpreted(shared.MsDeformAttnTests):
                 )
 
             out, pull_back = jax.vjp(call, *arguments)
-            return out, *pull_back(jnp.asarray(shared.cotangent(out.shape)))
+            return out, *pull_back(jnp.asarray(cotangent(out.shape)))
 
         compiled = run.lower(*jax.device_put(arguments, sharding)).compile()
         results = compiled(*jax.device_put(arguments, sharding))
         self.compare(results, shared.loop_reference(arguments[0], shapes, *arguments[1:]))
-        text = compiled.as_text()
-        for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-            assert collective not in text, f"{collective} in the sharded program"
+        check_nothing_travels(compiled)
 
 
 def check(shapes, arguments, **options):
     """Output and gradients of the interpreted kernels against the loop in float64."""
 
-    @shared.jit
+    @jit
     def run(*arguments):
         out, pull_back = jax.vjp(
             lambda v, s, a: pallas_tpu.ms_deform_attn(v, shapes, s, a, **options), *arguments
         )
-        return out, *pull_back(jnp.asarray(shared.cotangent(out.shape)))
+        return out, *pull_back(jnp.asarray(cotangent(out.shape)))
 
     shared.MsDeformAttnTests().compare(
         run(*arguments), shared.loop_reference(arguments[0], shapes, *arguments[1:])
@@ -140,8 +144,6 @@ def test_tile_pads_little():
         assert -queries % tile < max(128, 0.03 * queries)
 
 
-LIBTPU = "0.0.42.1"  # the version of the figures in docs/kernels.md
-RECORDED = json.loads(OPERATION.recorded.read_text("utf-8"))
 QUICK = [("v5e", (512, 512)), ("v5e", (640, 640)), ("v5p", (512, 512))]
 ALL = [(target, shape.image_size) for target in ("v5e", "v5p") for shape in PUBLISHED]
 
@@ -149,39 +151,24 @@ ALL = [(target, shape.image_size) for target in ("v5e", "v5p") for shape in PUBL
 class TestSchedule:
     """Static issue cycles of the compiled kernels, against the recorded ones."""
 
-    def compare(self, target, image, memory):
-        try:
-            name = "x".join(map(str, image))
-            (found,) = operation.compile_for_tpu(OPERATION, target, [name], memory=memory)
-        except ModuleNotFoundError as error:
-            pytest.skip(str(error))
-        same = [r for r in RECORDED if all(r[k] == found[k] for k in ("libtpu", "target", "image"))]
-        if not same:  # another version of the compiler schedules differently
-            pytest.skip(f"no recorded cycles for libtpu {found['libtpu']}, {target}, {image}")
-        (recorded,) = same
-        for name in ("forward", "backward"):
-            assert found[name]["kernels"] == 1
-            assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
-                f"{name} {target} {image}: record with python -m oneformer_jax.kernels.bench"
-            )
-        if memory and "temporary_bytes" in recorded:
-            assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]
+    def check(self, target, image, memory):
+        check_schedules(OPERATION, target, ["x".join(map(str, image))], memory=memory)
 
     @pytest.mark.parametrize(("target", "image"), QUICK)
     def test_two_shapes(self, target, image):
-        self.compare(target, image, memory=False)
+        self.check(target, image, memory=False)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("target", "image"), ALL)
     def test_every_published_shape(self, target, image):
-        self.compare(target, image, memory=True)
+        self.check(target, image, memory=True)
 
     def test_what_was_recorded_is_what_was_promised(self):
         """v5e at 1024 x 1024; what the tests need, and every target once, is there."""
-        records = [r for r in RECORDED if r["libtpu"] == LIBTPU]
+        records = [r for r in recorded(OPERATION) if r["libtpu"] == LIBTPU]
         (found,) = [r for r in records if r["target"] == "v5e" and r["image"] == [1024, 1024]]
         assert found["forward"]["milliseconds"] <= 2.2
         assert found["backward"]["milliseconds"] <= 4.0
         assert found["temporary_bytes"] <= 600e6
-        recorded = {(r["target"], tuple(r["image"])) for r in records}
-        assert recorded >= {*ALL, *((target, (1024, 1024)) for target in TARGETS)}
+        there = {(r["target"], tuple(r["image"])) for r in records}
+        assert there >= {*ALL, *((target, (1024, 1024)) for target in TARGETS)}

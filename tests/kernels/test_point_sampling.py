@@ -1,7 +1,6 @@
 """Point sampling: each implementation against a loop in float64."""
 
 import functools
-import json
 import math
 import types
 
@@ -12,7 +11,6 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from oneformer_jax.kernels.bench import operation
 from oneformer_jax.kernels.point_sampling import (
     api,
     band_rows,
@@ -21,13 +19,19 @@ from oneformer_jax.kernels.point_sampling import (
     sample_features,
 )
 from oneformer_jax.kernels.point_sampling.shapes import PUBLISHED, CallShape
+from oneformer_jax.kernels.tpu_kernels import ROW_BYTES
+from tests.kernels.common import (
+    LIBTPU,
+    MIB,
+    check_nothing_travels,
+    check_schedules,
+    cotangent,
+    jit,
+    recorded,
+)
 
-MIB = 2**20
 # `interpret=True` hides reads out of bounds and of what no one has written.
 STRICT = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
-
-# Most of the time of these tests is the compiler's, and its care is wasted on maps of 4 x 5.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def loop_reference(features, points):
@@ -51,10 +55,6 @@ def loop_reference(features, points):
                     out[b, p] += share_y * share_x * features[b, row, column]
                     gradient[b, row, column] += share_y * share_x * given[b, p]
     return out, gradient
-
-
-def cotangent(shape):
-    return np.random.default_rng(7).normal(size=shape).astype(np.float32)
 
 
 def make_inputs(height, width, *, batch=2, points=40, depth=5, low=-0.4, high=1.4, seed=0):
@@ -190,9 +190,7 @@ class PointSamplingTests:
         found = compiled(*placed)
         compare(found, loop_reference(*arguments))
         assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in found)
-        text = compiled.as_text()
-        for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-            assert collective not in text, f"{collective} in the sharded program"
+        check_nothing_travels(compiled)
 
 
 class TestXla(PointSamplingTests):
@@ -250,7 +248,7 @@ class TestKernels:
         row_bytes = 8 * band_rows.LANES * jnp.dtype(dtype).itemsize
         vmem = band_rows.VMEM_RESERVE + 4 * row_bytes
         assert len(pallas_tpu.bands(9, 8, jnp.dtype(dtype).itemsize, vmem)) == 3
-        vmem = max(vmem, band_rows.VMEM_RESERVE + 4 * 8 * band_rows.ROW_BYTES)
+        vmem = max(vmem, band_rows.VMEM_RESERVE + 4 * 8 * ROW_BYTES)
         self.check(jnp.asarray(features, dtype), points, vmem_bytes=vmem)
 
 
@@ -266,7 +264,7 @@ class TestBands:
             range(height - 1)
         )
         rows = max(stop - start for start, stop in found)
-        assert rows * width * band_rows.ROW_BYTES + band_rows.VMEM_RESERVE <= vmem * MIB
+        assert rows * width * ROW_BYTES + band_rows.VMEM_RESERVE <= vmem * MIB
         if size == (256, 256):  # of a 1024 x 1024 image
             assert len(found) == {16: 6, 64: 1, 128: 1}[vmem]
 
@@ -329,39 +327,21 @@ class TestArguments:
 class TestSchedule:
     """Static issue cycles of the compiled kernels, against the recorded ones."""
 
-    RECORDED = json.loads(bench.OPERATION.recorded.read_text("utf-8"))
-
-    def compare(self, target, call, dtype):
-        try:
-            (found,) = operation.compile_for_tpu(bench.OPERATION, target, [call], dtype=dtype)
-        except ModuleNotFoundError as error:
-            pytest.skip(str(error))
-        keys = ("libtpu", "target", "call", "dtype")
-        same = [r for r in self.RECORDED if all(r[key] == found[key] for key in keys)]
-        if not same:  # another version of the compiler schedules differently
-            pytest.skip(f"no recorded cycles for libtpu {found['libtpu']}, {target}, {call}")
-        (recorded,) = same
-        for name in operation.PASSES:
-            assert found[name]["kernels"] == recorded[name]["kernels"]
-            assert found[name]["cycles"] == pytest.approx(recorded[name]["cycles"], rel=0.05), (
-                f"{name} {target}: record with python -m oneformer_jax.kernels.bench"
-            )
-        assert found["temporary_bytes"] <= 1.05 * recorded["temporary_bytes"]
-
     @pytest.mark.parametrize("dtype", bench.OPERATION.dtypes)
     def test_one_call(self, dtype):
-        self.compare("v5e", "losses", dtype)
+        check_schedules(bench.OPERATION, "v5e", ["losses"], dtype=dtype, memory=True)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", bench.OPERATION.dtypes)
     @pytest.mark.parametrize("call", [shape.name for shape in PUBLISHED])
     @pytest.mark.parametrize("target", ["v5e", "v5p"])
     def test_every_call(self, target, call, dtype):
-        self.compare(target, call, dtype)
+        check_schedules(bench.OPERATION, target, [call], dtype=dtype, memory=True)
 
     def test_the_kernels_take_less_than_three_percent_of_a_step(self):
         """v5e, all calls of a step, of 34 ms an image (docs/performance.md)."""
-        records = [r for r in self.RECORDED if r["target"] == "v5e" and r["libtpu"] == "0.0.42.1"]
+        ours = ("v5e", LIBTPU)
+        records = [r for r in recorded(bench.OPERATION) if (r["target"], r["libtpu"]) == ours]
         for dtype in bench.OPERATION.dtypes:
             matching, losses = (
                 next(r for r in records if r["dtype"] == dtype and r["call"] == shape.name)

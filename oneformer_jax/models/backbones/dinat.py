@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from oneformer_jax.kernels.neighborhood_attention import neighborhood_attention
+from oneformer_jax.kernels.neighborhood_attention.shapes import DILATIONS
 from oneformer_jax.models.backbones.common import (
     DEPTHS,
     DROP_PATH,
@@ -36,31 +37,6 @@ from oneformer_jax.models.initial import ParamKeys
 from oneformer_jax.models.layers import Key, drop_path, layer_norm, split_key
 from oneformer_jax.models.stack import Stack, run
 from oneformer_jax.rules import Integer, Odd, Rule, Tuple
-
-# Dilation of every block in each stage.
-DILATIONS = {
-    # 11 x 11 neighbours: COCO, Mapillary, ADE20K at 640 and 896 pixels
-    "base": (
-        (1, 20, 1),
-        (1, 5, 1, 10),
-        (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5),
-        (1, 2, 1, 2, 1),
-    ),
-    # 11 x 11 neighbours: ADE20K at 1280 pixels
-    "wide": (
-        (1, 28, 1),
-        (1, 7, 1, 14),
-        (1, 3, 1, 5, 1, 5, 1, 7, 1, 3, 1, 5, 1, 5, 1, 7, 1, 7),
-        (1, 3, 1, 3, 1),
-    ),
-    # 7 x 7 neighbours: Cityscapes
-    "7x7": (
-        (1, 18, 1),
-        (1, 5, 1, 9),
-        (1, 2, 1, 3, 1, 4, 1, 2, 1, 3, 1, 4, 1, 2, 1, 3, 1, 4),
-        (1, 2, 1, 2, 1),
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
