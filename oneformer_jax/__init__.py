@@ -73,9 +73,10 @@ def load(
       mesh: devices to run on, see `Segmenter`.
       **overrides: `short_edge`, `max_size`, `tta` (a dict, see `TtaConfig.from_settings`),
         `bucket_multiple`, `max_buckets`, `batch_size` and fields of `PostprocessConfig` (such as
-        `object_mask_threshold`) that replace the run's or the published ones; not for workdirs,
-        fields of `OneFormerConfig` that tensors do not show (such as `num_heads`, or
-        `backbone={"dilations": ...}`).
+        `object_mask_threshold`) that replace the run's or the published ones; `dtype`,
+        `scan_layers` and `kernels` (a dict, as `{"deform_attn": "xla"}`) that replace those of
+        `execution`; not for workdirs, fields of `OneFormerConfig` that tensors do not show (such as
+        `num_heads`, or `backbone={"dilations": ...}`).
 
     Raises:
       ValueError: no trained model at `path`, a damaged one or one that does not fit, an unknown
@@ -97,6 +98,7 @@ def load(
         from oneformer_jax.export import stablehlo
 
         options = dict(config=config, metadata=metadata, execution=execution, mesh=mesh)
+        options |= {"checkpoint": None if checkpoint == "auto" else checkpoint}
         given = [name for name, value in (options | overrides).items() if value is not None]
         if given:
             raise ValueError(
@@ -119,6 +121,8 @@ def load(
             mesh=mesh,
             **overrides,
         )
+    if checkpoint != "auto":
+        raise ValueError(f"{path} is no workdir and has no checkpoints; leave out the checkpoint")
     fields = {f.name for f in dataclasses.fields(OneFormerConfig)}
     architecture = {name: value for name, value in overrides.items() if name in fields}
     overrides = {name: value for name, value in overrides.items() if name not in fields}
@@ -172,7 +176,7 @@ def __getattr__(name: str) -> Any:
     elif name == "Execution":
         from oneformer_jax.models import execution as module
     elif name == "Segmentation":
-        from oneformer_jax.eval import postprocess as module
+        from oneformer_jax.eval import segmentation as module
     elif name == "Segmenter":
         from oneformer_jax.eval import predict as module
     elif name in ("TASKS", "Metadata"):

@@ -21,6 +21,7 @@ from oneformer_jax import config_rules
 from oneformer_jax.eval.postprocess import class_dtype
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.strips import canvas_size, mask_strips, placement, strip_rows, this_host
+from oneformer_jax.rules import require_names
 from oneformer_jax.types import Metadata
 
 # The official sizes, in quarters of the test's short edge.
@@ -54,9 +55,13 @@ class TtaConfig:
 
         Args:
           settings: may have `short_edges` (none: 0.5, 0.75, ... 1.75 times `short_edge`),
-            `max_size` (0: 7 times `short_edge`) and `flip`.
+            `max_size` (0: 7 times `short_edge`) and `flip`. `enabled` is for the evaluation.
           short_edge: the test's shorter side.
+
+        Raises:
+          ValueError: another setting, or a wrong value.
         """
+        require_names("eval.tta", settings, ("short_edges", "max_size", "flip", "enabled"), ())
         edges = tuple(settings.get("short_edges") or (short_edge * q // 4 for q in _QUARTERS))
         return cls(
             short_edges=edges,

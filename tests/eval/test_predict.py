@@ -246,8 +246,8 @@ def test_wrong_calls_are_refused():
     with pytest.raises(ValueError, match="no task is given; use some of panoptic"):
         segmenter()(picture(), task=())
     for threshold in (-0.1, 1.5):
-        with pytest.raises(ValueError, match="object_mask_threshold"):
-            segmenter()(picture(), threshold=threshold)
+        with pytest.raises(ValueError, match=rf"^threshold is {threshold}; it must be a number"):
+            segmenter()(picture(), "instance", threshold=threshold)
     with pytest.raises(ValueError, match="threshold: the semantic task"):
         segmenter()(picture(), "semantic", threshold=0.5)
     tokens = TASK_TOKENS[:1]
@@ -282,6 +282,8 @@ def test_settings_of_a_run_and_overrides():
     assert made.tta == TtaConfig((32, 48, 64, 80, 96, 112), 448)
     other = build(tta=dict(short_edges=(9,), max_size=0, flip=False))
     assert other.tta == TtaConfig((9,), 448, flip=False)
+    settings["tta"] = dict(enabled=True, short_edges=(32, 40), max_size=50, flip=True)
+    assert build(tta=dict(flip=False)).tta == TtaConfig((32, 40), 50, flip=False)
     assert made.postprocess == PostprocessConfig(topk=9, overlap_threshold=0.5)
     with pytest.raises(ValueError, match=r"unknown setting 'top_k'.*topk"):
         build(top_k=9)
