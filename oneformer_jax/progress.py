@@ -30,7 +30,7 @@ def progress_log(total: int | None, what: str = "images") -> Callable[[int], Non
             return
         due = now + 30.0
         rate = done / (now - start)
-        if total is None:
+        if total is None or done > total:  # an estimate that was too low
             logging.info("%d %s, %.1f a second", done, what, rate)
         else:
             left = duration((total - done) / rate)

@@ -245,29 +245,64 @@ def _panoptic(
     metadata: Metadata,
     image: np.ndarray | None,
 ) -> Segmentation:
-    """Walks the queries in order: drops the covered, merges stuff of a class, numbers the rest."""
-    ids = np.zeros(len(tables["scores"]) + 1, np.int32)  # the last entry is for winner -1
-    infos: list[dict[str, Any]] = []
-    stuff: dict[int, dict[str, Any]] = {}
-    for query in np.flatnonzero(tables["keep"]):
-        won, own, taken = (int(tables[name][query]) for name in ("won", "own", "taken"))
-        if min(won, own, taken) == 0 or won / own < config.overlap_threshold:
-            continue
-        label, score = int(tables["labels"][query]), float(tables["scores"][query])
-        merged = stuff.get(label)
-        if merged is not None:
-            merged["area"] += taken
-            merged["score"] = max(merged["score"], score)
-            ids[query] = merged["id"]
-            continue
-        isthing = bool(metadata.is_thing[label])
-        info = dict(id=len(infos) + 1, category_id=label, isthing=isthing, score=score, area=taken)
-        infos.append(info)
-        ids[query] = info["id"]
-        if not isthing:
-            stuff[label] = info
+    found = number_segments(tables, metadata, config, np)
+    ids = np.append(found["ids"], np.int32(0))  # the last entry is for winner -1
     segments = ids[tables["winner"][: size[0], : size[1]]]
+    infos = segment_infos(found)
     return Segmentation("panoptic", metadata, segments=segments, segments_info=infos, image=image)
+
+
+def number_segments(
+    tables: Mapping[str, Any], metadata: Metadata, config: PostprocessConfig, xp: Any
+) -> dict[str, Any]:
+    """Drops the covered queries, merges stuff of a class, numbers the rest in their order.
+
+    Args:
+      tables: of Q queries of an image: won, own, taken, labels, scores and keep.
+      metadata: the K classes.
+      config: thresholds.
+      xp: `numpy`, or `jax.numpy` in a program.
+
+    Returns:
+      `ids` int32 [Q], the segment of each query, 0 for none; `count` int32, of segments; and of
+      each segment, at index id - 1 of [Q]: `category_id` int32, `isthing` bool, `score` float32 and
+      `area` int32.
+    """
+    won, own, taken = (tables[name] for name in ("won", "own", "taken"))
+    # On a device float32 decides as float64 does up to masks of some millions of pixels.
+    enough = won / xp.maximum(own, 1) >= config.overlap_threshold
+    kept = tables["keep"] & (xp.minimum(xp.minimum(won, own), taken) > 0) & enough
+    label = xp.minimum(tables["labels"], metadata.num_classes - 1).astype(np.int32)
+    isthing = xp.asarray(metadata.is_thing, bool)[label]
+    order = xp.arange(len(kept))
+    # Stuff belongs to the first kept query of its class, a thing to itself.
+    first = xp.where(isthing, order, (kept & (label[:, None] == label)).argmax(1))
+    new = kept & (first == order)
+    ids = xp.where(kept, xp.cumsum(new.astype(np.int32))[first], 0).astype(np.int32)
+    member = kept & (ids == order[:, None] + 1)  # [segment, query]
+    founder, used = member.argmax(1), member.any(1)
+    return dict(
+        ids=ids,
+        count=new.sum().astype(np.int32),
+        category_id=xp.where(used, label[founder], 0),
+        isthing=used & isthing[founder],
+        score=xp.where(member, tables["scores"], 0.0).max(1),
+        area=xp.where(member, taken, 0).sum(1).astype(np.int32),
+    )
+
+
+def segment_infos(found: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Lists the segments of `number_segments` as `Segmentation.segments_info`."""
+    return [
+        dict(
+            id=i + 1,
+            category_id=int(found["category_id"][i]),
+            isthing=bool(found["isthing"][i]),
+            score=float(found["score"][i]),
+            area=int(found["area"][i]),
+        )
+        for i in range(int(found["count"]))
+    ]
 
 
 def _instance_tables(
@@ -300,22 +335,34 @@ def _instance(
     metadata: Metadata,
     image: np.ndarray | None,
 ) -> Segmentation:
-    labels, queries = tables["labels"].astype(np.int32), tables["queries"]
-    keep = tables["scores"] > config.instance_score_threshold
-    if config.things_only_instances:
-        keep &= np.asarray(metadata.is_thing, bool)[labels]
-    labels, queries = labels[keep], queries[keep]
+    labels, scores, valid = choose_pairs(tables, metadata, config, np)
     if config.ade_instance_remap:
-        things = np.flatnonzero(metadata.is_thing)
-        labels = np.searchsorted(things, labels).astype(np.int32)
         metadata = things_metadata(metadata)
-    bits = tables["bits"][queries, : size[0]]
+    bits = tables["bits"][tables["queries"][valid], : size[0]]
     masks = np.unpackbits(bits, axis=-1, count=int(size[1])).view(bool)
-    scores = (tables["scores"][keep] * tables["quality"][queries]).astype(np.float32)
-    found = Instances(masks, scores, labels)
+    found = Instances(masks, scores[valid], labels[valid])
     if config.instance_max_iou < 1:
         found = _without_duplicates(found, config.instance_max_iou)
     return Segmentation("instance", metadata, instances=found, image=image)
+
+
+def choose_pairs(
+    tables: Mapping[str, Any], metadata: Metadata, config: PostprocessConfig, xp: Any
+) -> tuple[Any, Any, Any]:
+    """Returns labels int32, scores float32 and bool, the pairs that count, of the top-k: [N] each.
+
+    Args:
+      tables: of an image: scores, labels and queries [N], quality [Q].
+      metadata, config, xp: see `number_segments`.
+    """
+    labels = tables["labels"].astype(np.int32)
+    valid = tables["scores"] > config.instance_score_threshold
+    things = np.asarray(metadata.is_thing, bool)
+    if config.things_only_instances:
+        valid &= xp.asarray(things)[labels]
+    if config.ade_instance_remap:
+        labels = xp.asarray(np.maximum(np.cumsum(things) - 1, 0), np.int32)[labels]
+    return labels, tables["scores"] * tables["quality"][tables["queries"]], valid
 
 
 def _without_duplicates(found: Instances, max_iou: float) -> Instances:
@@ -327,8 +374,7 @@ def _without_duplicates(found: Instances, max_iou: float) -> Instances:
     for i in range(len(order)):
         if not (overlaps[i, kept] > max_iou).any():
             kept.append(i)
-    chosen = np.sort(order[kept])
-    return Instances(*(values[chosen] for values in found))
+    return found.take(np.sort(order[kept]))
 
 
 def things_metadata(metadata: Metadata) -> Metadata:

@@ -20,6 +20,7 @@ from oneformer_jax.eval import folder as folders
 from oneformer_jax.eval import inputs, predict, write
 from oneformer_jax.eval.segmentation import Instances, Segmentation
 from oneformer_jax.input_pipeline.images import ImageError
+from oneformer_jax.types import VOID
 from tests.eval.tiny_segmenter import (
     CONFIG,
     LENIENT,
@@ -64,6 +65,15 @@ def test_panoptic_files_are_in_coco_format(tmp_path):
     assert [c["id"] for c in content["categories"]] == list(METADATA.category_ids)
 
 
+def test_a_true_segment_without_pixels_has_an_empty_box(tmp_path):
+    segments = [dict(id=1, category=1), dict(id=7, category=4)]
+    record = dict(image=picture(4, 6), panoptic=np.ones((4, 6), np.int32), segments=segments)
+    Segmentation.from_record(record, METADATA, "panoptic").save(tmp_path, "a")
+    (annotation,) = json.loads((tmp_path / "a_panoptic.json").read_text())["annotations"]
+    boxes = {info["id"]: (info["bbox"], info["area"]) for info in annotation["segments_info"]}
+    assert boxes == {1: ([0, 0, 6, 4], 24), 7: ([0, 0, 0, 0], 0)}
+
+
 def test_semantic_file_has_the_ids_of_the_data_set(tmp_path):
     classes = np.array([[0, 1, 2], [3, 4, 4]], np.int32)
     image = picture(2, 3)
@@ -74,6 +84,14 @@ def test_semantic_file_has_the_ids_of_the_data_set(tmp_path):
         with Image.open(path) as stored:
             assert stored.mode == mode
             np.testing.assert_array_equal(np.asarray(stored), np.array(ids)[classes])
+
+
+def test_unlabelled_pixels_do_not_become_those_of_the_last_class(tmp_path):
+    classes = np.array([[0, 1, VOID], [3, 4, 4]], np.int32)
+    result = Segmentation("semantic", METADATA, class_map=classes, image=picture(2, 3))
+    with pytest.raises(ValueError, match="unlabelled pixels has no file"):
+        result.save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_instance_file_is_a_coco_result(tmp_path):
