@@ -147,17 +147,46 @@ def segment_images(
     )
     # The device's results are small (a map, or a bit per mask pixel), so they are fetched at once.
     tables = jax.device_get(tables)
-    finish = {"panoptic": _panoptic, "instance": _instance, "semantic": _semantic}[task]
     return (
-        finish(
+        _finish(
             {name: values[b] for name, values in tables.items()},
-            tuple(original_size[b]),
+            tuple(original_size[b].tolist()),
+            task,
             config,
             metadata,
             None if images is None else images[b],
         )
         for b in range(batch)
     )
+
+
+def _finish(
+    tables: Fetched,
+    size: tuple[int, int],
+    task: str,
+    config: PostprocessConfig,
+    metadata: Metadata,
+    image: np.ndarray | None,
+) -> Segmentation:
+    """Makes the result of an image, of `size`, from what the device gave."""
+    height, width = size
+    if task == "semantic":
+        class_map = tables["class_map"][:height, :width].astype(np.int32)
+        return Segmentation(task, metadata, class_map=class_map, image=image)
+    if task == "panoptic":
+        found = number_segments(tables, metadata, config, np)
+        ids = np.append(found["ids"], np.int32(0))  # the last entry is for winner -1
+        segments, infos = ids[tables["winner"][:height, :width]], segment_infos(found)
+        return Segmentation(task, metadata, segments=segments, segments_info=infos, image=image)
+    labels, scores, valid = choose_pairs(tables, metadata, config, np)
+    if config.ade_instance_remap:
+        metadata = things_metadata(metadata)
+    bits = tables["bits"][tables["queries"][valid], :height]
+    masks = np.unpackbits(bits, axis=-1, count=width).view(bool)
+    instances = Instances(masks, scores[valid], labels[valid])
+    if config.instance_max_iou < 1:
+        instances = _without_duplicates(instances, config.instance_max_iou)
+    return Segmentation(task, metadata, instances=instances, image=image)
 
 
 def segment_batch(*args: Any, **options: Any) -> list[Segmentation]:
@@ -238,20 +267,6 @@ def _panoptic_tables(
     return dict(winner=winner, scores=scores, labels=labels, keep=keep, **areas)
 
 
-def _panoptic(
-    tables: Fetched,
-    size: tuple[int, int],
-    config: PostprocessConfig,
-    metadata: Metadata,
-    image: np.ndarray | None,
-) -> Segmentation:
-    found = number_segments(tables, metadata, config, np)
-    ids = np.append(found["ids"], np.int32(0))  # the last entry is for winner -1
-    segments = ids[tables["winner"][: size[0], : size[1]]]
-    infos = segment_infos(found)
-    return Segmentation("panoptic", metadata, segments=segments, segments_info=infos, image=image)
-
-
 def number_segments(
     tables: Mapping[str, Any], metadata: Metadata, config: PostprocessConfig, xp: Any
 ) -> dict[str, Any]:
@@ -326,24 +341,6 @@ def _instance_tables(
     return dict(
         scores=scores, labels=index % classes, queries=index // classes, bits=bits, quality=quality
     )
-
-
-def _instance(
-    tables: Fetched,
-    size: tuple[int, int],
-    config: PostprocessConfig,
-    metadata: Metadata,
-    image: np.ndarray | None,
-) -> Segmentation:
-    labels, scores, valid = choose_pairs(tables, metadata, config, np)
-    if config.ade_instance_remap:
-        metadata = things_metadata(metadata)
-    bits = tables["bits"][tables["queries"][valid], : size[0]]
-    masks = np.unpackbits(bits, axis=-1, count=int(size[1])).view(bool)
-    found = Instances(masks, scores[valid], labels[valid])
-    if config.instance_max_iou < 1:
-        found = _without_duplicates(found, config.instance_max_iou)
-    return Segmentation("instance", metadata, instances=found, image=image)
 
 
 def choose_pairs(
@@ -424,15 +421,3 @@ def _semantic_tables(
         return winner.astype(class_dtype(classes))
 
     return dict(class_map=per_strip(head).reshape(canvas))
-
-
-def _semantic(
-    tables: Fetched,
-    size: tuple[int, int],
-    config: PostprocessConfig,
-    metadata: Metadata,
-    image: np.ndarray | None,
-) -> Segmentation:
-    del config
-    class_map = tables["class_map"][: size[0], : size[1]].astype(np.int32)
-    return Segmentation("semantic", metadata, class_map=class_map, image=image)
