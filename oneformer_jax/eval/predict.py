@@ -126,8 +126,11 @@ class Segmenter:
                 f"the model has {config.num_classes} classes, but {metadata.dataset} has "
                 f"{metadata.num_classes}: model and metadata do not belong together"
             )
+        self.test_size = (int(short), int(long))
         config_rules.require(
             {
+                "eval.short_edge": self.test_size[0],
+                "eval.max_size": self.test_size[1],
                 "eval.bucket_multiple": bucket_multiple,
                 "eval.max_buckets": max_buckets,
                 "eval.batch_size": batch_size,
@@ -138,7 +141,6 @@ class Segmenter:
         self.config = config
         self.metadata = metadata
         self.postprocess = postprocess or PostprocessConfig()
-        self.test_size = (int(short), int(long))
         self.execution = execution
         self.tta = tta or TtaConfig.from_settings({}, self.test_size[0])
         # The compiler partitions the programs, so axes are in Auto mode, whatever the caller's.

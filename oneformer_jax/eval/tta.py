@@ -28,6 +28,8 @@ from oneformer_jax.types import Metadata
 _QUARTERS = (2, 3, 4, 5, 6, 7)
 # The official cap of the long edge on ADE20K, in the test's short edges.
 _MAX_SIZE_FACTOR = 7
+# Pixels of the sides of a view, whatever the test's short edge.
+_LEAST, _MOST = 8, 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +64,10 @@ class TtaConfig:
           ValueError: another setting, or a wrong value.
         """
         require_names("eval.tta", settings, ("short_edges", "max_size", "flip", "enabled"), ())
-        edges = tuple(settings.get("short_edges") or (short_edge * q // 4 for q in _QUARTERS))
+        official = (min(max(short_edge * q // 4, _LEAST), _MOST) for q in _QUARTERS)
         return cls(
-            short_edges=edges,
-            max_size=settings.get("max_size") or _MAX_SIZE_FACTOR * short_edge,
+            short_edges=tuple(settings.get("short_edges") or official),
+            max_size=settings.get("max_size") or min(_MAX_SIZE_FACTOR * short_edge, _MOST),
             flip=settings.get("flip", True),
         )
 

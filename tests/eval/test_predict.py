@@ -270,6 +270,8 @@ def test_parameters_of_another_model_are_refused():
         predict.Segmenter(dataclasses.replace(CONFIG, num_classes=6), params, stats, METADATA)
     with pytest.raises(ValueError, match="test_size"):
         predict.Segmenter(CONFIG, params, stats, METADATA, test_size=(100, 90))
+    with pytest.raises(ValueError, match=r"^eval\.short_edge is 0; it must be an integer from 8"):
+        predict.Segmenter(CONFIG, params, stats, METADATA, test_size=(0.5, 90))
     with pytest.raises(ValueError, match=r"eval\.bucket_multiple is 48"):
         predict.Segmenter(CONFIG, params, stats, METADATA, bucket_multiple=48)
 
