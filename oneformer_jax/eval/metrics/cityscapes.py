@@ -14,13 +14,14 @@ from typing import Self
 import numpy as np
 
 from oneformer_jax.eval.metrics.ap import checked_instances
-from oneformer_jax.eval.metrics.iou import MeanIoU, ratio
+from oneformer_jax.eval.metrics.iou import MeanIoU
 from oneformer_jax.eval.metrics.outcome import Outcome, of_instances
 from oneformer_jax.eval.metrics.truth import (
     Record,
     check_mergeable,
     check_new_images,
     mean,
+    ratio,
     read_segments,
     segment_map,
 )
@@ -54,6 +55,9 @@ MEAN_PIXELS = {
     "motorcycle": 6298.7200839748,
     "bicycle": 4672.3249222261,
 }
+
+# Attributes of `CityscapesAP` that grow with the images, without their "_".
+_TABLES = ("true", "detected", "pairs", "scores")
 
 
 class CityscapesAP:
@@ -136,9 +140,9 @@ class CityscapesAP:
         check_new_images(self._image_ids.keys(), other._image_ids.keys())
         self._image_ids |= other._image_ids
         offset = np.array([len(self._true), len(self._detected), 0])
-        self._pairs = np.concatenate([self._pairs, other._pairs + offset])
         self._true = np.concatenate([self._true, other._true])
         self._detected = np.concatenate([self._detected, other._detected])
+        self._pairs = np.concatenate([self._pairs, other._pairs + offset])
         self._scores = np.concatenate([self._scores, other._scores])
 
     def state(self) -> dict[str, np.ndarray]:
@@ -146,17 +150,14 @@ class CityscapesAP:
         return {
             "is_thing": self.is_thing,
             "image_ids": np.array(list(self._image_ids), np.str_),
-            "true": self._true,
-            "detected": self._detected,
-            "pairs": self._pairs,
-            "scores": self._scores,
+            **{name: getattr(self, f"_{name}") for name in _TABLES},
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> CityscapesAP:
         metric = cls(state["is_thing"])
         metric._image_ids = dict.fromkeys(map(str, state["image_ids"]))
-        for name in ("true", "detected", "pairs", "scores"):
+        for name in _TABLES:
             setattr(metric, f"_{name}", np.array(state[name]))
         return metric
 

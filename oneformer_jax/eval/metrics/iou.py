@@ -15,6 +15,7 @@ from oneformer_jax.eval.metrics.truth import (
     check_mergeable,
     check_size,
     count_pairs,
+    ratio,
     read_segments,
     runs,
     segment_numbers,
@@ -175,8 +176,3 @@ class MeanIoU:
             "semantic/classes": int((true > 0).sum()),
             "semantic/pixels": int(true.sum()),
         }
-
-
-def ratio(part: np.ndarray, whole: np.ndarray, where: np.ndarray | bool = True) -> np.ndarray:
-    """Divides part / whole, [N]; NaN where `whole` is 0 or `where` False."""
-    return np.divide(part, whole, out=np.full(len(part), np.nan), where=where & (whole > 0))
