@@ -188,6 +188,13 @@ def test_a_folder_with_broken_images_is_done_for_the_rest(tmp_path):
         assert words in line
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """Overlays without a drawing, which takes most of the time where nobody looks at it."""
+    monkeypatch.setattr(Segmentation, "overlay", lambda self, **options: self.image)
+
+
+@pytest.mark.usefixtures("plain")
 def test_what_is_done_is_skipped(tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -233,6 +240,7 @@ def test_the_fingerprint_follows_parameters_and_settings():
     assert len({model.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_folder_of_images_for_all_tasks(tmp_path):
     folder, out = tmp_path / "in", tmp_path / "deep" / "out"
     folder.mkdir()
@@ -246,6 +254,7 @@ def test_a_folder_of_images_for_all_tasks(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("plain")
 def test_the_last_results_are_written_beside_the_model(tmp_path, monkeypatch):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -298,6 +307,7 @@ def results(folder):
         (("x.y.png", "x.y.jpg", "x_y.png"), {"x_y_png", "x_y_jpg", "x_y"}),
     ],
 )
+@pytest.mark.usefixtures("plain")
 def test_every_image_has_results_of_its_own(tmp_path, names, expected):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -311,6 +321,7 @@ def test_every_image_has_results_of_its_own(tmp_path, names, expected):
         assert any(re.fullmatch(pattern, name) for name in found), (pattern, found)
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_later_run_overwrites_its_own_results_only(tmp_path):
     out = tmp_path / "out"
     for name in ("a.png", "a.jpg", "a.png"):
