@@ -97,8 +97,10 @@ def load(
     if os.path.splitext(path)[1] in (".stablehlo", ".onnx"):
         from oneformer_jax.export import stablehlo
 
-        options = dict(config=config, metadata=metadata, execution=execution, mesh=mesh)
-        options |= {"checkpoint": None if checkpoint == "auto" else checkpoint}
+        step = None if checkpoint == "auto" else checkpoint
+        options = dict(
+            config=config, metadata=metadata, checkpoint=step, execution=execution, mesh=mesh
+        )
         given = [name for name, value in (options | overrides).items() if value is not None]
         if given:
             raise ValueError(
@@ -122,7 +124,9 @@ def load(
             **overrides,
         )
     if checkpoint != "auto":
-        raise ValueError(f"{path} is no workdir and has no checkpoints; leave out the checkpoint")
+        raise ValueError(
+            f"{path} is no workdir, so it has no checkpoint {checkpoint}; leave it out"
+        )
     fields = {f.name for f in dataclasses.fields(OneFormerConfig)}
     architecture = {name: value for name, value in overrides.items() if name in fields}
     overrides = {name: value for name, value in overrides.items() if name not in fields}

@@ -101,14 +101,14 @@ class Findings:
             self._keep(task, entries)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Packs the images, and the classes that they show, as JSON, uint8 [N]."""
-        packed = json.dumps([self._metadata.to_json(), self._examples])
+        """Packs the images as JSON, uint8 [N], and what tells how to read it."""
+        packed = json.dumps([self._thing_labels, self._metadata.to_json(), self._examples])
         return {"json": np.frombuffer(packed.encode(), np.uint8)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        metadata, examples = json.loads(state["json"].tobytes())
-        result = cls(Metadata.from_json(metadata))
+        thing_labels, metadata, examples = json.loads(state["json"].tobytes())
+        result = cls(Metadata.from_json(metadata), thing_labels=thing_labels)
         result._examples = examples
         return result
 

@@ -185,7 +185,7 @@ def test_load_refuses_what_it_does_not_know(workdir, tmp_path):
     ):
         oneformer_jax.load(workdir, tta={"short_edge": (32,)})
     (tmp_path / "model.pth").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="is no workdir and has no checkpoints"):
+    with pytest.raises(ValueError, match="is no workdir, so it has no checkpoint 5"):
         oneformer_jax.load(tmp_path / "model.pth", checkpoint=5)
 
 

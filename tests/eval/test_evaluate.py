@@ -402,7 +402,7 @@ findings = Findings(CLASSES)
 for i in range(process, 9, 2):
     record, segmented = truth_of(i, "panoptic")
     findings.add(segmented, record | {"image_id": str(i)}, Outcome(float(i), []))
-examples = json.loads(merge_hosts(findings).state()["json"].tobytes())[1]["panoptic"]
+examples = json.loads(merge_hosts(findings).state()["json"].tobytes())[2]["panoptic"]
 found["examples"] = [example["image"] for example in examples]
 print("RESULT", json.dumps(found))
 """
