@@ -343,7 +343,7 @@ def _result(
     )
 
 
-def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """Formats an aligned table as lines; numbers get one decimal, None is a dash."""
 
     def cell(value: Any) -> str:
@@ -377,7 +377,7 @@ def format_results(result: EvalResult, metadata: Metadata) -> str:
     if "panoptic/PQ" in found:
         groups = (("all", ""), ("things", "_things"), ("stuff", "_stuff"))
         blocks.append(
-            format_table(
+            _table(
                 ("panoptic", "PQ", "SQ", "RQ"),
                 [
                     (label, *(found[f"panoptic/{name}{suffix}"] for name in ("PQ", "SQ", "RQ")))
@@ -389,12 +389,12 @@ def format_results(result: EvalResult, metadata: Metadata) -> str:
         names = [name for name in found if name.startswith(f"{task}/")]
         if names:
             header = (task, *(name.removeprefix(f"{task}/") for name in names))
-            blocks.append(format_table(header, [("all", *(found[name] for name in names))]))
+            blocks.append(_table(header, [("all", *(found[name] for name in names))]))
     if result.reasons:
         blocks.append([f"{name} is not defined: {why}" for name, why in result.reasons.items()])
     columns = [n for n in result.per_class[0] if n.partition("/")[2] in _CLASS_COLUMNS]
     blocks.append(
-        format_table(
+        _table(
             ("class", "kind", *(name.partition("/")[2] for name in columns)),
             [
                 (name, "thing" if thing else "stuff", *(row[column] for column in columns))

@@ -20,7 +20,6 @@ from oneformer_jax.eval.evaluate import (
     evaluate,
     evaluate_tokens,
     format_results,
-    format_table,
     write_results,
 )
 from oneformer_jax.eval.findings import Findings
@@ -346,5 +345,15 @@ def postprocess_config(config: ConfigDict) -> PostprocessConfig:
 def format_token_table(table: Mapping[str, Mapping[str, float | None]]) -> str:
     """Formats the token table: rows of task tokens, columns of metrics."""
     header = ["task token", *(name.split("/")[1] for name in TOKEN_COLUMNS)]
-    rows = [[token, *(row[name] for name in TOKEN_COLUMNS)] for token, row in table.items()]
-    return "\n".join(format_table(header, rows))
+    rows = [
+        [token, *("-" if row[name] is None else f"{row[name]:.1f}" for name in TOKEN_COLUMNS)]
+        for token, row in table.items()
+    ]
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, *rows]
+    )

@@ -312,7 +312,6 @@ def test_format_token_table():
     table["instance"] = dict.fromkeys(evaluators.TOKEN_COLUMNS)
     assert evaluators.format_token_table(table).splitlines() == [
         "task token    PQ  PQ_things  PQ_stuff    AP  mIoU",
-        "-------------------------------------------------",
         "panoptic    12.3       12.3      12.3  12.3  12.3",
         "instance       -          -         -     -     -",
     ]
