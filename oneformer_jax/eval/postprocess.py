@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,6 @@ from oneformer_jax.eval.strips import canvas_size, mask_strips, placement, this_
 from oneformer_jax.rules import Flag, Number, require
 from oneformer_jax.types import Metadata, task_id
 
-T = TypeVar("T")
 Tables = dict[str, jax.Array]  # what the device gives of an image
 Fetched = Mapping[str, np.ndarray]  # the same, on the host
 Head = Callable[[jax.Array, jax.Array], Any]  # (masks, inside the image) of a strip -> arrays
@@ -376,17 +376,11 @@ def _without_duplicates(found: Instances, max_iou: float) -> Instances:
 
 def things_metadata(metadata: Metadata) -> Metadata:
     """Returns `metadata` with the things only, in order."""
-
-    def pick(values: tuple[T, ...]) -> tuple[T, ...]:
-        return tuple(v for v, thing in zip(values, metadata.is_thing, strict=True) if thing)
-
-    return dataclasses.replace(
-        metadata,
-        class_names=pick(metadata.class_names),
-        is_thing=pick(metadata.is_thing),
-        colors=pick(metadata.colors),
-        category_ids=pick(metadata.category_ids),
-    )
+    columns: dict[str, Any] = {
+        name: tuple(itertools.compress(getattr(metadata, name), metadata.is_thing))
+        for name in ("class_names", "is_thing", "colors", "category_ids")
+    }
+    return dataclasses.replace(metadata, **columns)
 
 
 def class_dtype(num_classes: int) -> jnp.dtype:

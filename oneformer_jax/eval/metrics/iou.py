@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import Self
 
@@ -42,7 +43,7 @@ class MeanIoU:
         self.num_classes = num_classes
         self.images = 0
         # True class * K + predicted class -> pixels. A table would take 34 GB with K = 65,535.
-        self._pairs: dict[int, int] = {}
+        self._pairs: collections.Counter[int] = collections.Counter()
 
     def update(self, segmentation: Segmentation, record: Record) -> Outcome:
         """Adds one image: compares `segmentation.class_map` int [H, W] with the record.
@@ -79,8 +80,7 @@ class MeanIoU:
         return of_pixels(*np.divmod(codes, self.num_classes), pixels)
 
     def _add_pairs(self, codes: np.ndarray, pixels: np.ndarray) -> None:
-        for code, number in zip(codes.tolist(), pixels.tolist(), strict=True):
-            self._pairs[code] = self._pairs.get(code, 0) + number
+        self._pairs.update(dict(zip(codes.tolist(), pixels.tolist(), strict=True)))
 
     def pairs(self) -> Pairs:
         """Returns the confusion counts of all images, each pair of classes once."""
@@ -115,7 +115,7 @@ class MeanIoU:
         """Adds the images that `other` has seen."""
         check_mergeable("MeanIoU", *(np.array(m.num_classes) for m in (self, other)))
         self.images += other.images
-        self._add_pairs(np.array(list(other._pairs)), np.array(list(other._pairs.values())))
+        self._pairs.update(other._pairs)
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns pairs of classes, their pixels, and the numbers of images and of classes."""
