@@ -73,9 +73,10 @@ def load(
       mesh: devices to run on, see `Segmenter`.
       **overrides: `short_edge`, `max_size`, `tta` (a dict, see `TtaConfig.from_settings`),
         `bucket_multiple`, `max_buckets`, `batch_size` and fields of `PostprocessConfig` (such as
-        `object_mask_threshold`) that replace the run's or the published ones; not for workdirs,
-        fields of `OneFormerConfig` that tensors do not show (such as `num_heads`, or
-        `backbone={"dilations": ...}`).
+        `object_mask_threshold`) that replace the run's or the published ones; `dtype`,
+        `scan_layers` and `kernels` (a dict, as `{"deform_attn": "xla"}`) that replace those of
+        `execution`; not for workdirs, fields of `OneFormerConfig` that tensors do not show (such as
+        `num_heads`, or `backbone={"dilations": ...}`).
 
     Raises:
       ValueError: no trained model at `path`, a damaged one or one that does not fit, an unknown
@@ -179,7 +180,7 @@ def __getattr__(name: str) -> Any:
     elif name == "Execution":
         from oneformer_jax.models import execution as module
     elif name == "Segmentation":
-        from oneformer_jax.eval import postprocess as module
+        from oneformer_jax.eval import segmentation as module
     elif name == "Segmenter":
         from oneformer_jax.eval import predict as module
     elif name in ("TASKS", "Metadata"):

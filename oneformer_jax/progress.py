@@ -33,7 +33,7 @@ def progress_log(
             return
         due = now + 30.0
         rate = done / (now - start)
-        if total is None:
+        if total is None or done > total:  # an estimate that was too low
             line = f"{done:,} {what}, {rate:.1f} a second"
         else:
             left = duration((total - done) / rate)

@@ -33,6 +33,7 @@ def test_rate_and_remaining_time_are_logged_now_and_then(monkeypatch):
 
 def test_without_a_total_the_number_is_logged(monkeypatch):
     assert lines(monkeypatch, None, (20, 0), (21, 42)) == ["42 images, 2.0 a second"]
+    assert lines(monkeypatch, 41, (21, 42)) == ["42 images, 2.0 a second"]  # it was too low
 
 
 @pytest.mark.parametrize(

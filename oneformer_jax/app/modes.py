@@ -101,6 +101,7 @@ def predict(
     Raises:
       ValueError: a key that does not act in prediction, or the errors of loading and predicting.
     """
+    import oneformer_jax
     from oneformer_jax.eval import clips, folder, video
     from oneformer_jax.weights import fetch
 
@@ -109,13 +110,14 @@ def predict(
     target = output or os.path.join(weights, "predictions")
     is_clip = clips.is_clip(image)
     if is_clip:
+        remote.require_local(target, "--output of a video")
         clips.library()  # before the model is loaded
     else:
         found = folder.find_images(image, target)
     path = fetch.local_path(weights)
     if output is None and os.fspath(path) != weights:
         raise ValueError(f"{weights} is no folder of a run: name one for the results, --output=...")
-    segmenter = _load(path, which, *chosen)
+    segmenter = oneformer_jax.load(path, checkpoint=which, **chosen)
     if is_clip:
         if threshold is not None:
             segmenter = functools.partial(segmenter, threshold=threshold)
@@ -125,6 +127,7 @@ def predict(
         for file in written:
             print(f"  {file}")
         return
+    _require_weights(segmenter, weights)
     options = dict(threshold=threshold, overwrite=overwrite)
     report = folder.predict_files(segmenter, found, target, task, **limit, **options)
     skipped = f", {report.skipped} were done already" if report.skipped else ""
@@ -144,50 +147,39 @@ def demo(
     """Serves a page that segments images: see `demo.page.serve`; the others as for `predict`."""
     import oneformer_jax
     from oneformer_jax.demo import page
-    from oneformer_jax.weights import fetch
 
     chosen = _prediction_settings(settings or {})
     page.check()  # before the model is loaded
-    segmenter = _load(fetch.local_path(weights), which, *chosen)
-    if not isinstance(segmenter, oneformer_jax.Segmenter):
-        raise ValueError(f"{weights} is an exported program; name the weights it was made from")
+    segmenter = oneformer_jax.load(weights, checkpoint=which, **chosen)
+    _require_weights(segmenter, weights)
     page.serve(segmenter, host, port, threshold=threshold, max_pixels=max_pixels)
 
 
-def _load(path: Any, which: str | int, chosen: dict[str, Any], how: dict[str, Any]) -> Any:
-    """Loads a model with the settings that `_prediction_settings` sorted."""
+def _require_weights(segmenter: Any, path: str) -> None:
+    """Raises a ValueError for a model of an exported file, whose program is as it is."""
     import oneformer_jax
-    from oneformer_jax.train import settings as run_settings
-    from oneformer_jax.weights import files
 
-    if how:
-        workdir = None if files.is_foreign(path) else os.fspath(path)
-        chosen["execution"] = run_settings.execution_of(workdir, how)
-    return oneformer_jax.load(path, checkpoint=which, **chosen)
+    if not isinstance(segmenter, oneformer_jax.Segmenter):
+        raise ValueError(f"{path} is an exported program; name the weights that it was made from")
 
 
-def _prediction_settings(
-    settings: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sorts overridden keys into settings of `oneformer_jax.load` and those of an `Execution`."""
+def _prediction_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns overridden keys of a config into settings of `oneformer_jax.load`."""
     found: dict[str, Any] = {}
-    how: dict[str, Any] = {}
     for key, value in settings.items():
         group, _, name = key.partition(".")
-        if key in ("eval.tta.enabled", "eval.limit", "eval.tasks", "eval.protocol"):
+        if key in ("eval.limit", "eval.tasks", "eval.protocol") or key.startswith("eval.tta"):
             raise ValueError(f"--config.{key} is for evaluation; it does nothing in prediction")
-        if group == "eval" and name.startswith("tta."):
-            found.setdefault("tta", {})[name.removeprefix("tta.")] = value
-        elif group == "eval":
+        if group == "kernels":
+            found.setdefault("kernels", {})[name] = value
+        elif group == "eval" or key in ("model.dtype", "model.scan_layers"):
             found[name] = value
-        elif group == "kernels" or key in ("model.dtype", "model.scan_layers"):
-            how[key] = value
         else:
             raise ValueError(
                 f"--config.{key} does nothing in prediction, which takes the model and its "
                 f"settings from the weights; these keys act: {', '.join(PREDICTION_KEYS)}"
             )
-    return found, how
+    return found
 
 
 def convert(
@@ -262,8 +254,7 @@ def export(
     from oneformer_jax.export import description, onnx_model, stablehlo
 
     segmenter = oneformer_jax.load(source, checkpoint=which)
-    if not isinstance(segmenter, oneformer_jax.Segmenter):
-        raise ValueError(f"{source} is exported already; name the weights that it was made from")
+    _require_weights(segmenter, source)
     about = description.describe(
         task=task,
         size=size,

@@ -33,7 +33,7 @@ def page_of(segmentation: Segmentation, note: str = "") -> str:
         min_score=0.0,
         min_size=SHOWN_SIZE,
         max_pixels=SHOWN_PIXELS,
-        numbers=_in_drawing_order(segmentation, numbers),
+        numbers=None if segmentation.task == "semantic" else numbers,
     )
     count = f"{len(segmentation)} segment{'' if len(segmentation) == 1 else 's'}"
     parts = _figure(picture, segmentation) + _table(segmentation, numbers)
@@ -44,17 +44,6 @@ def page_of(segmentation: Segmentation, note: str = "") -> str:
 def _numbers(labels: np.ndarray) -> list[int]:
     """Numbers the segments of each class from 0."""
     return [np.count_nonzero(labels[:i] == label) for i, label in enumerate(labels)]
-
-
-def _in_drawing_order(segmentation: Segmentation, numbers: list[int]) -> list[int] | None:
-    """Sorts numbers as the overlay expects them; None for classes, which need no number."""
-    if segmentation.task == "instance":
-        return numbers
-    if segmentation.task == "semantic":
-        return None
-    scores = [info["score"] for info in segmentation.segments_info]
-    ranks = np.argsort(np.argsort([-score for score in scores], kind="stable"))
-    return [numbers[rank] for rank in ranks]
 
 
 def _figure(picture: np.ndarray, segmentation: Segmentation) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from oneformer_jax import files
+from oneformer_jax import files, remote
 from oneformer_jax.input_pipeline import images
 
 ENDINGS = (
@@ -122,8 +122,10 @@ def open_clip(path: str | os.PathLike[str], max_pixels: int = images.MAX_PIXELS)
     Raises:
       VideoError: no such file, no video in it, a format that is not read, or more than
         `max_pixels` in a frame. The frames raise it too.
+      RemoteError: it is in a bucket.
     """
     name = os.fspath(path)
+    remote.require_local(name, "a video")
     if os.path.exists(name):
         with _open_video(name, max_pixels) as clip:
             yield clip

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from oneformer_jax import files, remote
 from oneformer_jax.eval.findings import Findings
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_images
-from oneformer_jax.eval.predictor import Predictor
+from oneformer_jax.eval.predictor import Predictor, real_sizes
 from oneformer_jax.eval.protocol import Metric, Protocol
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
@@ -123,13 +123,12 @@ def evaluate(
     if not metrics:
         raise ValueError(f"evaluate got no outputs; use some of {', '.join(TASKS)}")
     runs = {task: {task: metric} for task, metric in metrics.items()}
-    clock = _score_batches(
-        predictor, batches, runs, metadata, postprocess, protocol, tta, progress, findings
-    )
+    scoring = _Pass(predictor, runs, metadata, _as_scored(postprocess, protocol), tta, findings)
+    scoring.run(batches, progress)
     metrics = {task: merge_hosts(metric) for task, metric in metrics.items()}
     if findings is not None:
         findings.finish(merge_hosts(findings), metrics.get("semantic"))
-    result = _result(metrics, metadata, None, protocol, clock)
+    result = _result(metrics, metadata, None, protocol, scoring.clock)
     return dataclasses.replace(result, tta=tta is not None and "semantic" in metrics)
 
 
@@ -152,16 +151,15 @@ def evaluate_tokens(
         token: {task: protocol.make_metric(task, metadata) for task in protocol.tasks}
         for token in TASKS
     }
-    clock = _score_batches(
-        predictor, batches, runs, metadata, postprocess, protocol, None, progress
-    )
+    scoring = _Pass(predictor, runs, metadata, _as_scored(postprocess, protocol))
+    scoring.run(batches, progress)
     return {
         token: _result(
             {task: merge_hosts(metric) for task, metric in metrics.items()},
             metadata,
             token,
             protocol,
-            clock,
+            scoring.clock,
         )
         for token, metrics in runs.items()
     }
@@ -173,124 +171,104 @@ Mergeable = TypeVar("Mergeable", bound=Metric | Findings)
 _Runs = Mapping[str, Mapping[str, Metric]]
 
 
-def _score_batches(
-    predictor: Predictor,
-    batches: Iterable[Mapping[str, Any]],
-    runs: _Runs,
-    metadata: Metadata,
-    postprocess: PostprocessConfig,
-    protocol: Protocol,
-    tta: TtaConfig | None,
-    progress: Callable[[int, float], None] | None,
-    findings: Findings | None = None,
-) -> _Clock:
-    """Adds all batches, each encoded once, to the metrics of `runs`; returns the time."""
-    postprocess = dataclasses.replace(
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One pass over the batches of an evaluation, whose images it adds to the metrics of `runs`."""
+
+    predictor: Predictor
+    runs: _Runs
+    metadata: Metadata
+    postprocess: PostprocessConfig
+    tta: TtaConfig | None = None
+    findings: Findings | None = None
+    clock: _Clock = dataclasses.field(default_factory=_Clock)
+
+    def run(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        progress: Callable[[int, float], None] | None,
+    ) -> None:
+        """Adds all batches, each encoded once, or once for each view."""
+        tta = self.tta if "semantic" in self.runs else None
+        plain = [token for token in self.runs if tta is None or token != "semantic"]
+        images = 0
+        for batch in batches:
+            self.clock.lap("data")
+            if plain:
+                self._add_plain(batch, plain)
+            if tta is not None:
+                self._add(self.runs["semantic"]["semantic"], self._average(batch, tta), batch)
+            images += int(np.sum(batch["valid"]))
+            if progress is not None:
+                progress(images, self.clock.seconds()["total"])
+
+    def _add_plain(self, batch: Mapping[str, Any], tokens: Sequence[str]) -> None:
+        """Encodes a batch, decodes it under each token and scores the outputs.
+
+        The devices hold the features, and the logits of one token at a time.
+        """
+        features = self.predictor.encode(batch)
+        image_size, original_size = real_sizes(batch, batch)
+        for token in tokens:
+            class_logits, mask_logits = jax.block_until_ready(
+                self.predictor.decode(features, token)
+            )
+            self.clock.lap("predict")
+            # A batch of fillers is predicted, as all hosts must, but not segmented.
+            for task, metric in self.runs[token].items() if np.any(batch["valid"]) else ():
+                segmented = segment_images(
+                    class_logits,
+                    mask_logits,
+                    image_size,
+                    original_size,
+                    batch["image"].shape[1:3],
+                    task=task,
+                    config=self.postprocess,
+                    metadata=self.metadata,
+                )
+                self._add(metric, segmented, batch)
+            del class_logits, mask_logits
+
+    def _average(self, batch: Mapping[str, Any], tta: TtaConfig) -> Iterator[Segmentation]:
+        """Segments a batch semantically from its views."""
+        views = batch.get("views", ())
+        if len(views) != len(tta.short_edges):
+            raise ValueError(
+                f"test-time augmentation needs {len(tta.short_edges)} views of each batch, but it "
+                f"has {len(views)}; give the loader the same short edges"
+            )
+        scores = SemanticScores(real_sizes(batch, batch)[1], self.metadata)
+        for view, flip in with_mirrored(views, tta.flip):
+            self.clock.lap("data")
+            logits = self.predictor.decode(self.predictor.encode({**batch, **view}), "semantic")
+            jax.block_until_ready(logits)
+            self.clock.lap("predict")
+            if np.any(batch["valid"]):
+                scores.add(*logits, real_sizes(view, batch)[0], view["image"].shape[1:3], flip=flip)
+        return scores.result() if np.any(batch["valid"]) else iter(())
+
+    def _add(
+        self, metric: Metric, segmented: Iterable[Segmentation], batch: Mapping[str, Any]
+    ) -> None:
+        # Not strict, as a batch of fillers has no segmentations.
+        for segmentation, record, valid in zip(
+            segmented, batch["records"], batch["valid"], strict=False
+        ):
+            self.clock.lap("postprocess")
+            if valid:
+                outcome = metric.update(segmentation, record)
+                if self.findings is not None:
+                    self.findings.add(segmentation, record, outcome)
+                self.clock.lap("metrics")
+
+
+def _as_scored(postprocess: PostprocessConfig, protocol: Protocol) -> PostprocessConfig:
+    """Takes the settings that shape the outputs of instances from the protocol."""
+    return dataclasses.replace(
         postprocess,
         ade_instance_remap=protocol.instance_ids == "thing",
         things_only_instances=True,
     )
-    plain = {token: m for token, m in runs.items() if tta is None or token != "semantic"}
-    clock = _Clock()
-    images = 0
-    for batch in batches:
-        clock.lap("data")
-        if plain:
-            _score_plain(predictor, batch, plain, metadata, postprocess, clock, findings)
-        if tta is not None and len(plain) < len(runs):
-            segmented = _semantic_tta(predictor, batch, tta, metadata, clock)
-            _score(runs["semantic"]["semantic"], segmented, batch, clock, findings)
-        images += int(np.sum(batch["valid"]))
-        if progress is not None:
-            progress(images, clock.seconds()["total"])
-    return clock
-
-
-def _score_plain(
-    predictor: Predictor,
-    batch: Mapping[str, Any],
-    runs: _Runs,
-    metadata: Metadata,
-    postprocess: PostprocessConfig,
-    clock: _Clock,
-    findings: Findings | None,
-) -> None:
-    """Encodes a batch, decodes it under each token and scores the outputs.
-
-    The devices hold the features, and the logits of one token at a time.
-    """
-    features = predictor.encode(batch)
-    image_size, original_size = _sizes(batch, batch)
-    for token, metrics in runs.items():
-        class_logits, mask_logits = jax.block_until_ready(predictor.decode(features, token))
-        clock.lap("predict")
-        # A batch of fillers is predicted, as all hosts must, but not segmented.
-        for task, metric in metrics.items() if np.any(batch["valid"]) else ():
-            segmented = segment_images(
-                class_logits,
-                mask_logits,
-                image_size,
-                original_size,
-                batch["image"].shape[1:3],
-                task=task,
-                config=postprocess,
-                metadata=metadata,
-            )
-            _score(metric, segmented, batch, clock, findings)
-        del class_logits, mask_logits
-
-
-def _sizes(view: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Image sizes of a view of a batch and original sizes, int [B, 2] each.
-
-    Fillers take the size of a real image, which keeps the shapes.
-    """
-    valid = np.asarray(batch["valid"], bool)
-    source = np.where(valid, np.arange(len(valid)), valid.argmax())
-    return np.asarray(view["image_size"])[source], np.asarray(batch["original_size"])[source]
-
-
-def _semantic_tta(
-    predictor: Predictor,
-    batch: Mapping[str, Any],
-    tta: TtaConfig,
-    metadata: Metadata,
-    clock: _Clock,
-) -> Iterator[Segmentation]:
-    views = batch.get("views", ())
-    if len(views) != len(tta.short_edges):
-        raise ValueError(
-            f"test-time augmentation needs {len(tta.short_edges)} views of each batch, but it has "
-            f"{len(views)}; give the loader the same short edges"
-        )
-    scores = SemanticScores(_sizes(batch, batch)[1], metadata)
-    for view, flip in with_mirrored(views, tta.flip):
-        clock.lap("data")
-        logits = predictor.decode(predictor.encode({**batch, **view}), "semantic")
-        jax.block_until_ready(logits)
-        clock.lap("predict")
-        if np.any(batch["valid"]):
-            scores.add(*logits, _sizes(view, batch)[0], view["image"].shape[1:3], flip=flip)
-    return scores.result() if np.any(batch["valid"]) else iter(())
-
-
-def _score(
-    metric: Metric,
-    segmented: Iterable[Segmentation],
-    batch: Mapping[str, Any],
-    clock: _Clock,
-    findings: Findings | None,
-) -> None:
-    # Not strict, as a batch of fillers has no segmentations.
-    for segmentation, record, valid in zip(
-        segmented, batch["records"], batch["valid"], strict=False
-    ):
-        clock.lap("postprocess")
-        if valid:
-            outcome = metric.update(segmentation, record)
-            if findings is not None:
-                findings.add(segmentation, record, outcome)
-            clock.lap("metrics")
 
 
 def merge_hosts(metric: Mergeable) -> Mergeable:

@@ -7,13 +7,13 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any
 
 from oneformer_jax import files, remote
 from oneformer_jax.eval.inputs import read_image
-from oneformer_jax.eval.predict import Records, tasks_of
+from oneformer_jax.eval.predict import Segmenter, tasks_of
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.write import is_done, source_of, write_prediction
 from oneformer_jax.input_pipeline import images
@@ -24,21 +24,6 @@ from oneformer_jax.types import TASKS
 
 # Results that may wait to be written.
 _WAITING = 2
-
-
-class Model(Protocol):
-    """The part of a `predict.Segmenter` that is used here; see there."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    def segment_source(
-        self,
-        source: Records,
-        tasks: Sequence[str],
-        *,
-        threshold: float | None = None,
-        broken: dict[int, str] | None = None,
-    ) -> Iterator[tuple[int, dict[str, Segmentation]]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +88,7 @@ def find_images(
 
 
 def predict_files(
-    segmenter: Model,
+    segmenter: Segmenter,
     found: Sequence[pathlib.Path],
     out_dir: str | os.PathLike[str],
     task: str | Sequence[str] = "all",
@@ -119,7 +104,7 @@ def predict_files(
     image file are in `out_dir` is skipped.
 
     Args:
-      segmenter: a `Segmenter`.
+      segmenter: the model.
       found: the files, see `find_images`.
       out_dir: folder of the results, made as needed; see `write_prediction`.
       task: one of `TASKS`, several, or "all".
@@ -183,7 +168,7 @@ def predict_files(
     return Report(tuple(written), segmented, len(found) - len(waiting))
 
 
-def _fingerprint(segmenter: Model, file: pathlib.Path, threshold: float | None) -> str:
+def _fingerprint(segmenter: Segmenter, file: pathlib.Path, threshold: float | None) -> str:
     """Identifies what results are made of: the model, its settings, and the image file."""
     found: Any = file.stat()
     if remote.is_remote(file):

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,6 @@ from oneformer_jax.eval.strips import canvas_size, mask_strips, placement, this_
 from oneformer_jax.rules import Flag, Number, require
 from oneformer_jax.types import Metadata, task_id
 
-T = TypeVar("T")
 Tables = dict[str, jax.Array]  # what the device gives of an image
 Fetched = Mapping[str, np.ndarray]  # the same, on the host
 Head = Callable[[jax.Array, jax.Array], Any]  # (masks, inside the image) of a strip -> arrays
@@ -147,17 +147,46 @@ def segment_images(
     )
     # The device's results are small (a map, or a bit per mask pixel), so they are fetched at once.
     tables = jax.device_get(tables)
-    finish = {"panoptic": _panoptic, "instance": _instance, "semantic": _semantic}[task]
     return (
-        finish(
+        _finish(
             {name: values[b] for name, values in tables.items()},
-            tuple(original_size[b]),
+            tuple(original_size[b].tolist()),
+            task,
             config,
             metadata,
             None if images is None else images[b],
         )
         for b in range(batch)
     )
+
+
+def _finish(
+    tables: Fetched,
+    size: tuple[int, int],
+    task: str,
+    config: PostprocessConfig,
+    metadata: Metadata,
+    image: np.ndarray | None,
+) -> Segmentation:
+    """Makes the result of an image, of `size`, from what the device gave."""
+    height, width = size
+    if task == "semantic":
+        class_map = tables["class_map"][:height, :width].astype(np.int32)
+        return Segmentation(task, metadata, class_map=class_map, image=image)
+    if task == "panoptic":
+        found = number_segments(tables, metadata, config, np)
+        ids = np.append(found["ids"], np.int32(0))  # the last entry is for winner -1
+        segments, infos = ids[tables["winner"][:height, :width]], segment_infos(found)
+        return Segmentation(task, metadata, segments=segments, segments_info=infos, image=image)
+    labels, scores, valid = choose_pairs(tables, metadata, config, np)
+    if config.ade_instance_remap:
+        metadata = things_metadata(metadata)
+    bits = tables["bits"][tables["queries"][valid], :height]
+    masks = np.unpackbits(bits, axis=-1, count=width).view(bool)
+    instances = Instances(masks, scores[valid], labels[valid])
+    if config.instance_max_iou < 1:
+        instances = _without_duplicates(instances, config.instance_max_iou)
+    return Segmentation(task, metadata, instances=instances, image=image)
 
 
 def segment_batch(*args: Any, **options: Any) -> list[Segmentation]:
@@ -238,36 +267,57 @@ def _panoptic_tables(
     return dict(winner=winner, scores=scores, labels=labels, keep=keep, **areas)
 
 
-def _panoptic(
-    tables: Fetched,
-    size: tuple[int, int],
-    config: PostprocessConfig,
-    metadata: Metadata,
-    image: np.ndarray | None,
-) -> Segmentation:
-    """Walks the queries in order: drops the covered, merges stuff of a class, numbers the rest."""
-    ids = np.zeros(len(tables["scores"]) + 1, np.int32)  # the last entry is for winner -1
-    infos: list[dict[str, Any]] = []
-    stuff: dict[int, dict[str, Any]] = {}
-    for query in np.flatnonzero(tables["keep"]):
-        won, own, taken = (int(tables[name][query]) for name in ("won", "own", "taken"))
-        if min(won, own, taken) == 0 or won / own < config.overlap_threshold:
-            continue
-        label, score = int(tables["labels"][query]), float(tables["scores"][query])
-        merged = stuff.get(label)
-        if merged is not None:
-            merged["area"] += taken
-            merged["score"] = max(merged["score"], score)
-            ids[query] = merged["id"]
-            continue
-        isthing = bool(metadata.is_thing[label])
-        info = dict(id=len(infos) + 1, category_id=label, isthing=isthing, score=score, area=taken)
-        infos.append(info)
-        ids[query] = info["id"]
-        if not isthing:
-            stuff[label] = info
-    segments = ids[tables["winner"][: size[0], : size[1]]]
-    return Segmentation("panoptic", metadata, segments=segments, segments_info=infos, image=image)
+def number_segments(
+    tables: Mapping[str, Any], metadata: Metadata, config: PostprocessConfig, xp: Any
+) -> dict[str, Any]:
+    """Drops the covered queries, merges stuff of a class, numbers the rest in their order.
+
+    Args:
+      tables: of Q queries of an image: won, own, taken, labels, scores and keep.
+      metadata: the K classes.
+      config: thresholds.
+      xp: `numpy`, or `jax.numpy` in a program.
+
+    Returns:
+      `ids` int32 [Q], the segment of each query, 0 for none; `count` int32, of segments; and of
+      each segment, at index id - 1 of [Q]: `category_id` int32, `isthing` bool, `score` float32 and
+      `area` int32.
+    """
+    won, own, taken = (tables[name] for name in ("won", "own", "taken"))
+    # On a device float32 decides as float64 does up to masks of some millions of pixels.
+    enough = won / xp.maximum(own, 1) >= config.overlap_threshold
+    kept = tables["keep"] & (xp.minimum(xp.minimum(won, own), taken) > 0) & enough
+    label = xp.minimum(tables["labels"], metadata.num_classes - 1).astype(np.int32)
+    isthing = xp.asarray(metadata.is_thing, bool)[label]
+    order = xp.arange(len(kept))
+    # Stuff belongs to the first kept query of its class, a thing to itself.
+    first = xp.where(isthing, order, (kept & (label[:, None] == label)).argmax(1))
+    new = kept & (first == order)
+    ids = xp.where(kept, xp.cumsum(new.astype(np.int32))[first], 0).astype(np.int32)
+    member = kept & (ids == order[:, None] + 1)  # [segment, query]
+    founder, used = member.argmax(1), member.any(1)
+    return dict(
+        ids=ids,
+        count=new.sum().astype(np.int32),
+        category_id=xp.where(used, label[founder], 0),
+        isthing=used & isthing[founder],
+        score=xp.where(member, tables["scores"], 0.0).max(1),
+        area=xp.where(member, taken, 0).sum(1).astype(np.int32),
+    )
+
+
+def segment_infos(found: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Lists the segments of `number_segments` as `Segmentation.segments_info`."""
+    return [
+        dict(
+            id=i + 1,
+            category_id=int(found["category_id"][i]),
+            isthing=bool(found["isthing"][i]),
+            score=float(found["score"][i]),
+            area=int(found["area"][i]),
+        )
+        for i in range(int(found["count"]))
+    ]
 
 
 def _instance_tables(
@@ -293,29 +343,23 @@ def _instance_tables(
     )
 
 
-def _instance(
-    tables: Fetched,
-    size: tuple[int, int],
-    config: PostprocessConfig,
-    metadata: Metadata,
-    image: np.ndarray | None,
-) -> Segmentation:
-    labels, queries = tables["labels"].astype(np.int32), tables["queries"]
-    keep = tables["scores"] > config.instance_score_threshold
+def choose_pairs(
+    tables: Mapping[str, Any], metadata: Metadata, config: PostprocessConfig, xp: Any
+) -> tuple[Any, Any, Any]:
+    """Returns labels int32, scores float32 and bool, the pairs that count, of the top-k: [N] each.
+
+    Args:
+      tables: of an image: scores, labels and queries [N], quality [Q].
+      metadata, config, xp: see `number_segments`.
+    """
+    labels = tables["labels"].astype(np.int32)
+    valid = tables["scores"] > config.instance_score_threshold
+    things = np.asarray(metadata.is_thing, bool)
     if config.things_only_instances:
-        keep &= np.asarray(metadata.is_thing, bool)[labels]
-    labels, queries = labels[keep], queries[keep]
+        valid &= xp.asarray(things)[labels]
     if config.ade_instance_remap:
-        things = np.flatnonzero(metadata.is_thing)
-        labels = np.searchsorted(things, labels).astype(np.int32)
-        metadata = things_metadata(metadata)
-    bits = tables["bits"][queries, : size[0]]
-    masks = np.unpackbits(bits, axis=-1, count=int(size[1])).view(bool)
-    scores = (tables["scores"][keep] * tables["quality"][queries]).astype(np.float32)
-    found = Instances(masks, scores, labels)
-    if config.instance_max_iou < 1:
-        found = _without_duplicates(found, config.instance_max_iou)
-    return Segmentation("instance", metadata, instances=found, image=image)
+        labels = xp.asarray(np.maximum(np.cumsum(things) - 1, 0), np.int32)[labels]
+    return labels, tables["scores"] * tables["quality"][tables["queries"]], valid
 
 
 def _without_duplicates(found: Instances, max_iou: float) -> Instances:
@@ -327,23 +371,16 @@ def _without_duplicates(found: Instances, max_iou: float) -> Instances:
     for i in range(len(order)):
         if not (overlaps[i, kept] > max_iou).any():
             kept.append(i)
-    chosen = np.sort(order[kept])
-    return Instances(*(values[chosen] for values in found))
+    return found.take(np.sort(order[kept]))
 
 
 def things_metadata(metadata: Metadata) -> Metadata:
     """Returns `metadata` with the things only, in order."""
-
-    def pick(values: tuple[T, ...]) -> tuple[T, ...]:
-        return tuple(v for v, thing in zip(values, metadata.is_thing, strict=True) if thing)
-
-    return dataclasses.replace(
-        metadata,
-        class_names=pick(metadata.class_names),
-        is_thing=pick(metadata.is_thing),
-        colors=pick(metadata.colors),
-        category_ids=pick(metadata.category_ids),
-    )
+    columns: dict[str, Any] = {
+        name: tuple(itertools.compress(getattr(metadata, name), metadata.is_thing))
+        for name in ("class_names", "is_thing", "colors", "category_ids")
+    }
+    return dataclasses.replace(metadata, **columns)
 
 
 def class_dtype(num_classes: int) -> jnp.dtype:
@@ -378,15 +415,3 @@ def _semantic_tables(
         return winner.astype(class_dtype(classes))
 
     return dict(class_map=per_strip(head).reshape(canvas))
-
-
-def _semantic(
-    tables: Fetched,
-    size: tuple[int, int],
-    config: PostprocessConfig,
-    metadata: Metadata,
-    image: np.ndarray | None,
-) -> Segmentation:
-    del config
-    class_map = tables["class_map"][: size[0], : size[1]].astype(np.int32)
-    return Segmentation("semantic", metadata, class_map=class_map, image=image)

@@ -12,7 +12,7 @@ import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +25,28 @@ from oneformer_jax import config_rules
 from oneformer_jax.eval.inputs import as_image
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_images
 from oneformer_jax.eval.prediction import Prediction, ranked, with_threshold
-from oneformer_jax.eval.predictor import Predictor, matching
+from oneformer_jax.eval.predictor import Predictor, matching, real_sizes
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tta import SemanticScores, TtaConfig, with_mirrored
 from oneformer_jax.input_pipeline.resize import resize_for_test
 from oneformer_jax.models import functional
-from oneformer_jax.models.execution import Execution, chooser
+from oneformer_jax.models.execution import Execution, Kernels, chooser
 from oneformer_jax.models.oneformer import OneFormerConfig
+from oneformer_jax.rules import Fields, require, require_names
 from oneformer_jax.types import TASK_TOKENS, TASKS, Features, Metadata, task_id
+
+if TYPE_CHECKING:
+    from oneformer_jax.input_pipeline.eval_loader import Source
 
 # Deepest stride of the model: inputs are padded to multiples of it.
 STRIDE = 32
+# Fields of an `Execution` that act in prediction.
+_HOW = ("dtype", "scan_layers", "kernels")
+# Settings that have fields of their own.
+_GROUPS = {
+    "tta": Fields("oneformer_jax.eval.tta.TtaConfig.from_settings"),
+    "kernels": Fields("oneformer_jax.models.execution.Kernels"),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +65,6 @@ class Outputs:
     mask_logits: jax.Array
     aux_class_logits: jax.Array
     aux_mask_logits: jax.Array
-
-
-class Records(Protocol):
-    """Records of images, as the sources of `input_pipeline` give them."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 class Segmenter:
@@ -122,8 +126,11 @@ class Segmenter:
                 f"the model has {config.num_classes} classes, but {metadata.dataset} has "
                 f"{metadata.num_classes}: model and metadata do not belong together"
             )
+        self.test_size = (int(short), int(long))
         config_rules.require(
             {
+                "eval.short_edge": self.test_size[0],
+                "eval.max_size": self.test_size[1],
                 "eval.bucket_multiple": bucket_multiple,
                 "eval.max_buckets": max_buckets,
                 "eval.batch_size": batch_size,
@@ -134,7 +141,6 @@ class Segmenter:
         self.config = config
         self.metadata = metadata
         self.postprocess = postprocess or PostprocessConfig()
-        self.test_size = (int(short), int(long))
         self.execution = execution
         self.tta = tta or TtaConfig.from_settings({}, self.test_size[0])
         # The compiler partitions the programs, so axes are in Auto mode, whatever the caller's.
@@ -193,7 +199,8 @@ class Segmenter:
           settings: `short_edge`, `max_size`, `tta`, `bucket_multiple`, `max_buckets`,
             `batch_size` (on a CPU only as an override) and fields of `PostprocessConfig`; others
             are ignored.
-          **overrides: settings by the same names.
+          **overrides: settings by the same names, and `dtype`, `scan_layers` and `kernels` in place
+            of those of `execution`. Of `tta` and `kernels` a dict of the fields that change.
 
         Raises:
           ValueError: an override with another name.
@@ -202,15 +209,18 @@ class Segmenter:
         plain = ["bucket_multiple", "max_buckets", "batch_size"]
         known = ["short_edge", "max_size", "tta", *plain, *fields]
         for name in overrides:
-            if name in (f.name for f in dataclasses.fields(Execution)):
-                raise ValueError(
-                    f"{name} is how a model is run: give execution=Execution({name}=...)"
-                )
-            if name not in known:
-                raise ValueError(f"unknown setting {name!r}; use some of {', '.join(known)}")
+            if name not in (*known, *_HOW):
+                listed = ", ".join((*known, *_HOW))
+                raise ValueError(f"unknown setting {name!r}; use some of {listed}")
+        require("", overrides, {n: rule for n, rule in _GROUPS.items() if n in overrides})
+        if "kernels" in overrides:
+            require_names("kernels", overrides["kernels"], tuple(vars(Kernels())), ())
+            overrides["kernels"] = dataclasses.replace(execution.kernels, **overrides["kernels"])
+        how = {name: overrides.pop(name) for name in _HOW if name in overrides}
         settings = {name: settings[name] for name in known if name in settings}
         if jax.default_backend() == "cpu":  # batches take memory there, and save no time
             settings.pop("batch_size", None)
+        views = {**settings.get("tta", {}), **overrides.get("tta", {})}
         settings |= overrides
         short_edge = settings.get("short_edge", 800)
         return cls(
@@ -220,9 +230,9 @@ class Segmenter:
             metadata,
             postprocess=PostprocessConfig(**{n: settings[n] for n in fields if n in settings}),
             test_size=(short_edge, settings.get("max_size", 1333)),
-            tta=TtaConfig.from_settings(settings.get("tta", {}), short_edge),
+            tta=TtaConfig.from_settings(views, short_edge),
             **{name: settings[name] for name in plain if name in settings},
-            execution=execution,
+            execution=dataclasses.replace(execution, **how),
             mesh=mesh,
         )
 
@@ -259,23 +269,19 @@ class Segmenter:
         self._with_threshold(threshold, tasks)  # a wrong one is refused before the model runs
         if tta and tasks != ("semantic",):
             raise ValueError(f"tta is for the semantic task only, not for {task!r}")
-        found: list[dict[str, Segmentation]]
-        if not isinstance(image, (list, tuple)):
-            found = [self._segment_one(as_image(image), tasks, threshold, tta)]
-        elif tta:
-            each = (as_image(one) for one in image)
-            found = [self._segment_one(one, tasks, threshold, tta) for one in each]
-        else:
+        several = isinstance(image, (list, tuple))
+        if several and not tta:
             source = [
                 {"image": as_image(one), "file_name": f"image {i}"} for i, one in enumerate(image)
             ]
             by_position = dict(self.segment_source(source, tasks, threshold=threshold))
-            found = [by_position[i] for i in range(len(source))]
-        if isinstance(task, str) and task != "all":
-            results: list[Any] = [one[task] for one in found]
+            found: list[Any] = [by_position[i] for i in range(len(source))]
         else:
-            results = list(found)
-        return results if isinstance(image, (list, tuple)) else results[0]
+            images = image if several else [image]
+            found = [self._segment_one(as_image(one), tasks, threshold, tta) for one in images]
+        if isinstance(task, str) and task != "all":
+            found = [by_task[task] for by_task in found]
+        return found if several else found[0]
 
     def predict(self, image: Any, task: str | Sequence[str] = "all") -> Prediction:
         """Runs the model on one image; the Prediction gives results for any threshold.
@@ -301,7 +307,7 @@ class Segmenter:
 
     def segment_source(
         self,
-        source: Records,
+        source: Source,
         tasks: Sequence[str],
         *,
         threshold: float | None = None,
@@ -362,12 +368,12 @@ class Segmenter:
         threshold: float | None,
     ) -> Iterator[tuple[int, dict[str, Segmentation]]]:
         features = self._predictor.encode(batch)
+        sizes = real_sizes(batch, batch)
         images = [None if record is None else record["image"] for record in batch["records"]]
         streams = [
             segment_images(
                 *self._predictor.decode(features, task),
-                batch["image_size"],
-                batch["original_size"],
+                *sizes,
                 batch["image"].shape[1:3],
                 task=task,
                 config=postprocess,

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_images
-from oneformer_jax.eval.segmentation import Instances, Segmentation
+from oneformer_jax.eval.segmentation import Segmentation
+from oneformer_jax.rules import Number, require
 from oneformer_jax.types import Metadata
 
 
@@ -52,9 +53,14 @@ class Prediction:
 
 
 def with_threshold(config: PostprocessConfig, threshold: float | None) -> PostprocessConfig:
-    """Replaces the panoptic task's threshold, unless `threshold` is None."""
+    """Replaces the panoptic task's threshold, unless `threshold` is None.
+
+    Raises:
+      ValueError: it is no number from 0 to 1.
+    """
     if threshold is None:
         return config
+    require("", {"threshold": threshold}, {"threshold": Number(0, 1)})
     return dataclasses.replace(config, object_mask_threshold=threshold)
 
 
@@ -65,5 +71,4 @@ def ranked(found: Segmentation, threshold: float | None) -> Segmentation:
     order = np.argsort(-found.instances.scores, kind="stable")
     if threshold is not None:
         order = order[found.instances.scores[order] > threshold]
-    chosen = Instances(*(values[order] for values in found.instances))
-    return dataclasses.replace(found, instances=chosen, threshold=threshold)
+    return dataclasses.replace(found, instances=found.instances.take(order), threshold=threshold)

@@ -104,6 +104,16 @@ class Predictor:
             return jax.make_array_from_process_local_data(sharding, np.asarray(array))
 
 
+def real_sizes(view: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Image sizes of a view of a batch and original sizes, int [B, 2] each.
+
+    Fillers take the size of a real image, so that the results' shapes are those of real ones.
+    """
+    valid = np.asarray(batch["valid"], bool)
+    source = np.where(valid, np.arange(len(valid)), valid.argmax())
+    return np.asarray(view["image_size"])[source], np.asarray(batch["original_size"])[source]
+
+
 def matching(values: Any, expected: Any, path: str = "") -> Any:
     """Takes the part of the nested dict `values` that `expected` has.
 

@@ -7,7 +7,7 @@ import functools
 import io
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,11 @@ class Instances(NamedTuple):
     masks: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+
+    def take(self, positions: np.ndarray | Sequence[int]) -> Instances:
+        """Returns the instances at these positions, in their order."""
+        chosen = np.asarray(positions, int)
+        return Instances(*(values[chosen] for values in self))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -74,7 +79,8 @@ class Segmentation:
         return int(height), int(width)
 
     @functools.cached_property
-    def _ranked_infos(self) -> list[dict[str, Any]]:
+    def ranked_infos(self) -> list[dict[str, Any]]:
+        """The dicts of `segments_info` in the order of `masks`, by falling score."""
         return sorted(self.segments_info, key=lambda info: -info["score"])
 
     @functools.cached_property
@@ -83,8 +89,8 @@ class Segmentation:
         if self.task == "instance":
             return self.instances.labels
         if self.task == "panoptic":
-            return np.array([info["category_id"] for info in self._ranked_infos], np.int32)
-        inside = self.class_map[(self.class_map >= 0) & (self.class_map != VOID)]
+            return np.array([info["category_id"] for info in self.ranked_infos], np.int32)
+        inside = self.class_map[self.class_map != VOID]
         counts = np.bincount(inside, minlength=self.metadata.num_classes)
         return np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].astype(np.int32)
 
@@ -99,7 +105,7 @@ class Segmentation:
         if self.task == "instance":
             return self.instances.scores
         if self.task == "panoptic":
-            return np.array([info["score"] for info in self._ranked_infos], np.float32)
+            return np.array([info["score"] for info in self.ranked_infos], np.float32)
         return None
 
     @functools.cached_property
@@ -107,19 +113,25 @@ class Segmentation:
         """Masks of the segments, bool [N, H, W]."""
         if self.task == "instance":
             return self.instances.masks
+        masks = np.zeros((len(self), *self.size), bool)
+        for row, mask in zip(masks, self.each_mask(), strict=True):
+            row[:] = mask
+        return masks
+
+    def each_mask(self) -> Iterator[np.ndarray]:
+        """Gives `masks` one at a time, bool [H, W]: all of them may take gigabytes."""
+        if self.task == "instance":
+            return iter(self.instances.masks)
         if self.task == "panoptic":
-            ids, values = [info["id"] for info in self._ranked_infos], self.segments
+            ids, values = [info["id"] for info in self.ranked_infos], self.segments
         else:
             ids, values = self.labels.tolist(), self.class_map
-        masks = np.zeros((len(ids), *self.size), bool)
-        for mask, one in zip(masks, ids, strict=True):
-            np.equal(values, one, out=mask)
-        return masks
+        return (values == one for one in ids)
 
     @functools.cached_property
     def areas(self) -> np.ndarray:
         """Pixels of the segments, int64 [N]."""
-        return np.array([np.count_nonzero(mask) for mask in self.masks], np.int64)
+        return np.array([np.count_nonzero(mask) for mask in self.each_mask()], np.int64)
 
     @functools.cached_property
     def boxes(self) -> np.ndarray:
@@ -127,7 +139,7 @@ class Segmentation:
 
         Left, top, right and bottom in pixels, the last two beyond the box; zeros without pixels.
         """
-        return np.array([bounding_box(mask) for mask in self.masks], np.int32).reshape(-1, 4)
+        return np.array([bounding_box(mask) for mask in self.each_mask()], np.int32).reshape(-1, 4)
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -160,9 +172,10 @@ class Segmentation:
         from pycocotools import mask as coco_mask
 
         found = []
-        for number, (mask, label) in enumerate(zip(self.masks, self.labels, strict=True)):
+        columns = (self.each_mask(), self.labels, self.boxes.tolist(), self.areas.tolist())
+        for number, (mask, label, box, area) in enumerate(zip(*columns, strict=True)):
             encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-            left, top, right, bottom = bounding_box(mask)
+            left, top, right, bottom = box
             entry = {
                 "image_id": image_id,
                 "category_id": self.metadata.category_ids[label],
@@ -171,7 +184,7 @@ class Segmentation:
                     "counts": encoded["counts"].decode("ascii"),
                 },
                 "bbox": [left, top, right - left, bottom - top],
-                "area": int(self.areas[number]),
+                "area": area,
             }
             if self.scores is not None:
                 entry["score"] = round(float(self.scores[number]), 6)

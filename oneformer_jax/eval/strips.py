@@ -30,12 +30,8 @@ STRIP_PIXELS = 1 << 17
 
 def canvas_size(original_size: np.ndarray) -> tuple[int, int]:
     """Returns (height, width) of the canvas for images of original sizes int [B, 2]."""
-    height, width = original_size.max(0)
-    return _round_up(height), _round_up(width)
-
-
-def _round_up(side: int) -> int:
-    return max(1, -(-int(side) // CANVAS_MULTIPLE)) * CANVAS_MULTIPLE
+    height, width = (max(1, -(-side // CANVAS_MULTIPLE)) for side in original_size.max(0).tolist())
+    return height * CANVAS_MULTIPLE, width * CANVAS_MULTIPLE
 
 
 def this_host(*arrays: jax.Array) -> tuple[Any, ...]:

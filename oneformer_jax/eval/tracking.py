@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage, optimize
 
+from oneformer_jax.eval.segmentation import bounding_box
+
 # Identities are pixels of a panoptic PNG: R + 256 G + 65536 B.
 _IDENTITIES = 1 << 24
 # How much less a match counts for each frame in which its segment was missing.
@@ -37,16 +39,9 @@ class Patch(NamedTuple):
     @classmethod
     def of(cls, mask: np.ndarray) -> Patch:
         """Cuts the box out of a mask, bool [H, W]; an empty mask gives an empty patch."""
-        (found,) = ndimage.find_objects(mask.astype(np.int8), max_label=1)
-        return cls.at(mask, found)
-
-    @classmethod
-    def at(cls, mask: np.ndarray, box: tuple[slice, slice] | None) -> Patch:
-        """Cuts a box of rows and columns out of a mask; None gives an empty patch."""
-        if box is None:
-            return cls(0, 0, np.zeros((0, 0), bool))
+        left, top, right, bottom = bounding_box(mask)
         # A copy, or the whole frame would be kept.
-        return cls(box[0].start, box[1].start, mask[box].copy())
+        return cls(top, left, mask[top:bottom, left:right].copy())
 
     def moved(self, down: int, right: int) -> Patch:
         """Returns the patch at another place, in pixels from here."""
@@ -69,14 +64,12 @@ class Patch(NamedTuple):
 def patches(segments: np.ndarray, ids: Sequence[int]) -> list[Patch]:
     """Cuts the segments `ids` (small numbers from 1 on) out of a map int [H, W]."""
     boxes = ndimage.find_objects(segments, max_label=max(ids, default=0))
-    found = []
-    for id_ in ids:
-        box = boxes[id_ - 1]
-        if box is None:
-            found.append(Patch.at(segments, None))
-        else:
-            found.append(Patch(box[0].start, box[1].start, segments[box] == id_))
-    return found
+    empty = (slice(0, 0), slice(0, 0))
+    places = [boxes[id_ - 1] or empty for id_ in ids]
+    return [
+        Patch(rows.start, columns.start, segments[rows, columns] == id_)
+        for id_, (rows, columns) in zip(ids, places, strict=True)
+    ]
 
 
 def distinct(found: Sequence[Patch], labels: Sequence[int]) -> list[int]:

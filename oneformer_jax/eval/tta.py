@@ -21,12 +21,15 @@ from oneformer_jax import config_rules
 from oneformer_jax.eval.postprocess import class_dtype
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.strips import canvas_size, mask_strips, placement, strip_rows, this_host
+from oneformer_jax.rules import require_names
 from oneformer_jax.types import Metadata
 
 # The official sizes, in quarters of the test's short edge.
 _QUARTERS = (2, 3, 4, 5, 6, 7)
 # The official cap of the long edge on ADE20K, in the test's short edges.
 _MAX_SIZE_FACTOR = 7
+# Pixels of the sides of a view, whatever the test's short edge.
+_LEAST, _MOST = 8, 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +57,17 @@ class TtaConfig:
 
         Args:
           settings: may have `short_edges` (none: 0.5, 0.75, ... 1.75 times `short_edge`),
-            `max_size` (0: 7 times `short_edge`) and `flip`.
+            `max_size` (0: 7 times `short_edge`) and `flip`. `enabled` is for the evaluation.
           short_edge: the test's shorter side.
+
+        Raises:
+          ValueError: another setting, or a wrong value.
         """
-        edges = tuple(settings.get("short_edges") or (short_edge * q // 4 for q in _QUARTERS))
+        require_names("eval.tta", settings, ("short_edges", "max_size", "flip", "enabled"), ())
+        official = (min(max(short_edge * q // 4, _LEAST), _MOST) for q in _QUARTERS)
         return cls(
-            short_edges=edges,
-            max_size=settings.get("max_size") or _MAX_SIZE_FACTOR * short_edge,
+            short_edges=tuple(settings.get("short_edges") or official),
+            max_size=settings.get("max_size") or min(_MAX_SIZE_FACTOR * short_edge, _MOST),
             flip=settings.get("flip", True),
         )
 

@@ -26,17 +26,17 @@ from PIL import Image
 
 from oneformer_jax.eval import clips, write
 from oneformer_jax.eval.clips import Clip, Frame
-from oneformer_jax.eval.segmentation import Instances, Segmentation
+from oneformer_jax.eval.predict import tasks_of
+from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.tracking import Identity, Patch, Tracker, distinct, patches
 from oneformer_jax.files import first_few
 from oneformer_jax.input_pipeline import images
-from oneformer_jax.types import TASKS, task_id
+from oneformer_jax.progress import progress_log
 
 # Frames that are read ahead, and threads that draw: drawing takes longer than encoding.
 AHEAD = 2
 DRAWERS = min(4, os.cpu_count() or 1)
 _LARGEST = 3840 * 2160  # pixels of an overlay; many players take no more
-_REPORT_SECONDS = 5.0
 # Folders of unfinished results; those of a process that was killed are removed after a while.
 _SCRATCH = ".video_"
 _STALE_SECONDS = 3600.0
@@ -46,7 +46,7 @@ def predict_video(
     segmenter: Callable[[np.ndarray, Sequence[str]], dict[str, Segmentation]],
     path: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
-    task: str = "all",
+    task: str | Sequence[str] = "all",
     max_pixels: int = images.MAX_PIXELS,
     *,
     min_score: float = 0.5,
@@ -70,7 +70,7 @@ def predict_video(
       segmenter: a `Segmenter`.
       path: a video file, or a pattern of image files such as "frames/*.png".
       out_dir: folder of the results, made as needed.
-      task: one of `TASKS`, or "all".
+      task: one of `TASKS`, several, or "all".
       max_pixels: limit of the pixels of a frame.
       min_score: instances below this score are left out, as are those that nearly repeat a better
         one of their class.
@@ -83,7 +83,7 @@ def predict_video(
       VideoError: the video cannot be read or written.
       ValueError: unknown task.
     """
-    tasks = TASKS if task == "all" else (TASKS[task_id(task)],)
+    tasks = tasks_of(task)
     clips.library()
     out_dir = pathlib.Path(out_dir)
     with contextlib.ExitStack() as stack:
@@ -108,8 +108,8 @@ def predict_video(
             for threads, name in ((1, "follower"), (DRAWERS, "drawer"), (1, "writer"))
         )
         waiting: collections.deque[futures.Future[None]] = collections.deque()
-        progress = _Progress(clip, scratch)
-        for frame in itertools.chain([first], frames):
+        progress = None
+        for done, frame in enumerate(itertools.chain([first], frames)):
             for one, segmentation in segmenter(frame.image, tasks).items():
                 result = results[one]
                 followed = follower.submit(result.follow, result.relevant(segmentation))
@@ -117,7 +117,10 @@ def predict_video(
                 waiting.append(writer.submit(result.add, frame, drawn))
             while len(waiting) > (AHEAD + DRAWERS) * len(tasks):
                 waiting.popleft().result()
-            progress.report()
+            # It begins after the first frame, for which programs are compiled.
+            progress = progress or progress_log(clip.total, f"frames of {clip.path}")
+            progress(done)
+            os.utime(scratch)  # alive: see `_remove_stale`
         for written in waiting:
             written.result()
         for result in results.values():
@@ -150,20 +153,10 @@ def _read_ahead(reader: futures.Executor, frames: Iterator[Frame]) -> Iterator[F
 # ------------------------------------------------------------------------ results of a task
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Followed:
-    """A segmentation, and who its segments are, in their order; None without objects."""
-
-    segmentation: Segmentation
-    identities: list[Identity] | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Drawn:
-    """A frame's overlay, uint8 [H, W, 3], and what of it is written into the JSON."""
-
-    overlay: np.ndarray
-    entries: list[Any]
+# A segmentation, and who its segments are, in their order; None without objects.
+_Followed = tuple[Segmentation, list[Identity] | None]
+# A frame's overlay, uint8 [H, W, 3], and what of it is written into the JSON.
+_Drawn = tuple[np.ndarray, list[Any]]
 
 
 class _Result:
@@ -182,12 +175,11 @@ class _Result:
         return segmentation
 
     def follow(self, segmentation: Segmentation) -> _Followed:
-        return _Followed(segmentation)
+        return segmentation, None
 
     def draw(self, frame: Frame, following: futures.Future[_Followed]) -> _Drawn:
-        followed = following.result()
-        identities = followed.identities
-        overlay = followed.segmentation.overlay(
+        segmentation, identities = following.result()
+        overlay = segmentation.overlay(
             frame.image,
             min_score=self.min_score,
             min_size=self._overlay_size,
@@ -195,24 +187,24 @@ class _Result:
             numbers=None if identities is None else [identity.number for identity in identities],
             steady=True,
         )
-        return _Drawn(overlay, self.describe(frame, followed))
+        return overlay, self.describe(frame, (segmentation, identities))
 
     def describe(self, frame: Frame, followed: _Followed) -> list[Any]:
         """Writes the frame's PNG; returns its entries."""
         raise NotImplementedError
 
     def add(self, frame: Frame, drawing: futures.Future[_Drawn]) -> None:
-        drawn = drawing.result()
+        overlay, entries = drawing.result()
         if self._video is None:
-            height, width = drawn.overlay.shape[:2]
+            height, width = overlay.shape[:2]
             self._video = clips.VideoWriter(
                 f"{self.path}_overlay.mp4",
                 (height, width),
                 self.clip.rate,
                 aspect=self.clip.aspect,
             )
-        self._video.add(drawn.overlay, frame.time)
-        for entry in drawn.entries:
+        self._video.add(overlay, frame.time)
+        for entry in entries:
             self.store(entry)
 
     def store(self, entry: Any) -> None:
@@ -241,7 +233,7 @@ def _memory(clip: Clip) -> int:
 
 class _Semantic(_Result):
     def describe(self, frame: Frame, followed: _Followed) -> list[Any]:
-        self.write_png(frame, write.dataset_ids(followed.segmentation))
+        self.write_png(frame, write.dataset_ids(followed[0]))
         return []
 
 
@@ -262,13 +254,6 @@ class _Listed(_Result):
         self._json.close()
 
 
-def _chosen(segmentation: Segmentation, kept: Sequence[int] | np.ndarray) -> Segmentation:
-    """Takes the instances at the positions `kept`."""
-    positions = np.asarray(kept, int)
-    chosen = Instances(*(values[positions] for values in segmentation.instances))
-    return dataclasses.replace(segmentation, instances=chosen)
-
-
 class _Instances(_Listed):
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -276,21 +261,24 @@ class _Instances(_Listed):
         self._json.write("[")
 
     def relevant(self, segmentation: Segmentation) -> Segmentation:
-        scores = segmentation.instances.scores
-        return _chosen(segmentation, np.flatnonzero(scores >= self.min_score))
+        found = segmentation.instances
+        sure = found.take(np.flatnonzero(found.scores >= self.min_score))
+        return dataclasses.replace(segmentation, instances=sure)
 
     def follow(self, segmentation: Segmentation) -> _Followed:
         found = [Patch.of(mask) for mask in segmentation.masks]
         labels = segmentation.labels.tolist()
         kept = distinct(found, labels)
         identities = self._tracker.update([found[i] for i in kept], [labels[i] for i in kept])
-        return _Followed(_chosen(segmentation, kept), identities)
+        kept_ones = segmentation.instances.take(kept)
+        return dataclasses.replace(segmentation, instances=kept_ones), identities
 
     def describe(self, frame: Frame, followed: _Followed) -> list[Any]:
-        entries = followed.segmentation.to_coco(frame.number)
+        segmentation, identities = followed
+        entries = segmentation.to_coco(frame.number)
         return [
             entry | {"track_id": identity.id}
-            for entry, identity in zip(entries, followed.identities or (), strict=True)
+            for entry, identity in zip(entries, identities or (), strict=True)
         ]
 
     def finish(self) -> None:
@@ -320,23 +308,24 @@ class _Panoptic(_Listed):
                 [info["category_id"] for info in things],
             )
         )
-        identities = [
-            next(tracked) if info["isthing"] else Identity(1 + info["category_id"], 0)
+        identities = {
+            info["id"]: next(tracked) if info["isthing"] else Identity(1 + info["category_id"], 0)
             for info in infos
-        ]
-        ids = np.zeros(1 + max((info["id"] for info in infos), default=0), np.int32)
-        for info, identity in zip(infos, identities, strict=True):
-            ids[info["id"]] = identity.id
+        }
+        ids = np.zeros(1 + max(identities, default=0), np.int32)
+        for position, identity in identities.items():
+            ids[position] = identity.id
         numbered = dataclasses.replace(
             segmentation,
             segments=ids[segmentation.segments],
-            segments_info=[info | {"id": int(ids[info["id"]])} for info in infos],
+            segments_info=[info | {"id": identities[info["id"]].id} for info in infos],
         )
-        return _Followed(numbered, identities)
+        return numbered, [identities[info["id"]] for info in segmentation.ranked_infos]
 
     def describe(self, frame: Frame, followed: _Followed) -> list[Any]:
-        png = self.write_png(frame, write.encode_ids(followed.segmentation.segments))
-        content = write.coco_panoptic(followed.segmentation, png, frame.number)
+        segmentation, _ = followed
+        png = self.write_png(frame, write.encode_ids(segmentation.segments))
+        content = write.coco_panoptic(segmentation, png, frame.number)
         (image,), (annotation,) = content["images"], content["annotations"]
         image["file_name"] = frame.file_name or png
         image |= {"video_id": 1, "frame_id": frame.number, "time": round(float(frame.time), 6)}
@@ -369,37 +358,7 @@ _RESULTS: dict[str, type[_Result]] = {
 }
 
 
-# ------------------------------------------------------------------------ folders and progress
-
-
-class _Progress:
-    """Logs how far a clip is; the first frame, for which programs are compiled, does not count."""
-
-    def __init__(self, clip: Clip, scratch: pathlib.Path):
-        self._clip, self._scratch, self._done = clip, scratch, 0
-        self._start = self._last = time.monotonic()
-
-    def report(self) -> None:
-        """Counts a frame, and logs a line every few seconds."""
-        self._done += 1
-        now = time.monotonic()
-        if self._done == 1:
-            self._start = now
-        elif now - self._last >= _REPORT_SECONDS:
-            self._last = now
-            os.utime(self._scratch)  # alive: see `_remove_stale`
-            logging.info("%s", self._line(now))
-
-    def _line(self, now: float) -> str:
-        rate = (self._done - 1) / max(now - self._start, 1e-3)
-        line = f"{self._clip.path}: frame {self._done:,}"
-        if not self._clip.total or self._done > self._clip.total:
-            return f"{line}, {rate:.1f} frames/s"
-        left = round((self._clip.total - self._done) / rate)
-        return (
-            f"{line} of {self._clip.total:,}, {rate:.1f} frames/s, "
-            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        )
+# ------------------------------------------------------------------------ folders
 
 
 def _remove_stale(out_dir: pathlib.Path) -> None:

@@ -22,6 +22,12 @@ from oneformer_jax.types import TASKS
 class Writable(Drawable, Protocol):
     """The part of `segmentation.Segmentation` that is written; see there."""
 
+    @property
+    def segments(self) -> np.ndarray | Any: ...
+    @property
+    def segments_info(self) -> list[dict[str, Any]] | Any: ...
+    @property
+    def class_map(self) -> np.ndarray | Any: ...
     def overlay(self, image: np.ndarray | None = None, **options: Any) -> np.ndarray: ...
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]: ...
 
@@ -59,7 +65,7 @@ def write_prediction(
       The files written.
 
     Raises:
-      ValueError: class ids that no picture can hold.
+      ValueError: class ids that no picture can hold, or unlabelled pixels of a ground truth.
     """
     out_dir = remote.path_of(out_dir)
     files.make_folder(out_dir)
@@ -132,20 +138,24 @@ def encode_ids(segments: np.ndarray) -> np.ndarray:
 def coco_panoptic(segmentation: Writable, file_name: str, image_id: int | str) -> dict[str, Any]:
     """Returns COCO's panoptic JSON of one image, whose PNG is `file_name`."""
     metadata = segmentation.metadata
-    height, width = segmentation.size
-    boxes = _boxes_of_ids(segmentation.segments)
-    infos = [
-        {
-            "id": info["id"],
-            "category_id": metadata.category_ids[info["category_id"]],
-            "isthing": int(info["isthing"]),
-            "iscrowd": 0,
-            "area": info["area"],
-            "bbox": boxes[info["id"]],
-            "score": round(info["score"], 6),
-        }
-        for info in segmentation.segments_info
-    ]
+    ids = [info["id"] for info in segmentation.segments_info]
+    places = ndimage.find_objects(segmentation.segments, max_label=max(ids, default=0))
+    infos = []
+    for info in segmentation.segments_info:
+        # A ground truth may list a segment without pixels.
+        rows, columns = places[info["id"] - 1] or (slice(0, 0), slice(0, 0))
+        width, height = columns.stop - columns.start, rows.stop - rows.start
+        infos.append(
+            {
+                "id": info["id"],
+                "category_id": metadata.category_ids[info["category_id"]],
+                "isthing": int(info["isthing"]),
+                "iscrowd": 0,
+                "area": info["area"],
+                "bbox": [columns.start, rows.start, width, height],
+                "score": round(info["score"], 6),
+            }
+        )
     categories = [
         {"id": id, "name": name, "isthing": int(thing), "color": list(color)}
         for id, name, thing, color in zip(
@@ -156,26 +166,12 @@ def coco_panoptic(segmentation: Writable, file_name: str, image_id: int | str) -
             strict=True,
         )
     ]
+    height, width = segmentation.size
     return {
         "images": [{"id": image_id, "file_name": file_name, "height": height, "width": width}],
         "annotations": [{"image_id": image_id, "file_name": file_name, "segments_info": infos}],
         "categories": categories,
     }
-
-
-def _boxes_of_ids(segments: np.ndarray) -> dict[int, list[int]]:
-    """Segment id -> [left, top, width, height], in one pass over the map."""
-    found = {}
-    for id, box in enumerate(ndimage.find_objects(segments), 1):
-        if box is not None:
-            rows, columns = box
-            found[id] = [
-                columns.start,
-                rows.start,
-                columns.stop - columns.start,
-                rows.stop - rows.start,
-            ]
-    return found
 
 
 def dataset_ids(segmentation: Writable) -> np.ndarray:
@@ -188,6 +184,10 @@ def dataset_ids(segmentation: Writable) -> np.ndarray:
             f"the category id {strange} of {metadata.dataset} does not fit into the pixels of a "
             "picture (0 to 16777215): give the categories smaller ids in the dataset's JSON or "
             "the model's metadata.json, or leave the semantic task out"
+        )
+    if (segmentation.class_map < 0).any():
+        raise ValueError(
+            "a semantic ground truth with unlabelled pixels has no file: they have no class id"
         )
     if ids.max() > 65_535:
         return encode_ids(ids[segmentation.class_map])

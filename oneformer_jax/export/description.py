@@ -14,7 +14,7 @@ from oneformer_jax.eval.postprocess import PostprocessConfig
 from oneformer_jax.files import FileError, parse_json
 from oneformer_jax.models.oneformer import PIXEL_MEAN, PIXEL_STD
 from oneformer_jax.rules import Integer, require
-from oneformer_jax.types import TASKS, Metadata, task_id
+from oneformer_jax.types import Metadata, task_id
 
 FORMAT = "oneformer_jax.export"
 VERSION = 1
@@ -89,8 +89,8 @@ def describe(
         "size ", dict(zip(("height", "width"), size, strict=True)), dict(height=SIDE, width=SIDE)
     )
     return Description(
-        task=TASKS[task_id(task)],  # type: ignore[arg-type]
-        size=(int(size[0]), int(size[1])),
+        task=task,  # type: ignore[arg-type]
+        size=size,
         postprocess=postprocess,
         num_queries=num_queries,
         metadata=metadata,
@@ -125,8 +125,3 @@ def read(texts: Mapping[str, str] | None, where: str) -> Description:
             f"{where}: metadata has {found.metadata.num_classes:,} classes, over 65,535"
         )
     return found
-
-
-def replace(description: Description, **fields: Any) -> Description:
-    """Returns the description with some other fields."""
-    return msgspec.structs.replace(description, **fields)

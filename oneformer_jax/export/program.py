@@ -1,7 +1,6 @@
 """Makes the function that is exported: from images to logits, or to maps.
 
-Post-processing runs on the device as a whole here: what `eval.postprocess` finishes on the host,
-query by query, is computed from tables of all pairs of queries.
+Post-processing runs on the device as a whole here; `eval.postprocess` finishes it on the host.
 """
 
 from __future__ import annotations
@@ -13,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oneformer_jax.eval.postprocess import run_heads, things_metadata
+from oneformer_jax.eval.postprocess import (
+    choose_pairs,
+    number_segments,
+    run_heads,
+    segment_infos,
+    things_metadata,
+)
 from oneformer_jax.eval.predict import STRIDE, Segmenter
 from oneformer_jax.eval.segmentation import Instances, Segmentation
 from oneformer_jax.eval.strips import canvas_size
@@ -149,51 +154,18 @@ def _maps(
 
 
 def _panoptic(tables: Arrays, about: Description) -> Arrays:
-    """Numbers the segments of an image as `eval.postprocess` does."""
-    things = jnp.asarray(about.metadata.is_thing)
-    won, own, taken = (tables[name] for name in ("won", "own", "taken"))
-    # float32 decides as the host's float64 up to masks of some millions of pixels.
-    share = won.astype(jnp.float32) / jnp.maximum(own, 1)
-    enough = share >= np.float32(about.thresholds.overlap_threshold)
-    kept = tables["keep"] & (jnp.minimum(jnp.minimum(won, own), taken) > 0) & enough
-    label = jnp.minimum(tables["labels"], about.metadata.num_classes - 1).astype(jnp.int32)
-    isthing = things[label]
-    count = kept.shape[0]
-    order = jnp.arange(count)
-    # Stuff belongs to the first kept query of its class, a thing to itself.
-    same = kept[None, :] & (label[:, None] == label[None, :])
-    first = jnp.where(isthing, order, jnp.argmax(same, axis=1))
-    new = kept & (first == order)
-    ids = jnp.where(kept, jnp.cumsum(new.astype(jnp.int32))[first], 0).astype(jnp.int32)
-    # [segment, query]
-    member = kept[None, :] & (ids[None, :] == order[:, None] + 1)
-    founder = jnp.argmax(member, axis=1)
+    found = number_segments(tables, about.metadata, about.thresholds, jnp)
+    ids = found.pop("ids")
     height, width = about.size
     winner = tables["winner"][:height, :width].astype(jnp.int32)
-    used = member.any(1)
-    return dict(
-        segments=jnp.where(winner < 0, 0, ids[jnp.maximum(winner, 0)]),
-        count=new.sum().astype(jnp.int32),
-        category_id=jnp.where(used, label[founder], 0),
-        isthing=used & isthing[founder],
-        score=jnp.max(jnp.where(member, tables["scores"][None, :], 0.0), axis=1),
-        area=jnp.sum(jnp.where(member, taken[None, :], 0), axis=1).astype(jnp.int32),
-    )
+    return dict(segments=jnp.where(winner < 0, 0, ids[jnp.maximum(winner, 0)]), **found)
 
 
 def _instance(tables: Arrays, about: Description) -> Arrays:
-    thresholds = about.thresholds
-    labels, queries = tables["labels"].astype(jnp.int32), tables["queries"]
-    valid = tables["scores"] > thresholds.instance_score_threshold
-    things = np.asarray(about.metadata.is_thing)
-    if thresholds.things_only_instances:
-        valid &= jnp.asarray(things)[labels]
+    labels, scores, valid = choose_pairs(tables, about.metadata, about.thresholds, jnp)
     height, width = about.size
     masks = jnp.unpackbits(tables["bits"], axis=-1)[:, :height, :width].astype(bool)
-    scores = tables["scores"] * tables["quality"][queries]
-    if thresholds.ade_instance_remap:
-        labels = jnp.asarray(np.maximum(np.cumsum(things) - 1, 0), jnp.int32)[labels]
-    return dict(masks=masks[queries], labels=labels, scores=scores, valid=valid)
+    return dict(masks=masks[tables["queries"]], labels=labels, scores=scores, valid=valid)
 
 
 def segmentation_of(
@@ -206,17 +178,8 @@ def segmentation_of(
     if about.task == "semantic":
         values = dict(class_map=maps["class_map"][:height, :width])
     elif about.task == "panoptic":
-        infos = [
-            dict(
-                id=index + 1,
-                category_id=int(maps["category_id"][index]),
-                isthing=bool(maps["isthing"][index]),
-                score=float(maps["score"][index]),
-                area=int(maps["area"][index]),
-            )
-            for index in range(int(maps["count"]))
-        ]
-        values = dict(segments=maps["segments"][:height, :width], segments_info=infos)
+        segments = maps["segments"][:height, :width]
+        values = dict(segments=segments, segments_info=segment_infos(maps))
     else:
         valid = maps["valid"]
         found = Instances(

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -76,7 +77,7 @@ def write(path: str | os.PathLike[str], segmenter: Segmenter, description: Descr
         exported = _export(segmenter, weights, description, traced, platforms)
         tensors[name] = np.frombuffer(exported.serialize(), np.uint8)
     digests = {name: _digest(value) for name, value in tensors.items()}
-    texts = descriptions.replace(description, digests=digests).texts()
+    texts = msgspec.structs.replace(description, digests=digests).texts()
     pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata=texts)

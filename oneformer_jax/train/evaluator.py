@@ -25,7 +25,7 @@ from oneformer_jax.eval.evaluate import (
 from oneformer_jax.eval.findings import Findings
 from oneformer_jax.eval.pictures import sheets
 from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
-from oneformer_jax.eval.predictor import Predictor
+from oneformer_jax.eval.predictor import Predictor, real_sizes
 from oneformer_jax.eval.protocol import Protocol, choose_protocol
 from oneformer_jax.eval.segmentation import Segmentation
 from oneformer_jax.eval.write import write_png
@@ -243,15 +243,12 @@ class Evaluator:
         self, predictor: Predictor, batch: Mapping[str, Any]
     ) -> dict[str, list[Segmentation]]:
         """Segments a batch for all tasks, from one encoding."""
-        # Fillers take the size of a real image, which keeps the shapes.
-        valid = np.flatnonzero(batch["valid"])
-        rows = np.where(batch["valid"], np.arange(len(batch["valid"])), [*valid, 0][0])
         features = predictor.encode(batch)
+        sizes = real_sizes(batch, batch)
         return {
             task: segment_batch(
                 *predictor.decode(features, task),
-                batch["image_size"][rows],
-                batch["original_size"][rows],
+                *sizes,
                 batch["image"].shape[1:3],
                 task=task,
                 config=self._postprocess,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -14,7 +11,6 @@ from oneformer_jax.models.execution import Execution, Kernels
 from oneformer_jax.models.losses import LossConfig
 from oneformer_jax.models.matcher import MatcherConfig
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import checkpoint, descriptions
 from oneformer_jax.train.optim import OptimConfig
 
 EXECUTION = ("dtype", "remat", "scan_layers")  # keys of `config.model` that are no architecture
@@ -48,25 +44,6 @@ def execution(config: ConfigDict) -> Execution:
     """Reads the `Execution` from `config.model` and `config.kernels`."""
     fields = {name: config.model[name] for name in EXECUTION}
     return Execution(**fields, kernels=Kernels(**config.kernels.to_dict()))
-
-
-def execution_of(workdir: str | None, overrides: Mapping[str, Any]) -> Execution:
-    """Makes an `Execution` for prediction.
-
-    Args:
-      workdir: its run's dtype is the default; None: float32.
-      overrides: values of `kernels.` keys, of "model.dtype" and of "model.scan_layers".
-    """
-    groups: dict[str, dict[str, Any]] = {"model": {}, "kernels": {}}
-    for key, value in overrides.items():
-        group, _, name = key.partition(".")
-        groups[group][name] = value
-    fields = groups["model"]
-    if workdir is not None:
-        folder, _ = checkpoint.find_checkpoint(workdir)
-        stored = descriptions.read_config(folder)["model"].get("dtype", Execution.dtype)
-        fields.setdefault("dtype", stored)
-    return Execution(**fields, kernels=Kernels(**groups["kernels"]))
 
 
 def loss_config(config: ConfigDict) -> LossConfig:

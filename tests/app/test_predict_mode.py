@@ -111,7 +111,6 @@ def test_settings_of_a_config_act_in_prediction(workdir, image_file, tmp_path, m
             "eval.object_mask_threshold": 0.125,
             "eval.bucket_multiple": 64,
             "eval.batch_size": 3,
-            "eval.tta.flip": False,
             "kernels.deform_attn": "xla",
             "model.dtype": "bfloat16",
         },
@@ -119,11 +118,12 @@ def test_settings_of_a_config_act_in_prediction(workdir, image_file, tmp_path, m
     ((segmenter, options),) = seen
     assert segmenter.test_size == (32, 64) and segmenter.postprocess.object_mask_threshold == 0.125
     assert (segmenter.bucket_multiple, segmenter.batch_size) == (64, 3)
-    assert not segmenter.tta.flip and options["threshold"] == 0.25
+    assert options["threshold"] == 0.25
     assert segmenter.execution == oneformer_jax.Execution(
         dtype="bfloat16", kernels=Kernels(deform_attn="xla")
     )
-    for key in ("model.num_queries", "optim.lr", "data.batch_size", "eval.limit"):
+    refused = ("model.num_queries", "optim.lr", "data.batch_size", "eval.limit", "eval.tta.flip")
+    for key in refused:
         with pytest.raises(ValueError, match=rf"--config\.{key} "):
             run(settings={key: 1})
     with pytest.raises(ValueError, match=r"eval\.bucket_multiple is 48"):
@@ -154,8 +154,19 @@ def test_load_runs_a_model_as_told_or_in_the_dtype_of_its_training(workdir, tmp_
     assert oneformer_jax.load(workdir).execution == oneformer_jax.Execution()
     assert oneformer_jax.load(copy).execution == oneformer_jax.Execution(dtype="bfloat16")
     assert oneformer_jax.load(copy, execution=how).execution == how
-    with pytest.raises(ValueError, match=r"dtype is how a model is run: give execution=Execution"):
-        oneformer_jax.load(copy, dtype="float32")
+    kernels = {"deform_attn": "xla"}
+    one, other = (
+        oneformer_jax.load(copy, kernels=kernels, **rest).execution
+        for rest in ({}, {"dtype": "float32", "execution": how})
+    )
+    assert one == oneformer_jax.Execution(dtype="bfloat16", kernels=Kernels(**kernels))
+    assert other == dataclasses.replace(how, kernels=Kernels(**kernels))
+    with pytest.raises(
+        ValueError, match=r"kernels: unknown fields 'deform' \(did you mean 'deform_"
+    ):
+        oneformer_jax.load(copy, kernels={"deform": "xla"})
+    with pytest.raises(ValueError, match=r"kernels is 'xla'; it must be fields with values"):
+        oneformer_jax.load(copy, kernels="xla")
     settings["model"]["dtype"] = "int8"
     (copy / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"model\.dtype is 'int8'; it must be one of float32, bf"):
@@ -167,6 +178,15 @@ def test_load_refuses_what_it_does_not_know(workdir, tmp_path):
         oneformer_jax.load(workdir, objectmask=0.25)
     with pytest.raises(ValueError, match="accepted are a workdir"):
         oneformer_jax.load(tmp_path)
+    with pytest.raises(ValueError, match=r"tta is True; it must be fields with values"):
+        oneformer_jax.load(workdir, tta=True)
+    with pytest.raises(
+        ValueError, match=r"unknown fields 'short_edge' \(did you mean 'short_edges'"
+    ):
+        oneformer_jax.load(workdir, tta={"short_edge": (32,)})
+    (tmp_path / "model.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="is no workdir, so it has no checkpoint 5"):
+        oneformer_jax.load(tmp_path / "model.pth", checkpoint=5)
 
 
 def test_the_public_names():

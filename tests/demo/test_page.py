@@ -243,7 +243,11 @@ def test_a_key_that_does_nothing_is_refused():
 
 def test_an_exported_program_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(page, "check", lambda: None)
-    monkeypatch.setattr(modes, "_load", lambda *_: object())
-    (tmp_path / "model.json").touch()
+    monkeypatch.setattr("oneformer_jax.load", lambda *_, **__: object())
     with pytest.raises(ValueError, match="is an exported program; name the weights"):
-        modes.demo(str(tmp_path), "127.0.0.1", 7860)
+        modes.demo("model.stablehlo", "127.0.0.1", 7860)
+    (tmp_path / "model.stablehlo").touch()
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    files = (tmp_path / name for name in ("model.stablehlo", "a.png"))
+    with pytest.raises(ValueError, match="is an exported program; name the weights"):
+        modes.predict(*map(str, files), "all", str(tmp_path / "out"))

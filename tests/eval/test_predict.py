@@ -246,8 +246,8 @@ def test_wrong_calls_are_refused():
     with pytest.raises(ValueError, match="no task is given; use some of panoptic"):
         segmenter()(picture(), task=())
     for threshold in (-0.1, 1.5):
-        with pytest.raises(ValueError, match="object_mask_threshold"):
-            segmenter()(picture(), threshold=threshold)
+        with pytest.raises(ValueError, match=rf"^threshold is {threshold}; it must be a number"):
+            segmenter()(picture(), "instance", threshold=threshold)
     with pytest.raises(ValueError, match="threshold: the semantic task"):
         segmenter()(picture(), "semantic", threshold=0.5)
     tokens = TASK_TOKENS[:1]
@@ -270,6 +270,8 @@ def test_parameters_of_another_model_are_refused():
         predict.Segmenter(dataclasses.replace(CONFIG, num_classes=6), params, stats, METADATA)
     with pytest.raises(ValueError, match="test_size"):
         predict.Segmenter(CONFIG, params, stats, METADATA, test_size=(100, 90))
+    with pytest.raises(ValueError, match=r"^eval\.short_edge is 0; it must be an integer from 8"):
+        predict.Segmenter(CONFIG, params, stats, METADATA, test_size=(0.5, 90))
     with pytest.raises(ValueError, match=r"eval\.bucket_multiple is 48"):
         predict.Segmenter(CONFIG, params, stats, METADATA, bucket_multiple=48)
 
@@ -282,22 +284,47 @@ def test_settings_of_a_run_and_overrides():
     assert made.tta == TtaConfig((32, 48, 64, 80, 96, 112), 448)
     other = build(tta=dict(short_edges=(9,), max_size=0, flip=False))
     assert other.tta == TtaConfig((9,), 448, flip=False)
+    settings["tta"] = dict(enabled=True, short_edges=(32, 40), max_size=50, flip=True)
+    assert build(tta=dict(flip=False)).tta == TtaConfig((32, 40), 50, flip=False)
     assert made.postprocess == PostprocessConfig(topk=9, overlap_threshold=0.5)
     with pytest.raises(ValueError, match=r"unknown setting 'top_k'.*topk"):
         build(top_k=9)
+
+
+class Blind:
+    """A model on its devices that finds nothing; it keeps the batches that it was shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def encode(self, batch):
+        self.seen.append(batch)
+        return batch["image"].shape
+
+    def compile(self, shape):
+        del shape
+
+    def decode(self, shape, task):
+        batch, height, width, _ = shape
+        classes = np.zeros((batch, CONFIG.num_queries, CONFIG.num_classes + 1), np.float32)
+        masks = np.zeros((batch, CONFIG.num_queries, height // 4, width // 4), np.float32)
+        return jnp.asarray(classes), jnp.asarray(masks)
+
+
+def blind(**options):
+    """A Segmenter whose model is `Blind`, and the batches that it is shown."""
+    model = predict.Segmenter(CONFIG, *state(), METADATA, test_size=SIZE, **options)
+    model._predictor = Blind()
+    return model, model._predictor.seen
 
 
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((100, 200), (48, 96)), ((48, 70), (64, 93)), ((70, 48), (93, 64)), ((64, 64), (64, 64))],
 )
-def test_prediction_and_evaluation_show_the_model_the_same_pixels(monkeypatch, size, expected):
-    image, seen = picture(*size), []
-    model = predict.Segmenter(
-        CONFIG, *state(), METADATA, test_size=SIZE, tta=TtaConfig((32, 80), 100, flip=False)
-    )
-    encode = model._encode
-    monkeypatch.setattr(model, "_encode", lambda view: seen.append(view) or encode(view))
+def test_prediction_and_evaluation_show_the_model_the_same_pixels(size, expected):
+    image = picture(*size)
+    model, seen = blind(tta=TtaConfig((32, 80), 100, flip=False))
     model(image, "semantic")
     model(image, "semantic", tta=True)
     options = {"tta_short_edges": (32, 80), "tta_max_size": 100}
@@ -331,35 +358,31 @@ def test_a_list_of_images_of_any_sizes_gives_what_single_calls_give():
 
 def test_batches_and_buckets_act_as_in_the_evaluation(monkeypatch):
     images = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
-    options = dict(postprocess=LENIENT, test_size=SIZE)
+    options = dict(postprocess=LENIENT, test_size=SIZE, batch_size=2)
     seen = []
-
-    def watch(model):
-        encode = model._predictor.encode
-        monkeypatch.setattr(
-            model._predictor,
-            "encode",
-            lambda batch: seen.append(batch["image"].shape[:3]) or encode(batch),
-        )
-        return model
-
-    batched = watch(predict.Segmenter(CONFIG, *state(), METADATA, batch_size=2, **options))
+    batched = predict.Segmenter(CONFIG, *state(), METADATA, **options)
+    encode = batched._predictor.encode
+    monkeypatch.setattr(
+        batched._predictor, "encode", lambda batch: seen.append(batch) or encode(batch)
+    )
     found = batched(images, "semantic")
     # 96 x 64 has one image, so its second row is empty.
-    assert seen == [(2, 64, 96), (2, 64, 96), (2, 96, 64)]
+    assert shapes(seen) == [(2, 64, 96), (2, 64, 96), (2, 96, 64)]
     alone = segmenter()(images, "semantic")
     for one, other in zip(found, alone, strict=True):
         assert (one.class_map != other.class_map).mean() < 0.01
 
-    seen.clear()
-    wide = watch(predict.Segmenter(CONFIG, *state(), METADATA, max_buckets=1, **options))
+    wide, seen = blind(max_buckets=1)
     wide(images, "semantic")
-    assert seen == [(1, 96, 96)] * 5
-    seen.clear()
-    coarse = watch(predict.Segmenter(CONFIG, *state(), METADATA, bucket_multiple=96, **options))
+    assert shapes(seen) == [(1, 96, 96)] * 5
+    coarse, seen = blind(bucket_multiple=96)
     coarse(images, "semantic")
     coarse(images[0], "semantic")
-    assert seen == [(1, 96, 96)] * 6
+    assert shapes(seen) == [(1, 96, 96)] * 6
+
+
+def shapes(batches):
+    return [batch["image"].shape[:3] for batch in batches]
 
 
 def test_the_programs_of_the_next_size_are_compiled_ahead_and_only_once(monkeypatch):

@@ -20,6 +20,7 @@ from oneformer_jax.eval import folder as folders
 from oneformer_jax.eval import inputs, predict, write
 from oneformer_jax.eval.segmentation import Instances, Segmentation
 from oneformer_jax.input_pipeline.images import ImageError
+from oneformer_jax.types import VOID
 from tests.eval.tiny_segmenter import (
     CONFIG,
     LENIENT,
@@ -64,6 +65,15 @@ def test_panoptic_files_are_in_coco_format(tmp_path):
     assert [c["id"] for c in content["categories"]] == list(METADATA.category_ids)
 
 
+def test_a_true_segment_without_pixels_has_an_empty_box(tmp_path):
+    segments = [dict(id=1, category=1), dict(id=7, category=4)]
+    record = dict(image=picture(4, 6), panoptic=np.ones((4, 6), np.int32), segments=segments)
+    Segmentation.from_record(record, METADATA, "panoptic").save(tmp_path, "a")
+    (annotation,) = json.loads((tmp_path / "a_panoptic.json").read_text())["annotations"]
+    boxes = {info["id"]: (info["bbox"], info["area"]) for info in annotation["segments_info"]}
+    assert boxes == {1: ([0, 0, 6, 4], 24), 7: ([0, 0, 0, 0], 0)}
+
+
 def test_semantic_file_has_the_ids_of_the_data_set(tmp_path):
     classes = np.array([[0, 1, 2], [3, 4, 4]], np.int32)
     image = picture(2, 3)
@@ -74,6 +84,14 @@ def test_semantic_file_has_the_ids_of_the_data_set(tmp_path):
         with Image.open(path) as stored:
             assert stored.mode == mode
             np.testing.assert_array_equal(np.asarray(stored), np.array(ids)[classes])
+
+
+def test_unlabelled_pixels_do_not_become_those_of_the_last_class(tmp_path):
+    classes = np.array([[0, 1, VOID], [3, 4, 4]], np.int32)
+    result = Segmentation("semantic", METADATA, class_map=classes, image=picture(2, 3))
+    with pytest.raises(ValueError, match="unlabelled pixels has no file"):
+        result.save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_instance_file_is_a_coco_result(tmp_path):
@@ -170,6 +188,13 @@ def test_a_folder_with_broken_images_is_done_for_the_rest(tmp_path):
         assert words in line
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """Overlays without a drawing, which takes most of the time where nobody looks at it."""
+    monkeypatch.setattr(Segmentation, "overlay", lambda self, **options: self.image)
+
+
+@pytest.mark.usefixtures("plain")
 def test_what_is_done_is_skipped(tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -215,6 +240,7 @@ def test_the_fingerprint_follows_parameters_and_settings():
     assert len({model.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_folder_of_images_for_all_tasks(tmp_path):
     folder, out = tmp_path / "in", tmp_path / "deep" / "out"
     folder.mkdir()
@@ -228,6 +254,7 @@ def test_a_folder_of_images_for_all_tasks(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("plain")
 def test_the_last_results_are_written_beside_the_model(tmp_path, monkeypatch):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -280,6 +307,7 @@ def results(folder):
         (("x.y.png", "x.y.jpg", "x_y.png"), {"x_y_png", "x_y_jpg", "x_y"}),
     ],
 )
+@pytest.mark.usefixtures("plain")
 def test_every_image_has_results_of_its_own(tmp_path, names, expected):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -293,6 +321,7 @@ def test_every_image_has_results_of_its_own(tmp_path, names, expected):
         assert any(re.fullmatch(pattern, name) for name in found), (pattern, found)
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_later_run_overwrites_its_own_results_only(tmp_path):
     out = tmp_path / "out"
     for name in ("a.png", "a.jpg", "a.png"):

@@ -210,6 +210,12 @@ def test_default_views_are_the_official_ones_of_ade20k(short_edge, edges, max_si
     assert TtaConfig.from_settings(settings, short_edge) == TtaConfig(edges, max_size, flip=True)
 
 
+@pytest.mark.parametrize("short_edge", [8, 65_536])
+def test_every_test_size_has_default_views(short_edge):
+    made = TtaConfig.from_settings({}, short_edge)
+    assert len(made.short_edges) == 6 and made.short_edges[2] == short_edge
+
+
 def test_settings_of_cityscapes():
     config = common.get_base()
     config.eval.tta.max_size = 4096

@@ -1,18 +1,20 @@
 """Videos in, overlay videos and COCO's formats out."""
 
 import contextlib
+import itertools
 import json
 import os
 import threading
 import time
+import types
 import weakref
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from oneformer_jax import progress
 from oneformer_jax.app import modes
 from oneformer_jax.eval import clips, predict, video
 from oneformer_jax.eval.segmentation import Instances, Segmentation
@@ -222,6 +224,17 @@ def test_the_command_takes_videos(tmp_path, monkeypatch, capsys):
     assert "2 results are in" in printed and "a_mp4_semantic_overlay.mp4" in printed
 
 
+def test_a_video_and_its_results_are_on_this_machine(tmp_path, monkeypatch):
+    path = clip_files.write(tmp_path / "a.mp4")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"--output of a video cannot be in a bucket \(gs://b/out\)"):
+        modes.predict("run", str(path), "semantic", "gs://b/out")
+    for call in (clips.open_clip("gs://b/a.mp4"), clips.open_clip("s3://b/*.png")):
+        with pytest.raises(OSError, match=r"a video cannot be in a bucket"), call:
+            pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"]
+
+
 # --- what goes wrong ---
 
 
@@ -329,13 +342,14 @@ def test_few_frames_are_in_memory_however_long_the_video(tmp_path, monkeypatch):
     assert len(most) == 60 and max(most) <= 2 * video.AHEAD + 2 * video.DRAWERS
 
 
-def test_progress_tells_the_rate_and_the_time_left(tmp_path, monkeypatch):
-    clip = clips.Clip("a.mp4", "a_mp4", Fraction(10), total=101)
-    progress = video._Progress(clip, tmp_path)
-    progress._start, progress._done = 100.0, 21
-    assert progress._line(110.0) == "a.mp4: frame 21 of 101, 2.0 frames/s, 0:00:40 left"
-    clip.total = None
-    assert progress._line(110.0) == "a.mp4: frame 21, 2.0 frames/s"
+def test_progress_tells_the_rate_and_the_time_left(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    path = clip_files.write(tmp_path / "a.mp4")
+    video.predict_video(by_colour, path, tmp_path / "out", "semantic")
+    # The first frame, for which programs are compiled, does not count.
+    assert f"1 of 8 frames of {path}, 0.0 a second, 9 min 20 s left" in caplog.text
 
 
 def test_an_unknown_task_is_named(tmp_path):

@@ -107,7 +107,7 @@ def test_the_mode_writes_maps_that_are_loaded(segmenter, tmp_path, monkeypatch, 
     assert "ask those who made the weights" in exported.description.license
     with pytest.raises(ValueError, match="resize it to 64 x 91, or export without --postprocess"):
         exported(picture(100, 142))
-    with pytest.raises(ValueError, match="exported already"):
+    with pytest.raises(ValueError, match="is an exported program"):
         modes.export(str(path), str(tmp_path / "a.onnx"), "onnx", "semantic", SIZE)
 
 

@@ -119,7 +119,7 @@ def test_an_ignored_zero_is_no_class_of_the_scores(tmp_path):
     label = np.array([[0, 1, 2], [0, 0, 2]])
     write_folder(tmp_path, [(1, "square"), (2, "disc")], [label])
     metric = score_of_a_perfect_prediction(opened(tmp_path, ignore_label=0))
-    assert metric.true.tolist() == [1, 2] and metric.compute()["semantic/mIoU"] == 100
+    assert metric.totals()[1].tolist() == [1, 2] and metric.compute()["semantic/mIoU"] == 100
 
 
 def test_masks_of_0_and_255_are_read_only_as_told(tmp_path):
@@ -130,7 +130,8 @@ def test_masks_of_0_and_255_are_read_only_as_told(tmp_path):
     with pytest.raises(records.RecordError, match=r"no class \(255\)"):
         opened(tmp_path, ignore_label=-1)[0]
     (tmp_path / "classes.txt").write_text("0 ground\n255 object\n")
-    assert score_of_a_perfect_prediction(opened(tmp_path, ignore_label=-1)).true.tolist() == [6, 6]
+    metric = score_of_a_perfect_prediction(opened(tmp_path, ignore_label=-1))
+    assert metric.totals()[1].tolist() == [6, 6]
     # Honest masks of 0 and 1 with unlabelled pixels.
     label = np.array([[0, 1, 255], [0, 0, 255]])
     write_folder(tmp_path, [(0, "ground"), (1, "object")], [label, label])

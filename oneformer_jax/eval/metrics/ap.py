@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,14 +31,14 @@ if typing.TYPE_CHECKING:
     from oneformer_jax.eval.segmentation import Segmentation
 
 
-# Name -> (index into COCOeval's statistics, the kind of ground truth that it needs).
+# COCOeval's first statistics, in its order, and the kind of ground truth that each needs.
 _STATISTICS = {
-    "instance/AP": (0, ""),
-    "instance/AP50": (1, ""),
-    "instance/AP75": (2, ""),
-    "instance/APs": (3, " with an area of at most 32^2 pixels"),
-    "instance/APm": (4, " with an area of 32^2 to 96^2 pixels"),
-    "instance/APl": (5, " with an area of at least 96^2 pixels"),
+    "instance/AP": "",
+    "instance/AP50": "",
+    "instance/AP75": "",
+    "instance/APs": " with an area of at most 32^2 pixels",
+    "instance/APm": " with an area of 32^2 to 96^2 pixels",
+    "instance/APl": " with an area of at least 96^2 pixels",
 }
 
 
@@ -60,25 +61,15 @@ def _pack(masks: Sequence[Masks], prefix: str) -> dict[str, np.ndarray]:
 
 
 def _unpack(state: Mapping[str, np.ndarray], prefix: str) -> list[Masks]:
-    ends = np.cumsum(state[f"{prefix}_code_length"])
-    codes = state[f"{prefix}_codes"].tobytes()
-    counts = [
-        codes[end - n : end] for end, n in zip(ends, state[f"{prefix}_code_length"], strict=True)
+    def split(name: str, lengths: str) -> list[np.ndarray]:
+        return np.split(state[f"{prefix}_{name}"], np.cumsum(state[f"{prefix}_{lengths}"]))[:-1]
+
+    codes = iter([code.tobytes() for code in split("codes", "code_length")])
+    columns = (split(name, "number") for name in ("classes", "values", "crowd"))
+    return [
+        Masks(classes, values, crowd, list(itertools.islice(codes, len(classes))))
+        for classes, values, crowd in zip(*columns, strict=True)
     ]
-    masks = []
-    start = 0
-    for n in state[f"{prefix}_number"]:
-        part = slice(start, start + int(n))
-        masks.append(
-            Masks(
-                classes=state[f"{prefix}_classes"][part],
-                values=state[f"{prefix}_values"][part],
-                crowd=state[f"{prefix}_crowd"][part],
-                counts=counts[part],
-            )
-        )
-        start += int(n)
-    return masks
 
 
 def checked_instances(
@@ -278,8 +269,7 @@ class CocoAP:
                     per_class[c] = 100 * mean(precision[:, :, column][precision[:, :, column] > -1])
                 found = run.stats[: len(_STATISTICS)]
                 statistics = np.where(found > -1, 100 * found, np.nan)
-            values = {n: float(statistics[i]) for n, (i, _) in _STATISTICS.items()}
-            self._result = values, per_class
+            self._result = dict(zip(_STATISTICS, statistics.tolist(), strict=True)), per_class
         return self._result
 
     def compute(self) -> dict[str, float]:
@@ -291,7 +281,7 @@ class CocoAP:
         values = self._evaluate()[0]
         return {
             name: f"the ground truth has no instance{needed} (crowds aside)"
-            for name, (_, needed) in _STATISTICS.items()
+            for name, needed in _STATISTICS.items()
             if np.isnan(values[name])
         }
 

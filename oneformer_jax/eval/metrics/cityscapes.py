@@ -21,6 +21,7 @@ from oneformer_jax.eval.metrics.truth import (
     check_mergeable,
     check_new_images,
     mean,
+    ratio,
     read_segments,
     segment_map,
 )
@@ -54,6 +55,9 @@ MEAN_PIXELS = {
     "motorcycle": 6298.7200839748,
     "bicycle": 4672.3249222261,
 }
+
+# Attributes of `CityscapesAP` that grow with the images, without their "_".
+_TABLES = ("true", "detected", "pairs", "scores")
 
 
 class CityscapesAP:
@@ -136,9 +140,9 @@ class CityscapesAP:
         check_new_images(self._image_ids.keys(), other._image_ids.keys())
         self._image_ids |= other._image_ids
         offset = np.array([len(self._true), len(self._detected), 0])
-        self._pairs = np.concatenate([self._pairs, other._pairs + offset])
         self._true = np.concatenate([self._true, other._true])
         self._detected = np.concatenate([self._detected, other._detected])
+        self._pairs = np.concatenate([self._pairs, other._pairs + offset])
         self._scores = np.concatenate([self._scores, other._scores])
 
     def state(self) -> dict[str, np.ndarray]:
@@ -146,17 +150,14 @@ class CityscapesAP:
         return {
             "is_thing": self.is_thing,
             "image_ids": np.array(list(self._image_ids), np.str_),
-            "true": self._true,
-            "detected": self._detected,
-            "pairs": self._pairs,
-            "scores": self._scores,
+            **{name: getattr(self, f"_{name}") for name in _TABLES},
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> CityscapesAP:
         metric = cls(state["is_thing"])
         metric._image_ids = dict.fromkeys(map(str, state["image_ids"]))
-        for name in ("true", "detected", "pairs", "scores"):
+        for name in _TABLES:
             setattr(metric, f"_{name}", np.array(state[name]))
         return metric
 
@@ -263,8 +264,6 @@ class CityscapesIoU(MeanIoU):
 
     def __init__(self, class_names: Sequence[str], is_thing: Sequence[bool] | np.ndarray):
         super().__init__(len(class_names))
-        # Rows: truth, columns: prediction.
-        self.confusion = np.zeros((len(class_names), len(class_names)), np.int64)
         self.class_names = tuple(class_names)
         self.is_thing = np.array(is_thing, bool)
         known = [name for names in CATEGORIES.values() for name in names]
@@ -285,10 +284,9 @@ class CityscapesIoU(MeanIoU):
 
     def update(self, segmentation: Segmentation, record: Record) -> Outcome:
         """Adds one image, as `MeanIoU.update`."""
-        truth = read_segments(record, len(self.true))
+        truth = read_segments(record, self.num_classes)
         pixels = self._pixels(segmentation.class_map, truth, record)
-        self._add(truth.classes, pixels)
-        outcome = self._confuse_segments(truth.classes, pixels)
+        outcome = self._add_segments(truth.classes, pixels)
         size = pixels.sum(axis=1)
         instances = self.is_thing[truth.classes] & ~truth.crowd & (size > 0)
         classes, pixels, size = truth.classes[instances], pixels[instances], size[instances]
@@ -302,22 +300,16 @@ class CityscapesIoU(MeanIoU):
             np.add.at(total, classes, part * self._weights[classes] / size)
         return outcome
 
-    def _add(self, classes: np.ndarray, pixels: np.ndarray) -> None:
-        super()._add(classes, pixels)
-        np.add.at(self.confusion, classes, pixels)
-
     def merge(self, other: Self) -> None:
         """Adds the images that `other` has seen."""
         ours, theirs = (np.array(metric.class_names) for metric in (self, other))
         check_mergeable("CityscapesIoU", ours, theirs)
         super().merge(other)
-        self.confusion += other.confusion
         self.weighted += other.weighted
 
     def state(self) -> dict[str, np.ndarray]:
         return {
             **super().state(),
-            "confusion": self.confusion,
             "class_names": np.array(self.class_names, np.str_),
             "is_thing": self.is_thing,
             "weighted": self.weighted,
@@ -327,20 +319,22 @@ class CityscapesIoU(MeanIoU):
     def from_state(cls, state: Mapping[str, np.ndarray]) -> CityscapesIoU:
         metric = cls([str(name) for name in state["class_names"]], state["is_thing"])
         metric._load(state)
-        metric.confusion = np.array(state["confusion"])
         metric.weighted = np.array(state["weighted"])
         return metric
 
     def per_class(self) -> dict[str, np.ndarray]:
         """As `MeanIoU.per_class`, with iIoU; NaN for stuff, or a thing that does not occur."""
-        false = self.predicted - self.hits
-        iou = _ratio(self.weighted[0], self.weighted[1] + false, self.is_thing)
+        hits, _, predicted = self.totals()
+        iou = ratio(self.weighted[0], self.weighted[1] + predicted - hits, self.is_thing)
         return {**super().per_class(), "semantic/iIoU": 100 * iou}
 
     def per_category(self) -> dict[str, np.ndarray]:
         """Computes IoU and iIoU of `CATEGORIES` in percent, float64 [7]; NaN as in `per_class`."""
         members = self._members.astype(np.int64)
-        table = members @ self.confusion @ members.T
+        table = np.zeros((self.num_classes, self.num_classes), np.int64)
+        classes, predicted, pixels = self.pairs()
+        table[classes, predicted] = pixels
+        table = members @ table @ members.T
         hit, true = np.diagonal(table), table.sum(axis=1)
         false = table.sum(axis=0) - hit
         _, whole, found = self.weighted @ members.T
@@ -348,8 +342,8 @@ class CityscapesIoU(MeanIoU):
         stuff = np.asarray(self._members[:, ~self.is_thing].any(axis=1))
         things = self._members.any(axis=1) & ~stuff
         return {
-            "IoU": 100 * _ratio(hit, true + false, np.ones(len(hit), bool)),
-            "iIoU": 100 * _ratio(found, whole + false, things),
+            "IoU": 100 * ratio(hit, true + false),
+            "iIoU": 100 * ratio(found, whole + false, things),
         }
 
     def compute(self) -> dict[str, float]:
@@ -368,8 +362,3 @@ class CityscapesIoU(MeanIoU):
             if np.isnan(self.compute()[name]):
                 reasons[name] = "no thing class occurs in the ground truth or the predictions"
         return reasons
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Divides part / whole; NaN where `whole` is 0 or `where` False."""
-    return np.divide(part, whole, out=np.full(len(part), np.nan), where=where & (whole > 0))

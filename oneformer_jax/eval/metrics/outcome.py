@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import typing
 
 import numpy as np
@@ -51,10 +52,7 @@ def of_segments(
         else:
             pairs.append((int(true[g]), NOTHING))
     pairs += [(NOTHING, int(c)) for c in predicted[wrong]]
-    counted: dict[tuple[int, int], int] = {}
-    for pair in pairs:
-        counted[pair] = counted.get(pair, 0) + 1
-    ranked = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+    ranked = sorted(collections.Counter(pairs).items(), key=lambda item: (-item[1], item[0]))
     return Outcome(score, [(t, p, float(number)) for (t, p), number in ranked])
 
 

@@ -15,11 +15,15 @@ from oneformer_jax.eval.metrics.truth import (
     check_size,
     count_pairs,
     mean,
+    ratio,
     read_segments,
     runs,
     segment_numbers,
 )
 from oneformer_jax.eval.segmentation import Segmentation
+
+# Attributes of `PanopticQuality` that add up over images.
+_SUMS = ("iou_sum", "tp", "fp", "fn", "images")
 
 
 class PanopticQuality:
@@ -118,27 +122,17 @@ class PanopticQuality:
     def merge(self, other: PanopticQuality) -> None:
         """Adds the images that `other` has seen."""
         check_mergeable("PanopticQuality", self.is_thing, other.is_thing)
-        self.iou_sum += other.iou_sum
-        self.tp += other.tp
-        self.fp += other.fp
-        self.fn += other.fn
-        self.images += other.images
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def state(self) -> dict[str, np.ndarray]:
         """Packs the state in arrays of fixed size: four of [K], a scalar, and class kinds [K]."""
-        return {
-            "is_thing": self.is_thing,
-            "iou_sum": self.iou_sum,
-            "tp": self.tp,
-            "fp": self.fp,
-            "fn": self.fn,
-            "images": np.array(self.images, np.int64),
-        }
+        return {"is_thing": self.is_thing} | {n: np.array(getattr(self, n)) for n in _SUMS}
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> PanopticQuality:
         metric = cls(state["is_thing"])
-        for name in ("iou_sum", "tp", "fp", "fn"):
+        for name in _SUMS:
             setattr(metric, name, np.array(state[name]))
         metric.images = int(state["images"])
         return metric
@@ -146,19 +140,13 @@ class PanopticQuality:
     def per_class(self) -> dict[str, np.ndarray]:
         """Returns PQ, SQ and RQ in percent, and their counts, float64 [K]; NaN: class unseen."""
         weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
-        seen = weight > 0
-        nan = np.full(len(weight), np.nan)
-        pq = np.divide(self.iou_sum, weight, out=nan.copy(), where=seen)
-        rq = np.divide(self.tp, weight, out=nan.copy(), where=seen)
-        sq = np.where(seen, self.iou_sum / np.maximum(self.tp, 1), np.nan)
-        return {
-            "panoptic/PQ": 100 * pq,
-            "panoptic/SQ": 100 * sq,
-            "panoptic/RQ": 100 * rq,
-            "panoptic/tp": self.tp.astype(np.float64),
-            "panoptic/fp": self.fp.astype(np.float64),
-            "panoptic/fn": self.fn.astype(np.float64),
+        found = {
+            "PQ": 100 * ratio(self.iou_sum, weight),
+            "SQ": 100 * ratio(self.iou_sum, np.maximum(self.tp, 1), weight > 0),
+            "RQ": 100 * ratio(self.tp, weight),
         }
+        found |= {name: getattr(self, name).astype(np.float64) for name in ("tp", "fp", "fn")}
+        return {f"panoptic/{name}": column for name, column in found.items()}
 
     def _groups(self) -> dict[str, np.ndarray]:
         """Suffix of the metric names -> bool [K], the classes of the mean."""
@@ -187,10 +175,5 @@ class PanopticQuality:
         }
 
     def counts(self) -> dict[str, int]:
-        return {
-            "panoptic/images": self.images,
-            "panoptic/classes": int(self._groups()[""].sum()),
-            "panoptic/tp": int(self.tp.sum()),
-            "panoptic/fp": int(self.fp.sum()),
-            "panoptic/fn": int(self.fn.sum()),
-        }
+        found = {"panoptic/images": self.images, "panoptic/classes": int(self._groups()[""].sum())}
+        return found | {f"panoptic/{n}": int(getattr(self, n).sum()) for n in ("tp", "fp", "fn")}

@@ -150,6 +150,11 @@ def check_new_images(ours: Set[str], theirs: Set[str]) -> None:
         )
 
 
+def ratio(part: np.ndarray, whole: np.ndarray, where: np.ndarray | bool = True) -> np.ndarray:
+    """Divides part / whole, [N]; NaN where `whole` is 0 or `where` False."""
+    return np.divide(part, whole, out=np.full(len(part), np.nan), where=where & (whole > 0))
+
+
 def mean(values: np.ndarray) -> float:
     """Returns the mean of an array; NaN if it is empty."""
     return float(values.mean()) if values.size else float("nan")

@@ -68,53 +68,40 @@ def sheet(samples: Sequence[Sample], metadata: Metadata, columns: int = 2) -> np
     cards = [_card(sample, metadata) for sample in samples]
     height = max((card.shape[0] for card in cards), default=1)
     width = max((card.shape[1] for card in cards), default=1)
-    cards = [_extend(card, height) for card in cards]
+    cards = [
+        np.pad(card, ((0, height - len(card)), (0, 0), (0, 0)), constant_values=255)
+        for card in cards
+    ]
     titles = [
         f"{TASKS[s.task]}  ·  {s.name}  ·  {s.valid.sum()} of {len(s.valid)} slots" for s in samples
     ]
     return sheets.contact_sheet(cards, titles, columns=columns, cell=(height, width))
 
 
-def _extend(card: np.ndarray, height: int) -> np.ndarray:
-    return np.pad(card, ((0, height - card.shape[0]), (0, 0), (0, 0)), constant_values=255)
-
-
 def _card(sample: Sample, metadata: Metadata) -> np.ndarray:
-    image, segments = _shrunk(sample.image, sample.segment_map)
+    height, width = sample.image.shape[:2]
+    factor = min(_SIDE / height, _WIDEST / width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    image, segments = sample.image, sample.segment_map
+    if factor < 1:  # before labels and outlines are drawn readably
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        segments = cv2.resize(segments, size, interpolation=cv2.INTER_NEAREST)
     target = Segmentation(
         # Drawn as segments, because the targets of no task overlap.
         task="panoptic",
         metadata=metadata,
         segments=segments,
         segments_info=[
-            {"id": int(slot) + 1, "category_id": int(sample.classes[slot])}
+            {"id": int(slot) + 1, "category_id": int(sample.classes[slot]), "score": 1.0}
             for slot in np.flatnonzero(sample.valid)
         ],
     )
     # Small images are drawn larger than shown, so outlines follow the pixels.
     drawn = overlay.draw(image, target, min_size=_SIDE)
-    factor = _factor(image.shape)
-    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
     drawn = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
     image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
     gap = np.full((len(image), _GAP, 3), 255, np.uint8)
     return _with_caption(np.concatenate([image, gap, drawn], 1), sample)
-
-
-def _factor(shape: tuple[int, ...]) -> float:
-    return min(_SIDE / shape[0], _WIDEST / shape[1])
-
-
-def _shrunk(image: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shrinks both to the size shown, before labels and outlines are drawn readably."""
-    factor = _factor(image.shape)
-    if factor >= 1:
-        return image, segments
-    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
-    return (
-        cv2.resize(image, size, interpolation=cv2.INTER_AREA),
-        cv2.resize(segments, size, interpolation=cv2.INTER_NEAREST),
-    )
 
 
 def _with_caption(picture: np.ndarray, sample: Sample) -> np.ndarray:

@@ -10,7 +10,7 @@ import colorsys
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import cv2
@@ -48,19 +48,12 @@ class Drawable(Protocol):
     @property
     def metadata(self) -> Metadata: ...
     @property
-    def segments(self) -> np.ndarray | Any: ...
-    @property
-    def segments_info(self) -> list[dict[str, Any]] | Any: ...
-    @property
-    def class_map(self) -> np.ndarray | Any: ...
-    @property
-    def masks(self) -> np.ndarray | Any: ...
-    @property
     def scores(self) -> np.ndarray | Any: ...
     @property
     def labels(self) -> np.ndarray | Any: ...
     @property
     def size(self) -> tuple[int, int]: ...
+    def each_mask(self) -> Iterator[np.ndarray]: ...
 
 
 def draw(
@@ -87,8 +80,8 @@ def draw(
       min_size: enlarge images with a shorter side by a whole factor, for fine text and outlines,
         unless the picture becomes large. 0 keeps the size.
       max_pixels: limit of the picture's pixels; larger images are shrunk.
-      numbers: for each segment the number of its object among those of its class, from 0. It
-        chooses the shade, and things show it in the place of their score.
+      numbers: for each segment, in the order of `masks`, the number of its object among those of
+        its class, from 0. It chooses the shade, and things show it in the place of their score.
       steady: labels keep their places in the frames of a video, as far as that goes.
 
     Returns:
@@ -150,29 +143,12 @@ def _regions(
 ) -> list[_Region]:
     """The segments, with their masks resized to `size`, (width, height)."""
     metadata = segmentation.metadata
-    found: Iterable[tuple[np.ndarray, int, float | None]]
-    if segmentation.task == "panoptic":
-        found = (
-            (segmentation.segments == info["id"], info["category_id"], None)
-            for info in segmentation.segments_info
-        )
-    elif segmentation.task == "instance":
-        found = (
-            (mask, int(label), float(score))
-            for mask, label, score in zip(
-                segmentation.masks, segmentation.labels, segmentation.scores, strict=True
-            )
-        )
-    else:
-        classes = np.unique(segmentation.class_map)
-        found = (
-            (segmentation.class_map == c, int(c), None)
-            for c in classes
-            if 0 <= c < metadata.num_classes
-        )
+    scores = segmentation.scores.tolist() if segmentation.task == "instance" else None
+    found = zip(segmentation.each_mask(), segmentation.labels.tolist(), strict=True)
     regions = []
     seen: dict[int, int] = {}
-    for position, (whole, label, score) in enumerate(found):
+    for position, (whole, label) in enumerate(found):
+        score = None if scores is None else scores[position]
         if score is not None and score < min_score:
             continue
         mask = resized(whole, size)
