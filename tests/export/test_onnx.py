@@ -14,16 +14,16 @@ import pytest
 from PIL import Image
 
 from oneformer_jax.eval import predict
-from oneformer_jax.eval.postprocess import segment_batch
+from oneformer_jax.eval.postprocess import PostprocessConfig, segment_batch
 from oneformer_jax.eval.prediction import ranked
 from oneformer_jax.export import onnx_model
 from oneformer_jax.export.program import segmentation_of
 from oneformer_jax.models import functional
 from oneformer_jax.models.backbones import backbone_config
-from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.types import TASKS
 from tests import tiny
 from tests.eval.tiny_segmenter import LENIENT, METADATA, picture
+from tests.export import trained
 from tests.export.tiny_export import SIZE, assert_same, described
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
@@ -100,7 +100,10 @@ def test_the_logits_and_the_panoptic_result_are_ours(kind, tmp_path):
 
 
 def assert_logits_and_result(found, segmenter, image, image_size):
-    expected = assert_logits(found, segmenter, image, image_size)
+    """The logits are ours within 1e-4 of the largest, the segments are ours; returns these."""
+    expected = our_logits(segmenter, image, image_size)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-4 * np.abs(value).max())
     size = np.array([image_size])
     one, other = (
         segment_batch(
@@ -116,14 +119,7 @@ def assert_logits_and_result(found, segmenter, image, image_size):
     )
     assert other.segments.any()
     assert_same(one, other, 1e-5)
-
-
-def assert_logits(found, segmenter, image, image_size):
-    """The logits are ours within 1e-4; returns ours."""
-    expected = our_logits(segmenter, image, image_size)
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-4)
-    return expected
+    return other
 
 
 @pytest.mark.slow
@@ -167,20 +163,24 @@ def test_the_example_of_the_documentation_runs(resnet, tmp_path, monkeypatch, ca
 
 @pytest.mark.slow
 def test_swin_t_at_512_pixels_is_ours(tmp_path):
-    """The masks of these parameters are far from the threshold of the masked attention.
+    """After a short training, since the segments of random parameters are a matter of ties.
 
-    Where they are near, as before training, the rounding of another runtime lets a query attend to
-    other pixels, and its logits differ in the second digit. All queries agree here, so that the
-    panoptic result is one of ties, and not compared.
+    Near the threshold of the masked attention the rounding of another runtime lets a query attend
+    to other pixels: logits are compared in parts of the largest one.
     """
-    config = OneFormerConfig(num_classes=tiny.CLASSES, backbone=backbone_config("swin_tiny"))
-    params, stats = tiny.random_model(config)[1:]
     size = (512, 512)
-    options = dict(postprocess=LENIENT, test_size=size)
-    segmenter = predict.Segmenter(config, params, stats, METADATA, **options)
+    segmenter = predict.Segmenter(
+        trained.CONFIG,
+        *trained.train(),
+        METADATA,
+        postprocess=PostprocessConfig(object_mask_threshold=0.3),
+        test_size=size,
+    )
     write(tmp_path / "model.onnx", segmenter, size=size)
-    image = picture(*size)
-    assert_logits(outputs(tmp_path / "model.onnx", image), segmenter, image, size)
+    image, _ = trained.scene(size[0])
+    found = outputs(tmp_path / "model.onnx", image)
+    other = assert_logits_and_result(found, segmenter, image, size)
+    assert len(other.segments_info) >= 3
 
 
 def test_what_onnx_cannot_do_is_one_line(resnet, tmp_path, monkeypatch):
