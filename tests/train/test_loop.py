@@ -144,10 +144,10 @@ def test_tensorboard_has_the_scalars_and_the_pictures(run):
     losses = [(s, v["loss"]) for s, v in scalars(run.workdir) if "loss" in v]
     assert events["loss/total"] == [(s, pytest.approx(v)) for s, v in losses]
     assert {tag.split("/")[0] for tag in events} == {
-        *("loss", "loss_layers", "norm", "health", "lr", "time", "predictions", "run"),
+        *("loss", "loss_layers", "norm", "health", "lr", "time", "run"),
         *("panoptic", "instance", "semantic", "_hparams_", "custom_scalars__config__"),
     }
-    assert [step for step, _ in events["predictions"]] == [2, 4, 6]
+    assert [step for step, _ in events["instance/image_2"]] == [2, 4, 6]
     assert [step for step, _ in events["panoptic/PQ"]] == [2, 4, 6]
 
 
