@@ -21,9 +21,11 @@ from oneformer_jax.app import data
 def train(config: ConfigDict, workdir: str, compiled_step: str = "") -> None:
     """Trains, evaluates and draws: see `oneformer_jax.train.loop.train`."""
     from oneformer_jax.input_pipeline import loader, statistics, tokenizer
-    from oneformer_jax.train import loop
+    from oneformer_jax.train import loop, start
 
+    # Wrong weights are found before the data is opened or prepared, which takes longer.
     config = data.with_architecture(config, workdir)
+    start.check_start(config, workdir)
     source, info = data.open_split(config, config.dataset.train_split)
     config = data.with_steps(config, source)
     if data.process()[0] == 0:

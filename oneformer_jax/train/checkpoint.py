@@ -443,7 +443,7 @@ def find_checkpoint(
     if not (path / descriptions.MODEL_FILE).exists():
         raise CheckpointError(f"{path} has no {descriptions.MODEL_FILE}; {expected}")
     folder = path / CHECKPOINT_FOLDER
-    steps = folders.finished_steps(folder) if folder.exists() else []
+    steps = folders.finished_steps(folder)
     if not steps:
         raise CheckpointError(f"{path} holds no finished checkpoint yet; {expected}")
     if str(checkpoint) in map(str, steps):

@@ -111,14 +111,12 @@ def is_complete(folder: pathlib.Path) -> bool:
 
 
 def finished_steps(directory: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
+    """Steps of the complete checkpoints in a folder, ascending; none if it is missing."""
     return sorted(int(path.name) for path in _paths_in(directory) if is_complete(path))
 
 
 def _paths_in(directory: pathlib.Path) -> list[pathlib.Path]:
-    if remote.is_remote(directory):
-        return [directory / name for name in remote.names(directory)]
-    return list(directory.iterdir())
+    return [directory / name for name in remote.names(directory)]
 
 
 # ------------------------------------------------------------------ saving and removing
