@@ -20,12 +20,13 @@ Running the same command again resumes, or skips what is done.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -38,7 +39,7 @@ from oneformer_jax.files import did_you_mean, first_few, nearest
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"  # those that are shipped
 COMMON = os.path.join("configs", "common.py")  # every key of a config
-TASKS = ("panoptic", "instance", "semantic", "all")
+TASKS = (*config_rules.TASKS, "all")
 # Other programs' names of keys, in any group.
 SYNONYMS = {
     "amp": "model.dtype",
@@ -84,6 +85,26 @@ _MODES = {
     "replay": "run a recorded step of bad numbers again",
     "calibrate": "measure the kernels of --config on the device that is here",
     "report": "write the report.html of --workdir, or compare it with other runs",
+}
+# Flags that a mode needs, but for "workdir" and "config", which the others need.
+_NEEDS = {
+    "predict": ("image",),
+    "demo": (),
+    "convert": ("source", "output"),
+    "export": ("output", "size"),
+    "prepare": ("dataset", "source"),
+    "import": ("source",),
+    "inspect": ("config",),
+    "compile": ("config",),
+    "calibrate": ("config",),
+    "report": ("workdir",),
+}
+# What Ctrl-C leaves behind.
+_STOPPED = {
+    "train": "; the same command goes on from the last checkpoint",
+    "prepare": "; the same command goes on from the last finished file",
+    "predict": "; the same command goes on from the last finished file",
+    "import": "; nothing was written",
 }
 # Modes that read the config.
 WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay", "calibrate")
@@ -145,7 +166,7 @@ _PUSH = flags.DEFINE_string(
     "push", None, "convert to hugging_face: the model on the hub, OWNER/NAME, where it goes."
 )
 _LICENSE = flags.DEFINE_string(
-    "license", "", "push, export: licence of the weights, as apache-2.0; it goes with them."
+    "license", "", "convert, export: licence of the weights, as apache-2.0; it goes with them."
 )
 _DATASET = flags.DEFINE_enum("dataset", None, OFFICIAL, "prepare: the dataset.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare, import: where the files go.")
@@ -229,6 +250,11 @@ def overridden_keys(argv: Sequence[str]) -> list[str]:
     return [match[1] for match in matches if match]
 
 
+def key_of(override: str) -> str:
+    """Returns the key that an override belongs to: "crop_size" of the element "crop_size[0]"."""
+    return re.sub(r"\[.*", "", override)
+
+
 def config_keys(config: ConfigDict, prefix: str = "") -> list[str]:
     """Returns dotted keys of all values of `config`, groups included."""
     keys = []
@@ -249,12 +275,11 @@ def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
     keys = config_keys(config)
     messages = []
     for override in overrides:
-        # An element, as in crop_size[0], belongs to its key.
         renamed = config_rules.RENAMED.get(override)
-        if renamed is None and re.sub(r"\[.*", "", override) in keys:
+        if renamed is None and key_of(override) in keys:
             continue
-        renamed = renamed or SYNONYMS.get(override.rsplit(".", 1)[-1])
         last = override.rsplit(".", 1)[-1]
+        renamed = renamed or SYNONYMS.get(last)
         near = [renamed] if renamed else [k for k in keys if k.rsplit(".", 1)[-1] == last]
         if not renamed:
             near += [key for key in nearest(override, keys, 3, 0.7) if key not in near]
@@ -276,7 +301,7 @@ def wrong_values(config: ConfigDict, path: str, overrides: Sequence[str]) -> str
     """
     lines = []
     for fault in config_rules.find_faults(config):
-        overridden = any(re.sub(r"\[.*", "", key) == fault.key for key in overrides)
+        overridden = fault.key in map(key_of, overrides)
         source = "--config." if overridden else f"{path}: "
         lines.append(f"{source}{fault.key}={fault.shown}: it must {fault.text}")
     return first_few(lines, 10, "\n")
@@ -362,10 +387,21 @@ def start_jax(config: ConfigDict | None = None) -> None:
     compilation.keep_programs(config.compilation_cache if config else "")
 
 
-def require_flags(**values: object) -> None:
-    for name, value in values.items():
-        if not value:
-            fail(f"--mode={_MODE.value} needs --{name}=...", 2)
+def check_flags(mode: str) -> None:
+    """Ends the program if the mode lacks a flag, or a flag is given that does nothing in it."""
+    for name in _NEEDS.get(mode, ("workdir", "config")):
+        if not flags.FLAGS[name].value:
+            fail(f"--mode={mode} needs --{name}=...", 2)
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        acts_in = modes_of(flag)
+        if flag.present and acts_in and mode not in acts_in:
+            fail(f"--{flag.name} belongs to --mode={' or '.join(acts_in)}, not to --mode={mode}", 2)
+
+
+def modes_of(flag: flags.Flag) -> list[str]:
+    """Lists the modes in which a flag acts, as its help tells before a colon; [] for all."""
+    heads = re.findall(r"(?:^|[.;>]:? )([a-z_, ]+): ", flag.help)  # "<a|b>: " begins an enum's
+    return [word for head in heads for word in re.split(",? ", head) if word in _MODES]
 
 
 def chosen_weights() -> str:
@@ -407,87 +443,69 @@ def image_size() -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def chosen_call(mode: str, config: ConfigDict | None) -> Callable[[], bool | None]:
+    """Returns the call of a mode with its flags; wrong ones end the program with code 2."""
+    bind = functools.partial
+    which = _CHECKPOINT.value
+    if mode == "train":
+        return bind(modes.train, config, _WORKDIR.value, _COMPILED.value)
+    if mode == "eval":
+        return bind(modes.evaluate, config, _WORKDIR.value, which or "latest")
+    if mode == "replay":
+        if which is not None and not which.isdecimal():
+            fail(f"--checkpoint={which}: replay takes the number of a recorded step", 2)
+        return bind(modes.replay, config, _WORKDIR.value, which and int(which))
+    if mode == "compile":
+        options = {"try_others": _SUGGEST.value, "quick": _QUICK.value, "save": _SAVE.value}
+        return bind(modes.compile_programs, config, **options)
+    if mode == "calibrate":
+        return bind(modes.calibrate, config)
+    if mode == "inspect":
+        return bind(modes.inspect_data, config, _OUTPUT.value, limit=_LIMIT.value)
+    if mode == "report":
+        return bind(modes.report, _WORKDIR.value, _COMPARE.value, _OUTPUT.value)
+    if mode == "prepare":
+        places = (_SOURCE.value, _DATA_DIR.value)
+        return bind(modes.prepare, _DATASET.value, *places, _SPLIT.value, _SKIP_BROKEN.value)
+    if mode == "import":
+        return bind(modes.import_data, chosen_format(TOOLS), _SOURCE.value, _DATA_DIR.value)
+    if mode == "convert":
+        form, published = chosen_format(FORMATS, "workdir"), (_PUSH.value, _LICENSE.value)
+        places = (_SOURCE.value, _OUTPUT.value)
+        return bind(modes.convert, *places, form, _MODEL.value, *published)
+    if mode == "export":
+        weights, form, size = chosen_weights(), chosen_format(PROGRAMS), image_size()
+        if _TASK.value == "all":
+            fail("--mode=export needs --task=panoptic, instance or semantic", 2)
+        chosen = (_TASK.value, size, _POSTPROCESS.value, _LICENSE.value)
+        return bind(modes.export, weights, _OUTPUT.value, form, *chosen, which=which or "auto")
+    keys = [key_of(override) for override in overridden_keys(sys.argv)]
+    how = {
+        "which": which or "auto",
+        "threshold": _THRESHOLD.value,
+        "max_pixels": _MAX_PIXELS.value,
+        "settings": {key: value_of(config, key) for key in keys},
+    }
+    if mode == "demo":
+        return bind(modes.demo, chosen_weights(), _HOST.value, _PORT.value, **how)
+    weights, output = prediction_paths()
+    places = (weights, _IMAGE.value, _TASK.value, output)
+    return bind(modes.predict, *places, overwrite=_OVERWRITE.value, **how)
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         fail(f"{argv[1]!r} is not a flag; flags begin with --", 2)
     mode, config = _MODE.value, _CONFIG.value
-    if mode == "convert":
-        require_flags(source=_SOURCE.value, output=_OUTPUT.value)
-        form = chosen_format(FORMATS, "workdir")
-    elif mode == "export":
-        require_flags(output=_OUTPUT.value, size=_SIZE.value)
-        weights = chosen_weights()
-        form, size = chosen_format(PROGRAMS), image_size()
-        if _TASK.value == "all":
-            fail("--mode=export needs --task=panoptic, instance or semantic", 2)
-    elif mode == "import":
-        form = chosen_format(TOOLS)
-        require_flags(source=_SOURCE.value)
-    elif mode == "prepare":
-        require_flags(dataset=_DATASET.value, source=_SOURCE.value)
-    elif mode == "report":
-        require_flags(workdir=_WORKDIR.value)
-    elif mode in ("inspect", "compile", "calibrate"):
-        require_flags(config=config)
-    elif mode == "predict":
-        require_flags(image=_IMAGE.value)
-        weights, output = prediction_paths()
-    elif mode == "demo":
-        weights = chosen_weights()
-    else:
-        require_flags(workdir=_WORKDIR.value, config=config)
-    for flag, needed in ((_SAVE, "compile"), (_COMPILED, "train"), (_COMPARE, "report")):
-        if flag.value and mode != needed:
-            fail(f"--{flag.name} belongs to --mode={needed}, not to --mode={mode}", 2)
+    check_flags(mode)
+    call = chosen_call(mode, config)
     try:
-        if mode == "prepare":  # without JAX
-            return modes.prepare(
-                _DATASET.value, _SOURCE.value, _DATA_DIR.value, _SPLIT.value, _SKIP_BROKEN.value
-            )
-        if mode == "import":
-            return modes.import_data(form, _SOURCE.value, _DATA_DIR.value)
-        if mode == "report":
-            return modes.report(_WORKDIR.value, _COMPARE.value, _OUTPUT.value)
-        start_jax(config)
-        if mode == "train":
-            modes.train(config, _WORKDIR.value, _COMPILED.value)
-        elif mode == "compile":
-            options = {"try_others": _SUGGEST.value, "quick": _QUICK.value, "save": _SAVE.value}
-            sys.exit(0 if modes.compile_programs(config, **options) else DOES_NOT_FIT)
-        elif mode == "calibrate":
-            modes.calibrate(config)
-        elif mode == "replay":
-            step = _CHECKPOINT.value
-            if step is not None and not step.isdecimal():
-                fail(f"--checkpoint={step}: replay takes the number of a recorded step", 2)
-            modes.replay(config, _WORKDIR.value, None if step is None else int(step))
-        elif mode == "eval":
-            modes.evaluate(config, _WORKDIR.value, _CHECKPOINT.value or "latest")
-        elif mode == "convert":
-            published = (_PUSH.value, _LICENSE.value)
-            modes.convert(_SOURCE.value, _OUTPUT.value, form, _MODEL.value, *published)
-        elif mode == "export":
-            how = (_TASK.value, size, _POSTPROCESS.value, _LICENSE.value)
-            modes.export(weights, _OUTPUT.value, form, *how, which=_CHECKPOINT.value or "auto")
-        elif mode == "inspect":
-            modes.inspect_data(config, _OUTPUT.value, limit=_LIMIT.value)
-        else:
-            keys = [re.sub(r"\[.*", "", key) for key in overridden_keys(sys.argv)]
-            how = dict(
-                which=_CHECKPOINT.value or "auto",
-                threshold=_THRESHOLD.value,
-                max_pixels=_MAX_PIXELS.value,
-                settings={key: value_of(config, key) for key in keys},
-            )
-            if mode == "demo":
-                return modes.demo(weights, _HOST.value, _PORT.value, **how)
-            chosen = (weights, _IMAGE.value, _TASK.value, output)
-            modes.predict(*chosen, overwrite=_OVERWRITE.value, **how)
+        if mode not in ("prepare", "import", "report"):  # these need no JAX
+            start_jax(config)
+        if call() is False:  # of --mode=compile alone
+            sys.exit(DOES_NOT_FIT)
     except KeyboardInterrupt:
-        if mode == "import":
-            fail("stopped; nothing was written", 130)
-        saved = "finished file" if mode in ("prepare", "predict") else "checkpoint"
-        fail(f"stopped; the same command goes on from the last {saved}", 130)
+        fail(f"stopped{_STOPPED.get(mode, '')}", 130)
     except USER_ERRORS as error:
         if _DEBUG.value:
             raise

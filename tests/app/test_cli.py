@@ -118,6 +118,17 @@ def test_overrides_are_found_among_the_arguments():
         (("--mode=report",), 2, ("--mode=report needs --workdir",)),
         (("--mode=report", "--workdir=tests"), 1, ("error: tests holds no run",)),
         ((CONFIG, "--workdir=w", "--compare=v"), 2, ("--compare belongs to --mode=report",)),
+        (
+            (CONFIG, "--workdir=w", "--threshold=0.5"),
+            2,
+            ("--threshold belongs to --mode=predict or demo, not to --mode=train",),
+        ),
+        (
+            (CONFIG, "--mode=eval", "--workdir=w", "--output=x"),
+            2,
+            ("--output belongs to --mode=predict or inspect or convert or export or report",),
+        ),
+        ((CONFIG, "--mode=compile", "--license=x"), 2, ("to --mode=convert or export,",)),
         (("--mode=predict", "--image=x"), 2, ("needs --workdir=... or --weights=...",)),
         (("--mode=demo",), 2, ("--mode=demo needs --workdir=... or --weights=...",)),
         (("--mode=demo", "--weights=x", "--port=99999"), 2, ("--port=99999", "65535")),
@@ -172,6 +183,28 @@ def test_a_wrong_command_is_one_line(arguments, code, parts, monkeypatch, capsys
     assert error.count("\n") == 1
     for part in parts:
         assert part in error
+
+
+def test_every_flag_of_some_modes_names_them_in_its_help():
+    """What the help says is what is checked: a flag without a mode acts in all."""
+    key_flags = cli.flags.FLAGS.get_key_flags_for_module(cli)
+    everywhere = {flag.name for flag in key_flags if not cli.modes_of(flag)}
+    assert everywhere == {
+        *("config", "workdir", "mode", "debug", "version"),
+        *("distributed", "coordinator", "num_processes", "process_id", "startup_timeout"),
+    }
+
+
+def test_ctrl_c_promises_only_what_is_so(monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(modes, "convert", stopped)
+    argv = ["main.py", "--mode=convert", "--source=a", "--output=b"]
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_:
+        cli.main(cli.parse_flags(argv))
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: stopped"
 
 
 def test_the_program_itself_reports_and_exits(tmp_path):
