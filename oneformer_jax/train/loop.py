@@ -153,7 +153,7 @@ def train(
         else:
             kind = jax.devices()[0].device_kind
             logging.info("Starting in %s on %d %s", workdir, mesh.size, kind)
-            state, position = training.init(config.seed), {"step": 0}
+            state, position = training.init(config.seed), {}
             found = start.read_start(
                 config.init, training.state["params"], training.state["stats"], model.backbone
             )
@@ -162,7 +162,7 @@ def train(
                 state = start.apply_start(found, state)
             observe.log_parameters(state["params"])
         check_room(workdir, state)
-        first_step = position["step"]
+        first_step = latest or 0
         make_trackers = functools.partial(trackers.make, workdir, config.log)
         writer = observe.make_writer(workdir, first_step, make_trackers)
         stack.callback(writer.close)

@@ -15,14 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import msgspec
 import numpy as np
 from absl import logging
 
 from oneformer_jax import config_rules, remote
 from oneformer_jax.files import first_few
+from oneformer_jax.train import reading
 from oneformer_jax.train.dashboards import RunWriter
 from oneformer_jax.train.tensorboard import JsonLinesWriter, metric_writers
 
@@ -146,6 +148,14 @@ TIME_PARTS = {
 }
 
 
+class _Past(msgspec.Struct):
+    """The times of earlier starts, in the position of a checkpoint."""
+
+    elapsed_seconds: float = 0.0
+    parts: dict[Literal[tuple(TIME_PARTS)], float] = {}
+    saved_at: float | None = None
+
+
 class Chrono:
     """Splits a run's time into waiting for data, steps and pauses; estimates the rest.
 
@@ -182,7 +192,7 @@ class Chrono:
           total_steps: step at which the run ends.
           batch_size: images of a step on all hosts together.
           state: `state()` of an earlier start of the run, to count its time too; the time since
-            then is "lost".
+            then is "lost". A CheckpointError is raised for anything else.
           peak_flops: FLOP/s of all devices together, for the FLOP utilisation.
           started: time of `clock` at which this start began; now by default.
           clock: seconds.
@@ -195,12 +205,13 @@ class Chrono:
         self._peak_flops = peak_flops
         self._step_flops = 0.0
         self._started = clock() if started is None else started
-        self._before = float(state["elapsed_seconds"]) if state else 0.0
-        self._parts = dict.fromkeys(TIME_PARTS, 0.0)
-        if state:
-            self._parts |= state.get("parts", {})
-            since = max(wall() - (clock() - self._started) - state.get("saved_at", wall()), 0.0)
-            self._parts["lost"] += since
+        what = f"the times of earlier starts in the checkpoint of step {first_step}"
+        past = reading.checked({} if state is None else state, _Past, what)
+        self._before = past.elapsed_seconds
+        self._parts = dict.fromkeys(TIME_PARTS, 0.0) | past.parts
+        if past.saved_at is not None:
+            began = wall() - (clock() - self._started)
+            self._parts["lost"] += max(began - past.saved_at, 0.0)
         self._mark = self._started  # the time until this is in `_parts`
         self._warm = False
         self._steps = 0  # measured steps of this start, and their time with pauses

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from oneformer_jax.train import observe, tensorboard
+from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.observe import Chrono, NonFiniteLoss, ProfileTrigger
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -221,6 +222,14 @@ def test_chrono_separates_data_step_and_pause():
     assert rows.keys() == set(observe.TIME_PARTS.values())
     assert float(rows["lost: stopped, or steps made again"]) == pytest.approx(10 / 0.96, abs=0.1)
     assert float(rows["start and compilation"]) == pytest.approx(58 / 0.96, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "damage", [3, {"elapsed_seconds": "x"}, {"parts": {"other": 1.0}}, {"saved_at": []}]
+)
+def test_damaged_times_of_earlier_starts_are_named(damage):
+    with pytest.raises(CheckpointError, match="earlier starts in the checkpoint of step 9 are dam"):
+        Chrono(9, 100, 8, state=damage)
 
 
 def test_flop_utilisation():
