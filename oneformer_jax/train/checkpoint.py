@@ -466,7 +466,7 @@ def find_checkpoint(
 
 def _best(workdir: pathlib.Path, steps: Sequence[int]) -> int | None:
     """The step with the highest score by the run's metric, the later of equal ones, if any."""
-    metric = descriptions.read_config(workdir)["eval"].get("best_metric")
+    metric = str(descriptions.read_config(workdir)["eval"].get("best_metric"))  # or of any kind
     found = []
     for step in steps:
         with contextlib.suppress(seals.SealError):  # unreadable scores do not compete
@@ -480,4 +480,4 @@ def _integer_keys(tree: Any) -> Any:
     """Orbax stores the integer keys of nnx lists as text; attribute names are never digits."""
     if not isinstance(tree, Mapping):
         return tree
-    return {int(k) if k.isdigit() else k: _integer_keys(v) for k, v in tree.items()}
+    return {int(k) if folders.is_step(k) else k: _integer_keys(v) for k, v in tree.items()}

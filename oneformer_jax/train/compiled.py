@@ -30,7 +30,6 @@ from oneformer_jax.train.runtime.workdir import differing_keys
 
 MAGIC = b"OneFormer-JAX training step, 1\n"
 LIMIT = 16 << 30
-_HEADER_LIMIT = 64 << 20
 _LENGTH = 8  # bytes of the header's length
 
 # What of a config enters a training step, beside the mesh, the classes and their texts. Of the

@@ -40,6 +40,8 @@ from oneformer_jax.types import TASKS, Metadata
 # (number of evenly sampled images, 0 is all) -> one pass over this host's evaluation batches.
 Batches = Callable[[int], Iterable[Mapping[str, Any]]]
 
+TokenTable = dict[str, dict[str, float | None]]  # task token -> metric -> percent
+
 # Columns of the table of task tokens, as in the paper.
 TOKEN_COLUMNS = (
     "panoptic/PQ",
@@ -168,9 +170,7 @@ class Evaluator:
         """Tells whether `token_table` was made for `step`."""
         return self._table_path(step).exists()
 
-    def token_table(
-        self, state: Mapping[str, Any], step: int, eval_batches: Batches
-    ) -> dict[str, dict[str, float | None]]:
+    def token_table(self, state: Mapping[str, Any], step: int, eval_batches: Batches) -> TokenTable:
         """Computes and stores every metric under every task token (the paper's token table)."""
         logging.info("Evaluating every output under each of the task tokens")
         batches = eval_batches(0)
@@ -197,7 +197,7 @@ class Evaluator:
         print(format_results(self._last, self._metadata))
         if self.has_token_table(step):
             table = descriptions.read_json(
-                self._table_path(step), expected="the table of task tokens"
+                self._table_path(step), TokenTable, expected="the table of task tokens"
             )
             print("\n" + format_token_table(table))
         print(
@@ -237,9 +237,14 @@ class Evaluator:
         cells, titles, pictures = [], [], {}
         for number, (record, predicted) in enumerate(shown, 1):
             image, name = record["image"], record["image_id"]
-            truths = {task: Segmentation.from_record(record, self._metadata, task) for task in TASKS}
+            truths = {
+                task: Segmentation.from_record(record, self._metadata, task) for task in TASKS
+            }
             above, below = (
-                {task: segmentation.overlay(image, **_LEGIBLE) for task, segmentation in kind.items()}
+                {
+                    task: segmentation.overlay(image, **_LEGIBLE)
+                    for task, segmentation in kind.items()
+                }
                 for kind in (predicted, truths)
             )
             cells += [image, below["panoptic"], *above.values()]
@@ -358,11 +363,11 @@ def postprocess_config(config: ConfigDict) -> PostprocessConfig:
     )
 
 
-def format_token_table(table: Mapping[str, Mapping[str, float | None]]) -> str:
+def format_token_table(table: TokenTable) -> str:
     """Formats the token table: rows of task tokens, columns of metrics."""
     header = ["task token", *(name.split("/")[1] for name in TOKEN_COLUMNS)]
     rows = [
-        [token, *("-" if row[name] is None else f"{row[name]:.1f}" for name in TOKEN_COLUMNS)]
+        [token, *("-" if row.get(name) is None else f"{row[name]:.1f}" for name in TOKEN_COLUMNS)]
         for token, row in table.items()
     ]
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]

@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from oneformer_jax import remote
 from oneformer_jax.kernels.calibrate import as_text
 from oneformer_jax.models import execution, functional
 from oneformer_jax.train import descriptions, settings, sharding
@@ -45,7 +46,7 @@ def chooser(
         mesh,
         gradients=gradients,
         log=logging.info,
-        report=functools.partial(report, pathlib.Path(workdir) / FILE),
+        report=functools.partial(report, remote.path_of(workdir) / FILE),
         wait=lambda: wait_for_all(f"kernels, {next(_NUMBER)}"),
     )
 

@@ -13,6 +13,7 @@ from oneformer_jax.configs import common
 from oneformer_jax.models import backbones
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import checkpoint, descriptions, loop, settings, start
+from oneformer_jax.weights import download
 from tests import tiny
 from tests.weights.test_start import BACKBONES, make, random_tensors, write
 
@@ -266,6 +267,7 @@ def test_wrong_weights_are_found_before_the_data(tmp_path, monkeypatch, key, fil
 
     monkeypatch.setattr(data, "open_split", kept_out)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "pause", lambda _: None)
     given = tiny_resnet()
     if file == "convnext":
         file = write(tmp_path, random_tensors(make("convnext", **SIZES)[0]))
@@ -290,7 +292,7 @@ def test_weights_that_do_not_fit_a_begun_folder_are_found_before_the_data(tmp_pa
     run = tmp_path / "run"
     model, trees = make("resnet", **SIZES)
     descriptions.claim_workdir(run, model.to_dict(), tiny_resnet().to_json(), tiny.metadata())
-    other, other_trees = make("resnet", **SIZES | {"hidden_dim": 64})
+    other, other_trees = make("convnext", hidden_dim=96, mask_dim=48)
     params, stats = (zeros(tree) for tree in other_trees)
     trained = checkpoint.Trained(other.to_dict(), params, stats, tiny.metadata(), {"eval": {}}, 0)
     checkpoint.write_converted(tmp_path / "other", trained)
