@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,6 @@ from oneformer_jax.train import state as states
 from oneformer_jax.train.runtime.distributed import wait_for_all
 
 FILE = "kernels.json"
-_NUMBER = itertools.count()  # of the meetings of all processes
 
 
 def chooser(
@@ -47,7 +45,7 @@ def chooser(
         gradients=gradients,
         log=logging.info,
         report=functools.partial(report, remote.path_of(workdir) / FILE),
-        wait=lambda: wait_for_all(f"kernels, {next(_NUMBER)}"),
+        wait=lambda: wait_for_all("kernels"),
     )
 
 

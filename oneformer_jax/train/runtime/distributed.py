@@ -7,6 +7,7 @@ same on all: see `agreement.py`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import re
@@ -32,6 +33,7 @@ _COMPILATION_SECONDS = 6 * 3600
 _LONGEST = 1 << 16  # bytes of a message of the roll
 
 T = TypeVar("T")
+_meetings: collections.Counter[str] = collections.Counter()  # of all processes, by name
 
 
 class DistributedError(ValueError):
@@ -193,17 +195,23 @@ def compile_everywhere(function: Any, *arguments: Any, name: str) -> None:
 
     Args:
       function, arguments: see `compilation.compile_now`.
-      name: name of the program, unique in a run.
+      name: name of the program.
     """
     compilation.compile_now(function, *arguments, name=name)
     wait_for_all(f"{name} compiled")
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until all processes have called this, for hours if need be; `what` is unique."""
+    """Waits until all processes have called this, for hours if need be.
+
+    Args:
+      what: names the meeting; all processes have the meetings of a name in the same order.
+    """
     if jax.process_count() > 1:
+        _meetings[what] += 1
         wait = multihost.get_barrier_sync_fn()
-        wait(key=f"oneformer_jax: {what}", timeout_ms=1000 * _COMPILATION_SECONDS)
+        key = f"oneformer_jax: {what}, {_meetings[what]}"
+        wait(key=key, timeout_ms=1000 * _COMPILATION_SECONDS)
 
 
 def _warning_before(timeout: float, text: str) -> contextlib.AbstractContextManager:
