@@ -518,7 +518,10 @@ class ProfileTrigger:
         if self._last is not None:
             self._last = None
             jax.profiler.stop_trace()
-            if remote.is_remote(self._workdir):
-                remote.upload(self._traces, self._workdir)
-                shutil.rmtree(self._traces)
-            logging.info("Profile written to %s/plugins/profile", self._workdir)
+            try:
+                if remote.is_remote(self._workdir):
+                    remote.upload(self._traces, self._workdir)
+                    shutil.rmtree(self._traces)
+                logging.info("Profile written to %s/plugins/profile", self._workdir)
+            except OSError as error:  # no reason to end a training
+                logging.warning("The profile stays in %s: %s", self._traces, error)

@@ -293,6 +293,19 @@ def profiler(monkeypatch):
     return calls
 
 
+def test_a_profile_that_cannot_be_copied_ends_no_training(profiler, monkeypatch, caplog):
+    def unreachable(*_):
+        raise observe.remote.RemoteError("gs://bucket/run: the bucket cannot be reached")
+
+    monkeypatch.setattr(observe.remote, "upload", unreachable)
+    monkeypatch.setattr(ProfileTrigger, "_is_asked", lambda _: False)
+    trigger = ProfileTrigger("gs://bucket/run", start=1, steps=1)
+    trigger.before(1)
+    trigger.after(1, jnp.ones(()))
+    assert profiler[1:] == ["stop"]
+    assert f"The profile stays in {profiler[0]}: gs://bucket/run" in caplog.text
+
+
 def drive(trigger, calls, steps):
     """{step: calls to the profiler around it}."""
     seen = {}
