@@ -405,7 +405,8 @@ def find_checkpoint(
     if path.parent.name == CHECKPOINT_FOLDER and folders.is_step(path.name):
         if not folders.is_complete(path):
             missing = [part for part in folders.PARTS if not (path / part).exists()]
-            raise CheckpointError(f"checkpoint {path} is incomplete: it lacks {', '.join(missing)}")
+            why = f"it lacks {', '.join(missing)}" if missing else "it is marked as unfinished"
+            raise CheckpointError(f"checkpoint {path} is incomplete: {why}")
         return path.parent.parent, path
     if not (path / descriptions.MODEL_FILE).exists():
         raise CheckpointError(f"{path} has no {descriptions.MODEL_FILE}; {expected}")

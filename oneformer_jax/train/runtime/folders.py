@@ -107,7 +107,8 @@ def is_complete(folder: pathlib.Path) -> bool:
         return False
     if remote.is_remote(folder):
         return {*PARTS} <= {*remote.names(folder)} and not _marker(folder).exists()
-    return all((folder / part).exists() for part in PARTS)
+    # In a copy of a bucket the marker is a file.
+    return all((folder / part).exists() for part in PARTS) and not _marker(folder).is_file()
 
 
 def finished_steps(directory: pathlib.Path) -> list[int]:
@@ -206,9 +207,14 @@ def remove_unfinished(directory: pathlib.Path) -> None:
 
 
 def _remove_left_over(path: pathlib.Path, ignore_errors: bool = False) -> None:
-    """Removes a folder that is no checkpoint; of a marker in a bucket its folder first."""
-    if not remote.is_remote(path):
-        return shutil.rmtree(path, ignore_errors)
-    if path.name.endswith(UNVERIFIED):
-        remote.remove(path.with_name(path.name.removesuffix(UNVERIFIED)))
-    remote.remove(path)
+    """Removes a folder that is no checkpoint; of a marker its folder first."""
+    marked = path.with_name(path.name.removesuffix(UNVERIFIED))
+    if remote.is_remote(path):
+        if marked != path:
+            remote.remove(marked)
+        remote.remove(path)
+    elif path.is_file():  # in a copy of a bucket
+        shutil.rmtree(marked, ignore_errors=True)
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors)
