@@ -342,7 +342,8 @@ def replay(config: ConfigDict, workdir: str, step: int | None = None) -> None:
 
     replay.find_record(workdir, step)  # before the data, which takes longer
     config = data.with_architecture(config, workdir)
-    _, info = data.open_split(config, config.dataset.train_split)
+    source, info = data.open_split(config, config.dataset.train_split)
+    config = data.with_steps(config, source)
     texts = tokenizer.text_table(info.class_names, config.data.text_template)
     settings = dict(metadata=data.metadata_of(info), text_table=texts)
     print(replay.replay(config, workdir, step=step, **settings))

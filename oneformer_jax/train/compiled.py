@@ -90,6 +90,12 @@ def check_target(path: str, config: ConfigDict) -> None:
             "kernels.assignment is 'scipy', a callback to this process, which no file can hold: "
             "add --config.kernels.assignment=auto to save the training step, and to the training"
         )
+    if config.train.epochs:
+        raise CompiledError(
+            "train.epochs counts images, which compiling does not read, and the rates of all steps "
+            "are in the program: give train.steps, as a training with these epochs logs them, and "
+            "--config.train.epochs=0"
+        )
     folder = pathlib.Path(path).expanduser().absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise CompiledError(f"--save={path} cannot be written: {folder} is no folder for writing")
