@@ -160,7 +160,7 @@ def train(
             if found is not None:
                 start.log_start(found, config.init.backbone or config.init.checkpoint)
                 state = start.apply_start(found, state)
-            observe.log_parameters(state["params"])
+            logging.info("Parameters:\n%s", observe.parameter_overview(state["params"]))
         check_room(workdir, state)
         first_step = latest or 0
         make_trackers = functools.partial(trackers.make, workdir, config.log)

@@ -24,6 +24,7 @@ from absl import logging
 
 from oneformer_jax import config_rules, remote
 from oneformer_jax.files import first_few
+from oneformer_jax.progress import duration
 from oneformer_jax.train import reading
 from oneformer_jax.train.dashboards import RunWriter
 from oneformer_jax.train.tensorboard import JsonLinesWriter, metric_writers
@@ -310,10 +311,10 @@ class Chrono:
         """Returns a table of the parts of the run's time, over all its starts."""
         self._count("step" if self._warm else "start")
         total = max(sum(self._parts.values()), 1e-9)
-        lines = [f"time of the run, {format_duration(total)}:"]
+        lines = [f"time of the run, {duration(total)}:"]
         for part, text in TIME_PARTS.items():
             share = 100 * self._parts[part] / total
-            lines.append(f"  {text:<36}{format_duration(self._parts[part]):>10}{share:7.1f} %")
+            lines.append(f"  {text:<36}{duration(self._parts[part]):>12}{share:7.1f} %")
         return "\n".join(lines)
 
     def line(self, scalars: Mapping[str, Any]) -> str:
@@ -346,7 +347,7 @@ def progress_line(step: int, total_steps: int, scalars: Mapping[str, Any]) -> st
       scalars: the losses, with or without a prefix such as "train/", and `Chrono.scalars`.
 
     Returns:
-      "step 120/2000 (6%)  loss 34.2  ce 2.1 ...  12.3 images/s  data 3%  ETA 12m 31s"
+      "step 120/2000 (6%)  loss 34.2  ce 2.1 ...  12.3 images/s  data 3%  ETA 12 min 31 s"
     """
     by_name = {name.rsplit("/", 1)[-1]: value for name, value in scalars.items()}
     parts = [f"step {step}/{total_steps} ({100 * step // max(total_steps, 1)}%)"]
@@ -357,21 +358,8 @@ def progress_line(step: int, total_steps: int, scalars: Mapping[str, Any]) -> st
         parts.append(f"{scalars['time/images_per_second']:.3g} images/s")
         data, compute = scalars["time/data_seconds"], scalars["time/step_seconds"]
         parts.append(f"data {100 * data / max(data + compute, 1e-9):.0f}%")
-        parts.append(f"ETA {format_duration(scalars['time/eta_seconds'])}")
+        parts.append(f"ETA {duration(scalars['time/eta_seconds'])}")
     return "  ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """Formats seconds as "45s", "12m 31s", "3h 05m" or "2d 04h"."""
-    seconds = round(seconds)
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if days:
-        return f"{days}d {hours % 24:02d}h"
-    if hours:
-        return f"{hours}h {minutes % 60:02d}m"
-    if minutes:
-        return f"{minutes}m {seconds % 60:02d}s"
-    return f"{seconds}s"
 
 
 # ------------------------------------------------------------------ parameters at start
@@ -391,11 +379,6 @@ def parameter_overview(params: Mapping[str, Any]) -> str:
         share = f"{100 * size / total:.1f}%"
         lines.append(f"{part:<18}{arrays:>8}{size:>15,}{memory / 2**20:>10.1f}{share:>8}")
     return "\n".join(lines)
-
-
-def log_parameters(params: Mapping[str, Any]) -> None:
-    """Logs `parameter_overview`."""
-    logging.info("Parameters:\n%s", parameter_overview(params))
 
 
 # Warnings of intended behaviour: a save between evaluations has no scores, and the synthetic
