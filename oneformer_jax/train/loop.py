@@ -92,7 +92,6 @@ def train(
     trackers.check(config.log)
     model = settings.model_config(config, metadata.num_classes)
     rates = settings.optim_config(config)
-    settings.loss_config(config)
     evaluator = Evaluator(config, workdir, metadata, model, mesh)
     profiler = observe.ProfileTrigger(
         workdir, start=config.train.profile_start, steps=config.train.profile_steps

@@ -59,7 +59,7 @@ def make(monkeypatch, tmp_path):
 
     def make(devices=1, **settings):
         config = common.get_base()
-        config.update_from_flattened_dict(settings)
+        config.update_from_flattened_dict({"train.pictures": 0} | settings)
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
         return evaluators.Evaluator(config, tmp_path, tiny.metadata(), None, mesh)
 
@@ -145,8 +145,16 @@ def test_images_are_encoded_once_whatever_is_made_of_them(make, writer, monkeypa
     assert calls == once * 2
 
 
-def test_tasks_together_score_as_each_alone(writer, tmp_path):
+def test_tasks_together_score_as_each_alone(writer, tmp_path, monkeypatch):
     """With a real model: its parameters, sharded as in training, are gathered by both programs."""
+    made = functools.cache(lambda: programs(*first))  # compiled once for all evaluators
+    programs, first = functional.programs, []
+
+    def once(*arguments, **_):
+        first[:] = first or arguments
+        return made()
+
+    monkeypatch.setattr(functional, "programs", once)
     config = common.get_base()
     model = tiny.model_config(decoder_layers=1)
     _, params, stats = tiny.random_model(model, training=True)
@@ -272,7 +280,8 @@ def test_every_transfer_is_explicit(make, writer, devices):
 
     whole = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:devices]))
     state = jax.device_put(GOOD, whole)
-    evaluator = make(devices, **{"eval.tta.enabled": True, "eval.tta.short_edges": (64,)})
+    settings = {"eval.tta.enabled": True, "eval.tta.short_edges": (64,), "train.pictures": 1}
+    evaluator = make(devices, **settings)
     with jax.transfer_guard("disallow"):  # as in the training loop
         metrics = evaluator.run(state, 5, batches, writer)
         table = evaluator.token_table(state, 5, batches)
