@@ -237,7 +237,7 @@ class Fields(Rule):
 
 def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns dotted name -> value of nested settings; empty groups are left out."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
             found |= {f"{name}.{inner}": v for inner, v in flattened(value).items()}

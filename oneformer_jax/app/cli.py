@@ -27,7 +27,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -404,11 +404,16 @@ def modes_of(flag: flags.Flag) -> list[str]:
     return [word for head in heads for word in re.split(",? ", head) if word in _MODES]
 
 
+def path_of(flag: flags.FlagHolder[str | None]) -> str:
+    """Returns a path with "~" expanded, which shells do not after a "="; "" if it is not given."""
+    return os.path.expanduser(flag.value or "")
+
+
 def chosen_weights() -> str:
     """Returns --workdir or --weights, of which one must be given."""
     if bool(_WORKDIR.value) == bool(_WEIGHTS.value):
         fail(f"--mode={_MODE.value} needs --workdir=... or --weights=..., and not both", 2)
-    return _WEIGHTS.value or _WORKDIR.value
+    return path_of(_WEIGHTS) or path_of(_WORKDIR)
 
 
 def prediction_paths() -> tuple[str, str | None]:
@@ -416,7 +421,7 @@ def prediction_paths() -> tuple[str, str | None]:
     weights = chosen_weights()
     if not _OUTPUT.value and (_WEIGHTS.value or os.path.isfile(weights)):
         fail("--mode=predict with other weights than a run's needs --output=FOLDER", 2)
-    return weights, _OUTPUT.value
+    return weights, path_of(_OUTPUT) or None
 
 
 def value_of(config: ConfigDict, key: str) -> object:
@@ -447,50 +452,56 @@ def chosen_call(mode: str, config: ConfigDict | None) -> Callable[[], bool | Non
     """Returns the call of a mode with its flags; wrong ones end the program with code 2."""
     bind = functools.partial
     which = _CHECKPOINT.value
+    workdir, output = path_of(_WORKDIR), path_of(_OUTPUT)
+    source, data_dir = path_of(_SOURCE), path_of(_DATA_DIR)
     if mode == "train":
-        return bind(modes.train, config, _WORKDIR.value, _COMPILED.value)
+        return bind(modes.train, config, workdir, _COMPILED.value)
     if mode == "eval":
-        return bind(modes.evaluate, config, _WORKDIR.value, which or "latest")
+        return bind(modes.evaluate, config, workdir, which or "latest")
     if mode == "replay":
         if which is not None and not which.isdecimal():
             fail(f"--checkpoint={which}: replay takes the number of a recorded step", 2)
-        return bind(modes.replay, config, _WORKDIR.value, which and int(which))
+        return bind(modes.replay, config, workdir, int(which) if which else None)
     if mode == "compile":
-        options = {"try_others": _SUGGEST.value, "quick": _QUICK.value, "save": _SAVE.value}
-        return bind(modes.compile_programs, config, **options)
+        choices: dict[str, Any] = {
+            "try_others": _SUGGEST.value,
+            "quick": _QUICK.value,
+            "save": _SAVE.value,
+        }
+        return bind(modes.compile_programs, config, **choices)
     if mode == "calibrate":
         return bind(modes.calibrate, config)
     if mode == "inspect":
-        return bind(modes.inspect_data, config, _OUTPUT.value, limit=_LIMIT.value)
+        return bind(modes.inspect_data, config, output or None, limit=_LIMIT.value)
     if mode == "report":
-        return bind(modes.report, _WORKDIR.value, _COMPARE.value, _OUTPUT.value)
+        others = [os.path.expanduser(path) for path in _COMPARE.value]
+        return bind(modes.report, workdir, others, output or None)
     if mode == "prepare":
-        places = (_SOURCE.value, _DATA_DIR.value)
-        return bind(modes.prepare, _DATASET.value, *places, _SPLIT.value, _SKIP_BROKEN.value)
+        how = (_SPLIT.value, _SKIP_BROKEN.value)
+        return bind(modes.prepare, _DATASET.value, source, data_dir, *how)
     if mode == "import":
-        return bind(modes.import_data, chosen_format(TOOLS), _SOURCE.value, _DATA_DIR.value)
+        return bind(modes.import_data, chosen_format(TOOLS), source, data_dir)
     if mode == "convert":
         form, published = chosen_format(FORMATS, "workdir"), (_PUSH.value, _LICENSE.value)
-        places = (_SOURCE.value, _OUTPUT.value)
-        return bind(modes.convert, *places, form, _MODEL.value, *published)
+        return bind(modes.convert, source, output, form, _MODEL.value, *published)
     if mode == "export":
         weights, form, size = chosen_weights(), chosen_format(PROGRAMS), image_size()
         if _TASK.value == "all":
             fail("--mode=export needs --task=panoptic, instance or semantic", 2)
         chosen = (_TASK.value, size, _POSTPROCESS.value, _LICENSE.value)
-        return bind(modes.export, weights, _OUTPUT.value, form, *chosen, which=which or "auto")
+        return bind(modes.export, weights, output, form, *chosen, which=which or "auto")
     keys = [key_of(override) for override in overridden_keys(sys.argv)]
-    how = {
+    options: dict[str, Any] = {
         "which": which or "auto",
         "threshold": _THRESHOLD.value,
         "max_pixels": _MAX_PIXELS.value,
         "settings": {key: value_of(config, key) for key in keys},
     }
     if mode == "demo":
-        return bind(modes.demo, chosen_weights(), _HOST.value, _PORT.value, **how)
-    weights, output = prediction_paths()
-    places = (weights, _IMAGE.value, _TASK.value, output)
-    return bind(modes.predict, *places, overwrite=_OVERWRITE.value, **how)
+        return bind(modes.demo, chosen_weights(), _HOST.value, _PORT.value, **options)
+    weights, target = prediction_paths()
+    places = (weights, path_of(_IMAGE), _TASK.value, target)
+    return bind(modes.predict, *places, overwrite=_OVERWRITE.value, **options)
 
 
 def main(argv: Sequence[str]) -> None:

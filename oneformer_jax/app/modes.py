@@ -108,6 +108,7 @@ def predict(
 
     limit: dict[str, Any] = {} if max_pixels is None else {"max_pixels": max_pixels}
     chosen = _prediction_settings(settings or {})
+    weights = os.path.expanduser(weights)
     target = output or os.path.join(weights, "predictions")
     is_clip = clips.is_clip(image)
     if is_clip:
@@ -115,7 +116,7 @@ def predict(
     else:
         found = folder.find_images(image, target)
     path = fetch.local_path(weights)
-    if output is None and os.fspath(path) != weights:
+    if output is None and not remote.is_remote(path) and not os.path.lexists(weights):
         raise ValueError(f"{weights} is no folder of a run: name one for the results, --output=...")
     segmenter = _load(path, which, *chosen)
     if is_clip:

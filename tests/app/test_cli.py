@@ -195,6 +195,22 @@ def test_every_flag_of_some_modes_names_them_in_its_help():
     }
 
 
+def test_home_is_expanded_in_every_path(monkeypatch):
+    """No shell does that after the "=" of a flag."""
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {}
+    monkeypatch.setattr(modes, "report", lambda *args: given.update(report=args))
+    monkeypatch.setattr(modes, "prepare", lambda *args: given.update(prepare=args))
+    for argv in (
+        ("--mode=report", "--workdir=~/a", "--compare=~/b", "--output=~/c"),
+        ("--mode=prepare", "--dataset=coco", "--source=~/a", "--data_dir=~/b"),
+    ):
+        with flagsaver.flagsaver():
+            cli.main(cli.parse_flags(["main.py", *argv]))
+    assert given["report"] == ("/home/me/a", ["/home/me/b"], "/home/me/c")
+    assert given["prepare"][1:3] == ("/home/me/a", "/home/me/b")
+
+
 def test_ctrl_c_promises_only_what_is_so(monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt
