@@ -1,6 +1,6 @@
 """Metrics of a run on disk, progress on the console, and the use of its time.
 
-`make_writer` makes the CLU writer of the files; the console gets `progress_line`, as a writer would
+`make_writer` makes the CLU writer of the files; the console gets `Chrono.line`, as a writer would
 print fifty terms a line.
 """
 
@@ -33,20 +33,6 @@ METRICS_FILE = "metrics.jsonl"
 FLOP_UTILISATION = "time/flop_utilisation"  # only if the devices' peak rate is known
 PROFILE_FILE = "PROFILE"
 _LOOK_EVERY = 15.0  # seconds between looks for that file in a bucket
-
-# All names of `Chrono.scalars`; see its docstring.
-TIME_METRICS = (
-    "time/images_per_second",
-    "time/step_seconds",
-    "time/data_seconds",
-    "time/pause_seconds",
-    "time/checkpoint_seconds",
-    "time/goodput",
-    "time/matcher_share",
-    "time/eta_seconds",
-    "time/elapsed_seconds",
-)
-
 
 # ------------------------------------------------------------------ metrics on disk
 
@@ -147,6 +133,13 @@ TIME_PARTS = {
     "checkpoint": "checkpoints",
     "lost": "lost: stopped, or steps made again",
 }
+
+
+# Shown in the line for the console, in this order.
+_PROGRESS_TERMS = (
+    *("loss", "loss_ce", "loss_mask", "loss_dice", "loss_contrastive", "loss_query_class"),
+    "grad_norm",
+)
 
 
 class _Past(msgspec.Struct):
@@ -268,7 +261,7 @@ class Chrono:
             self._begin_interval(self._clock())
 
     def scalars(self, matcher_seconds: float | None = None) -> dict[str, float]:
-        """Measures since the last call (or since the first step), named as in `TIME_METRICS`.
+        """Measures since the last call (or since the first step); each name begins with "time/".
 
         images_per_second: in data and step time. step_seconds, data_seconds: of one step.
         pause_seconds: in the interval; checkpoint_seconds is a part of it. goodput: share of steps
@@ -318,8 +311,21 @@ class Chrono:
         return "\n".join(lines)
 
     def line(self, scalars: Mapping[str, Any]) -> str:
-        """Returns `progress_line` of the last step."""
-        return progress_line(self._step, self._total_steps, scalars)
+        """Returns the line for the console, from the losses and the result of `scalars`.
+
+        "step 120/2000 (6%)  loss 34.2  ce 2.1 ...  12.3 images/s  data 3%  ETA 12 min 31 s"
+        """
+        share = 100 * self._step // max(self._total_steps, 1)
+        parts = [f"step {self._step}/{self._total_steps} ({share}%)"]
+        for term in _PROGRESS_TERMS:
+            if scalars.get(term) is not None:
+                parts.append(f"{term.removeprefix('loss_')} {float(scalars[term]):.4g}")
+        if "time/images_per_second" in scalars:
+            parts.append(f"{scalars['time/images_per_second']:.3g} images/s")
+            data, compute = scalars["time/data_seconds"], scalars["time/step_seconds"]
+            parts.append(f"data {100 * data / max(data + compute, 1e-9):.0f}%")
+            parts.append(f"ETA {duration(scalars['time/eta_seconds'])}")
+        return "  ".join(parts)
 
     def state(self) -> dict[str, Any]:
         """Returns JSON values for the checkpoint's position; see `__init__`."""
@@ -329,37 +335,6 @@ class Chrono:
             "parts": dict(self._parts),
             "saved_at": self._wall(),
         }
-
-
-# Shown in this order, whatever the prefix of the metric's name.
-_PROGRESS_TERMS = (
-    *("loss", "loss_ce", "loss_mask", "loss_dice", "loss_contrastive", "loss_query_class"),
-    "grad_norm",
-)
-
-
-def progress_line(step: int, total_steps: int, scalars: Mapping[str, Any]) -> str:
-    """Makes the line for the console.
-
-    Args:
-      step: steps done.
-      total_steps: steps of the run.
-      scalars: the losses, with or without a prefix such as "train/", and `Chrono.scalars`.
-
-    Returns:
-      "step 120/2000 (6%)  loss 34.2  ce 2.1 ...  12.3 images/s  data 3%  ETA 12 min 31 s"
-    """
-    by_name = {name.rsplit("/", 1)[-1]: value for name, value in scalars.items()}
-    parts = [f"step {step}/{total_steps} ({100 * step // max(total_steps, 1)}%)"]
-    for term in _PROGRESS_TERMS:
-        if by_name.get(term) is not None:
-            parts.append(f"{term.removeprefix('loss_')} {float(by_name[term]):.4g}")
-    if "time/images_per_second" in scalars:
-        parts.append(f"{scalars['time/images_per_second']:.3g} images/s")
-        data, compute = scalars["time/data_seconds"], scalars["time/step_seconds"]
-        parts.append(f"data {100 * data / max(data + compute, 1e-9):.0f}%")
-        parts.append(f"ETA {duration(scalars['time/eta_seconds'])}")
-    return "  ".join(parts)
 
 
 # ------------------------------------------------------------------ parameters at start
