@@ -26,7 +26,7 @@ import pathlib
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -34,29 +34,11 @@ from ml_collections import ConfigDict, config_flags
 
 import oneformer_jax
 from oneformer_jax import config_rules
-from oneformer_jax.app import modes
-from oneformer_jax.files import did_you_mean, first_few, nearest
+from oneformer_jax.app import modes, overrides
+from oneformer_jax.files import did_you_mean, first_few
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"  # those that are shipped
-COMMON = os.path.join("configs", "common.py")  # every key of a config
 TASKS = (*config_rules.TASKS, "all")
-# Other programs' names of keys, in any group.
-SYNONYMS = {
-    "amp": "model.dtype",
-    "crop": "data.crop_size",
-    "image_size": "data.crop_size",
-    "img_size": "data.crop_size",
-    "imgsz": "data.crop_size",
-    "iterations": "train.steps",
-    "learning_rate": "optim.lr",
-    "max_iter": "train.steps",
-    "num_epochs": "train.epochs",
-    "num_workers": "data.workers",
-    "precision": "model.dtype",
-    "pretrained": "init.checkpoint",
-    "wd": "optim.weight_decay",
-    "weights": "init.checkpoint",
-}
 FORMATS = ("workdir", "official", "hugging_face")
 PROGRAMS = ("stablehlo", "onnx")  # formats of exports
 TOOLS = ("labelme", "cvat", "yolo", "label_studio", "mask_folders")  # of labelling
@@ -244,69 +226,6 @@ def with_config_file(argv: Sequence[str]) -> list[str]:
     return [*argv[:position], found, *argv[position + 1 + (argv[position].find("=") < 0) :]]
 
 
-def overridden_keys(argv: Sequence[str]) -> list[str]:
-    """Keys that `argv` overrides: "optim.lr" of "--config.optim.lr=3e-4"."""
-    matches = (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
-    return [match[1] for match in matches if match]
-
-
-def key_of(override: str) -> str:
-    """Returns the key that an override belongs to: "crop_size" of the element "crop_size[0]"."""
-    return re.sub(r"\[.*", "", override)
-
-
-def config_keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Returns dotted keys of all values of `config`, groups included."""
-    keys = []
-    for name, value in config.items():
-        keys.append(prefix + name)
-        if isinstance(value, ConfigDict):
-            keys += config_keys(value, f"{prefix}{name}.")
-    return keys
-
-
-def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
-    """Returns one line about the `overrides` that are no keys of `config`, or "" if all are.
-
-    Each is given with the keys that it may have been meant as: the one that took the place of an
-    earlier version's, or those with the same last name in another group, then those of similar
-    spelling.
-    """
-    keys = config_keys(config)
-    messages = []
-    for override in overrides:
-        renamed = config_rules.RENAMED.get(override)
-        if renamed is None and key_of(override) in keys:
-            continue
-        last = override.rsplit(".", 1)[-1]
-        renamed = renamed or SYNONYMS.get(last)
-        near = [renamed] if renamed else [k for k in keys if k.rsplit(".", 1)[-1] == last]
-        if not renamed:
-            near += [key for key in nearest(override, keys, 3, 0.7) if key not in near]
-        hint = ", ".join(f"--config.{key}" for key in near[:3])
-        messages.append(
-            f"the config has no key {override!r}"
-            + (f" (did you mean {hint}?)" if hint else f" (all keys are in {COMMON})")
-        )
-    return "; ".join(messages)
-
-
-def wrong_values(config: ConfigDict, path: str, overrides: Sequence[str]) -> str:
-    """Returns a line for each of the first wrong values of `config`, or "" if there are none.
-
-    Args:
-      config: with the overrides.
-      path: of the config file, to which the values belong that are not overridden.
-      overrides: keys that are.
-    """
-    lines = []
-    for fault in config_rules.find_faults(config):
-        overridden = fault.key in map(key_of, overrides)
-        source = "--config." if overridden else f"{path}: "
-        lines.append(f"{source}{fault.key}={fault.shown}: it must {fault.text}")
-    return first_few(lines, 10, "\n")
-
-
 def help_text() -> str:
     """Returns what --help shows: modes and flags, a line or two for each."""
     lines = [__doc__.strip(), "", "Modes:"]
@@ -334,35 +253,35 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if (
         argument(argv, "mode") in ("predict", "demo")
         and argument(argv) is None
-        and overridden_keys(argv)
+        and overrides.overridden_keys(argv)
     ):
         # They act on the settings of the weights: the config only tells their types.
         argv = [argv[0], f"--config={CONFIGS / 'custom.py'}", *argv[1:]]
     argv = with_config_file(argv)
     path = argument(argv)
-    overrides = overridden_keys(argv)
-    if overrides and path is None:
-        fail(f"--config.{overrides[0]} overrides a config, but there is no --config=FILE", 2)
+    changed = overrides.overridden_keys(argv)
+    if changed and path is None:
+        fail(f"--config.{changed[0]} overrides a config, but there is no --config=FILE", 2)
     try:
         rest, message = flags.FLAGS(argv), ""
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        if not overrides and not isinstance(error, flags.Error):
+        if not changed and not isinstance(error, flags.Error):
             raise  # the config file itself is at fault
         message = str(error).strip()
         if "Error whilst parsing config file" in message:  # and then its whole traceback
             fail(f"--config={path}: {message.splitlines()[-1]}", 2)
         message = message.replace("\n", "\\n")  # of the value
         message = message if len(message) < 500 else f"{message[:500]}..."
-        if not any(key in message for key in overrides) and not isinstance(error, flags.Error):
-            message = f"--config.{first_few(overrides)}: {message}"
-    if overrides:
+        if not any(key in message for key in changed) and not isinstance(error, flags.Error):
+            message = f"--config.{first_few(changed)}: {message}"
+    if changed:
         # Loaded once more, without the overrides, to say what the parser does not.
         defaults = flags.FLAGS["config"].parser.parse(path)
-        message = unknown_keys(defaults, overrides) or message
+        message = overrides.unknown_keys(defaults, changed) or message
     if path is not None and not message and _MODE.value in WITH_CONFIG:
         if line := config_rules.upgrade(_CONFIG.value):
             logging.warning("%s: %s", path, line)
-        message = wrong_values(_CONFIG.value, path, overrides)
+        message = overrides.wrong_values(_CONFIG.value, path, changed)
     if message:
         fail(message, 2)
     return rest
@@ -424,14 +343,6 @@ def prediction_paths() -> tuple[str, str | None]:
     return weights, path_of(_OUTPUT) or None
 
 
-def value_of(config: ConfigDict, key: str) -> object:
-    """Returns the value of a dotted key."""
-    value: object = config
-    for part in key.split("."):
-        value = value[part]  # type: ignore[index]
-    return value
-
-
 def chosen_format(formats: Sequence[str], default: str = "") -> str:
     """Returns --format, which must be one of the mode's."""
     found = _FORMAT.value or default
@@ -490,12 +401,12 @@ def chosen_call(mode: str, config: ConfigDict | None) -> Callable[[], bool | Non
             fail("--mode=export needs --task=panoptic, instance or semantic", 2)
         chosen = (_TASK.value, size, _POSTPROCESS.value, _LICENSE.value)
         return bind(modes.export, weights, output, form, *chosen, which=which or "auto")
-    keys = [key_of(override) for override in overridden_keys(sys.argv)]
+    keys = [overrides.key_of(override) for override in overrides.overridden_keys(sys.argv)]
     options: dict[str, Any] = {
         "which": which or "auto",
         "threshold": _THRESHOLD.value,
         "max_pixels": _MAX_PIXELS.value,
-        "settings": {key: value_of(config, key) for key in keys},
+        "settings": {key: overrides.value_of(config, key) for key in keys},
     }
     if mode == "demo":
         return bind(modes.demo, chosen_weights(), _HOST.value, _PORT.value, **options)
