@@ -82,7 +82,7 @@ def find_place(
       None if only JAX's own detection can tell.
 
     Raises:
-      DistributedError: a part of the flags or of JAX_* is missing or wrong.
+      DistributedError: a flag is given, but flags and JAX_* together lack a part; or one is wrong.
     """
     explicit = {
         "--coordinator, JAX_COORDINATOR_ADDRESS": coordinator
