@@ -281,8 +281,7 @@ def upgrade(config: Any) -> str:
             on_host = found.get("matcher.backend", "host") == "host"
             word = "scipy" if on_host else found.get("matcher.implementation", "auto")
             new["kernels.assignment"] = word
-        kernels = config.get("kernels")
-        if kernels is None:
+        if not hasattr(config.get("kernels"), "items"):
             config["kernels"] = type(config)()
         for key, value in new.items():
             name = key.split(".")[1]

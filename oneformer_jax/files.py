@@ -191,8 +191,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     """Writes a file (text as UTF-8) with all of its content, or not at all: see `replacing`."""
     content = content.encode() if isinstance(content, str) else content
     if remote.is_remote(path):
-        with remote.reporting(path):
-            return remote.write(remote.path_of(path), content)
+        return remote.write(remote.path_of(path), content)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 

@@ -55,9 +55,12 @@ def logged(items: Iterable[T], total: int, what: str = "images") -> Iterator[T]:
 
 
 def duration(seconds: float) -> str:
-    """Formats a time: "45 s", "3 min 5 s" or "2 h 3 min"."""
+    """Formats a time: "45 s", "3 min 5 s", "2 h 3 min" or "2 d 3 h"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

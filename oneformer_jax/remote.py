@@ -163,8 +163,7 @@ def check(path: str | os.PathLike[str], *, writing: bool = False) -> None:
 
 def sizes(folder: pathlib.Path) -> dict[str, int]:
     """Lists all objects below a folder: name relative to it -> bytes. Empty if it is missing."""
-    _, key = bucket_and_key(folder)
-    prefix = len(bucket_and_key(folder)[0]) + 1 + len(key) + 1
+    prefix = len("/".join(bucket_and_key(folder))) + 1
     try:
         found = _file_system(folder).find(os.fspath(folder), detail=True)
     except FileNotFoundError:
@@ -193,8 +192,9 @@ def read(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes an object with all of its content, or not at all."""
-    _file_system(path).pipe_file(os.fspath(path), content)
+    """Writes an object with all of its content, or not at all; RemoteError if that fails."""
+    with reporting(path):
+        _file_system(path).pipe_file(os.fspath(path), content)
 
 
 def upload(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

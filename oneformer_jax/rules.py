@@ -235,6 +235,17 @@ class Fields(Rule):
         return f"fields with values, see {self.where}"
 
 
+def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns dotted name -> value of nested settings; empty groups are left out."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": v for inner, v in flattened(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
 def shown(value: Any) -> str:
     """Returns the value in a message: its repr, cut where it is long.
 

@@ -315,6 +315,8 @@ def test_a_config_file_of_an_earlier_version_is_read(tmp_path, capsys, caplog):
     assert found.kernels.deform_attn == "pallas_tpu" and found.kernels.assignment == "auto"
     assert found.model.scan_layers is False
     assert "sampling" not in found.model and "backend" not in found.matcher
+    stored = {"matcher": {"backend": "device"}, "kernels": 5}  # as a stranger's file may have it
+    assert config_rules.upgrade(stored) and stored["kernels"] == {"assignment": "auto"}
     # On the command line they are errors, also where the file has them.
     message = refusal(capsys, f"--config={file}", "--config.model.sampling=xla")
     assert "no key 'model.sampling' (did you mean --config.kernels.deform_attn?)" in message

@@ -38,7 +38,13 @@ def test_without_a_total_the_number_is_logged(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7380, "2 h 3 min")],
+    [
+        (0.4, "0 s"),
+        (59.6, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (7380, "2 h 3 min"),
+        (187_200, "2 d 4 h"),
+    ],
 )
 def test_durations(seconds, text):
     assert progress.duration(seconds) == text

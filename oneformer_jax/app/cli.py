@@ -20,42 +20,25 @@ Running the same command again resumes, or skips what is done.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import oneformer_jax
 from oneformer_jax import config_rules
-from oneformer_jax.app import modes
-from oneformer_jax.files import did_you_mean, first_few, nearest
+from oneformer_jax.app import modes, overrides
+from oneformer_jax.files import did_you_mean, first_few
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"  # those that are shipped
-COMMON = os.path.join("configs", "common.py")  # every key of a config
-TASKS = ("panoptic", "instance", "semantic", "all")
-# Other programs' names of keys, in any group.
-SYNONYMS = {
-    "amp": "model.dtype",
-    "crop": "data.crop_size",
-    "image_size": "data.crop_size",
-    "img_size": "data.crop_size",
-    "imgsz": "data.crop_size",
-    "iterations": "train.steps",
-    "learning_rate": "optim.lr",
-    "max_iter": "train.steps",
-    "num_epochs": "train.epochs",
-    "num_workers": "data.workers",
-    "precision": "model.dtype",
-    "pretrained": "init.checkpoint",
-    "wd": "optim.weight_decay",
-    "weights": "init.checkpoint",
-}
+TASKS = (*config_rules.TASKS, "all")
 FORMATS = ("workdir", "official", "hugging_face")
 PROGRAMS = ("stablehlo", "onnx")  # formats of exports
 TOOLS = ("labelme", "cvat", "yolo", "label_studio", "mask_folders")  # of labelling
@@ -84,6 +67,26 @@ _MODES = {
     "replay": "run a recorded step of bad numbers again",
     "calibrate": "measure the kernels of --config on the device that is here",
     "report": "write the report.html of --workdir, or compare it with other runs",
+}
+# Flags that a mode needs, but for "workdir" and "config", which the others need.
+_NEEDS = {
+    "predict": ("image",),
+    "demo": (),
+    "convert": ("source", "output"),
+    "export": ("output", "size"),
+    "prepare": ("dataset", "source"),
+    "import": ("source",),
+    "inspect": ("config",),
+    "compile": ("config",),
+    "calibrate": ("config",),
+    "report": ("workdir",),
+}
+# What Ctrl-C leaves behind.
+_STOPPED = {
+    "train": "; the same command goes on from the last checkpoint",
+    "prepare": "; the same command goes on from the last finished file",
+    "predict": "; the same command goes on from the last finished file",
+    "import": "; nothing was written",
 }
 # Modes that read the config.
 WITH_CONFIG = ("train", "eval", "inspect", "compile", "replay", "calibrate")
@@ -145,7 +148,7 @@ _PUSH = flags.DEFINE_string(
     "push", None, "convert to hugging_face: the model on the hub, OWNER/NAME, where it goes."
 )
 _LICENSE = flags.DEFINE_string(
-    "license", "", "push, export: licence of the weights, as apache-2.0; it goes with them."
+    "license", "", "convert, export: licence of the weights, as apache-2.0; it goes with them."
 )
 _DATASET = flags.DEFINE_enum("dataset", None, OFFICIAL, "prepare: the dataset.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepare, import: where the files go.")
@@ -223,65 +226,6 @@ def with_config_file(argv: Sequence[str]) -> list[str]:
     return [*argv[:position], found, *argv[position + 1 + (argv[position].find("=") < 0) :]]
 
 
-def overridden_keys(argv: Sequence[str]) -> list[str]:
-    """Keys that `argv` overrides: "optim.lr" of "--config.optim.lr=3e-4"."""
-    matches = (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
-    return [match[1] for match in matches if match]
-
-
-def config_keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Returns dotted keys of all values of `config`, groups included."""
-    keys = []
-    for name, value in config.items():
-        keys.append(prefix + name)
-        if isinstance(value, ConfigDict):
-            keys += config_keys(value, f"{prefix}{name}.")
-    return keys
-
-
-def unknown_keys(config: ConfigDict, overrides: Iterable[str]) -> str:
-    """Returns one line about the `overrides` that are no keys of `config`, or "" if all are.
-
-    Each is given with the keys that it may have been meant as: the one that took the place of an
-    earlier version's, or those with the same last name in another group, then those of similar
-    spelling.
-    """
-    keys = config_keys(config)
-    messages = []
-    for override in overrides:
-        # An element, as in crop_size[0], belongs to its key.
-        renamed = config_rules.RENAMED.get(override)
-        if renamed is None and re.sub(r"\[.*", "", override) in keys:
-            continue
-        renamed = renamed or SYNONYMS.get(override.rsplit(".", 1)[-1])
-        last = override.rsplit(".", 1)[-1]
-        near = [renamed] if renamed else [k for k in keys if k.rsplit(".", 1)[-1] == last]
-        if not renamed:
-            near += [key for key in nearest(override, keys, 3, 0.7) if key not in near]
-        hint = ", ".join(f"--config.{key}" for key in near[:3])
-        messages.append(
-            f"the config has no key {override!r}"
-            + (f" (did you mean {hint}?)" if hint else f" (all keys are in {COMMON})")
-        )
-    return "; ".join(messages)
-
-
-def wrong_values(config: ConfigDict, path: str, overrides: Sequence[str]) -> str:
-    """Returns a line for each of the first wrong values of `config`, or "" if there are none.
-
-    Args:
-      config: with the overrides.
-      path: of the config file, to which the values belong that are not overridden.
-      overrides: keys that are.
-    """
-    lines = []
-    for fault in config_rules.find_faults(config):
-        overridden = any(re.sub(r"\[.*", "", key) == fault.key for key in overrides)
-        source = "--config." if overridden else f"{path}: "
-        lines.append(f"{source}{fault.key}={fault.shown}: it must {fault.text}")
-    return first_few(lines, 10, "\n")
-
-
 def help_text() -> str:
     """Returns what --help shows: modes and flags, a line or two for each."""
     lines = [__doc__.strip(), "", "Modes:"]
@@ -309,35 +253,35 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if (
         argument(argv, "mode") in ("predict", "demo")
         and argument(argv) is None
-        and overridden_keys(argv)
+        and overrides.overridden_keys(argv)
     ):
         # They act on the settings of the weights: the config only tells their types.
         argv = [argv[0], f"--config={CONFIGS / 'custom.py'}", *argv[1:]]
     argv = with_config_file(argv)
     path = argument(argv)
-    overrides = overridden_keys(argv)
-    if overrides and path is None:
-        fail(f"--config.{overrides[0]} overrides a config, but there is no --config=FILE", 2)
+    changed = overrides.overridden_keys(argv)
+    if changed and path is None:
+        fail(f"--config.{changed[0]} overrides a config, but there is no --config=FILE", 2)
     try:
         rest, message = flags.FLAGS(argv), ""
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        if not overrides and not isinstance(error, flags.Error):
+        if not changed and not isinstance(error, flags.Error):
             raise  # the config file itself is at fault
         message = str(error).strip()
         if "Error whilst parsing config file" in message:  # and then its whole traceback
             fail(f"--config={path}: {message.splitlines()[-1]}", 2)
         message = message.replace("\n", "\\n")  # of the value
         message = message if len(message) < 500 else f"{message[:500]}..."
-        if not any(key in message for key in overrides) and not isinstance(error, flags.Error):
-            message = f"--config.{first_few(overrides)}: {message}"
-    if overrides:
+        if not any(key in message for key in changed) and not isinstance(error, flags.Error):
+            message = f"--config.{first_few(changed)}: {message}"
+    if changed:
         # Loaded once more, without the overrides, to say what the parser does not.
         defaults = flags.FLAGS["config"].parser.parse(path)
-        message = unknown_keys(defaults, overrides) or message
+        message = overrides.unknown_keys(defaults, changed) or message
     if path is not None and not message and _MODE.value in WITH_CONFIG:
         if line := config_rules.upgrade(_CONFIG.value):
             logging.warning("%s: %s", path, line)
-        message = wrong_values(_CONFIG.value, path, overrides)
+        message = overrides.wrong_values(_CONFIG.value, path, changed)
     if message:
         fail(message, 2)
     return rest
@@ -362,17 +306,33 @@ def start_jax(config: ConfigDict | None = None) -> None:
     compilation.keep_programs(config.compilation_cache if config else "")
 
 
-def require_flags(**values: object) -> None:
-    for name, value in values.items():
-        if not value:
-            fail(f"--mode={_MODE.value} needs --{name}=...", 2)
+def check_flags(mode: str) -> None:
+    """Ends the program if the mode lacks a flag, or a flag is given that does nothing in it."""
+    for name in _NEEDS.get(mode, ("workdir", "config")):
+        if not flags.FLAGS[name].value:
+            fail(f"--mode={mode} needs --{name}=...", 2)
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        acts_in = modes_of(flag)
+        if flag.present and acts_in and mode not in acts_in:
+            fail(f"--{flag.name} belongs to --mode={' or '.join(acts_in)}, not to --mode={mode}", 2)
+
+
+def modes_of(flag: flags.Flag) -> list[str]:
+    """Lists the modes in which a flag acts, as its help tells before a colon; [] for all."""
+    heads = re.findall(r"(?:^|[.;>]:? )([a-z_, ]+): ", flag.help)  # "<a|b>: " begins an enum's
+    return [word for head in heads for word in re.split(",? ", head) if word in _MODES]
+
+
+def path_of(flag: flags.FlagHolder[str | None]) -> str:
+    """Returns a path with "~" expanded, which shells do not after a "="; "" if it is not given."""
+    return os.path.expanduser(flag.value or "")
 
 
 def chosen_weights() -> str:
     """Returns --workdir or --weights, of which one must be given."""
     if bool(_WORKDIR.value) == bool(_WEIGHTS.value):
         fail(f"--mode={_MODE.value} needs --workdir=... or --weights=..., and not both", 2)
-    return _WEIGHTS.value or _WORKDIR.value
+    return path_of(_WEIGHTS) or path_of(_WORKDIR)
 
 
 def prediction_paths() -> tuple[str, str | None]:
@@ -380,15 +340,7 @@ def prediction_paths() -> tuple[str, str | None]:
     weights = chosen_weights()
     if not _OUTPUT.value and (_WEIGHTS.value or os.path.isfile(weights)):
         fail("--mode=predict with other weights than a run's needs --output=FOLDER", 2)
-    return weights, _OUTPUT.value
-
-
-def value_of(config: ConfigDict, key: str) -> object:
-    """Returns the value of a dotted key."""
-    value: object = config
-    for part in key.split("."):
-        value = value[part]  # type: ignore[index]
-    return value
+    return weights, path_of(_OUTPUT) or None
 
 
 def chosen_format(formats: Sequence[str], default: str = "") -> str:
@@ -407,87 +359,75 @@ def image_size() -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def chosen_call(mode: str, config: ConfigDict | None) -> Callable[[], bool | None]:
+    """Returns the call of a mode with its flags; wrong ones end the program with code 2."""
+    bind = functools.partial
+    which = _CHECKPOINT.value
+    workdir, output = path_of(_WORKDIR), path_of(_OUTPUT)
+    source, data_dir = path_of(_SOURCE), path_of(_DATA_DIR)
+    if mode == "train":
+        return bind(modes.train, config, workdir, _COMPILED.value)
+    if mode == "eval":
+        return bind(modes.evaluate, config, workdir, which or "latest")
+    if mode == "replay":
+        if which is not None and not which.isdecimal():
+            fail(f"--checkpoint={which}: replay takes the number of a recorded step", 2)
+        return bind(modes.replay, config, workdir, int(which) if which else None)
+    if mode == "compile":
+        choices: dict[str, Any] = {
+            "try_others": _SUGGEST.value,
+            "quick": _QUICK.value,
+            "save": _SAVE.value,
+        }
+        return bind(modes.compile_programs, config, **choices)
+    if mode == "calibrate":
+        return bind(modes.calibrate, config)
+    if mode == "inspect":
+        return bind(modes.inspect_data, config, output or None, limit=_LIMIT.value)
+    if mode == "report":
+        others = [os.path.expanduser(path) for path in _COMPARE.value]
+        return bind(modes.report, workdir, others, output or None)
+    if mode == "prepare":
+        how = (_SPLIT.value, _SKIP_BROKEN.value)
+        return bind(modes.prepare, _DATASET.value, source, data_dir, *how)
+    if mode == "import":
+        return bind(modes.import_data, chosen_format(TOOLS), source, data_dir)
+    if mode == "convert":
+        form, published = chosen_format(FORMATS, "workdir"), (_PUSH.value, _LICENSE.value)
+        return bind(modes.convert, source, output, form, _MODEL.value, *published)
+    if mode == "export":
+        weights, form, size = chosen_weights(), chosen_format(PROGRAMS), image_size()
+        if _TASK.value == "all":
+            fail("--mode=export needs --task=panoptic, instance or semantic", 2)
+        chosen = (_TASK.value, size, _POSTPROCESS.value, _LICENSE.value)
+        return bind(modes.export, weights, output, form, *chosen, which=which or "auto")
+    keys = [overrides.key_of(override) for override in overrides.overridden_keys(sys.argv)]
+    options: dict[str, Any] = {
+        "which": which or "auto",
+        "threshold": _THRESHOLD.value,
+        "max_pixels": _MAX_PIXELS.value,
+        "settings": {key: overrides.value_of(config, key) for key in keys},
+    }
+    if mode == "demo":
+        return bind(modes.demo, chosen_weights(), _HOST.value, _PORT.value, **options)
+    weights, target = prediction_paths()
+    places = (weights, path_of(_IMAGE), _TASK.value, target)
+    return bind(modes.predict, *places, overwrite=_OVERWRITE.value, **options)
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         fail(f"{argv[1]!r} is not a flag; flags begin with --", 2)
     mode, config = _MODE.value, _CONFIG.value
-    if mode == "convert":
-        require_flags(source=_SOURCE.value, output=_OUTPUT.value)
-        form = chosen_format(FORMATS, "workdir")
-    elif mode == "export":
-        require_flags(output=_OUTPUT.value, size=_SIZE.value)
-        weights = chosen_weights()
-        form, size = chosen_format(PROGRAMS), image_size()
-        if _TASK.value == "all":
-            fail("--mode=export needs --task=panoptic, instance or semantic", 2)
-    elif mode == "import":
-        form = chosen_format(TOOLS)
-        require_flags(source=_SOURCE.value)
-    elif mode == "prepare":
-        require_flags(dataset=_DATASET.value, source=_SOURCE.value)
-    elif mode == "report":
-        require_flags(workdir=_WORKDIR.value)
-    elif mode in ("inspect", "compile", "calibrate"):
-        require_flags(config=config)
-    elif mode == "predict":
-        require_flags(image=_IMAGE.value)
-        weights, output = prediction_paths()
-    elif mode == "demo":
-        weights = chosen_weights()
-    else:
-        require_flags(workdir=_WORKDIR.value, config=config)
-    for flag, needed in ((_SAVE, "compile"), (_COMPILED, "train"), (_COMPARE, "report")):
-        if flag.value and mode != needed:
-            fail(f"--{flag.name} belongs to --mode={needed}, not to --mode={mode}", 2)
+    check_flags(mode)
+    call = chosen_call(mode, config)
     try:
-        if mode == "prepare":  # without JAX
-            return modes.prepare(
-                _DATASET.value, _SOURCE.value, _DATA_DIR.value, _SPLIT.value, _SKIP_BROKEN.value
-            )
-        if mode == "import":
-            return modes.import_data(form, _SOURCE.value, _DATA_DIR.value)
-        if mode == "report":
-            return modes.report(_WORKDIR.value, _COMPARE.value, _OUTPUT.value)
-        start_jax(config)
-        if mode == "train":
-            modes.train(config, _WORKDIR.value, _COMPILED.value)
-        elif mode == "compile":
-            options = {"try_others": _SUGGEST.value, "quick": _QUICK.value, "save": _SAVE.value}
-            sys.exit(0 if modes.compile_programs(config, **options) else DOES_NOT_FIT)
-        elif mode == "calibrate":
-            modes.calibrate(config)
-        elif mode == "replay":
-            step = _CHECKPOINT.value
-            if step is not None and not step.isdecimal():
-                fail(f"--checkpoint={step}: replay takes the number of a recorded step", 2)
-            modes.replay(config, _WORKDIR.value, None if step is None else int(step))
-        elif mode == "eval":
-            modes.evaluate(config, _WORKDIR.value, _CHECKPOINT.value or "latest")
-        elif mode == "convert":
-            published = (_PUSH.value, _LICENSE.value)
-            modes.convert(_SOURCE.value, _OUTPUT.value, form, _MODEL.value, *published)
-        elif mode == "export":
-            how = (_TASK.value, size, _POSTPROCESS.value, _LICENSE.value)
-            modes.export(weights, _OUTPUT.value, form, *how, which=_CHECKPOINT.value or "auto")
-        elif mode == "inspect":
-            modes.inspect_data(config, _OUTPUT.value, limit=_LIMIT.value)
-        else:
-            keys = [re.sub(r"\[.*", "", key) for key in overridden_keys(sys.argv)]
-            how = dict(
-                which=_CHECKPOINT.value or "auto",
-                threshold=_THRESHOLD.value,
-                max_pixels=_MAX_PIXELS.value,
-                settings={key: value_of(config, key) for key in keys},
-            )
-            if mode == "demo":
-                return modes.demo(weights, _HOST.value, _PORT.value, **how)
-            chosen = (weights, _IMAGE.value, _TASK.value, output)
-            modes.predict(*chosen, overwrite=_OVERWRITE.value, **how)
+        if mode not in ("prepare", "import", "report"):  # these need no JAX
+            start_jax(config)
+        if call() is False:  # of --mode=compile alone
+            sys.exit(DOES_NOT_FIT)
     except KeyboardInterrupt:
-        if mode == "import":
-            fail("stopped; nothing was written", 130)
-        saved = "finished file" if mode in ("prepare", "predict") else "checkpoint"
-        fail(f"stopped; the same command goes on from the last {saved}", 130)
+        fail(f"stopped{_STOPPED.get(mode, '')}", 130)
     except USER_ERRORS as error:
         if _DEBUG.value:
             raise

@@ -21,9 +21,11 @@ from oneformer_jax.app import data
 def train(config: ConfigDict, workdir: str, compiled_step: str = "") -> None:
     """Trains, evaluates and draws: see `oneformer_jax.train.loop.train`."""
     from oneformer_jax.input_pipeline import loader, statistics, tokenizer
-    from oneformer_jax.train import loop
+    from oneformer_jax.train import loop, start
 
+    # Wrong weights are found before the data is opened or prepared, which takes longer.
     config = data.with_architecture(config, workdir)
+    start.check_start(config, workdir)
     source, info = data.open_split(config, config.dataset.train_split)
     config = data.with_steps(config, source)
     if data.process()[0] == 0:
@@ -107,6 +109,7 @@ def predict(
 
     limit: dict[str, Any] = {} if max_pixels is None else {"max_pixels": max_pixels}
     chosen = _prediction_settings(settings or {})
+    weights = os.path.expanduser(weights)
     target = output or os.path.join(weights, "predictions")
     is_clip = clips.is_clip(image)
     if is_clip:
@@ -115,7 +118,7 @@ def predict(
     else:
         found = folder.find_images(image, target)
     path = fetch.local_path(weights)
-    if output is None and os.fspath(path) != weights:
+    if output is None and not remote.is_remote(path) and not os.path.lexists(weights):
         raise ValueError(f"{weights} is no folder of a run: name one for the results, --output=...")
     segmenter = oneformer_jax.load(path, checkpoint=which, **chosen)
     if is_clip:
@@ -335,7 +338,8 @@ def replay(config: ConfigDict, workdir: str, step: int | None = None) -> None:
 
     replay.find_record(workdir, step)  # before the data, which takes longer
     config = data.with_architecture(config, workdir)
-    _, info = data.open_split(config, config.dataset.train_split)
+    source, info = data.open_split(config, config.dataset.train_split)
+    config = data.with_steps(config, source)
     texts = tokenizer.text_table(info.class_names, config.data.text_template)
     settings = dict(metadata=data.metadata_of(info), text_table=texts)
     print(replay.replay(config, workdir, step=step, **settings))

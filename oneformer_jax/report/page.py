@@ -8,9 +8,11 @@ import os
 from collections.abc import Iterable, Sequence
 
 from oneformer_jax import files, remote
+from oneformer_jax.config_rules import TASKS
+from oneformer_jax.progress import duration
 from oneformer_jax.report import runs
 from oneformer_jax.report.charts import line_chart, text
-from oneformer_jax.report.runs import TASKS, Run
+from oneformer_jax.report.runs import Run
 
 _HEADLINES = ("panoptic/PQ", "instance/AP", "semantic/mIoU")
 # Title -> label -> scalar.
@@ -290,10 +292,7 @@ def _median(run: Run, name: str, form: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
 def _table(

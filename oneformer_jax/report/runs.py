@@ -13,13 +13,12 @@ from typing import Any
 
 import msgspec
 
-from oneformer_jax import config_rules, files, remote
+from oneformer_jax import config_rules, files, remote, rules
 from oneformer_jax.configs import common
 
 _LOG_LIMIT = 1 << 29  # bytes of metrics.jsonl: months of training
 _PICTURE_LIMIT = 16 << 20
 _LARGEST = 1e30  # a larger value would break the axes
-TASKS = ("panoptic", "instance", "semantic")
 
 Points = list[tuple[int, float]]  # (step, value)
 
@@ -134,7 +133,7 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
         confusion = _picture(place / "confusion.png")
     return Run(
         os.fspath(workdir),
-        flattened(config),
+        rules.flattened(config),
         texts,
         _read_lines(folder / "metrics.jsonl"),
         step,
@@ -172,7 +171,7 @@ def _read_examples(place: pathlib.Path) -> dict[str, dict[str, list[Example]]]:
     if not path.exists():
         return {}
     listed = files.read_json(path, dict[str, dict[str, list[Example]]])
-    for task, kind in ((task, kind) for task in TASKS for kind in ("worst", "best")):
+    for task, kind in ((task, kind) for task in config_rules.TASKS for kind in ("worst", "best")):
         for number, example in enumerate(listed.get(task, {}).get(kind, []), 1):
             example.picture = _picture(place / "examples" / f"{task}_{kind}_{number}.jpg")
     return listed
@@ -180,17 +179,6 @@ def _read_examples(place: pathlib.Path) -> dict[str, dict[str, list[Example]]]:
 
 def _picture(path: pathlib.Path) -> bytes:
     return files.read_bytes(path, limit=_PICTURE_LIMIT) if path.exists() else b""
-
-
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns dotted key -> value of nested settings."""
-    found = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            found |= flattened(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -205,7 +193,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 def defaults() -> dict[str, Any]:
     """Returns the settings of configs/common.py by their dotted keys."""
-    return flattened(json.loads(common.get_base().to_json()))
+    return rules.flattened(json.loads(common.get_base().to_json()))
 
 
 def finite(value: Any) -> float | None:

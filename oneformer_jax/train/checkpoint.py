@@ -13,22 +13,19 @@ A checkpoint gets its name after it was read back; only then are older ones remo
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
-import itertools
 import json
 import math
 import os
 import pathlib
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 from oneformer_jax import config_rules, files, remote
 from oneformer_jax.models.oneformer import OneFormerConfig
@@ -36,13 +33,10 @@ from oneformer_jax.train import descriptions, reading, seals, stores
 from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.reading import DamagedCheckpoint
 from oneformer_jax.train.runtime import folders
+from oneformer_jax.train.runtime.distributed import wait_for_all
 from oneformer_jax.train.runtime.folders import CHECKPOINT_FOLDER
 from oneformer_jax.train.runtime.workdir import is_full
 from oneformer_jax.types import Metadata
-
-_BARRIER_MS = 3_600_000
-_saves = itertools.count()  # names the barriers of one process
-
 
 # ------------------------------------------------------------------ saving and resuming
 
@@ -81,7 +75,7 @@ class Checkpoints:
                 () if remote.is_remote(workdir) else self.directory.parent.glob("eval/*/")
             ):
                 folders.sweep_files(folder, older_than=60)
-        _wait_for_all("the checkpoint folder is ready")
+        wait_for_all("the checkpoint folder is ready")
         self._best_metric = best_metric
         self._keep, self._keep_best = keep, keep_best
         self._steps = folders.finished_steps(self.directory)
@@ -96,7 +90,8 @@ class Checkpoints:
             else:
                 self._scores |= {} if scores is None else {step: scores}
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._finishing: _InBackground | None = None
+        self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._finishing: concurrent.futures.Future | None = None
 
     def _staying(self) -> list[int]:
         """Steps of the checkpoints that stay: the last and the best ones."""
@@ -148,14 +143,13 @@ class Checkpoints:
         self._steps = self._staying()
         removed = [old for old in before if old not in self._steps]
         described = reading.describe(state)
-        self._finishing = _InBackground(lambda: self._finish(step, written, described, removed))
+        self._finishing = self._background.submit(self._finish, step, written, described, removed)
         return True
 
     def _finish(
         self, step: int, written: pathlib.Path, described: Mapping[str, str], removed: list[int]
     ) -> None:
         """Waits for the save, reads it back, names it, and removes the old ones."""
-        key = f"oneformer_jax: save {next(_saves)} is finished"
         try:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
@@ -164,7 +158,7 @@ class Checkpoints:
                 for old in removed:
                     folders.remove(self.directory / str(old))
         finally:
-            multihost.get_barrier_sync_fn()(key=key, timeout_ms=_BARRIER_MS)
+            wait_for_all("a save is finished")
 
     def record(self, step: int, scores: Mapping[str, float | None]) -> None:
         """Stores the scores of the checkpoint of `step`, for keep-best; None is "not defined"."""
@@ -206,7 +200,7 @@ class Checkpoints:
             return
         try:
             with self._reporting_failure():
-                finishing.wait()
+                finishing.result()
         finally:  # not earlier: a thread that handles a signal may wait, too
             if self._finishing is finishing:
                 self._finishing = None
@@ -266,7 +260,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
             folders.rename(self.directory / str(step), f"{step}.damaged")
-        _wait_for_all("a damaged checkpoint is set aside")
+        wait_for_all("a damaged checkpoint is set aside")
         self._steps.remove(step)
         self._scores.pop(step, None)
 
@@ -297,6 +291,7 @@ class Checkpoints:
         try:
             self.wait_until_finished()
         finally:
+            self._background.shutdown()
             self._checkpointer.close()
 
     def __enter__(self) -> Checkpoints:
@@ -304,34 +299,6 @@ class Checkpoints:
 
     def __exit__(self, *unused) -> None:
         self.close()
-
-
-class _InBackground:
-    """Runs a function in a thread."""
-
-    def __init__(self, function: Callable[[], None]):
-        self._function = function
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoint")
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._function()
-        except BaseException as error:
-            self._error = error
-
-    def wait(self) -> None:
-        """Waits for the function to return; raises its error."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        with jax.transfer_guard("allow"):  # those of the barrier
-            multihost_utils.sync_global_devices(f"oneformer_jax: {what}")
 
 
 # ------------------------------------------------------------------ inference
@@ -438,12 +405,13 @@ def find_checkpoint(
     if path.parent.name == CHECKPOINT_FOLDER and folders.is_step(path.name):
         if not folders.is_complete(path):
             missing = [part for part in folders.PARTS if not (path / part).exists()]
-            raise CheckpointError(f"checkpoint {path} is incomplete: it lacks {', '.join(missing)}")
+            why = f"it lacks {', '.join(missing)}" if missing else "it is marked as unfinished"
+            raise CheckpointError(f"checkpoint {path} is incomplete: {why}")
         return path.parent.parent, path
     if not (path / descriptions.MODEL_FILE).exists():
         raise CheckpointError(f"{path} has no {descriptions.MODEL_FILE}; {expected}")
     folder = path / CHECKPOINT_FOLDER
-    steps = folders.finished_steps(folder) if folder.exists() else []
+    steps = folders.finished_steps(folder)
     if not steps:
         raise CheckpointError(f"{path} holds no finished checkpoint yet; {expected}")
     if str(checkpoint) in map(str, steps):
@@ -466,7 +434,7 @@ def find_checkpoint(
 
 def _best(workdir: pathlib.Path, steps: Sequence[int]) -> int | None:
     """The step with the highest score by the run's metric, the later of equal ones, if any."""
-    metric = descriptions.read_config(workdir)["eval"].get("best_metric")
+    metric = str(descriptions.read_config(workdir)["eval"].get("best_metric"))  # or of any kind
     found = []
     for step in steps:
         with contextlib.suppress(seals.SealError):  # unreadable scores do not compete
@@ -480,4 +448,4 @@ def _integer_keys(tree: Any) -> Any:
     """Orbax stores the integer keys of nnx lists as text; attribute names are never digits."""
     if not isinstance(tree, Mapping):
         return tree
-    return {int(k) if k.isdigit() else k: _integer_keys(v) for k, v in tree.items()}
+    return {int(k) if folders.is_step(k) else k: _integer_keys(v) for k, v in tree.items()}

@@ -30,7 +30,6 @@ from oneformer_jax.train.runtime.workdir import differing_keys
 
 MAGIC = b"OneFormer-JAX training step, 1\n"
 LIMIT = 16 << 30
-_HEADER_LIMIT = 64 << 20
 _LENGTH = 8  # bytes of the header's length
 
 # What of a config enters a training step, beside the mesh, the classes and their texts. Of the
@@ -90,6 +89,12 @@ def check_target(path: str, config: ConfigDict) -> None:
         raise CompiledError(
             "kernels.assignment is 'scipy', a callback to this process, which no file can hold: "
             "add --config.kernels.assignment=auto to save the training step, and to the training"
+        )
+    if config.train.epochs:
+        raise CompiledError(
+            "train.epochs counts images, which compiling does not read, and the rates of all steps "
+            "are in the program: give train.steps, as a training with these epochs logs them, and "
+            "--config.train.epochs=0"
         )
     folder = pathlib.Path(path).expanduser().absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):

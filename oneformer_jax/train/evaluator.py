@@ -40,6 +40,8 @@ from oneformer_jax.types import TASKS, Metadata
 # (number of evenly sampled images, 0 is all) -> one pass over this host's evaluation batches.
 Batches = Callable[[int], Iterable[Mapping[str, Any]]]
 
+TokenTable = dict[str, dict[str, float | None]]  # task token -> metric -> percent
+
 # Columns of the table of task tokens, as in the paper.
 TOKEN_COLUMNS = (
     "panoptic/PQ",
@@ -48,8 +50,9 @@ TOKEN_COLUMNS = (
     "instance/AP",
     "semantic/mIoU",
 )
-# Overlays of smaller images are enlarged to this shorter side, in pixels, for legible labels.
-_SHARP = 360
+# Overlays are drawn about as large as they are shown (a cell of the sheet, a thumbnail of
+# TensorBoard), or their labels would be too small or coarse: shorter side, and pixels at most.
+_LEGIBLE = {"min_size": 360, "max_pixels": 360 * 480}
 
 
 class Evaluator:
@@ -167,9 +170,7 @@ class Evaluator:
         """Tells whether `token_table` was made for `step`."""
         return self._table_path(step).exists()
 
-    def token_table(
-        self, state: Mapping[str, Any], step: int, eval_batches: Batches
-    ) -> dict[str, dict[str, float | None]]:
+    def token_table(self, state: Mapping[str, Any], step: int, eval_batches: Batches) -> TokenTable:
         """Computes and stores every metric under every task token (the paper's token table)."""
         logging.info("Evaluating every output under each of the task tokens")
         batches = eval_batches(0)
@@ -196,7 +197,7 @@ class Evaluator:
         print(format_results(self._last, self._metadata))
         if self.has_token_table(step):
             table = descriptions.read_json(
-                self._table_path(step), expected="the table of task tokens"
+                self._table_path(step), TokenTable, expected="the table of task tokens"
             )
             print("\n" + format_token_table(table))
         print(
@@ -212,31 +213,48 @@ class Evaluator:
         return Predictor(self._programs, params, state["stats"], self._mesh)
 
     def _draw(self, predictor: Predictor, step: int, batches: Iterable, writer) -> None:
-        """Draws a sheet of the first held-out images: a row each of image, truth and three tasks.
+        """Draws the first held-out images.
+
+        One sheet has a row each of image, truth and three tasks. The writer gets a picture for
+        each image and task: the prediction, and below it the truth.
 
         Every host predicts, because the program spans all devices; the first one draws.
         """
         missing = self._config.train.pictures
-        pictures, titles = [], []
+        shown: list[tuple[Mapping[str, Any], dict[str, Segmentation]]] = []
         for batch in batches if missing > 0 else ():
             valid = np.flatnonzero(batch["valid"])
             found = self._segment(predictor, batch)
             for i in valid[:missing]:
-                record = batch["records"][i]
-                truth = Segmentation.from_record(record, self._metadata, "panoptic")
-                row = [truth, *(found[task][i] for task in TASKS)]
-                overlays = (s.overlay(record["image"], min_size=_SHARP) for s in row)
-                pictures += [record["image"], *overlays]
-                titles += [record["image_id"], "ground truth", *TASKS]
+                shown.append((batch["records"][i], {task: found[task][i] for task in TASKS}))
             # The first host's count: hosts that disagree would wait for each other forever.
             with jax.transfer_guard("allow"):  # those of the broadcast
                 missing -= int(multihost_utils.broadcast_one_to_all(np.int32(len(valid))))
             if missing <= 0:
                 break
-        if not pictures or jax.process_index() != 0:
+        if not shown or jax.process_index() != 0:
             return
-        sheet = sheets.contact_sheet(pictures, titles, columns=2 + len(TASKS))
-        writer.write_images(step, {"predictions": sheet[None]})
+        cells, titles, pictures = [], [], {}
+        for number, (record, predicted) in enumerate(shown, 1):
+            image, name = record["image"], record["image_id"]
+            truths = {
+                task: Segmentation.from_record(record, self._metadata, task) for task in TASKS
+            }
+            above, below = (
+                {
+                    task: segmentation.overlay(image, **_LEGIBLE)
+                    for task, segmentation in kind.items()
+                }
+                for kind in (predicted, truths)
+            )
+            cells += [image, below["panoptic"], *above.values()]
+            titles += [name, "ground truth", *TASKS]
+            for task in TASKS:
+                pair, words = [above[task], below[task]], [f"{task}: {name}", "ground truth"]
+                picture = sheets.contact_sheet(pair, words, columns=1)
+                pictures[f"{task}/image_{number}"] = picture[None]
+        writer.write_images(step, pictures)
+        sheet = sheets.contact_sheet(cells, titles, columns=2 + len(TASKS))
         write_png(self._picture_path(step), sheet)
 
     def _segment(
@@ -342,11 +360,11 @@ def postprocess_config(config: ConfigDict) -> PostprocessConfig:
     )
 
 
-def format_token_table(table: Mapping[str, Mapping[str, float | None]]) -> str:
+def format_token_table(table: TokenTable) -> str:
     """Formats the token table: rows of task tokens, columns of metrics."""
     header = ["task token", *(name.split("/")[1] for name in TOKEN_COLUMNS)]
     rows = [
-        [token, *("-" if row[name] is None else f"{row[name]:.1f}" for name in TOKEN_COLUMNS)]
+        [token, *("-" if row.get(name) is None else f"{row[name]:.1f}" for name in TOKEN_COLUMNS)]
         for token, row in table.items()
     ]
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from oneformer_jax import remote
 from oneformer_jax.kernels.calibrate import as_text
 from oneformer_jax.models import execution, functional
 from oneformer_jax.train import descriptions, settings, sharding
@@ -22,7 +22,6 @@ from oneformer_jax.train import state as states
 from oneformer_jax.train.runtime.distributed import wait_for_all
 
 FILE = "kernels.json"
-_NUMBER = itertools.count()  # of the meetings of all processes
 
 
 def chooser(
@@ -45,8 +44,8 @@ def chooser(
         mesh,
         gradients=gradients,
         log=logging.info,
-        report=functools.partial(report, pathlib.Path(workdir) / FILE),
-        wait=lambda: wait_for_all(f"kernels, {next(_NUMBER)}"),
+        report=functools.partial(report, remote.path_of(workdir) / FILE),
+        wait=lambda: wait_for_all("kernels"),
     )
 
 

@@ -92,7 +92,6 @@ def train(
     trackers.check(config.log)
     model = settings.model_config(config, metadata.num_classes)
     rates = settings.optim_config(config)
-    settings.loss_config(config)
     evaluator = Evaluator(config, workdir, metadata, model, mesh)
     profiler = observe.ProfileTrigger(
         workdir, start=config.train.profile_start, steps=config.train.profile_steps
@@ -153,16 +152,16 @@ def train(
         else:
             kind = jax.devices()[0].device_kind
             logging.info("Starting in %s on %d %s", workdir, mesh.size, kind)
-            state, position = training.init(config.seed), {"step": 0}
+            state, position = training.init(config.seed), {}
             found = start.read_start(
                 config.init, training.state["params"], training.state["stats"], model.backbone
             )
             if found is not None:
                 start.log_start(found, config.init.backbone or config.init.checkpoint)
                 state = start.apply_start(found, state)
-            observe.log_parameters(state["params"])
+            logging.info("Parameters:\n%s", observe.parameter_overview(state["params"]))
         check_room(workdir, state)
-        first_step = position["step"]
+        first_step = latest or 0
         make_trackers = functools.partial(trackers.make, workdir, config.log)
         writer = observe.make_writer(workdir, first_step, make_trackers)
         stack.callback(writer.close)

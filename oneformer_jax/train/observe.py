@@ -1,6 +1,6 @@
 """Metrics of a run on disk, progress on the console, and the use of its time.
 
-`make_writer` makes the CLU writer of the files; the console gets `progress_line`, as a writer would
+`make_writer` makes the CLU writer of the files; the console gets `Chrono.line`, as a writer would
 print fifty terms a line.
 """
 
@@ -15,14 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import msgspec
 import numpy as np
 from absl import logging
 
 from oneformer_jax import config_rules, remote
 from oneformer_jax.files import first_few
+from oneformer_jax.progress import duration
+from oneformer_jax.train import reading
 from oneformer_jax.train.dashboards import RunWriter
 from oneformer_jax.train.tensorboard import JsonLinesWriter, metric_writers
 
@@ -30,20 +33,6 @@ METRICS_FILE = "metrics.jsonl"
 FLOP_UTILISATION = "time/flop_utilisation"  # only if the devices' peak rate is known
 PROFILE_FILE = "PROFILE"
 _LOOK_EVERY = 15.0  # seconds between looks for that file in a bucket
-
-# All names of `Chrono.scalars`; see its docstring.
-TIME_METRICS = (
-    "time/images_per_second",
-    "time/step_seconds",
-    "time/data_seconds",
-    "time/pause_seconds",
-    "time/checkpoint_seconds",
-    "time/goodput",
-    "time/matcher_share",
-    "time/eta_seconds",
-    "time/elapsed_seconds",
-)
-
 
 # ------------------------------------------------------------------ metrics on disk
 
@@ -146,6 +135,21 @@ TIME_PARTS = {
 }
 
 
+# Shown in the line for the console, in this order.
+_PROGRESS_TERMS = (
+    *("loss", "loss_ce", "loss_mask", "loss_dice", "loss_contrastive", "loss_query_class"),
+    "grad_norm",
+)
+
+
+class _Past(msgspec.Struct):
+    """The times of earlier starts, in the position of a checkpoint."""
+
+    elapsed_seconds: float = 0.0
+    parts: dict[Literal[tuple(TIME_PARTS)], float] = {}
+    saved_at: float | None = None
+
+
 class Chrono:
     """Splits a run's time into waiting for data, steps and pauses; estimates the rest.
 
@@ -182,7 +186,7 @@ class Chrono:
           total_steps: step at which the run ends.
           batch_size: images of a step on all hosts together.
           state: `state()` of an earlier start of the run, to count its time too; the time since
-            then is "lost".
+            then is "lost". A CheckpointError is raised for anything else.
           peak_flops: FLOP/s of all devices together, for the FLOP utilisation.
           started: time of `clock` at which this start began; now by default.
           clock: seconds.
@@ -195,12 +199,13 @@ class Chrono:
         self._peak_flops = peak_flops
         self._step_flops = 0.0
         self._started = clock() if started is None else started
-        self._before = float(state["elapsed_seconds"]) if state else 0.0
-        self._parts = dict.fromkeys(TIME_PARTS, 0.0)
-        if state:
-            self._parts |= state.get("parts", {})
-            since = max(wall() - (clock() - self._started) - state.get("saved_at", wall()), 0.0)
-            self._parts["lost"] += since
+        what = f"the times of earlier starts in the checkpoint of step {first_step}"
+        past = reading.checked({} if state is None else state, _Past, what)
+        self._before = past.elapsed_seconds
+        self._parts = dict.fromkeys(TIME_PARTS, 0.0) | past.parts
+        if past.saved_at is not None:
+            began = wall() - (clock() - self._started)
+            self._parts["lost"] += max(began - past.saved_at, 0.0)
         self._mark = self._started  # the time until this is in `_parts`
         self._warm = False
         self._steps = 0  # measured steps of this start, and their time with pauses
@@ -256,7 +261,7 @@ class Chrono:
             self._begin_interval(self._clock())
 
     def scalars(self, matcher_seconds: float | None = None) -> dict[str, float]:
-        """Measures since the last call (or since the first step), named as in `TIME_METRICS`.
+        """Measures since the last call (or since the first step); each name begins with "time/".
 
         images_per_second: in data and step time. step_seconds, data_seconds: of one step.
         pause_seconds: in the interval; checkpoint_seconds is a part of it. goodput: share of steps
@@ -299,15 +304,28 @@ class Chrono:
         """Returns a table of the parts of the run's time, over all its starts."""
         self._count("step" if self._warm else "start")
         total = max(sum(self._parts.values()), 1e-9)
-        lines = [f"time of the run, {format_duration(total)}:"]
+        lines = [f"time of the run, {duration(total)}:"]
         for part, text in TIME_PARTS.items():
             share = 100 * self._parts[part] / total
-            lines.append(f"  {text:<36}{format_duration(self._parts[part]):>10}{share:7.1f} %")
+            lines.append(f"  {text:<36}{duration(self._parts[part]):>12}{share:7.1f} %")
         return "\n".join(lines)
 
     def line(self, scalars: Mapping[str, Any]) -> str:
-        """Returns `progress_line` of the last step."""
-        return progress_line(self._step, self._total_steps, scalars)
+        """Returns the line for the console, from the losses and the result of `scalars`.
+
+        "step 120/2000 (6%)  loss 34.2  ce 2.1 ...  12.3 images/s  data 3%  ETA 12 min 31 s"
+        """
+        share = 100 * self._step // max(self._total_steps, 1)
+        parts = [f"step {self._step}/{self._total_steps} ({share}%)"]
+        for term in _PROGRESS_TERMS:
+            if scalars.get(term) is not None:
+                parts.append(f"{term.removeprefix('loss_')} {float(scalars[term]):.4g}")
+        if "time/images_per_second" in scalars:
+            parts.append(f"{scalars['time/images_per_second']:.3g} images/s")
+            data, compute = scalars["time/data_seconds"], scalars["time/step_seconds"]
+            parts.append(f"data {100 * data / max(data + compute, 1e-9):.0f}%")
+            parts.append(f"ETA {duration(scalars['time/eta_seconds'])}")
+        return "  ".join(parts)
 
     def state(self) -> dict[str, Any]:
         """Returns JSON values for the checkpoint's position; see `__init__`."""
@@ -317,50 +335,6 @@ class Chrono:
             "parts": dict(self._parts),
             "saved_at": self._wall(),
         }
-
-
-# Shown in this order, whatever the prefix of the metric's name.
-_PROGRESS_TERMS = (
-    *("loss", "loss_ce", "loss_mask", "loss_dice", "loss_contrastive", "loss_query_class"),
-    "grad_norm",
-)
-
-
-def progress_line(step: int, total_steps: int, scalars: Mapping[str, Any]) -> str:
-    """Makes the line for the console.
-
-    Args:
-      step: steps done.
-      total_steps: steps of the run.
-      scalars: the losses, with or without a prefix such as "train/", and `Chrono.scalars`.
-
-    Returns:
-      "step 120/2000 (6%)  loss 34.2  ce 2.1 ...  12.3 images/s  data 3%  ETA 12m 31s"
-    """
-    by_name = {name.rsplit("/", 1)[-1]: value for name, value in scalars.items()}
-    parts = [f"step {step}/{total_steps} ({100 * step // max(total_steps, 1)}%)"]
-    for term in _PROGRESS_TERMS:
-        if by_name.get(term) is not None:
-            parts.append(f"{term.removeprefix('loss_')} {float(by_name[term]):.4g}")
-    if "time/images_per_second" in scalars:
-        parts.append(f"{scalars['time/images_per_second']:.3g} images/s")
-        data, compute = scalars["time/data_seconds"], scalars["time/step_seconds"]
-        parts.append(f"data {100 * data / max(data + compute, 1e-9):.0f}%")
-        parts.append(f"ETA {format_duration(scalars['time/eta_seconds'])}")
-    return "  ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """Formats seconds as "45s", "12m 31s", "3h 05m" or "2d 04h"."""
-    seconds = round(seconds)
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if days:
-        return f"{days}d {hours % 24:02d}h"
-    if hours:
-        return f"{hours}h {minutes % 60:02d}m"
-    if minutes:
-        return f"{minutes}m {seconds % 60:02d}s"
-    return f"{seconds}s"
 
 
 # ------------------------------------------------------------------ parameters at start
@@ -380,11 +354,6 @@ def parameter_overview(params: Mapping[str, Any]) -> str:
         share = f"{100 * size / total:.1f}%"
         lines.append(f"{part:<18}{arrays:>8}{size:>15,}{memory / 2**20:>10.1f}{share:>8}")
     return "\n".join(lines)
-
-
-def log_parameters(params: Mapping[str, Any]) -> None:
-    """Logs `parameter_overview`."""
-    logging.info("Parameters:\n%s", parameter_overview(params))
 
 
 # Warnings of intended behaviour: a save between evaluations has no scores, and the synthetic
@@ -507,7 +476,10 @@ class ProfileTrigger:
         if self._last is not None:
             self._last = None
             jax.profiler.stop_trace()
-            if remote.is_remote(self._workdir):
-                remote.upload(self._traces, self._workdir)
-                shutil.rmtree(self._traces)
-            logging.info("Profile written to %s/plugins/profile", self._workdir)
+            try:
+                if remote.is_remote(self._workdir):
+                    remote.upload(self._traces, self._workdir)
+                    shutil.rmtree(self._traces)
+                logging.info("Profile written to %s/plugins/profile", self._workdir)
+            except OSError as error:  # no reason to end a training
+                logging.warning("The profile stays in %s: %s", self._traces, error)

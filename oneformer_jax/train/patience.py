@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 
 from oneformer_jax.train import reading
-from oneformer_jax.train.descriptions import CheckpointError
 
 
 class _History(msgspec.Struct):
@@ -36,13 +35,8 @@ class Patience:
 
     def __init__(self, most: int, metric: str, position: Mapping[str, Any]):
         self._most, self._metric = most, metric
-        try:
-            found = msgspec.convert(position.get("evaluations", {}), _History)
-        except msgspec.ValidationError as error:
-            raise CheckpointError(
-                f"the scores of earlier evaluations in the checkpoint of step "
-                f"{position.get('step')} are damaged ({error}); remove that checkpoint"
-            ) from None
+        what = f"the earlier evaluations in the checkpoint of step {position.get('step')}"
+        found = reading.checked(position.get("evaluations", {}), _History, what)
         self._scores = dict(found.scores) if found.metric == metric else {}
 
     def note(self, step: int, scores: Mapping[str, float | None] | None) -> None:

@@ -6,9 +6,10 @@ import contextlib
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -19,6 +20,7 @@ from oneformer_jax.train import seals, stores
 from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.runtime import folders
 
+T = TypeVar("T")
 POSITION_FILE = "position/metadata"  # the name of Orbax's JSON handler
 
 
@@ -51,6 +53,14 @@ def reporting_damage(path: pathlib.Path) -> Iterator[None]:
             f"checkpoint {path} is damaged: {reason(error)}\nRemove or rename that folder to go on "
             "from the checkpoint before it."
         ) from error
+
+
+def checked(value: Any, schema: type[T], what: str) -> T:
+    """Converts a part of a checkpoint's position; a CheckpointError names `what` is wrong."""
+    try:
+        return msgspec.convert(value, schema)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{what} are damaged ({error}); remove that checkpoint") from None
 
 
 def describe(tree: Any) -> dict[str, str]:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import io
 import pathlib
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -34,6 +37,15 @@ MAX_IN_A_ROW = 10  # skipped steps after which a run stops all the same
 MAX_WRITTEN = 3  # batches of skipped steps that one start writes
 
 ImageIds = Callable[[Sequence[int]], Sequence[str]]
+
+
+class _Report(msgspec.Struct):
+    """The content of report.json, which has the values of `terms` as text."""
+
+    step: int
+    terms: dict[str, str]
+    records: list[int] | None
+    images: list[str]
 
 
 class Watch:
@@ -107,8 +119,8 @@ def write(
     files.write_atomically(folder / f"batch.{jax.process_index()}.npz", content.getvalue())
     if jax.process_index() == 0:
         terms = {name: repr(value) for name, value in error.terms.items()}
-        report = dict(step=error.step, terms=terms, records=error.records, images=error.images)
-        descriptions.write_json(folder / "report.json", report)
+        report = _Report(error.step, terms, error.records, error.images)
+        descriptions.write_json(folder / "report.json", msgspec.to_builtins(report))
     if state is not None:
         # Orbax fetches the arrays without `jax.device_get`.
         with jax.transfer_guard("allow"), ocp.StandardCheckpointer() as checkpointer:
@@ -142,24 +154,18 @@ def replay(
     config = settings.checked(config)
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     folder = find_record(workdir, step)
-    report = descriptions.read_json(folder / "report.json", expected="a recorded step")
-    path = folder / f"batch.{jax.process_index()}.npz"
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing: replay with as many processes as the run had")
-    with path.open("rb") as file, np.load(file) as arrays:
-        batch = {name: arrays[name] for name in arrays if name != "index"}
+    report = files.read_json(folder / "report.json", _Report, error=CheckpointError)
+    batch = _read_batch(folder / f"batch.{jax.process_index()}.npz")
     training = states.make_training(config, metadata.num_classes, text_table, mesh)
-    state, origin = _state_before(workdir, folder, training.state, report["step"])
+    state, origin = _state_before(workdir, folder, training.state, report.step)
     key = jax.random.split(jax.random.key(config.seed))[1]
     key = sharding.put_key(key, mesh)
     batch = sharding.put_batch(batch, mesh)
 
     # The same function, but no memory is given away: with NaN checks on it may run a second time.
     step_function = training.step.__wrapped__
-    lines = [
-        f"step {report['step']}, images {first_few(report['images'] or report['records'], 16)}"
-    ]
-    lines.append(f"state: {origin}")
+    images = first_few(report.images or report.records or [], 16)
+    lines = [f"step {report.step}, images {images}", f"state: {origin}"]
     _, metrics = jax.jit(step_function)(state, batch, key)
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     bad = [f"{name} = {value}" for name, value in values.items() if not np.isfinite(value)]
@@ -181,7 +187,8 @@ def find_record(workdir: str, step: int | None = None) -> pathlib.Path:
         raise CheckpointError(f"{parent.parent} does not exist; expected the workdir of a run")
     steps = []
     if parent.exists():
-        steps = sorted(int(f.name) for f in parent.iterdir() if (f / "report.json").exists())
+        found = (f for f in parent.iterdir() if folders.is_step(f.name))
+        steps = sorted(int(f.name) for f in found if (f / "report.json").exists())
     if not steps:
         raise CheckpointError(f"{parent} holds no recorded step: this run has had no bad numbers")
     if step is not None and step not in steps:
@@ -189,12 +196,24 @@ def find_record(workdir: str, step: int | None = None) -> pathlib.Path:
     return parent / str(steps[-1] if step is None else step)
 
 
+def _read_batch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads a recorded batch; CheckpointError if it is missing or damaged."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing: replay with as many processes as the run had")
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            return {name: arrays[name] for name in arrays if name != "index"}
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); replay another step") from error
+
+
 def _state_before(workdir: str, folder: pathlib.Path, target: Any, step: int) -> tuple[Any, str]:
     if (folder / "state").exists():
-        saved = stores.describe(folder / "state")
-        wanted = {name: tree for name, tree in target.items() if name in saved}
-        with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(folders.literal(folder / "state"), wanted)
+        with reading.reporting_damage(folder):
+            saved = stores.describe(folder / "state")
+            wanted = {name: tree for name, tree in target.items() if name in saved}
+            with ocp.StandardCheckpointer() as checkpointer:
+                state = checkpointer.restore(folders.literal(folder / "state"), wanted)
         return reading.with_halted(state, target), f"before step {step}, as recorded"
     path = folders.locate(workdir) / folders.CHECKPOINT_FOLDER
     earlier = [n for n in folders.finished_steps(path) if n < step]

@@ -80,25 +80,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     return Mesh(shape, AXES, axis_types=types)
 
 
-def check_batch(batch_size: int, mesh: Mesh, key: str = "data.batch_size") -> None:
-    """Raises ValueError, with `key` and good sizes, unless the mesh divides the batch."""
-    count = mesh.size
-    if batch_size > 0 and batch_size % count == 0:
-        return
-    below = batch_size // count * count
-    sizes = f"{below} or {below + count}" if below > 0 else f"{count}"
-    raise ValueError(f"{key} {batch_size} is not divisible by {count} devices; use {sizes}")
-
-
 def check_batches(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises ValueError, with the key, unless batch, micro-batches and devices divide."""
+    """Raises ValueError, with good sizes, unless batch, micro-batches and devices divide."""
     config_rules.require({"data.batch_size": batch_size, "optim.accumulate": accumulate})
-    name = (
-        "data.batch_size"
-        if accumulate == 1
-        else f"data.batch_size / optim.accumulate ({batch_size}/{accumulate}) ="
-    )
-    check_batch(batch_size // accumulate, mesh, name)
+    size, count = batch_size // accumulate, mesh.size
+    if size % count:
+        key = "data.batch_size"
+        if accumulate > 1:
+            key += f" / optim.accumulate ({batch_size}/{accumulate}) ="
+        below = size // count * count
+        sizes = f"{below} or {below + count}" if below else f"{count}"
+        raise ValueError(f"{key} {size} is not divisible by {count} devices; use {sizes}")
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -12,14 +13,14 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from oneformer_jax import config_rules
-from oneformer_jax.files import first_few
-from oneformer_jax.models import backbones
+from oneformer_jax.files import FileError, first_few
+from oneformer_jax.models import backbones, functional
 from oneformer_jax.models.backbones import BackboneConfig
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.rules import shown
 from oneformer_jax.train import checkpoint, descriptions, settings
 from oneformer_jax.train.runtime import folders
-from oneformer_jax.weights import convert, fetch, files, names, start
+from oneformer_jax.weights import convert, fetch, files, start
 from oneformer_jax.weights.start import Start
 
 # Fields of an architecture that a run may choose: no array has another shape by them.
@@ -57,8 +58,7 @@ def take_architecture(
       ValueError: the checkpoint cannot be read, or it contradicts what the config sets; the message
         has the keys with both values.
     """
-    name = config.init.checkpoint
-    if not name or config.init.backbone:  # both: the rules of the config refuse that
+    if not config.init.checkpoint or config.init.backbone:  # the config's rules refuse both
         return config
     config = config.copy_and_resolve_references()
     ours = settings.model_config(config, num_classes=1)
@@ -67,7 +67,7 @@ def take_architecture(
     if begun:
         theirs, text = OneFormerConfig.from_dict(descriptions.read_model(run)), True
     else:
-        theirs, text = _architecture(name, ours, base)
+        theirs, text = _architecture(config.init, ours, base)
     taken: dict[str, Any] = {}
     conflicts: dict[str, str] = {}
     for key, value in theirs.to_dict().items():
@@ -85,7 +85,7 @@ def take_architecture(
             taken |= _named_backbone(theirs.backbone)
         else:
             conflicts |= found
-    where = fetch.shown(name)
+    where = fetch.shown(config.init.checkpoint)
     hard = [text for key, text in conflicts.items() if key not in _MAY_DIFFER]
     if hard and not begun:
         raise ValueError(
@@ -104,11 +104,33 @@ def take_architecture(
     return config
 
 
+def check_start(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """Compares the file of `config.init` with the config, before the values are needed.
+
+    A run that resumes does not read the file.
+
+    Raises:
+      ValueError: the file is missing, cannot be fetched or read, or is of another architecture.
+    """
+    run = folders.locate(workdir) / folders.CHECKPOINT_FOLDER
+    if (config.init.backbone or config.init.checkpoint) and not folders.finished_steps(run):
+        model = settings.model_config(config, num_classes=1)
+        shapes = functional.abstract(model, training=True)
+        read_start(config.init, shapes.params, shapes.stats, model.backbone, values=False)
+
+
+def _local_path(init: ConfigDict, key: str) -> pathlib.Path:
+    try:
+        return fetch.local_path(init[key])
+    except FileError as error:
+        raise FileError(f"init.{key}: {error}") from error
+
+
 def _architecture(
-    name: str, ours: OneFormerConfig, base: ConfigDict
+    init: ConfigDict, ours: OneFormerConfig, base: ConfigDict
 ) -> tuple[OneFormerConfig, bool]:
     """The architecture of a checkpoint, and whether its text branch is there."""
-    path = fetch.local_path(name)
+    path = _local_path(init, "checkpoint")
     if not files.is_foreign(path):
         return checkpoint.read_architecture(path), True
     # What the tensors of other programs do not tell is as the config has it.
@@ -159,7 +181,7 @@ def _named_backbone(backbone: Any) -> dict[str, Any]:
 
 
 def read_start(
-    init: ConfigDict, params: dict, stats: dict, backbone: BackboneConfig
+    init: ConfigDict, params: dict, stats: dict, backbone: BackboneConfig, values: bool = True
 ) -> Start | None:
     """Reads the file that `config.init` names, or returns None.
 
@@ -168,22 +190,27 @@ def read_start(
       params: shapes of the parameters of the model, a nested dict.
       stats: shapes of its other values.
       backbone: config of its backbone.
+      values: False leaves out those of one of our checkpoints; the result tells only what fits.
 
     Raises:
       ValueError: both settings are given, or the file cannot be read or does not fit.
     """
     config_rules.require({"init.backbone": init.backbone, "init.checkpoint": init.checkpoint})
-    expected = dict(names.flatten(params)) | dict(names.flatten(stats))
+    expected = dict(convert.leaves((params, stats)))
     if init.backbone:
-        return start.from_backbone(fetch.local_path(init.backbone), expected, backbone)
+        return start.from_backbone(_local_path(init, "backbone"), expected, backbone)
     if not init.checkpoint:
         return None
-    path = fetch.local_path(init.checkpoint)
+    path = _local_path(init, "checkpoint")
     if files.is_foreign(path):
         return start.from_model(path, expected, backbones.kind_of(backbone))
-    trained = checkpoint.load_for_inference(path)
-    values = dict(names.flatten(trained.params)) | dict(names.flatten(trained.stats))
-    return start.from_arrays(str(path), values, expected)
+    if values:
+        trained = checkpoint.load_for_inference(path)
+        params, stats = trained.params, trained.stats
+    else:
+        shapes = functional.abstract(checkpoint.read_architecture(path), training=True)
+        params, stats = shapes.params, shapes.stats
+    return start.from_arrays(str(path), dict(convert.leaves((params, stats))), expected)
 
 
 def log_start(found: Start, path: str) -> None:

@@ -18,7 +18,7 @@ import concurrent.futures
 import itertools
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import jax
@@ -91,6 +91,14 @@ def _paths(store: pathlib.Path) -> dict[tuple[str, ...], bool]:
 
 def _name(path: tuple[str, ...]) -> str:
     return ".".join(path)
+
+
+def _named(tree: Tree) -> list[tuple[str, Any]]:
+    """Lists the leaves of a nested dict with their names in the store."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 # ------------------------------------------------------------------ arrays
@@ -185,18 +193,9 @@ def parse_zarray(text: bytes, where: str) -> _Array:
     return array
 
 
-def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Returns the leaves of a nested dict with their paths."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
 def check_sizes(store: pathlib.Path, tree: Tree) -> None:
     """Raises StoreError if the arrays of `tree` are far too large for their files."""
-    claimed = sum(math.prod(x.shape) * x.dtype.itemsize for _, x in leaves(tree))
+    claimed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     if remote.is_remote(store):
         there = sum(remote.sizes(store).values())
     else:
@@ -217,12 +216,12 @@ def check_chunks(store: pathlib.Path, tree: Tree, part: int = 0, parts: int = 1)
       StoreError: names the array.
     """
     keys = _open(store)
-    mine = dict(list(leaves(tree))[part::parts])
+    mine = dict(_named(tree)[part::parts])
 
     def chunks() -> Iterator[tuple[Any, int, Any]]:
-        described = ((path, 0, (keys.read, f"{_name(path)}/.zarray")) for path in mine)
-        for path, read in _read_ahead(described):
-            where, leaf = f"{store}: {_name(path)}", mine[path]
+        described = ((name, 0, (keys.read, f"{name}/.zarray")) for name in mine)
+        for name, read in _read_ahead(described):
+            where, leaf = f"{store}: {name}", mine[name]
             array = _zarray(read, f"{where}/.zarray")
             if (tuple(array.shape), _TYPES[array.dtype]) != (leaf.shape, leaf.dtype):
                 raise StoreError(f"{where} has changed since it was described")
@@ -230,8 +229,8 @@ def check_chunks(store: pathlib.Path, tree: Tree, part: int = 0, parts: int = 1)
             grid = [range(-(-n // c)) for n, c in zip(array.shape, array.chunks, strict=True)]
             for position in itertools.product(*grid):
                 key = ".".join(map(str, position)) or "0"
-                name = (where, key, size, array.compressor is not None)
-                yield name, size, (keys.read, f"{_name(path)}/{key}")
+                chunk = (where, key, size, array.compressor is not None)
+                yield chunk, size, (keys.read, f"{name}/{key}")
 
     for (where, key, size, compressed), read in _read_ahead(chunks()):
         if read.state != "value":
@@ -300,20 +299,21 @@ def _frame_sizes(chunk: bytes) -> tuple[int, int]:
     return (stated if whole else -1), most
 
 
-def _arrays(store: pathlib.Path, tree: Tree) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Yields the arrays of `tree` with their paths."""
+def _arrays(store: pathlib.Path, tree: Tree) -> Iterator[np.ndarray]:
+    """Yields the arrays in the places of the leaves of `tree`, in their order."""
     keys = _open(store)
     spec = {"driver": "zarr", "recheck_cached_data": "open"}
 
-    def array(path: tuple[str, ...]) -> np.ndarray:
-        found = ts.open(spec, kvstore=keys / f"{_name(path)}/", open=True)
+    def array(name: str) -> np.ndarray:
+        found = ts.open(spec, kvstore=keys / f"{name}/", open=True)
         return found.result().read().result()
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        yield from _read_ahead(
-            (path, math.prod(leaf.shape) * leaf.dtype.itemsize, (pool.submit, array, path))
-            for path, leaf in leaves(tree)
+        reads = (
+            (name, math.prod(leaf.shape) * leaf.dtype.itemsize, (pool.submit, array, name))
+            for name, leaf in _named(tree)
         )
+        yield from (found for _, found in _read_ahead(reads))
 
 
 def unpack(store: pathlib.Path, tree: Tree) -> None:
@@ -324,12 +324,4 @@ def unpack(store: pathlib.Path, tree: Tree) -> None:
 
 def read(store: pathlib.Path, tree: Tree) -> Tree:
     """Reads the arrays of `tree` (from `describe`, or a part of it) as NumPy arrays."""
-    found = dict(_arrays(store, tree))
-
-    def gather(tree: Tree, path: tuple[str, ...] = ()) -> Tree:
-        return {
-            key: gather(value, (*path, key)) if isinstance(value, Mapping) else found[*path, key]
-            for key, value in tree.items()
-        }
-
-    return gather(tree)
+    return jax.tree.unflatten(jax.tree.structure(tree), list(_arrays(store, tree)))

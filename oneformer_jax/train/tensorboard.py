@@ -17,7 +17,6 @@ import socket
 import sys
 import time
 import types
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from tensorboard.plugins.text import summary_v2 as text_summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
 
-from oneformer_jax import files, remote
+from oneformer_jax import files, remote, rules
 
 _CLU_BACK_END = "clu.metric_writers.summary_writer"
 _LARGE = 1 << 20  # bytes of an event file in a bucket, which is written anew at each flush
@@ -140,7 +139,7 @@ class SummaryWriter(metric_writers.MetricWriter):
         """Writes a nested mapping of settings; values that are not numbers become text."""
         plain = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in flatten(hparams)
+            for name, value in rules.flattened(hparams).items()
         }
         self._write_summary(0, hparams_summary.hparams_pb(plain))
 
@@ -162,47 +161,14 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def flatten(settings: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted name and the value of each setting of nested mappings."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 class QuietWriter(metric_writers.MetricWriter):
     """Ignores everything; writers derive from it that take a part."""
 
-    def write_summaries(self, step, values, metadata=None):
-        del step, values, metadata
-
-    def write_scalars(self, step, scalars):
-        del step, scalars
-
-    def write_images(self, step, images):
-        del step, images
-
-    def write_videos(self, step, videos):
-        del step, videos
-
-    def write_audios(self, step, audios, *, sample_rate):
-        del step, audios, sample_rate
-
-    def write_texts(self, step, texts):
-        del step, texts
-
-    def write_histograms(self, step, arrays, num_buckets=None):
-        del step, arrays, num_buckets
-
-    def write_hparams(self, hparams):
-        del hparams
-
-    def flush(self):
+    def _ignore(self, *unused: Any, **also_unused: Any) -> None:
         pass
 
-    def close(self):
-        pass
+    write_summaries = write_scalars = write_images = write_videos = write_audios = _ignore
+    write_texts = write_histograms = write_hparams = flush = close = _ignore
 
 
 class JsonLinesWriter(QuietWriter):

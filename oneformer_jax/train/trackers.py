@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from oneformer_jax import files, remote
+from oneformer_jax import files, remote, rules
 from oneformer_jax.train.dashboards import tag_of
 from oneformer_jax.train.descriptions import read_json, write_json
-from oneformer_jax.train.tensorboard import QuietWriter, flatten
+from oneformer_jax.train.tensorboard import QuietWriter
 
 LIBRARIES = ("wandb", "mlflow")
 _IDS = "trackers.json"
@@ -104,7 +104,7 @@ class WandbWriter(QuietWriter):
         self._run.config.update(dict(texts), allow_val_change=True)
 
     def write_hparams(self, hparams):
-        self._run.config.update(dict(flatten(hparams)), allow_val_change=True)
+        self._run.config.update(rules.flattened(hparams), allow_val_change=True)
 
     def close(self):
         self._run.finish()
@@ -150,7 +150,8 @@ class MlflowWriter(QuietWriter):
             self._send("log_text", text, f"{name}.txt")
 
     def write_hparams(self, hparams):
-        found = [self._entities.Param(n, str(v)[:500]) for n, v in flatten(hparams)]
+        settings = rules.flattened(hparams).items()
+        found = [self._entities.Param(name, str(value)[:500]) for name, value in settings]
         for first in range(0, len(found), _MOST):
             self._send("log_batch", params=found[first : first + _MOST])
 

@@ -41,52 +41,6 @@ def run(*arguments, cwd=ROOT, **environment):
 
 
 @pytest.mark.parametrize(
-    ("override", "meant"),
-    [
-        ("optm.lr", "--config.optim.lr"),
-        ("optim.leraning_rate", ""),
-        ("learning_rate", "--config.optim.lr"),
-        ("solver.learning_rate", "--config.optim.lr"),
-        ("img_size", "--config.data.crop_size"),
-        ("num_epochs", "--config.train.epochs"),
-        ("wd", "--config.optim.weight_decay"),
-        ("optim.weigth_decay", "--config.optim.weight_decay"),
-        ("lr", "--config.optim.lr"),
-        ("model.optim.lr", "--config.optim.lr"),
-        ("train.steps.foo", "--config.train.steps"),
-        ("xyzzy", ""),
-    ],
-)
-def test_unknown_key_names_the_nearest(override, meant):
-    message = cli.unknown_keys(synthetic.get_config(), ["seed", override])
-    assert message.startswith(f"the config has no key '{override}'")
-    assert "\n" not in message
-    assert (f"did you mean {meant}" in message) if meant else "configs/common.py" in message
-
-
-def test_a_name_in_two_groups_offers_both():
-    message = cli.unknown_keys(synthetic.get_config(), ["batch_size"])
-    assert "--config.data.batch_size" in message
-    assert "--config.eval.batch_size" in message
-
-
-def test_known_keys_pass():
-    config = synthetic.get_config()
-    known = cli.config_keys(config)
-    assert {"optim.lr", "optim", "model.backbone.name", "seed"} <= set(known)
-    assert cli.unknown_keys(config, known) == ""
-
-
-def test_overrides_are_found_among_the_arguments():
-    argv = ["main.py", "--config", "a.py:b", "--config.optim.lr=1", "-config.seed", "3"]
-    argv += ["--noconfig.model.remat", "--configuration=c.py", "--workdir=--config=d.py"]
-    assert cli.argument(argv) == "a.py:b"
-    assert cli.argument(["main.py", "--config=x.py"]) == "x.py"
-    assert cli.argument(["main.py", "--mode=eval"]) is None
-    assert cli.overridden_keys(argv) == ["optim.lr", "seed", "model.remat"]
-
-
-@pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [
         ((CONFIG, "--config.optim.lrr=1"), 2, ("no key 'optim.lrr'", "--config.optim.lr")),
@@ -118,6 +72,17 @@ def test_overrides_are_found_among_the_arguments():
         (("--mode=report",), 2, ("--mode=report needs --workdir",)),
         (("--mode=report", "--workdir=tests"), 1, ("error: tests holds no run",)),
         ((CONFIG, "--workdir=w", "--compare=v"), 2, ("--compare belongs to --mode=report",)),
+        (
+            (CONFIG, "--workdir=w", "--threshold=0.5"),
+            2,
+            ("--threshold belongs to --mode=predict or demo, not to --mode=train",),
+        ),
+        (
+            (CONFIG, "--mode=eval", "--workdir=w", "--output=x"),
+            2,
+            ("--output belongs to --mode=predict or inspect or convert or export or report",),
+        ),
+        ((CONFIG, "--mode=compile", "--license=x"), 2, ("to --mode=convert or export,",)),
         (("--mode=predict", "--image=x"), 2, ("needs --workdir=... or --weights=...",)),
         (("--mode=demo",), 2, ("--mode=demo needs --workdir=... or --weights=...",)),
         (("--mode=demo", "--weights=x", "--port=99999"), 2, ("--port=99999", "65535")),
@@ -172,6 +137,44 @@ def test_a_wrong_command_is_one_line(arguments, code, parts, monkeypatch, capsys
     assert error.count("\n") == 1
     for part in parts:
         assert part in error
+
+
+def test_every_flag_of_some_modes_names_them_in_its_help():
+    """What the help says is what is checked: a flag without a mode acts in all."""
+    key_flags = cli.flags.FLAGS.get_key_flags_for_module(cli)
+    everywhere = {flag.name for flag in key_flags if not cli.modes_of(flag)}
+    assert everywhere == {
+        *("config", "workdir", "mode", "debug", "version"),
+        *("distributed", "coordinator", "num_processes", "process_id", "startup_timeout"),
+    }
+
+
+def test_home_is_expanded_in_every_path(monkeypatch):
+    """No shell does that after the "=" of a flag."""
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {}
+    monkeypatch.setattr(modes, "report", lambda *args: given.update(report=args))
+    monkeypatch.setattr(modes, "prepare", lambda *args: given.update(prepare=args))
+    for argv in (
+        ("--mode=report", "--workdir=~/a", "--compare=~/b", "--output=~/c"),
+        ("--mode=prepare", "--dataset=coco", "--source=~/a", "--data_dir=~/b"),
+    ):
+        with flagsaver.flagsaver():
+            cli.main(cli.parse_flags(["main.py", *argv]))
+    assert given["report"] == ("/home/me/a", ["/home/me/b"], "/home/me/c")
+    assert given["prepare"][1:3] == ("/home/me/a", "/home/me/b")
+
+
+def test_ctrl_c_promises_only_what_is_so(monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(modes, "convert", stopped)
+    argv = ["main.py", "--mode=convert", "--source=a", "--output=b"]
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_:
+        cli.main(cli.parse_flags(argv))
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: stopped"
 
 
 def test_the_program_itself_reports_and_exits(tmp_path):

@@ -62,6 +62,17 @@ def test_predict_writes_every_task(workdir, image_file, tmp_path, capsys):
     assert line.startswith("0 of 1 images segmented, 1 were done already")
 
 
+@pytest.mark.parametrize("form", ["{}/", "{}/../{name}", "~/{name}"])
+def test_a_workdir_in_any_form_takes_its_predictions(
+    workdir, image_file, tmp_path, form, monkeypatch, capsys
+):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    modes.predict(form.format(copy, name="run"), str(image_file), "semantic", None)
+    assert "1 of 1 images segmented" in capsys.readouterr().out
+    assert (copy / "predictions" / "picture_semantic_overlay.png").exists()
+
+
 def test_predict_has_a_limit_of_pixels(workdir, image_file, tmp_path):
     with pytest.raises(ValueError, match=r"40 x 60 pixels .*data\.max_pixels, 2,399.*--max_pixels"):
         modes.predict(str(workdir), str(image_file), "all", str(tmp_path / "o"), max_pixels=2399)

@@ -102,6 +102,7 @@ def test_what_a_bucket_refuses_is_one_line_with_the_way_out(server, bucket, url,
         lambda: remote.check(url),
         lambda: files.read_bytes(f"{url}/a", limit=9),
         lambda: files.write_atomically(f"{url}/a", "text"),
+        lambda: remote.Growing(f"{url}/a").store(),
     )
     for use in uses:
         with pytest.raises((RemoteError, files.FileError), match=FAULTS[status]) as error:

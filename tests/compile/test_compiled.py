@@ -113,6 +113,14 @@ def test_the_step_of_the_file_computes_the_same_bits(saved, caplog):
     assert run(taken.step, saved) == run(saved.program, saved) == run(saved.training.step, saved)
 
 
+def test_a_step_is_not_saved_for_a_number_of_epochs(saved):
+    """Their number of steps, and so the schedule, follows from the images."""
+    config = saved.config.copy_and_resolve_references()
+    config.train.epochs = 2.0
+    with pytest.raises(compiled.CompiledError, match=r"train\.epochs counts images.*train\.steps"):
+        compiled.check_target(saved.path, config)
+
+
 def test_the_digest_is_that_of_sha256sum(saved):
     with open(saved.path, "rb") as file:
         assert saved.name == f"{saved.path}@{hashlib.sha256(file.read()).hexdigest()}"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from oneformer_jax.models.oneformer import OneFormerConfig
-from oneformer_jax.train import checkpoint, descriptions, optim, sharding
+from oneformer_jax.train import checkpoint, descriptions, optim, seals, sharding
 from oneformer_jax.train.checkpoint import CheckpointError, Checkpoints
 from oneformer_jax.types import Metadata
 from tests import tiny
@@ -320,6 +320,14 @@ def test_load_for_inference_of_a_bad_path(copy, tmp_path):
     (copy / "model.json").unlink()
     with pytest.raises(CheckpointError, match=r"model.json is missing; expected the model's"):
         load(copy / "checkpoints" / "4")
+
+
+def test_a_best_metric_of_no_kind_has_no_best(copy):
+    (copy / "config.json").write_text('{"eval": {"best_metric": ["a"]}}')
+    seals.write_scores(copy / "checkpoints" / "2", {"a": 1.0})
+    with pytest.raises(CheckpointError, match="has scores yet, so none is the best"):
+        checkpoint.find_checkpoint(copy, "best")
+    assert checkpoint.find_checkpoint(copy, "auto")[1].name == "4"
 
 
 def test_a_model_of_an_earlier_version_is_completed(tmp_path):

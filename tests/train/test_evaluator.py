@@ -1,6 +1,7 @@
 """Scores, pictures and the token table, with a stand-in that reads the class from the colour."""
 
 import functools
+import io
 import json
 import types
 
@@ -58,7 +59,7 @@ def make(monkeypatch, tmp_path):
 
     def make(devices=1, **settings):
         config = common.get_base()
-        config.update_from_flattened_dict(settings)
+        config.update_from_flattened_dict({"train.pictures": 0} | settings)
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
         return evaluators.Evaluator(config, tmp_path, tiny.metadata(), None, mesh)
 
@@ -107,9 +108,23 @@ def test_pictures_are_drawn_sharp(make, writer, tmp_path):
     # The prediction is right and looks like the truth, except for the instances: they lack stuff.
     difference = [np.abs(cells[0][1].astype(int) - cells[0][c]).mean() for c in (2, 3, 4)]
     assert difference[0] < difference[1]
-    (event,) = read_events(tmp_path)["predictions"]
-    assert event[0] == 5
-    assert [int(x) for x in event[1][:2]] == [sheet.shape[1], sheet.shape[0]]
+
+
+def test_each_image_and_task_has_a_picture_that_is_legible_as_a_thumbnail(make, writer, tmp_path):
+    make(**{"train.pictures": 2}).run(GOOD, 5, eval_scenes.batches, writer)
+    events = {tag: x for tag, x in read_events(tmp_path).items() if "/image_" in tag}
+    assert events.keys() == {f"{task}/image_{n}" for task in TASKS for n in (1, 2)}
+    pictures = {}
+    for tag, ((step, (width, height, content)),) in events.items():
+        pictures[tag] = np.asarray(Image.open(io.BytesIO(content)))
+        assert step == 5 and pictures[tag].shape[:2] == (int(height), int(width))
+        assert 350 <= int(width) <= 400 and int(height) > 2 * 360  # one above the other
+    assert not np.array_equal(pictures["panoptic/image_1"], pictures["panoptic/image_2"])
+    half = len(pictures["semantic/image_1"]) // 2
+    above, below = (pictures["semantic/image_1"][i : i + half].astype(int) for i in (0, half))
+    other = pictures["instance/image_1"][half : 2 * half]
+    part = np.s_[100:-100, 100:-100]  # without titles
+    assert np.abs(above - below)[part].mean() < np.abs(above - other)[part].mean()
 
 
 def test_images_are_encoded_once_whatever_is_made_of_them(make, writer, monkeypatch):
@@ -130,8 +145,16 @@ def test_images_are_encoded_once_whatever_is_made_of_them(make, writer, monkeypa
     assert calls == once * 2
 
 
-def test_tasks_together_score_as_each_alone(writer, tmp_path):
+def test_tasks_together_score_as_each_alone(writer, tmp_path, monkeypatch):
     """With a real model: its parameters, sharded as in training, are gathered by both programs."""
+    made = functools.cache(lambda: programs(*first))  # compiled once for all evaluators
+    programs, first = functional.programs, []
+
+    def once(*arguments, **_):
+        first[:] = first or arguments
+        return made()
+
+    monkeypatch.setattr(functional, "programs", once)
     config = common.get_base()
     model = tiny.model_config(decoder_layers=1)
     _, params, stats = tiny.random_model(model, training=True)
@@ -257,7 +280,8 @@ def test_every_transfer_is_explicit(make, writer, devices):
 
     whole = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:devices]))
     state = jax.device_put(GOOD, whole)
-    evaluator = make(devices, **{"eval.tta.enabled": True, "eval.tta.short_edges": (64,)})
+    settings = {"eval.tta.enabled": True, "eval.tta.short_edges": (64,), "train.pictures": 1}
+    evaluator = make(devices, **settings)
     with jax.transfer_guard("disallow"):  # as in the training loop
         metrics = evaluator.run(state, 5, batches, writer)
         table = evaluator.token_table(state, 5, batches)

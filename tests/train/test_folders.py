@@ -103,6 +103,18 @@ def test_a_workdir_of_this_name_saves_lists_restores_and_predicts(tmp_path, name
     assert {path.name for path in tmp_path.iterdir()} == {name}  # nothing was written elsewhere
 
 
+def test_a_copy_of_a_bucket_with_an_unfinished_checkpoint(tmp_path):
+    """There an object beside the folder says so; a copy has it as a file."""
+    for step in (1, 2):
+        for part in folders.PARTS:
+            (tmp_path / str(step) / part).mkdir(parents=True)
+    (tmp_path / "2.unverified").touch()
+    (tmp_path / "3.unverified").touch()
+    assert folders.finished_steps(tmp_path) == [1]
+    folders.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 @pytest.mark.parametrize("name", REFUSED, ids=ascii)
 @pytest.mark.parametrize("use", [workdir.hold, Checkpoints, checkpoint.load_for_inference])
 def test_a_workdir_of_this_name_is_refused_in_one_line(tmp_path, name, use):

@@ -16,8 +16,9 @@ from oneformer_jax.kernels.ms_deform_attn import pallas_tpu as deform_tpu
 from oneformer_jax.kernels.point_sampling import api as points_api
 from oneformer_jax.kernels.point_sampling import pallas_tpu as points_tpu
 from oneformer_jax.models.execution import Execution, Kernels
-from oneformer_jax.train import kernel_choice, sharding
+from oneformer_jax.train import descriptions, kernel_choice, sharding
 from oneformer_jax.train import state as states
+from oneformer_jax.train.descriptions import CheckpointError
 from tests import tiny
 from tests.train.runs import make_config
 
@@ -155,6 +156,20 @@ def test_the_table_of_a_workdir_keeps_what_other_programs_told(tmp_path):
     # What another device, or other versions, told is out of date.
     kernel_choice.report(path, ENVIRONMENT | {"jax": "2"}, [row("four")])
     assert [r["call"] for r in json.loads(path.read_text())["table"]] == ["four"]
+
+
+def test_the_table_of_a_run_in_a_bucket_goes_there(monkeypatch):
+    def missing(path, **_):
+        raise CheckpointError(f"{path} is missing")
+
+    written = []
+    monkeypatch.setattr(descriptions, "read_json", missing)
+    monkeypatch.setattr(descriptions, "write_json", lambda path, _: written.append(str(path)))
+    made = []
+    monkeypatch.setattr(kernel_choice.execution, "chooser", lambda *_, **how: made.append(how))
+    kernel_choice.chooser(Kernels(), None, "gs://bucket/run")
+    made[0]["report"](ENVIRONMENT, [row("one")])
+    assert written == ["gs://bucket/run/kernels.json"]
 
 
 @pytest.mark.parametrize(

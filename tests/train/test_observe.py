@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from oneformer_jax.train import observe, tensorboard
+from oneformer_jax.train.descriptions import CheckpointError
 from oneformer_jax.train.observe import Chrono, NonFiniteLoss, ProfileTrigger
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -183,7 +184,9 @@ def test_chrono_separates_data_step_and_pause():
         clock.wait(1.5)
         chrono.tick(step)
     scalars = chrono.scalars(matcher_seconds=0.8)
-    assert set(scalars) == set(observe.TIME_METRICS)
+    parts = ("step", "data", "pause", "checkpoint", "eta", "elapsed")
+    names = {"images_per_second", "goodput", "matcher_share", *(f"{n}_seconds" for n in parts)}
+    assert set(scalars) == {f"time/{name}" for name in names}
     assert scalars["time/images_per_second"] == pytest.approx(4 * 8 / 8)
     assert scalars["time/step_seconds"] == pytest.approx(1.5)
     assert scalars["time/data_seconds"] == pytest.approx(0.5)
@@ -223,6 +226,14 @@ def test_chrono_separates_data_step_and_pause():
     assert float(rows["start and compilation"]) == pytest.approx(58 / 0.96, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    "damage", [3, {"elapsed_seconds": "x"}, {"parts": {"other": 1.0}}, {"saved_at": []}]
+)
+def test_damaged_times_of_earlier_starts_are_named(damage):
+    with pytest.raises(CheckpointError, match="earlier starts in the checkpoint of step 9 are dam"):
+        Chrono(9, 100, 8, state=damage)
+
+
 def test_flop_utilisation():
     clock = Clock()
     chrono = Chrono(0, 100, 8, peak_flops=50.0, clock=clock)
@@ -238,9 +249,9 @@ def test_flop_utilisation():
 
 def test_progress_line():
     scalars = {
-        "train/loss": 34.2468,
-        "train/loss_ce": np.float32(2.0),
-        "train/loss_ce_0": 9.0,
+        "loss": 34.2468,
+        "loss_ce": np.float32(2.0),
+        "loss_ce_0": 9.0,
         "time/images_per_second": 12.345,
         "time/data_seconds": 0.1,
         "time/step_seconds": 0.9,
@@ -249,17 +260,10 @@ def test_progress_line():
     chrono = Chrono(0, 2000, 1)
     chrono.tick(120)
     assert chrono.line(scalars) == (
-        "step 120/2000 (6%)  loss 34.25  ce 2  12.3 images/s  data 10%  ETA 12m 31s"
+        "step 120/2000 (6%)  loss 34.25  ce 2  12.3 images/s  data 10%  ETA 12 min 31 s"
     )
-    assert observe.progress_line(1, 2000, {"loss": 1.0}) == "step 1/2000 (0%)  loss 1"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "0s"), (59.6, "1m 00s"), (3599, "59m 59s"), (3900, "1h 05m"), (187_200, "2d 04h")],
-)
-def test_format_duration(seconds, text):
-    assert observe.format_duration(seconds) == text
+    chrono.tick(1)
+    assert chrono.line({"loss": 1.0}) == "step 1/2000 (0%)  loss 1"
 
 
 def test_parameter_overview():
@@ -282,6 +286,19 @@ def profiler(monkeypatch):
     monkeypatch.setattr(observe.jax.profiler, "start_trace", lambda path: calls.append(path))
     monkeypatch.setattr(observe.jax.profiler, "stop_trace", lambda: calls.append("stop"))
     return calls
+
+
+def test_a_profile_that_cannot_be_copied_ends_no_training(profiler, monkeypatch, caplog):
+    def unreachable(*_):
+        raise observe.remote.RemoteError("gs://bucket/run: the bucket cannot be reached")
+
+    monkeypatch.setattr(observe.remote, "upload", unreachable)
+    monkeypatch.setattr(ProfileTrigger, "_is_asked", lambda _: False)
+    trigger = ProfileTrigger("gs://bucket/run", start=1, steps=1)
+    trigger.before(1)
+    trigger.after(1, jnp.ones(()))
+    assert profiler[1:] == ["stop"]
+    assert f"The profile stays in {profiler[0]}: gs://bucket/run" in caplog.text
 
 
 def drive(trigger, calls, steps):

@@ -123,3 +123,23 @@ def test_replay_without_a_state_takes_the_checkpoint_before(toy, tmp_path):
     (tmp_path / "nonfinite" / "8" / "batch.0.npz").unlink()
     with pytest.raises(CheckpointError, match="as many processes as the run had"):
         run_replay(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("report.json", b"{}", r"report\.json holds an unexpected value: .*`step`"),
+        ("report.json", b'{"step": 8, "terms": {}, "records": 3, "images": []}', "records"),
+        ("batch.0.npz", b"PK\x03\x04nonsense", r"batch\.0\.npz is damaged"),
+        ("batch.0.npz", b"", r"batch\.0\.npz is damaged"),
+        ("state/_METADATA", b"{}", r"8 is damaged: .*_METADATA"),
+    ],
+)
+def test_a_damaged_record_is_named(file, content, message, toy, tmp_path):
+    replay.write(tmp_path, NonFiniteLoss(8, {"loss": np.nan}, [3]), batch(1.0), STATE)
+    (tmp_path / "nonfinite" / "notes").mkdir()  # of the user
+    (tmp_path / "nonfinite" / "notes" / "report.json").touch()
+    assert "step 8, images 3" in run_replay(tmp_path)
+    (tmp_path / "nonfinite" / "8" / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        run_replay(tmp_path)

@@ -45,16 +45,17 @@ def test_bad_mesh_names_the_key(data, fsdp, message):
         sharding.make_mesh(data, fsdp)
 
 
-def test_check_batch():
+def test_batches_and_micro_batches_divide_over_the_devices():
     mesh = sharding.make_mesh(fsdp=2)
-    sharding.check_batch(16, mesh)
+    sharding.check_batches(16, 2, mesh)
     message = r"^data.batch_size 12 is not divisible by 8 devices; use 8 or 16$"
     with pytest.raises(ValueError, match=message):
-        sharding.check_batch(12, mesh)
-    with pytest.raises(ValueError, match=r"^eval.batch_size 3 .* 8 devices; use 8$"):
-        sharding.check_batch(3, mesh, key="eval.batch_size")
-    with pytest.raises(ValueError, match=r"use 8$"):
-        sharding.check_batch(0, mesh)
+        sharding.check_batches(12, 1, mesh)
+    message = r"^data.batch_size / optim.accumulate \(6/2\) = 3 .* 8 devices; use 8$"
+    with pytest.raises(ValueError, match=message):
+        sharding.check_batches(6, 2, mesh)
+    with pytest.raises(ValueError, match=r"^data.batch_size is 0; it must"):
+        sharding.check_batches(0, 1, mesh)
 
 
 def test_put_batch_splits_over_all_devices():

@@ -13,6 +13,7 @@ from oneformer_jax.configs import common
 from oneformer_jax.models import backbones
 from oneformer_jax.models.oneformer import OneFormerConfig
 from oneformer_jax.train import checkpoint, descriptions, loop, settings, start
+from oneformer_jax.weights import download
 from tests import tiny
 from tests.weights.test_start import BACKBONES, make, random_tensors, write
 
@@ -247,3 +248,59 @@ def test_the_loader_and_the_loop_get_the_architecture_of_the_checkpoint(tmp_path
     given.data.batch_size, given.data.crop_size = 2, (64, 64)
     modes.train(given.lock(), str(tmp_path / "run"))
     assert seen == {"texts": 11 - 3, "queries": 11}
+
+
+@pytest.mark.parametrize(
+    ("key", "file", "message"),
+    [
+        ("backbone", "nowhere.pth", r"init\.backbone: .*nowhere\.pth does not exist"),
+        ("checkpoint", "nowhere.pth", r"init\.checkpoint: .*nowhere\.pth does not exist"),
+        ("backbone", "convnext", r"init\.backbone=.* is not of the backbone of this config"),
+        ("checkpoint", "convnext", "is a resnet, the checkpoint has a convnext"),
+        ("backbone", "https://127.0.0.1:9/swin.pth", r"init\.backbone: https://127\.0\.0\.1:9/"),
+        ("checkpoint", "https://127.0.0.1:9/x.pth", r"init\.checkpoint: https://127\.0\.0\.1:9/"),
+    ],
+)
+def test_wrong_weights_are_found_before_the_data(tmp_path, monkeypatch, key, file, message):
+    def kept_out(*_, **__):
+        pytest.fail("the data was opened")
+
+    monkeypatch.setattr(data, "open_split", kept_out)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "pause", lambda _: None)
+    given = tiny_resnet()
+    if file == "convnext":
+        file = write(tmp_path, random_tensors(make("convnext", **SIZES)[0]))
+    elif "://" not in file:
+        file = str(tmp_path / file)
+    given.init[key] = file
+    with pytest.raises(ValueError, match=message):
+        modes.train(given.lock(), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def tiny_resnet() -> ConfigDict:
+    given = common.get_base()
+    given.model.backbone.name = "resnet"
+    given.model.backbone.overrides = {**BACKBONES["resnet"], "norm": "batch"}
+    return given
+
+
+def test_weights_that_do_not_fit_a_begun_folder_are_found_before_the_data(tmp_path, monkeypatch):
+    """Its architecture stays; before the first checkpoint the file is still read."""
+    monkeypatch.setattr(data, "open_split", lambda *_, **__: pytest.fail("the data was opened"))
+    run = tmp_path / "run"
+    model, trees = make("resnet", **SIZES)
+    descriptions.claim_workdir(run, model.to_dict(), tiny_resnet().to_json(), tiny.metadata())
+    other, other_trees = make("convnext", hidden_dim=96, mask_dim=48)
+    params, stats = (zeros(tree) for tree in other_trees)
+    trained = checkpoint.Trained(other.to_dict(), params, stats, tiny.metadata(), {"eval": {}}, 0)
+    checkpoint.write_converted(tmp_path / "other", trained)
+    given = config(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"init\.checkpoint=.*other is of another model"):
+        modes.train(given, str(run))
+    # A run that resumes reads no file.
+    params, stats = (zeros(tree) for tree in trees)
+    with checkpoint.Checkpoints(run) as checkpoints:
+        checkpoints.save(3, {"step": np.int32(3), "params": params, "stats": stats}, {"step": 3})
+    start.check_start(config(str(tmp_path / "nowhere.pth")), run)

@@ -15,7 +15,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ import msgspec
 # JAX has no public way to its store.
 from jax._src import distributed as jax_distributed
 
-from oneformer_jax import compilation
+from oneformer_jax import compilation, rules
 from oneformer_jax.files import first_few, parse_json
 
 CLOCK_SECONDS = 5.0  # most by which clocks may differ
@@ -62,10 +62,10 @@ class _Report(msgspec.Struct):
 
 def facts_of(config: Mapping[str, Any], command: Mapping[str, Any]) -> dict[str, Any]:
     """Collects what the processes must share: versions, source, the config and flags by name."""
-    settings = {key: value for key, value in _flat(config) if key not in OF_A_HOST}
     flags = {f"--{name}": value for name, value in command.items()}
     python = {"python": platform.python_version()}
-    configured = {f"--config.{key}": value for key, value in settings.items()}
+    settings = rules.flattened(config).items()
+    configured = {f"--config.{key}": v for key, v in settings if key not in OF_A_HOST}
     return python | compilation.ingredients() | flags | configured
 
 
@@ -74,14 +74,6 @@ def device_facts() -> dict[str, Any]:
     kinds = collections.Counter(device.device_kind for device in jax.local_devices())
     devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     return {"devices": devices, "runtime": jax.devices()[0].client.platform_version}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def agree(

@@ -7,21 +7,22 @@ same on all: see `agreement.py`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import json
 import re
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import jax
+import msgspec
 from absl import logging
 from orbax.checkpoint import multihost
 
 from oneformer_jax import compilation
-from oneformer_jax.files import first_few
+from oneformer_jax.files import first_few, parse_json
 from oneformer_jax.train.runtime import agreement
 
 # Ports of jax.distributed on Cloud TPU and GKE; SLURM's follows from the job's number.
@@ -29,6 +30,10 @@ _TPU_PORT = 8476
 _SLURM_PORTS = 4096
 # Longer than any compilation; JAX itself notices a process that is lost meanwhile.
 _COMPILATION_SECONDS = 6 * 3600
+_LONGEST = 1 << 16  # bytes of a message of the roll
+
+T = TypeVar("T")
+_meetings: collections.Counter[str] = collections.Counter()  # of all processes, by name
 
 
 class DistributedError(ValueError):
@@ -77,7 +82,7 @@ def find_place(
       None if only JAX's own detection can tell.
 
     Raises:
-      DistributedError: a part of the flags or of JAX_* is missing or wrong.
+      DistributedError: a flag is given, but flags and JAX_* together lack a part; or one is wrong.
     """
     explicit = {
         "--coordinator, JAX_COORDINATOR_ADDRESS": coordinator
@@ -190,17 +195,23 @@ def compile_everywhere(function: Any, *arguments: Any, name: str) -> None:
 
     Args:
       function, arguments: see `compilation.compile_now`.
-      name: name of the program, unique in a run.
+      name: name of the program.
     """
     compilation.compile_now(function, *arguments, name=name)
     wait_for_all(f"{name} compiled")
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until all processes have called this, for hours if need be; `what` is unique."""
+    """Waits until all processes have called this, for hours if need be.
+
+    Args:
+      what: names the meeting; all processes have the meetings of a name in the same order.
+    """
     if jax.process_count() > 1:
+        _meetings[what] += 1
         wait = multihost.get_barrier_sync_fn()
-        wait(key=f"oneformer_jax: {what}", timeout_ms=1000 * _COMPILATION_SECONDS)
+        key = f"oneformer_jax: {what}, {_meetings[what]}"
+        wait(key=key, timeout_ms=1000 * _COMPILATION_SECONDS)
 
 
 def _warning_before(timeout: float, text: str) -> contextlib.AbstractContextManager:
@@ -210,6 +221,34 @@ def _warning_before(timeout: float, text: str) -> contextlib.AbstractContextMana
 
 
 # ------------------------------------------------------------------ the roll
+
+
+class _Caller(msgspec.Struct):
+    """A process that calls: its number, how many it counts, and the name of its host."""
+
+    process: Annotated[int, msgspec.Meta(ge=1)]
+    count: int
+    host: str
+
+    def __post_init__(self):
+        if self.process >= self.count:
+            raise ValueError(f"process {self.process} of {self.count}")
+
+
+class _Answer(msgspec.Struct):
+    """The answer of process 0: what is wrong, or ""."""
+
+    problem: str
+
+
+def _send(connection: socket.socket, message: msgspec.Struct) -> None:
+    connection.sendall(msgspec.json.encode(message) + b"\n")
+
+
+def _receive(connection: socket.socket, kind: type[T]) -> T:
+    """Reads a line of JSON that anybody on the network may have sent."""
+    with connection.makefile("rb") as file:
+        return parse_json(file.readline(_LONGEST), kind)
 
 
 def call_roll(place: Place, timeout: float) -> dict[int, str]:
@@ -249,13 +288,13 @@ def _keep_roll(place: Place, port: int, timeout: float) -> dict[int, str]:
             stack.enter_context(connection)
             connection.settimeout(10)
             try:
-                caller = json.loads(connection.makefile().readline())
-                number, count, name = caller["process"], caller["count"], caller["host"]
-            except (OSError, ValueError, KeyError, TypeError):
+                caller = _receive(connection, _Caller)
+            except (OSError, ValueError):
                 continue  # a stranger on the network
+            number, name = caller.process, caller.host
             callers.append(connection)
-            if count != place.count:
-                problem = f"{name} counts {count} processes and process 0 {place.count}"
+            if caller.count != place.count:
+                problem = f"{name} counts {caller.count} processes and process 0 {place.count}"
             elif number in present:
                 problem = f"{present[number]} and {name} are both process {number}"
             present[number] = name
@@ -264,7 +303,7 @@ def _keep_roll(place: Place, port: int, timeout: float) -> dict[int, str]:
             problem = _who_is_missing(place, missing, timeout)
         for connection in callers:
             with contextlib.suppress(OSError):
-                connection.sendall((json.dumps({"problem": problem}) + "\n").encode())
+                _send(connection, _Answer(problem))
     if problem:
         raise DistributedError(problem)
     return present
@@ -282,13 +321,13 @@ def _answer_roll(place: Place, host: str, port: int, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     # Process 0 answers a little after its time is over.
     patience = deadline + 15
-    me = {"process": place.process, "count": place.count, "host": socket.gethostname()}
+    me = _Caller(place.process, place.count, socket.gethostname())
     while True:
         try:
             with socket.create_connection((host, port), timeout=5) as connection:
                 connection.settimeout(max(patience - time.monotonic(), 0.1))
-                connection.sendall((json.dumps(me) + "\n").encode())
-                reply = json.loads(connection.makefile().readline())
+                _send(connection, me)
+                problem = _receive(connection, _Answer).problem
                 break
         except (OSError, ValueError) as error:  # not started yet, or gone before it answered
             if time.monotonic() > deadline:
@@ -297,5 +336,5 @@ def _answer_roll(place: Place, host: str, port: int, timeout: float) -> None:
                     f"for {timeout:.0f} s ({error}). Look at that host's log; is the port open?"
                 ) from error
             time.sleep(0.2)
-    if reply["problem"]:
-        raise DistributedError(f"process {place.process}: {reply['problem']}")
+    if problem:
+        raise DistributedError(f"process {place.process}: {problem}")

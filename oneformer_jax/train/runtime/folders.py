@@ -107,18 +107,17 @@ def is_complete(folder: pathlib.Path) -> bool:
         return False
     if remote.is_remote(folder):
         return {*PARTS} <= {*remote.names(folder)} and not _marker(folder).exists()
-    return all((folder / part).exists() for part in PARTS)
+    # In a copy of a bucket the marker is a file.
+    return all((folder / part).exists() for part in PARTS) and not _marker(folder).is_file()
 
 
 def finished_steps(directory: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
+    """Steps of the complete checkpoints in a folder, ascending; none if it is missing."""
     return sorted(int(path.name) for path in _paths_in(directory) if is_complete(path))
 
 
 def _paths_in(directory: pathlib.Path) -> list[pathlib.Path]:
-    if remote.is_remote(directory):
-        return [directory / name for name in remote.names(directory)]
-    return list(directory.iterdir())
+    return [directory / name for name in remote.names(directory)]
 
 
 # ------------------------------------------------------------------ saving and removing
@@ -208,9 +207,14 @@ def remove_unfinished(directory: pathlib.Path) -> None:
 
 
 def _remove_left_over(path: pathlib.Path, ignore_errors: bool = False) -> None:
-    """Removes a folder that is no checkpoint; of a marker in a bucket its folder first."""
-    if not remote.is_remote(path):
-        return shutil.rmtree(path, ignore_errors)
-    if path.name.endswith(UNVERIFIED):
-        remote.remove(path.with_name(path.name.removesuffix(UNVERIFIED)))
-    remote.remove(path)
+    """Removes a folder that is no checkpoint; of a marker its folder first."""
+    marked = path.with_name(path.name.removesuffix(UNVERIFIED))
+    if remote.is_remote(path):
+        if marked != path:
+            remote.remove(marked)
+        remote.remove(path)
+    elif path.is_file():  # in a copy of a bucket
+        shutil.rmtree(marked, ignore_errors=True)
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors)

@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 from absl import logging
 
@@ -24,6 +25,11 @@ from oneformer_jax import remote
 BEAT = 10.0  # seconds between two heartbeats
 EXPIRES = 60.0  # seconds without one after which the owner is taken for dead
 _POLL = 1.0
+
+
+def owner() -> dict[str, Any]:
+    """Describes this process, in the lock that it holds."""
+    return {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
 
 
 class Held(remote.RemoteError):
@@ -55,12 +61,7 @@ class Lease:
         context = ts.Context({"gcs_request_retries": retries})
         self._store = ts.KvStore.open(remote.tensorstore_spec(folder), context=context).result()
         self._folder, self._name, self._lost = folder, name, lost
-        self._owner = {
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-            "since": time.time(),
-            "token": uuid.uuid4().hex,
-        }
+        self._owner = owner() | {"token": uuid.uuid4().hex}
         self._beats = 0
         self._ended = threading.Event()
         with remote.reporting(folder):

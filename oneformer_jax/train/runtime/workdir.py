@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -65,8 +64,7 @@ def hold(workdir: str | os.PathLike) -> Iterator[None]:
                 "%s cannot be locked (%s): make sure that no second run uses it", folder, error
             )
         file.truncate(0)
-        owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
-        file.write(json.dumps(owner))
+        file.write(json.dumps(lease.owner()))
         file.flush()
         yield
         file.truncate(0)
@@ -106,7 +104,7 @@ def _owner(text: str) -> str:
         found = json.loads(text)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["since"]))
         return f"process {found['process']} on {found['host']} since {since}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, OSError):
         return "which has just started"
 
 

@@ -1,6 +1,7 @@
 """Several processes: who is where, who is missing, and a whole job by two and four of them."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -134,6 +136,36 @@ def test_two_claim_one_number_or_another_count():
     other = [Place(0, 2, address, "test"), Place(1, 3, address, "test")]
     for text in roll(other, 5):
         assert re.search("counts 3 processes and process 0 2", text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"process": [1], "count": 2, "host": "x"}\n',
+        b'{"process": 7, "count": 2, "host": "x"}\n',
+        b'{"process": 1, "count": 2}\n',
+        b"GET / HTTP/1.1\r\n",
+        b"x" * 100_000,
+    ],
+)
+def test_a_stranger_at_the_port_is_ignored(text):
+    first, second = places(range(2), 2)
+    host, port = first.coordinator.split(":")
+
+    def disturb():
+        for _ in range(100):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection((host, int(port) + 1), 5) as s,
+            ):
+                return s.sendall(text)
+            time.sleep(0.05)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = pool.submit(call_roll, first, 30)
+        pool.submit(disturb).result()
+        assert roll([second], 30) == [None]
+        assert found.result().keys() == {0, 1}
 
 
 # ------------------------------------------------------------------ several processes

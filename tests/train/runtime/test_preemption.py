@@ -1,6 +1,7 @@
 """SIGTERM, SIGINT and the working directory: what is saved, who may be there, and what is said."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -205,6 +206,19 @@ def test_a_second_run_is_kept_out(tmp_path):
         owner = json.loads((tmp_path / "run" / workdir.LOCK_FILE).read_text())
         assert owner["process"] == os.getpid()
     assert (tmp_path / "run" / workdir.LOCK_FILE).read_text() == ""
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"host": "x", "process": 1, "since": 1e300}'])
+def test_a_lock_of_any_content_keeps_a_second_run_out(tmp_path, text):
+    with open(tmp_path / workdir.LOCK_FILE, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(text)
+        file.flush()
+        with (
+            pytest.raises(WorkdirError, match=r"in use by another run \(which has just started"),
+            workdir.hold(tmp_path),
+        ):
+            pass
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
