@@ -128,6 +128,12 @@ def carry_out(
     return record
 
 
+def leave_at_signals() -> None:
+    """Lets signals end a step with this process; a background job of a shell ignores SIGINT."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 def _run(step: Step, output: pathlib.Path, seconds: float) -> dict[str, Any]:
     """Runs a step, again as long as it gives up kernels; returns what is known of it."""
     start = time.monotonic()
@@ -247,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options.only.split(",") if options.only else names
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"--only {','.join(unknown)}: use some of {','.join(names)}")
+    leave_at_signals()
     record = carry_out(
         [step for step in every if step.name in chosen], output, options.budget, dry=options.dry
     )

@@ -50,10 +50,12 @@ def test_the_record_is_written_after_every_step(tmp_path):
     assert record["dry"] and record["budget_seconds"] == 60.0
 
 
-def test_a_run_that_is_killed_keeps_what_it_has_and_its_children_end(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_keeps_what_it_has_and_its_children_end(number, tmp_path):
     code = (
         "import pathlib, sys\n"
-        "from tests.bench.device import Step, carry_out\n"
+        "from tests.bench.device import Step, carry_out, leave_at_signals\n"
+        "leave_at_signals()\n"
         "carry_out([Step('one', ('-c', 'print(1)')),\n"
         "  Step('two', ('-c',\n"
         "    'import os, time; print(os.getpid(), flush=True); time.sleep(99)'))],\n"
@@ -64,8 +66,8 @@ def test_a_run_that_is_killed_keeps_what_it_has_and_its_children_end(tmp_path):
     while not log.exists() or not log.read_text().endswith("\n"):
         time.sleep(0.05)
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.wait(20)
+    process.send_signal(number)
+    assert process.wait(20) == 128 + number
     (one,) = read(tmp_path)["steps"]
     assert one["verdict"] == "done" and one["tail"] == ["1"]
     with pytest.raises(ProcessLookupError):
