@@ -43,7 +43,7 @@ def parse(*arguments):
 
 
 def refusal(capsys, *arguments):
-    """What a refused command prints; None if it is accepted."""
+    """Returns what a refused command prints; None if it is accepted."""
     try:
         parse(*arguments)
     except SystemExit as exit_:
@@ -179,7 +179,7 @@ FLAGS = {key for key, rule in RULES.items() if isinstance(rule, Flag) and not ru
 
 
 def accepted(key, value):
-    """Whether a value of `ABSURD` means something."""
+    """Tells if a value of `ABSURD` means something."""
     if key in PATHS or key == "dataset.data_dir":
         return value.isprintable() and len(value) < 5000 and (value != "" or key in PATHS)
     if key in FLAGS:

@@ -1,4 +1,4 @@
-"""What a user sees while many images are worked on."""
+"""The lines that tell how far a long job is."""
 
 import itertools
 import types

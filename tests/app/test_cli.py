@@ -140,7 +140,7 @@ def test_a_wrong_command_is_one_line(arguments, code, parts, monkeypatch, capsys
 
 
 def test_every_flag_of_some_modes_names_them_in_its_help():
-    """What the help says is what is checked: a flag without a mode acts in all."""
+    """Holds the check to the help: a flag whose help names no mode acts in all."""
     key_flags = cli.flags.FLAGS.get_key_flags_for_module(cli)
     everywhere = {flag.name for flag in key_flags if not cli.modes_of(flag)}
     assert everywhere == {

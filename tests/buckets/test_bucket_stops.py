@@ -41,7 +41,7 @@ def make_job(server, bucket):
 
 
 def test_sigkill_of_a_run_that_only_saves(server, bucket, url):
-    """Of small arrays, without a program to compile: many kills, most of them in a save."""
+    """Saves small arrays, without a program to compile: many kills, most of them in a save."""
     steps, rng, in_save, kills = 100, random.Random(5), 0, 0
 
     def is_saving():

@@ -1,4 +1,4 @@
-"""What one device sends in a training step, on meshes of more and more devices.
+"""Counts what one device sends in a training step, on meshes of more and more devices.
 
   python -m tests.compile.growth cpu:8 cpu:64 cpu:256
   python -m tests.compile.growth v5e:2x4 v5e:8x8 v5e:16x16 v5e:2x4/2      (needs libtpu; /2: slices)

@@ -1,4 +1,4 @@
-"""What a device sends in a step: nothing large, and no more on 256 devices than on 8."""
+"""Traffic of a device in a step: nothing large, and no more on 256 devices than on 8."""
 
 import pathlib
 import subprocess

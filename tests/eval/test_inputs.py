@@ -1,4 +1,4 @@
-"""What people have becomes the image of a prediction, or one clear error."""
+"""Anything that people have becomes the image of a prediction, or one clear error."""
 
 import numpy as np
 import pytest

@@ -165,7 +165,7 @@ def test_stuff_of_a_class_is_one_segment_and_things_are_not():
 
 @pytest.mark.parametrize(("taken", "stays"), [(1, True), (2, True), (3, False), (10, False)])
 def test_a_segment_stays_at_the_overlap_threshold_exactly(taken, stays):
-    """Of the 10 columns of a car a surer dog takes some: 0.8 of it are not less than 0.8."""
+    """A surer dog takes some of the 10 columns of a car: 0.8 of it are not less than 0.8."""
     masks = np.full((4, QUERIES, *PADDED), -20, np.float32)
     masks[:, 0, :, :10] = masks[:, 1, :, 10 - taken : 20] = 20
     masks[:, 2, :, 20:] = 20

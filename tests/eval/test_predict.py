@@ -63,7 +63,7 @@ def test_one_name_gives_a_segmentation_and_several_a_dict():
 
 
 def prepared(image):
-    """What the official evaluation makes of a 48 x 70 image: 64 x 93.3 -> 64 x 93, then zeros."""
+    """A 48 x 70 image in the official evaluation: 64 x 93.3 -> 64 x 93, then zeros."""
     resized = np.asarray(Image.fromarray(image).resize((93, 64), Image.Resampling.BILINEAR))
     normal = (resized - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375])
     padded = np.zeros((64, 96, 3), np.float32)

@@ -1,4 +1,4 @@
-"""Which metrics a dataset gets, and original instance files as ground truth."""
+"""Metrics that a dataset gets, and original instance files as ground truth."""
 
 import dataclasses
 import json

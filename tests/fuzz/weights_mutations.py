@@ -259,7 +259,7 @@ _MODELS: list[tuple[dict, dict, dict]] = []
 
 
 def _models() -> list[tuple[dict, dict, dict]]:
-    """Of each kind of backbone: description, config.json, shapes by name."""
+    """Returns description, config.json and shapes by name of each kind of backbone."""
     if not _MODELS:
         from oneformer_jax.models import functional
         from oneformer_jax.weights import convert, hugging_face

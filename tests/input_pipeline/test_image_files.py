@@ -52,7 +52,7 @@ def low_bits(bits):
 
 
 def pillow(image):
-    """What Pillow makes of a saved file, where its conversion is the rule."""
+    """Reads a saved file by Pillow, whose conversion is the rule here."""
     return lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 

@@ -103,7 +103,7 @@ class Program:
 
 
 def chosen(gradients: bool = True, size: int = 4) -> str:
-    """What the table of this process holds for a call."""
+    """Looks a call up in the table of this process."""
     call = choice.Call("point_sampling", (((size,), "float32"),))
     return choice.TABLES[jax.process_count() > 1][call.key(gradients)]
 

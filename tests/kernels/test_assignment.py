@@ -206,7 +206,7 @@ class TestPallasGpu(AssignmentTests):
 
 
 class TestDoor:
-    """What the api refuses."""
+    """Arguments that the api refuses."""
 
     @pytest.mark.parametrize(
         ("arguments", "options", "error", "message"),

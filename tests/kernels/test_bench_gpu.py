@@ -1,4 +1,4 @@
-"""What is read from the output of the GPU compilers."""
+"""Figures that are read from the output of the GPU compilers."""
 
 from oneformer_jax.kernels.bench import gpu
 

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(folder, names, *, times=None, gradients=True, program=None, log=None):
-    """What a start with these candidates chooses, and the lines of its table by candidate."""
+    """Returns the choice of a start with these candidates, and its table by candidate."""
     rows = []
     program = program or Program()
     with in_place(names, times):

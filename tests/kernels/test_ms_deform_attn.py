@@ -259,7 +259,7 @@ class TestChunks(XlaTests):
 
     @pytest.fixture(autouse=True)
     def _several_chunks(self, monkeypatch):
-        """Of 3 queries each, in most tests with a last one that is not full."""
+        """Chunks of 3 queries, in most tests with a last one that is not full."""
 
         def chunked(value, shapes, locations, weights):
             row_bytes = 4 * value.shape[0] * locations.shape[2] * 4 * locations.shape[4]

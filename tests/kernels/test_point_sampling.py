@@ -216,7 +216,7 @@ class TestPallasTpu(PointSamplingTests):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 class TestKernels:
-    """What only the TPU kernels do."""
+    """Behaviour that only the TPU kernels have."""
 
     def check(self, features, points, forward=None, **options):
         kernels = interpreted(**options)

@@ -134,7 +134,7 @@ def _initial_queries(queries: str):
 
 
 def _differ(a, b):
-    """Whether each row of two [Q, D] differs."""
+    """Tells if each row of two [Q, D] differs."""
     return np.abs(a - b).max(-1) > 1e-4
 
 

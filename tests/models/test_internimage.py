@@ -106,7 +106,7 @@ def _forward(model, image):
 
 
 def test_features_equal_loops():
-    """Of an image whose sides are no multiples of 32; the maps are 10 x 17 to 2 x 3."""
+    """Maps of an image whose sides are no multiples of 32: 10 x 17 to 2 x 3."""
     size = (37, 66)
     model = build(SMALL)
     image = image_of(2, *size, 3)
@@ -248,7 +248,7 @@ def test_only_norms_are_exempt_from_decay():
 
 
 def test_initial_values():
-    """Of a new model every point lies on its pixel, with the same share, and half is the centre."""
+    """Every point of a new model lies on its pixel, with the same share, and half is the centre."""
 
     @jit
     def draw():

@@ -279,7 +279,7 @@ def _equations(jaxpr):
 
 
 def _holds_map(shape, count, size):
-    """Whether an array of `shape` holds a value per each of `count` things and pixel of a map."""
+    """Tells if an array of `shape` holds a value per each of `count` things and pixel of a map."""
     height, width = size
     rest = list(shape)
     for wanted in ([count, height, width], [count, height * width]):

@@ -127,7 +127,7 @@ def test_positions_are_taken_as_they_are_on_their_own_grid():
 
 
 def test_maps_of_a_patch_of_14_lie_at_the_strides_of_the_others():
-    """What is linear in the place on the image stays so, at the places of strides 4 to 32."""
+    """A map that is linear in the place on the image stays so, at the places of strides 4 to 32."""
     old, new = 37, 33  # a side of 518 pixels
     place = (np.arange(old) + 0.5) * 14
     found = vit.resample_matrix(old, new, 14 / 16) @ place

@@ -108,7 +108,7 @@ def schedule(case: Case) -> Callable[[int], float]:
 
 
 def boundaries(case: Case) -> tuple[int, int]:
-    """Where "step" falls: early, so that many steps come after."""
+    """Steps at which "step" falls: early, so that many steps come after."""
     return case.steps // 3, 2 * case.steps // 3
 
 
@@ -185,7 +185,7 @@ class Reference:
 
 
 def arrays_of(model, expected, kind: str) -> dict[str, np.ndarray]:
-    """What the port holds for our names; only `save_pretrained` knows its names of a file."""
+    """Returns the arrays of our names; only `save_pretrained` knows its names of a file."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -253,7 +253,7 @@ class Ours:
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def drawn(self, batch) -> Drawn:
-        """What the coming step will draw."""
+        """Returns what the coming step will draw."""
         key = jax.random.fold_in(self.key, self.state["step"])
         model_key, point_key = jax.random.split(key)
         masks = jax.device_get(self._masks(self.state["params"], self.state["stats"], model_key))

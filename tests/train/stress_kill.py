@@ -64,7 +64,7 @@ class Job:
         return sum(line.startswith("step ") for line in list(self.output))
 
     def wait_for(self, ready, seconds=600) -> bool:
-        """Whether `ready()` came true before the process ended."""
+        """Tells if `ready()` came true before the process ended."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < deadline:
             if ready():
@@ -76,7 +76,7 @@ class Job:
         return lambda: any(re.search(pattern, line) for line in list(self.output))
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is being written, or was when the process died."""
+        """Tells if a checkpoint is being written, or was when the process died."""
         try:
             names = os.listdir(self.checkpoints)
             return any(folders.UNVERIFIED in name for name in names)
@@ -90,7 +90,7 @@ class Job:
             return []
 
     def is_evaluating(self) -> bool:
-        """Whether the last thing that it said is that it evaluates."""
+        """Tells if the last thing that it said is that it evaluates."""
         return "Evaluating step" in "".join(self.output[-1:])
 
     def send(self, number: int) -> int:

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run."""
+"""Views of a run in TensorBoard."""
 
 from tensorboard.plugins.custom_scalar import layout_pb2
 

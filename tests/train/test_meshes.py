@@ -73,7 +73,7 @@ def alone(sampling):
 
 
 def gradients(before, after, b1=0.9):
-    """What Adam's first moments say of the gradients of a step."""
+    """Reads the gradients of a step from Adam's first moments."""
     old, new = (tiny.leaves(optax.tree.get(state["opt"], "mu")) for state in (before, after))
     return {name: (new[name] - b1 * old[name]) / (1 - b1) for name in new}
 

@@ -123,7 +123,7 @@ def test_a_run_goes_on_from_the_step_before_a_flipped_bit(copy, saved):
 
 
 def test_processes_share_the_files(copy):
-    """What one of them finds all act on (`reading.read_state`); together they read every file."""
+    """All act on what one of them finds (`reading.read_state`); together they read every file."""
     folder = copy / "checkpoints" / "4"
     for path in files_of(folder):
         if path.name == SEAL_FILE:

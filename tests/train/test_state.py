@@ -51,7 +51,7 @@ def _toy_losses(predictions, batch, key, config, **options):
 
 
 def _toy_gradients(weight, batch, key):
-    """What `Toy` and `_toy_losses` compute, written out: (loss, gradient), new pixel mean."""
+    """Computes `Toy` and `_toy_losses`, written out: (loss, gradient), new pixel mean."""
     model_key, point_key = jax.random.split(key)
     pixels = normalize_images(batch["image"], batch["image_size"]).mean(axis=(1, 2))
     noise = jax.random.normal(model_key, (3,))

@@ -56,7 +56,7 @@ class File:
 
 
 class Server:
-    """What is served, and what was asked for."""
+    """Models that are served, and the requests for them."""
 
     def __init__(self) -> None:
         self.models: dict[str, Model] = {}
@@ -184,7 +184,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     # -------------------------------------------------------------- the hub
 
     def _may(self, model: Model | None) -> bool:
-        """Whether the user may see a model; answers if not."""
+        """Tells if the user may see a model; answers if not."""
         known = self.headers.get("Authorization") == f"Bearer {self.server_state.token}"
         if model is None or (model.private and not known):
             self._error(404 if known else 401, "RepoNotFound")

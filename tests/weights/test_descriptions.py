@@ -1,4 +1,4 @@
-"""What stands beside the tensors: config.json, our own description, and what nothing tells."""
+"""Texts beside the tensors: config.json, our own description, and what nothing tells."""
 
 import dataclasses
 import json

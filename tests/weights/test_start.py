@@ -1,4 +1,4 @@
-"""What a training run starts from: pre-trained backbones, and models of other classes."""
+"""Starts of a training run: pre-trained backbones, and models of other classes."""
 
 import logging as python_logging
 import pickle

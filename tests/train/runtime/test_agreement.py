@@ -1,4 +1,4 @@
-"""What processes must share: who differs from the majority, in what, and who is silent."""
+"""Agreement of processes: who differs from the majority, in what, and who is silent."""
 
 import json
 import re

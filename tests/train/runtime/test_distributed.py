@@ -94,7 +94,7 @@ def test_first_host_of_a_slurm_list(nodes, first):
 
 
 def roll(places, timeout):
-    """What each of `places` gets: None, or the text of its error."""
+    """Returns what each of `places` gets: None, or the text of its error."""
 
     def call(place):
         try:
@@ -308,7 +308,7 @@ def run(workdir, data_dir, processes, *flags):
 
 
 def losses(workdir):
-    """What was logged of each step, without times."""
+    """Returns the log of each step, without times."""
     lines = [line for line in read_lines(workdir) if "loss" in line]
     return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
 
